@@ -1,0 +1,88 @@
+"""Auxiliary variables: the uniform numbers u that decide which token is drawn (Draxler et al., arXiv:2512.21323).
+
+A draw is a function of its distribution P and of u in [0, 1). `pick` is that function and `token_interval` its inverse:
+`pick(u, P) == t` if and only if `lower <= u < upper` for `lower, upper = token_interval(P, t)`. Both read the same
+float64 cumulative distribution, so this holds exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ptp_lightning.sampling import TokenDistribution, require
+
+
+@torch.no_grad()
+def pick(u: Tensor, P: TokenDistribution) -> Tensor:
+    """The token that u names: `Pick(u, P) = min { j : F_j > u }` (arXiv:2512.21323).
+
+    Args:
+        u: auxiliaries `[...]` in [0, 1), any float dtype, in the leading shape of P.
+        P: distributions `[..., K]`.
+
+    Returns:
+        Token ids `[...]`, int64; never a token of probability zero.
+
+    Raises:
+        ValueError: if u is outside [0, 1), NaN, or not in the leading shape of P.
+    """
+    _require_leading_shape("u", u, P)
+    require((u >= 0) & (u < 1), u, "auxiliaries u must lie in [0, 1)")
+    F = P.cdf()
+    j = torch.searchsorted(F, u.double()[..., None], right=True)
+    return (j if P.token_ids is None else P.token_ids.gather(-1, j)).squeeze(-1)
+
+
+@torch.no_grad()
+def token_interval(P: TokenDistribution, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The auxiliaries that pick a given token: `[F_{t-1}, F_t)` (arXiv:2512.21323, eq. 9).
+
+    Args:
+        P: distributions `[..., K]`.
+        token_ids: `[...]`, int64, in the leading shape of P.
+
+    Returns:
+        (lower, upper), each `[...]`, float64; both 0 for a token that no u picks: not listed, or of
+        probability zero (below 2^-53).
+
+    Raises:
+        ValueError: if token_ids are not in the leading shape of P.
+    """
+    _require_leading_shape("token_ids", token_ids, P)
+    F = P.cdf()
+    j, found = P.find(token_ids)
+    upper = F.gather(-1, j[..., None]).squeeze(-1)
+    lower = F.gather(-1, (j[..., None] - 1).clamp(min=0)).squeeze(-1).where(j > 0, 0.0)
+    has_interval = found & (lower < upper)
+    return lower.where(has_interval, 0.0), upper.where(has_interval, 0.0)
+
+
+@dataclass(frozen=True)
+class UniformInInterval:
+    """Strategy for the auxiliaries of given tokens: uniform in the token's interval (arXiv:2512.21323, eq. 9)."""
+
+    def __call__(self, lower: Tensor, upper: Tensor, generator: torch.Generator) -> Tensor:
+        """Draw `u = lower + r (upper - lower)`, `r ~ Uniform[0, 1)`: `[...]`, float64.
+
+        `lower <= u < upper` holds after rounding too; an empty interval gives `u = lower`.
+        """
+        r = draw_auxiliaries(lower.shape, generator, lower.device)
+        return torch.minimum(lower + r * (upper - lower), torch.nextafter(upper, lower))
+
+
+def draw_auxiliaries(shape: Sequence[int], generator: torch.Generator, device: torch.device | str) -> Tensor:
+    """Auxiliaries of shape `shape`, float64, uniform in [0, 1).
+
+    Drawn where the generator lives and then moved, so a CPU generator gives the same numbers to every device.
+    """
+    return torch.rand(tuple(shape), generator=generator, device=generator.device, dtype=torch.float64).to(device)
+
+
+def _require_leading_shape(name: str, tensor: Tensor, P: TokenDistribution) -> None:
+    expected = P.probabilities.shape[:-1]
+    if tensor.shape != expected:
+        raise ValueError(f"{name} must have the leading shape {tuple(expected)} of P, found {tuple(tensor.shape)}")

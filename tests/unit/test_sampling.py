@@ -1,0 +1,239 @@
+"""Logits to distributions: ties, truncation, order, and what must not depend on the batch."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from ptp_lightning.sampling import SamplingConfig, TokenDistribution, rank
+
+INF = math.inf
+FLOAT_DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+# Few values, so that ties are the rule; both zeros, which count as equal; negative values, whose bits run backwards.
+TIED_LOGITS = [-INF, -300.5, -2.0, -1e-30, -0.0, 0.0, 1e-30, 1.0, 300.5]
+
+
+def over_vocabulary(P: TokenDistribution, vocabulary_size: int) -> Tensor:
+    """The same probabilities `[..., V]` by token id."""
+    if P.token_ids is None:
+        return P.probabilities
+    shape = (*P.probabilities.shape[:-1], vocabulary_size)
+    return torch.zeros(shape, dtype=P.probabilities.dtype).scatter(-1, P.token_ids, P.probabilities)
+
+
+def tie_free_logits(*shape: int) -> Tensor:
+    """Every row is a permutation of evenly spaced values."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(shape, generator=generator).argsort(-1) * 0.37 - 3
+
+
+@pytest.mark.parametrize("order", ["descending", "vocabulary"])
+@pytest.mark.parametrize("temperature", [0.3, 0.7, 1.0, 2.5])
+@pytest.mark.parametrize("top_k", [None, 1, 7, 40, 50])
+@pytest.mark.parametrize("top_p", [0.01, 0.5, 0.9, 1.0])
+def test_equals_the_warpers_of_transformers(temperature: float, top_k: int | None, top_p: float, order):
+    logits = tie_free_logits(20, 40)
+    warped = TemperatureLogitsWarper(temperature)(None, logits)  # type: ignore[arg-type]
+    if top_k is not None:
+        warped = TopKLogitsWarper(top_k)(None, warped)  # type: ignore[arg-type]
+    expected = TopPLogitsWarper(top_p)(None, warped).softmax(-1)  # type: ignore[arg-type]
+
+    P = SamplingConfig(temperature, top_k, top_p, order).distribution(logits)
+
+    actual = over_vocabulary(P, 40)
+    assert P.probabilities.shape[-1] == min(top_k or 40, 40)
+    assert torch.equal(actual > 0, expected > 0)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=0)
+
+
+@given(
+    rows=st.integers(1, 12).flatmap(
+        lambda size: st.lists(st.lists(st.sampled_from(TIED_LOGITS), min_size=size, max_size=size), min_size=1)
+    ),
+    k=st.integers(1, 12),
+    dtype=st.sampled_from(FLOAT_DTYPES),
+)
+@settings(deadline=None)
+def test_rank_is_by_logit_then_lowest_id(rows: list[list[float]], k: int, dtype: torch.dtype):
+    logits = torch.tensor(rows, dtype=dtype)
+    k = min(k, logits.shape[-1])
+    expected = [sorted(range(len(row)), key=lambda token: (-row[token], token))[:k] for row in logits.tolist()]
+    assert rank(logits, k).tolist() == expected
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_rank_in_a_large_vocabulary(dtype: torch.dtype):
+    logits = (torch.randn(3, 150_000, generator=torch.Generator().manual_seed(0)) * 3).to(dtype)
+    logits[0, [149_999, 70_000, 7]] = 60.0  # a tie at the top whose ids need more than 16 bits
+    expected = logits.double().sort(dim=-1, descending=True, stable=True).indices[:, :50]
+    assert expected[0, :3].tolist() == [7, 70_000, 149_999]
+    assert torch.equal(rank(logits, 50), expected)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_ties_are_resolved_by_the_lowest_id(dtype: torch.dtype):
+    logits = torch.tensor([1.0, 5.0, 1.0, 5.0, 1.0], dtype=dtype)
+    P = SamplingConfig(top_k=3).distribution(logits)
+    assert P.token_ids is not None
+    assert P.token_ids.tolist() == [1, 3, 0]
+    # Two equal tokens hold half of the mass each: the second is not needed for top_p = 0.5, and is for a bit more.
+    halves = torch.tensor([-INF, 2.0, 2.0], dtype=dtype)
+    assert SamplingConfig(top_p=0.5, order="vocabulary").distribution(halves).probabilities.tolist() == [0, 1, 0]
+    assert SamplingConfig(top_p=0.51, order="vocabulary").distribution(halves).probabilities.tolist() == [0, 0.5, 0.5]
+
+
+def test_orders_list_the_same_tokens_differently():
+    logits = torch.tensor([0.25, 0.0, 0.125, 0.625]).log()
+    descending = SamplingConfig(top_k=3).distribution(logits)
+    vocabulary = SamplingConfig(top_k=3, order="vocabulary").distribution(logits)
+    assert descending.token_ids is not None
+    assert vocabulary.token_ids is not None
+    assert descending.token_ids.tolist() == [3, 0, 2]
+    assert vocabulary.token_ids.tolist() == [0, 2, 3]
+    torch.testing.assert_close(descending.probabilities, torch.tensor([0.625, 0.25, 0.125]))
+    torch.testing.assert_close(vocabulary.probabilities, torch.tensor([0.25, 0.125, 0.625]))
+
+
+@pytest.mark.parametrize("top_p", [0.6, 1.0])
+@pytest.mark.parametrize("top_k", [None, 4, 5])
+def test_vocabulary_order_without_top_k_needs_no_ids(top_k: int | None, top_p: float):
+    P = SamplingConfig(top_k=top_k, top_p=top_p, order="vocabulary").distribution(tie_free_logits(2, 4))
+    assert P.token_ids is None
+
+
+def test_a_top_k_beyond_the_vocabulary_keeps_all():
+    logits = tie_free_logits(2, 4)
+    beyond, none = SamplingConfig(top_k=50).distribution(logits), SamplingConfig().distribution(logits)
+    assert beyond.token_ids is not None
+    assert none.token_ids is not None
+    assert torch.equal(beyond.probabilities, none.probabilities)
+    assert torch.equal(beyond.token_ids, none.token_ids)
+
+
+@pytest.mark.parametrize("order", ["descending", "vocabulary"])
+@pytest.mark.parametrize(("row", "expected"), [([1, 3, 3], 1), ([-0.0, 0.0, -1], 0), ([-INF, -7, -INF], 1), ([4], 0)])
+def test_greedy_is_the_first_of_the_largest(row: list[float], expected: int, order):
+    P = SamplingConfig(temperature=0, top_k=2, top_p=0.1, order=order).distribution(torch.tensor([row, row]))
+    assert P.token_ids is not None
+    assert P.token_ids.tolist() == [[expected]] * 2
+    assert P.probabilities.tolist() == [[1.0]] * 2
+
+
+def test_a_masked_token_has_probability_zero():
+    logits = torch.tensor([-INF, 0.0, -INF, 0.0])
+    P = SamplingConfig(top_k=3).distribution(logits)
+    assert P.probabilities.tolist() == [0.5, 0.5, 0]
+    assert SamplingConfig(order="vocabulary").distribution(logits).probabilities.tolist() == [0, 0.5, 0, 0.5]
+
+
+def test_a_low_temperature_does_not_overflow():
+    P = SamplingConfig(temperature=1e-6).distribution(torch.tensor([1e35, 0.0, -1e35]))
+    assert P.probabilities.tolist() == [1, 0, 0]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("order", ["descending", "vocabulary"])
+@pytest.mark.parametrize(
+    ("row", "found"), [([0, math.nan], "nan"), ([math.nan, INF], "nan"), ([0, INF], "inf"), ([-INF, -INF], "-inf")]
+)
+def test_broken_logits_raise(row: list[float], found: str, temperature: float, order):
+    logits = torch.tensor([[[0.0, 1.0]], [row]])
+    with pytest.raises(ValueError, match=rf"must be finite.*trainer\.precision.*; found {found} \(1 of 2\)$"):
+        SamplingConfig(temperature, order=order).distribution(logits)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("order", ["descending", "vocabulary"])
+@pytest.mark.parametrize(("top_k", "top_p"), [(50, 0.9), (None, 0.9), (50, 1.0), (None, 1.0)])
+def test_a_row_does_not_depend_on_its_batch(top_k: int | None, top_p: float, order, dtype: torch.dtype):
+    logits = (torch.randn(3, 5, 2051, generator=torch.Generator().manual_seed(0)) * 3).to(dtype)
+    config = SamplingConfig(0.7, top_k, top_p, order)
+    batch = config.distribution(logits)
+    for i, j in ((0, 0), (1, 3), (2, 4)):
+        for alone, row in ((logits[i, j], ...), (logits[i, j][None], 0), (logits[:, j], i)):
+            P = config.distribution(alone)
+            assert torch.equal(P.probabilities[row], batch.probabilities[i, j])
+            assert torch.equal(P.cdf()[row], batch.cdf()[i, j])
+            if P.token_ids is not None and batch.token_ids is not None:
+                assert torch.equal(P.token_ids[row], batch.token_ids[i, j])
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("config", [SamplingConfig(), SamplingConfig(0.0), SamplingConfig(top_p=0.9)])
+def test_dtype_and_input_are_kept(config: SamplingConfig, dtype: torch.dtype):
+    logits = tie_free_logits(2, 9).to(dtype)
+    before = logits.clone()
+    probabilities = config.distribution(logits).probabilities
+    assert probabilities.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert torch.equal(logits, before)
+
+
+def test_low_precision_logits_are_computed_in_float32():
+    logits = tie_free_logits(5, 30).bfloat16()
+    config = SamplingConfig(0.7, 20, 0.9)
+    assert torch.equal(config.distribution(logits).probabilities, config.distribution(logits.float()).probabilities)
+
+
+@pytest.mark.parametrize("order", ["descending", "vocabulary"])
+def test_gradients_reach_the_logits(order):
+    config = SamplingConfig(0.7, top_k=4, top_p=0.8, order=order)
+    logits = tie_free_logits(2, 6).double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: config.distribution(x).probabilities, logits)
+
+
+def test_cdf_ends_at_exactly_one_and_leaves_probabilities_alone():
+    for dtype in (torch.float32, torch.float64):
+        probabilities = torch.tensor([0.0, 0.1, 0.0, 0.2, 0.7, 0.0], dtype=dtype)
+        before = probabilities.clone()
+        F = TokenDistribution(probabilities).cdf()
+        assert F.dtype == torch.float64
+        assert F[0] == 0
+        assert F[1] == F[2]
+        assert F[4] == F[5] == 1
+        torch.testing.assert_close(F, before.double().cumsum(-1), rtol=0, atol=1e-7)
+        assert torch.equal(probabilities, before)
+
+
+def test_zeros_in_between_do_not_change_the_cdf():
+    probabilities = torch.randn(1000, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    spread = torch.stack([torch.zeros(1000), probabilities], -1).flatten()
+    assert torch.equal(TokenDistribution(spread).cdf()[1::2], TokenDistribution(probabilities).cdf())
+
+
+def test_probability_of():
+    probabilities = torch.tensor([[0.7, 0.3, 0.0], [0.5, 0.25, 0.25]])
+    listed = TokenDistribution(probabilities, torch.tensor([[4, 0, 2], [1, 5, 3]]))
+    assert listed.probability_of(torch.tensor([0, 3])).tolist() == pytest.approx([0.3, 0.25])
+    assert listed.probability_of(torch.tensor([1, 0])).tolist() == [0, 0]
+    assert TokenDistribution(probabilities).probability_of(torch.tensor([0, 2])).tolist() == pytest.approx([0.7, 0.25])
+    assert TokenDistribution(probabilities).probability_of(torch.tensor([-1, 3])).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("temperature", -0.1),
+        ("temperature", INF),
+        ("temperature", math.nan),
+        ("temperature", 1e-9),
+        ("top_k", 0),
+        ("top_k", -1),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("top_p", math.nan),
+        ("order", "ascending"),
+    ],
+)
+def test_a_setting_out_of_range_names_its_key(key: str, value: object):
+    with pytest.raises(ValueError, match=rf"^{key} must .*found .*{value}"):
+        SamplingConfig(**{key: value})  # type: ignore[arg-type]
+
+
+def test_proposals_apply_neither_temperature_nor_top_p():
+    assert SamplingConfig(0.7, 50, 0.9, "vocabulary").proposal() == SamplingConfig(1.0, 50, 1.0, "vocabulary")
+    assert SamplingConfig(2.0, None, 0.9).proposal() == SamplingConfig(1.0, None, 1.0)
+    assert SamplingConfig(0.0, 50, 0.9).proposal() == SamplingConfig(0.0, 50, 1.0)
