@@ -1,0 +1,167 @@
+"""Metrics over windows: the correct prefix, and accuracy and perplexity at every position.
+
+Everything is a sum and a count, so that batches, validation loops and ranks add up exactly.
+Tensor sizes: L window length; `...` any batch shape (rows, windows).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+
+class WindowSummary(NamedTuple):
+    """The result of `WindowMetrics`; positions count from 0, the first token of the window.
+
+    Means are NaN where their count is 0.
+
+    Attributes:
+        correct_tokens: scalar float64, mean length of the correct prefix (0 .. L), the first token counted: what one
+            fused verify-and-propose call commits.
+        standard_error: scalar float64, of `correct_tokens`, as if windows were independent (windows of one document
+            are not quite, so it is a lower bound). NaN below two windows.
+        num_windows: scalar int64, windows with at least one valid position.
+        prefix_counts: [L + 1] int64, how many windows have a correct prefix of 0, 1, .. L tokens.
+        accuracy: [L] float64, share of windows whose proposal at this position is the reference token.
+        num_positions: [L] int64, windows that reach this position.
+        accuracy_given_prefix: [L] float64, the same among windows that are right at all earlier positions.
+        num_given_prefix: [L] int64, those windows.
+        perplexity: [L] float64, exp of the mean negative log-likelihood of the reference token.
+        num_likelihoods: [L] int64, windows whose likelihood was given at this position.
+    """
+
+    correct_tokens: Tensor
+    standard_error: Tensor
+    num_windows: Tensor
+    prefix_counts: Tensor
+    accuracy: Tensor
+    num_positions: Tensor
+    accuracy_given_prefix: Tensor
+    num_given_prefix: Tensor
+    perplexity: Tensor
+    num_likelihoods: Tensor
+
+
+class WindowMetrics(Metric):
+    """Accumulates how far and how well windows agree with their reference tokens.
+
+    Args:
+        window_length: L, the tokens of a window.
+
+    Raises:
+        ValueError: if `window_length` is not positive.
+    """
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+
+    prefix_counts: Tensor
+    num_correct: Tensor
+    num_positions: Tensor
+    num_given_prefix: Tensor
+    nats: Tensor
+    num_likelihoods: Tensor
+
+    def __init__(self, window_length: int) -> None:
+        super().__init__()
+        if window_length < 1:
+            raise ValueError(f"Expected a window of at least one token, found `window_length: {window_length}`.")
+        self.window_length = window_length
+        self.add_state("prefix_counts", torch.zeros(window_length + 1, dtype=torch.int64), dist_reduce_fx="sum")
+        for name in ("num_correct", "num_positions", "num_given_prefix", "num_likelihoods"):
+            self.add_state(name, torch.zeros(window_length, dtype=torch.int64), dist_reduce_fx="sum")
+        # Millions of terms: float32 would lose the small ones.
+        self.add_state("nats", torch.zeros(window_length, dtype=torch.float64), dist_reduce_fx="sum")
+
+    @torch.no_grad()
+    def update(self, correct: Tensor, mask: Tensor, nll: Tensor | None = None) -> None:
+        """Add windows.
+
+        Args:
+            correct: [..., L] bool, the proposal equals the reference token.
+            mask: [..., L] bool, valid positions: a prefix of each window, possibly empty. The rest is not read.
+            nll: [..., L] float, `-log P_student` of the reference token in nats; None leaves perplexity as it is.
+
+        Raises:
+            ValueError: if the sizes are not [..., L] throughout, or if a mask has a hole.
+        """
+        shapes = [list(tensor.shape) for tensor in (correct, mask, nll) if tensor is not None]
+        if any(shape != shapes[0] or shape[-1:] != [self.window_length] for shape in shapes):
+            raise ValueError(
+                f"Expected equal sizes [..., {self.window_length}] of correct, mask and nll, found {shapes}; "
+                "the last one is `window_length`."
+            )
+        correct = correct.reshape(-1, self.window_length).bool()
+        mask = mask.reshape(-1, self.window_length).bool()
+        if (mask[:, 1:] & ~mask[:, :-1]).any():
+            raise ValueError(
+                "Expected the valid positions of every window to be a prefix of it, found a mask with a hole."
+            )
+
+        correct = correct & mask
+        prefix = correct.cumprod(-1)  # 1 as long as everything was right
+        right_before = torch.nn.functional.pad(prefix[:, :-1], (1, 0), value=1).bool()
+        self.prefix_counts += torch.bincount(prefix.sum(-1)[mask[:, 0]], minlength=self.window_length + 1)
+        self.num_correct += correct.sum(0)
+        self.num_positions += mask.sum(0)
+        self.num_given_prefix += (mask & right_before).sum(0)
+        if nll is not None:
+            nll = nll.reshape(-1, self.window_length).double()
+            self.nats += torch.where(mask, nll, 0.0).sum(0)
+            self.num_likelihoods += mask.sum(0)
+
+    def compute(self) -> WindowSummary:
+        """The means over everything added since the last reset, over all ranks."""
+        lengths = torch.arange(self.window_length + 1, device=self.prefix_counts.device)
+        num_windows = self.prefix_counts.sum()
+        total = (self.prefix_counts * lengths).sum()
+        total_squares = (self.prefix_counts * lengths**2).sum()
+        # Sum of squared deviations times n, in whole numbers: nothing cancels.
+        deviations = num_windows * total_squares - total**2
+        # Prefixes that reach beyond position j, for every j.
+        num_prefix_correct = self.prefix_counts.flip(0).cumsum(0).flip(0)[1:]
+        return WindowSummary(
+            correct_tokens=total.double() / num_windows,
+            standard_error=(deviations.double() / (num_windows - 1).clamp(min=0)).sqrt() / num_windows,
+            num_windows=num_windows,
+            prefix_counts=self.prefix_counts,
+            accuracy=self.num_correct.double() / self.num_positions,
+            num_positions=self.num_positions,
+            accuracy_given_prefix=num_prefix_correct.double() / self.num_given_prefix,
+            num_given_prefix=self.num_given_prefix,
+            perplexity=(self.nats / self.num_likelihoods).exp(),
+            num_likelihoods=self.num_likelihoods,
+        )
+
+
+def as_tags(summary: WindowSummary, prefix: str = "val") -> dict[str, float]:
+    """The scalars of a summary under the names they are logged as; whatever has no data is left out.
+
+    Args:
+        summary: the result of `WindowMetrics.compute`.
+        prefix: the stage: "train", "val" or "test".
+
+    Returns:
+        `{prefix}/correct_tokens`, `{prefix}/correct_tokens_standard_error`, and for every position with data
+        `{prefix}/accuracy/position_03`, `{prefix}/accuracy_given_prefix/position_03`,
+        `{prefix}/perplexity/position_03`.
+    """
+    tags: dict[str, float] = {}
+    if summary.num_windows > 0:
+        tags[f"{prefix}/correct_tokens"] = float(summary.correct_tokens)
+    if summary.num_windows > 1:
+        tags[f"{prefix}/correct_tokens_standard_error"] = float(summary.standard_error)
+    by_position = {
+        "accuracy": (summary.accuracy, summary.num_positions),
+        "accuracy_given_prefix": (summary.accuracy_given_prefix, summary.num_given_prefix),
+        "perplexity": (summary.perplexity, summary.num_likelihoods),
+    }
+    for name, (values, counts) in by_position.items():
+        # torchmetrics turns results with one element into scalars, which is every list of a one-token window.
+        data = zip(values.reshape(-1).tolist(), counts.reshape(-1).tolist(), strict=True)
+        tags |= {f"{prefix}/{name}/position_{j:02d}": value for j, (value, count) in enumerate(data) if count > 0}
+    return tags
