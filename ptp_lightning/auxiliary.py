@@ -33,7 +33,7 @@ def pick(u: Tensor, P: TokenDistribution) -> Tensor:
     _require_leading_shape("u", u, P)
     require((u >= 0) & (u < 1), u, "auxiliaries u must lie in [0, 1)")
     F = P.cdf()
-    j = torch.searchsorted(F, u.double()[..., None], right=True)
+    j = torch.searchsorted(F, u.double()[..., None].contiguous(), right=True)
     return (j if P.token_ids is None else P.token_ids.gather(-1, j)).squeeze(-1)
 
 

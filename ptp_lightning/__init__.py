@@ -1,0 +1,55 @@
+"""Parallel Token Prediction: train, decode exactly, ablate. The public names, each imported when it is first used."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ptp_lightning.auxiliary import pick, token_interval
+    from ptp_lightning.data.batch import PackedBatch
+    from ptp_lightning.data.datamodule import CorpusDataModule
+    from ptp_lightning.models.predictor import ParallelTokenPredictor, PredictorConfig
+    from ptp_lightning.sampling import SamplingConfig
+    from ptp_lightning.training.distillation import DistillationModule
+    from ptp_lightning.training.pretraining import AutoregressiveModule
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AutoregressiveModule",
+    "CorpusDataModule",
+    "DistillationModule",
+    "PackedBatch",
+    "ParallelTokenPredictor",
+    "PredictorConfig",
+    "SamplingConfig",
+    "__version__",
+    "pick",
+    "token_interval",
+]
+
+# torch, transformers and Lightning take seconds to import, so their users wait until they are asked for.
+_HOMES = {
+    "AutoregressiveModule": "training.pretraining",
+    "CorpusDataModule": "data.datamodule",
+    "DistillationModule": "training.distillation",
+    "PackedBatch": "data.batch",
+    "ParallelTokenPredictor": "models.predictor",
+    "PredictorConfig": "models.predictor",
+    "SamplingConfig": "sampling",
+    "pick": "auxiliary",
+    "token_interval": "auxiliary",
+}
+
+
+def __getattr__(name: str) -> object:
+    """A public name, from the module it lives in."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """Public names too, imported or not."""
+    return sorted(globals().keys() | _HOMES)

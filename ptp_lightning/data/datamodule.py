@@ -1,0 +1,231 @@
+"""LightningDataModules: corpora as streams of packed batches that a checkpoint can rewind."""
+
+import itertools
+import random
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader, IterableDataset
+
+from ptp_lightning.data.batch import PackedBatch
+from ptp_lightning.data.corpus import Corpus, Document, Split
+from ptp_lightning.data.packing import MIN_PIECE, PackedRow, collate, pack
+from ptp_lightning.pretrained import load_tokenizer
+from ptp_lightning.randomness import keyed_generator
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def tokenized(documents: Sequence[Document], tokenizer: "PreTrainedTokenizerBase") -> Iterator[list[int]]:
+    """Token ids of each document, closed by the end-of-text token when the tokenizer has one."""
+    end_of_text: Any = tokenizer.eos_token_id
+    end = [] if end_of_text is None else [end_of_text]
+    for document in documents:
+        yield tokenizer.encode(document.text, add_special_tokens=False, verbose=False) + end
+
+
+def _no_rows(split: Split, num_documents: int) -> ValueError:
+    return ValueError(
+        f"expected a document of two or more tokens in the {split} split, found none among {num_documents} documents: "
+        "mend data.corpus"
+    )
+
+
+class TrainingStream(IterableDataset[PackedBatch]):
+    """An endless, seeded stream of packed batches over shuffled epochs of the documents.
+
+    Batch k is a function of the documents, the settings and k alone, so a stream that starts with `skip_batches = k`
+    continues one that was stopped after k batches.
+
+    Args:
+        documents: the training documents of this rank.
+        tokenizer: turns text into ids.
+        row_length: S, tokens per row.
+        batch_size: B, rows per batch.
+        num_windows: N, windows per row.
+        shuffle_rows: rows held back to be drawn from in random order, so that a batch mixes documents.
+        seed: of the document order, the row order and the windows.
+        skip_batches: batches that were consumed before; a function is asked each time an iteration starts.
+    """
+
+    def __init__(
+        self,
+        documents: Sequence[Document],
+        tokenizer: "PreTrainedTokenizerBase",
+        *,
+        row_length: int,
+        batch_size: int,
+        num_windows: int,
+        shuffle_rows: int,
+        seed: int,
+        skip_batches: int | Callable[[], int] = 0,
+    ) -> None:
+        self.documents = documents
+        self.tokenizer = tokenizer
+        self.row_length = row_length
+        self.batch_size = batch_size
+        self.num_windows = num_windows
+        self.shuffle_rows = shuffle_rows
+        self.seed = seed
+        self.skip_batches = skip_batches
+
+    def __iter__(self) -> Iterator[PackedBatch]:
+        """Yield batches from number `skip_batches` on, for ever.
+
+        Raises:
+            ValueError: no document has two or more tokens.
+        """
+        rows = self._shuffled_rows()
+        skip_batches = self.skip_batches if isinstance(self.skip_batches, int) else self.skip_batches()
+        for _ in range(skip_batches * self.batch_size):
+            next(rows)
+        for batch_index in itertools.count(skip_batches):
+            generator = keyed_generator(self.seed, "windows", batch_index)
+            yield collate([next(rows) for _ in range(self.batch_size)], self.num_windows, generator)
+
+    def _rows(self) -> Iterator[PackedRow]:
+        """Rows of all epochs, each epoch in an order of its own."""
+        for epoch in itertools.count():
+            order = list(self.documents)
+            random.Random(f"{self.seed}/{epoch}").shuffle(order)
+            rows = pack(tokenized(order, self.tokenizer), self.row_length)
+            first = next(rows, None)
+            if first is None:  # it would be no better in the next epoch
+                raise _no_rows("train", len(order))
+            yield first
+            yield from rows
+
+    def _shuffled_rows(self) -> Iterator[PackedRow]:
+        """Rows drawn at random from a buffer of the next `shuffle_rows`."""
+        draw = random.Random(self.seed)
+        buffer: list[PackedRow] = []
+        for row in self._rows():
+            if len(buffer) < self.shuffle_rows:
+                buffer.append(row)
+                continue
+            place = draw.randrange(len(buffer))
+            buffer[place], row = row, buffer[place]
+            yield row
+
+
+class CorpusDataModule(LightningDataModule):
+    """Packed batches of a text corpus: an endless training stream, fixed validation and test rows.
+
+    Args:
+        corpus: where the documents come from.
+        tokenizer: whose tokens: `embedded`, a hub id, a folder or a GGUF file; the one of the model.
+        row_length: S, tokens per row.
+        batch_size: B, rows per batch and rank.
+        num_windows: N, windows per row.
+        eval_rows: rows of the validation and of the test split that are used, taken evenly over the split.
+        shuffle_rows: size of the training stream's shuffle buffer, in rows.
+        seed: of every draw in here.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        tokenizer: str = "embedded",
+        row_length: int = 256,
+        batch_size: int = 4,
+        num_windows: int = 16,
+        eval_rows: int = 32,
+        shuffle_rows: int = 512,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        least = {"row_length": (row_length, MIN_PIECE), "batch_size": (batch_size, 1)}
+        for name, (value, minimum) in (least | {"num_windows": (num_windows, 1), "eval_rows": (eval_rows, 1)}).items():
+            if value < minimum:
+                raise ValueError(f"expected data.{name} >= {minimum}, found {value}")
+        self.corpus = corpus
+        self.tokenizer_path = tokenizer
+        self.row_length = row_length
+        self.batch_size = batch_size
+        self.num_windows = num_windows
+        self.eval_rows = eval_rows
+        self.shuffle_rows = max(shuffle_rows, 1)
+        self.seed = seed
+        self.tokenizer: PreTrainedTokenizerBase | None = None
+        # What the loaded checkpoint had consumed, and the trainer's step it was written at.
+        self._loaded_batches = 0
+        self._loaded_step = 0
+
+    def setup(self, stage: str) -> None:
+        """Load the tokenizer; data are read when a loader is asked for."""
+        if self.tokenizer is None:
+            self.tokenizer = load_tokenizer(self.tokenizer_path)
+
+    def train_dataloader(self) -> DataLoader[PackedBatch]:
+        """Endless batches; the stream goes on where a loaded checkpoint stopped."""
+        stream = TrainingStream(
+            self._documents("train"),
+            self._require_tokenizer(),
+            row_length=self.row_length,
+            batch_size=self.batch_size,
+            num_windows=self.num_windows,
+            shuffle_rows=self.shuffle_rows,
+            seed=self.seed,
+            skip_batches=self._batches_consumed,
+        )
+        return DataLoader(stream, batch_size=None)
+
+    def val_dataloader(self) -> DataLoader[PackedBatch]:
+        """The validation rows, the same on every call."""
+        return self._fixed_batches("val")
+
+    def test_dataloader(self) -> DataLoader[PackedBatch]:
+        """The test rows, the same on every call."""
+        return self._fixed_batches("test")
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far the training stream was consumed; batches that were only prefetched do not count."""
+        step = self._loaded_step if self.trainer is None else self.trainer.global_step
+        return {"batches_consumed": self._batches_consumed(), "global_step": step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Rewind the training stream to where the checkpoint was written."""
+        self._loaded_batches = int(state_dict["batches_consumed"])
+        self._loaded_step = int(state_dict["global_step"])
+
+    def _batches_consumed(self) -> int:
+        """Batches of this rank that went into optimiser steps, over all runs that led here."""
+        if self.trainer is None:
+            return self._loaded_batches
+        steps = self.trainer.global_step - self._loaded_step
+        return self._loaded_batches + steps * self.trainer.accumulate_grad_batches
+
+    def _require_tokenizer(self) -> "PreTrainedTokenizerBase":
+        if self.tokenizer is None:
+            raise RuntimeError("call setup() before asking for a data loader")
+        return self.tokenizer
+
+    def _documents(self, split: Split) -> list[Document]:
+        """This rank's documents of a split."""
+        documents = list(self.corpus.documents(split))
+        if not any(document.text for document in documents):
+            raise ValueError(
+                f"expected text in the {split} split of {self.corpus}, found {len(documents)} documents without any: "
+                "mend data.corpus (with few files, held_out: lines splits inside each file)"
+            )
+        rank, world = self._rank_and_world()
+        return documents[rank::world]
+
+    def _rank_and_world(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+
+    def _fixed_batches(self, split: Split) -> DataLoader[PackedBatch]:
+        documents = self._documents(split)
+        rows = list(pack(tokenized(documents, self._require_tokenizer()), self.row_length))
+        if not rows:
+            raise _no_rows(split, len(documents))
+        count = min(self.eval_rows, len(rows))
+        rows = [rows[index * len(rows) // count] for index in range(count)]
+        generator = keyed_generator(self.seed, split)
+        batches = [
+            collate(rows[begin : begin + self.batch_size], self.num_windows, generator)
+            for begin in range(0, count, self.batch_size)
+        ]
+        return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]  # a list is a map-style dataset

@@ -1,0 +1,122 @@
+"""Where pretrained things are (the embedded default, a hub id, a folder, a GGUF file), and how they are opened."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+EMBEDDED = "embedded"
+PATH_KEY = "predictor.backbone.path"
+TOKENIZER_KEY = "data.tokenizer"
+GGUF_MAGIC = b"GGUF"
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
+
+
+def embedded_folder(name: str = "embedded_teacher") -> Path:
+    """The folder of a model that ships with the package."""
+    return Path(str(resources.files("ptp_lightning"))) / "assets" / name
+
+
+def locate(path: str, *, revision: str | None = None, key: str = PATH_KEY) -> dict[str, Any]:
+    """Keyword arguments that make a `from_pretrained` open `path`; what is local never touches the network.
+
+    Args:
+        path: "embedded", a folder, a GGUF file, or a hub id.
+        revision: branch, tag or commit of a hub id.
+        key: the configuration key that errors name.
+
+    Raises:
+        FileNotFoundError: `path` is meant as a local path and nothing is there.
+        ValueError: a file is there that is not GGUF.
+        ImportError: a GGUF file needs the package `gguf`.
+    """
+    local = embedded_folder() if path == EMBEDDED else Path(path).expanduser()
+    if local.is_dir():
+        return {"pretrained_model_name_or_path": str(local), "local_files_only": True}
+    if local.is_file():
+        _require_gguf(local, key)
+        return {
+            "pretrained_model_name_or_path": str(local.parent),
+            "gguf_file": local.name,
+            "local_files_only": True,
+        }
+    if local.is_absolute() or local.suffix == ".gguf" or path.startswith((".", "~")) or path.count("/") > 1:
+        expected = "GGUF file" if local.suffix == ".gguf" else "model folder"
+        raise FileNotFoundError(f"expected a {expected} at {local}, found nothing: mend {key}")
+    return {"pretrained_model_name_or_path": path, "revision": revision}
+
+
+def load_tokenizer(path: str, *, revision: str | None = None, key: str = TOKENIZER_KEY) -> PreTrainedTokenizerBase:
+    """The tokenizer of the model at `path` (arguments as in `locate`); it need not have an end-of-text token.
+
+    Raises:
+        FileNotFoundError: nothing is at a local path, or a folder without a tokenizer.
+        ValueError: what is there cannot be read.
+        ImportError: a GGUF file needs the package `gguf`.
+    """
+    from transformers import AutoTokenizer
+
+    source = locate(path, revision=revision, key=key)
+    is_local = "local_files_only" in source
+    if is_local and "gguf_file" not in source:
+        folder = Path(source["pretrained_model_name_or_path"])
+        if not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
+            raise FileNotFoundError(f"expected a tokenizer in {folder}, found {listing(folder)}: mend {key}")
+    with clear_errors(path, key), quiet_transformers(progress_bar=not is_local):
+        return AutoTokenizer.from_pretrained(**source)
+
+
+@contextmanager
+def clear_errors(path: str | Path, key: str) -> Iterator[None]:
+    """Turns what the readers of foreign files raise into one ValueError that names the path and the key."""
+    try:
+        yield
+    except ImportError:  # says itself what to install
+        raise
+    except Exception as error:  # each reader has its own: struct.error, SafetensorError, OSError, RuntimeError, ...
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{key}={path} cannot be read: {type(error).__name__}: {reason}") from error
+
+
+@contextmanager
+def quiet_transformers(progress_bar: bool) -> Iterator[None]:
+    """Keeps loading reports off the screen (we check them ourselves), and bars unless something is downloaded."""
+    from transformers.utils import logging
+
+    verbosity, had_progress_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    if not progress_bar:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if had_progress_bar and not progress_bar:
+            logging.enable_progress_bar()
+
+
+def few(names: Iterable[object], limit: int = 4) -> str:
+    """The first names in alphabetical order and how many there are besides."""
+    ordered = sorted(str(name) for name in names)
+    return ", ".join(ordered[:limit]) + (f" and {len(ordered) - limit} more" if len(ordered) > limit else "")
+
+
+def listing(folder: Path) -> str:
+    """What is in a folder, for an error message."""
+    return few(entry.name for entry in folder.iterdir()) or "an empty folder"
+
+
+def _require_gguf(file: Path, key: str) -> None:
+    with file.open("rb") as stream:
+        magic = stream.read(len(GGUF_MAGIC))
+    if magic != GGUF_MAGIC:
+        raise ValueError(f"expected a model folder or a GGUF file, found that {file} starts with {magic!r}: mend {key}")
+    if importlib.util.find_spec("gguf") is None:
+        raise ImportError(f"{key}={file} needs the package gguf: pip install 'ptp_lightning[gguf]'")

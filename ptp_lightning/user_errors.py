@@ -1,0 +1,18 @@
+"""What a user reads when something they typed is wrong."""
+
+import re
+
+EXIT_CODE = 2
+
+# Lines with which jsonargparse explains its search through type unions, and its dump of the whole value: they bury
+# the one line about the misspelt or refused key.
+_NOISE = re.compile(
+    r"^\s*(Does not validate against any of the Union subtypes|Subtypes: .*|Errors:|- Expected a <class 'NoneType'>"
+    r"|Given value type: .*|Given value: .*)$"
+)
+
+
+def plain_reason(message: str) -> str:
+    """The lines of an error message that say what to mend."""
+    lines = [line for line in message.splitlines() if line.strip() and not _NOISE.match(line)]
+    return "\n".join(line.strip().removeprefix("- ") for line in lines)
