@@ -49,9 +49,7 @@ class TestLocate:
     @pytest.mark.parametrize("name", ["model.gguf", "model.safetensors", "last.ckpt"])
     def test_a_file_of_another_kind_is_not_nothing(self, tmp_path: Path, name: str) -> None:
         (tmp_path / name).write_bytes(b"PK\x03\x04 something else")
-        with pytest.raises(
-            ValueError, match=rf"GGUF file, found that .*{name} starts with b'PK.*data\.tokenizer"
-        ):
+        with pytest.raises(ValueError, match=rf"GGUF file, found that .*{name} starts with b'PK.*data\.tokenizer"):
             locate(str(tmp_path / name), key="data.tokenizer")
 
     @pytest.mark.parametrize("path", ["./nowhere", "../nowhere", "/nowhere/at/all", "~/nowhere", "a/b/c"])

@@ -1,0 +1,59 @@
+"""The command line: one entry for every job."""
+
+import os
+import sys
+
+from ptp_lightning.user_errors import EXIT_CODE, plain_reason
+
+TRAINING_COMMANDS = ("fit", "validate", "test")
+
+HELP = """usage: python -m ptp_lightning COMMAND [options]
+
+  fit        train:   --config configs/gated_lora.yaml [--trainer.max_steps 100 ...] [--ckpt_path last.ckpt]
+  validate   measure a checkpoint on the validation split: --config ... --ckpt_path P
+  test       the same on the test split
+  generate   continue text: --prompt TEXT | --prompts FILE [--ckpt_path P] [--temperature 0.7 ...] [--json]
+  export     write a checkpoint as a folder that PEFT opens: --ckpt_path P --output DIR [--dtype bfloat16] [--overwrite]
+
+Each command explains its options with --help."""
+
+
+def main() -> None:
+    """Run the command that the first argument of the command line names.
+
+    What a user can mend (ValueError, FileNotFoundError, a missing package) ends as one message and status 2. Set
+    PTP_TRACEBACK=1 to see where it was raised.
+    """
+    args = sys.argv[1:]
+    if os.environ.get("PTP_TRACEBACK"):
+        dispatch(args)
+        return
+    try:
+        dispatch(args)
+    except (ValueError, FileNotFoundError, ImportError) as error:
+        print(f"error: {plain_reason(str(error))}", file=sys.stderr)
+        sys.exit(EXIT_CODE)
+
+
+def dispatch(args: list[str]) -> None:
+    """Run the command that `args[0]` names."""
+    if not args or args[0] in ("-h", "--help"):
+        print(HELP)
+        return
+    command = args[0]
+    if command in TRAINING_COMMANDS:
+        from ptp_lightning.training.cli import run
+
+        run()
+        return
+    if command == "generate":
+        from ptp_lightning.decoding.command import run
+
+        run(args[1:])
+        return
+    if command == "export":
+        from ptp_lightning.models.export_command import run
+
+        run(args[1:])
+        return
+    raise ValueError(f"expected one of the commands below, found {command!r}\n\n{HELP}")

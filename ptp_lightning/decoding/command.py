@@ -1,0 +1,138 @@
+"""The command `generate`: prompts in, text or JSON out."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from argparse import ArgumentError
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ptp_lightning.decoding.generation import Generation, GenerationSettings
+from ptp_lightning.decoding.text import DecoderName, encode_prompt, end_of_text_ids, generate
+from ptp_lightning.models.checkpoint import load_predictor
+from ptp_lightning.pretrained import load_tokenizer
+from ptp_lightning.sampling import SamplingConfig
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+SAMPLING_OPTIONS = ("temperature", "top_k", "top_p")
+
+
+def run(args: Sequence[str]) -> None:
+    """Continue the prompts that `args` give, one after another.
+
+    Raises:
+        ValueError: an option is unknown or out of range, or a prompt is empty or too long; before the first token.
+        FileNotFoundError: the checkpoint or the file of prompts is not there.
+    """
+    try:
+        options = _parser().parse_args(list(args))
+    except ArgumentError as error:
+        # jsonargparse speaks of parser keys, over several lines; the user typed options and wants one line.
+        reason = re.sub(r'Parser key "(\w+)":', r"--\1:", " ".join(str(error).split()))
+        raise ValueError(f"generate: {reason} (--help lists the options)") from error
+    prompts = _prompts(options.prompt, options.prompts)
+    given = {name: options[name] for name in SAMPLING_OPTIONS if options[name] is not None}
+    lengths = {"max_new_tokens": options.max_new_tokens, "window_length": options.window_length}
+    settings = GenerationSettings(  # before the model is loaded: what is out of range is said at once
+        SamplingConfig(**given), seed=options.seed, **{name: n for name, n in lengths.items() if n is not None}
+    )
+    predictor = load_predictor(options.ckpt_path)
+    tokenizer = load_tokenizer(predictor.config.backbone.path)
+    sampling = replace(predictor.config.sampling, **given)
+    if sampling != predictor.config.sampling and options.decoder == "speculative":
+        print(
+            f"note: the adapter was trained for {_describe(predictor.config.sampling)}; with {_describe(sampling)} the "
+            "text is exact all the same, but fewer tokens per call may be accepted",
+            file=sys.stderr,
+        )
+    for number, prompt in enumerate(prompts, start=1):
+        try:
+            encode_prompt(predictor, prompt, tokenizer, settings)
+        except ValueError as error:
+            where = f"{options.prompts} line {number}" if options.prompts is not None else "--prompt"
+            raise ValueError(f"{where}: {error}") from error
+    end_of_text = end_of_text_ids(predictor, tokenizer)
+    for number, prompt in enumerate(prompts):
+        if not options.json:
+            print("\n" * min(number, 1) + prompt, end="", flush=True)
+        generation = generate(
+            predictor,
+            prompt,
+            max_new_tokens=options.max_new_tokens,
+            sampling=sampling,
+            seed=options.seed,
+            decoder=options.decoder,
+            window_length=options.window_length,
+            end_of_text=end_of_text,
+            tokenizer=tokenizer,
+            on_text=None if options.json else _stream,
+        )
+        print(json.dumps(as_json(generation)) if options.json else f"\n\n{_summary(generation)}", flush=True)
+
+
+def as_json(generation: Generation) -> dict[str, Any]:
+    """The object that `--json` prints for a prompt."""
+    keys = ("prompt", "text", "token_ids", "num_calls", "num_tokens", "accepted_per_call", "seconds")
+    return {key: getattr(generation, key) for key in keys}
+
+
+def _parser() -> ArgumentParser:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(
+        prog="python -m ptp_lightning generate",
+        description="Continue prompts: the base model's own samples, several tokens per call.",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--ckpt_path", type=str, help="Lightning checkpoint or exported folder; by default the embedded adapter")
+    add("--prompt", type=str, help="text to continue; if it begins with a dash, write --prompt=-TEXT")
+    add("--prompts", type=str, help="file with one prompt per line")
+    add("--max_new_tokens", type=int, default=64, help="the text ends here or at an end-of-text token")
+    add("--temperature", type=float, help="0 is greedy; this and the next two are by default the adapter's own")
+    add("--top_k", type=int, help="keep the k most likely tokens; more than the vocabulary keeps all")
+    add("--top_p", type=float, help="keep the most likely tokens that hold this mass together")
+    add("--seed", type=int, default=0, help="of the auxiliaries; both decoders give the same text for it")
+    add("--decoder", type=DecoderName, default="speculative", help="several tokens per call, or one (the reference)")
+    add("--window_length", type=int, help="tokens drafted per cycle; by default as in training")
+    add("--json", action="store_true", help="print one JSON object per prompt and nothing else")
+    return parser
+
+
+def _prompts(prompt: str | None, file: str | None) -> list[str]:
+    if (prompt is None) == (file is None):
+        raise ValueError(f"expected one of --prompt and --prompts, found {'neither' if prompt is None else 'both'}")
+    if prompt is not None:
+        return [prompt]
+    path = Path(str(file)).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"expected a file with one prompt per line at {path}, found none: mend --prompts")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"expected UTF-8 text in {path}, found {error}: mend --prompts") from error
+    if not text:
+        raise ValueError(f"expected one prompt per line in {path}, found an empty file: mend --prompts")
+    return text.removesuffix("\n").split("\n")
+
+
+def _describe(sampling: SamplingConfig) -> str:
+    return ", ".join(f"{name} {getattr(sampling, name)}" for name in SAMPLING_OPTIONS)
+
+
+def _stream(piece: str) -> None:
+    print(piece, end="", flush=True)
+
+
+def _summary(generation: Generation) -> str:
+    return (
+        f"[{generation.num_tokens} tokens in {generation.num_calls} calls: {generation.accepted_per_call:.2f} tokens "
+        f"per call, {generation.seconds:.2f} s, {generation.num_tokens / generation.seconds:.1f} tokens per second]"
+    )

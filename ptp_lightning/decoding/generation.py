@@ -1,0 +1,196 @@
+"""What all decoders share: settings, auxiliaries by position, the cached context, the verified output, the result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ptp_lightning.auxiliary import draw_auxiliaries
+from ptp_lightning.models.predictor import ParallelTokenPredictor
+from ptp_lightning.randomness import keyed_generator
+from ptp_lightning.sampling import SamplingConfig
+
+Finished = Literal["eos", "length"]
+OnTokens = Callable[[list[int]], None]
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """What decides the text besides the prompt, and how long a draft may be, which does not.
+
+    Args:
+        sampling: the distribution Q of the base model that tokens are picked from.
+        max_new_tokens: the text ends after this many tokens, or earlier at an end-of-text token.
+        seed: of the auxiliaries.
+        end_of_text: token ids that end the text; the one that does is its last token.
+        window_length: L, tokens drafted per cycle; may differ from training and never changes the text.
+
+    Raises:
+        ValueError: a value is out of range; names the key.
+    """
+
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    max_new_tokens: int = 64
+    seed: int = 0
+    end_of_text: frozenset[int] = frozenset()
+    window_length: int = 16
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"expected max_new_tokens >= 1, found {self.max_new_tokens}")
+        if self.window_length < 2:
+            raise ValueError(
+                f"expected window_length >= 2 (the first token of a window needs no slot), found {self.window_length}"
+            )
+
+    def auxiliaries(self, device: torch.device) -> Tensor:
+        """`[1, max_new_tokens]` float64: u_k picks the k-th new token, in every decoder."""
+        return draw_auxiliaries((self.max_new_tokens,), keyed_generator(self.seed, "generate"), device).unsqueeze(0)
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What a decoder returns.
+
+    Attributes:
+        token_ids: the new tokens, an end-of-text token included.
+        num_calls: forward passes of the network, the one that reads the prompt included.
+        finished: ended by an end-of-text token, or by `max_new_tokens`.
+        correct_per_cycle: correct tokens of each draft, 1 .. L, its exact first token included; empty without drafts.
+    """
+
+    token_ids: list[int]
+    num_calls: int
+    finished: Finished
+    correct_per_cycle: list[int]
+
+
+@dataclass(frozen=True)
+class Generation(Decoded):
+    """A continuation as text, and what it cost.
+
+    Attributes:
+        prompt: the text that is continued.
+        text: the continuation, without special tokens.
+        seconds: wall-clock time, from the tokenised prompt to the last token.
+    """
+
+    prompt: str
+    text: str
+    seconds: float
+
+    @property
+    def num_tokens(self) -> int:
+        """New tokens, an end-of-text token included."""
+        return len(self.token_ids)
+
+    @property
+    def accepted_per_call(self) -> float:
+        """New tokens per forward pass of the network; 1 for the autoregressive decoder."""
+        return self.num_tokens / self.num_calls
+
+
+class CachedContext:
+    """The base model and the keys and values of the tokens it has read so far.
+
+    Args:
+        predictor: the network.
+
+    Attributes:
+        length: tokens in the cache; the next one read has this position id.
+        num_calls: forward passes so far.
+    """
+
+    def __init__(self, predictor: ParallelTokenPredictor) -> None:
+        from transformers import DynamicCache
+
+        self.predictor = predictor
+        self.cache = DynamicCache()
+        self.length = 0
+        self.num_calls = 0
+
+    def read(self, token_ids: Tensor, slots: Tensor | None = None) -> Tensor:
+        """Append tokens to the context in one call, and look ahead through slots, which leave no trace in it.
+
+        Args:
+            token_ids: `[1, T]`, T >= 1.
+            slots: `[1, J, H]`, input embeddings of the slots that follow the tokens.
+
+        Returns:
+            Last hidden states `[1, T + J, H]`; those of tokens are the base model's own.
+        """
+        embeddings, num_slots = self.predictor.embed(token_ids), 0
+        if slots is not None:
+            embeddings, num_slots = torch.cat([embeddings, slots], dim=1), slots.shape[1]
+        num_queries, device = embeddings.shape[1], embeddings.device
+        position_ids = torch.arange(self.length, self.length + num_queries, device=device).unsqueeze(0)
+        mask = torch.ones(num_queries, self.length + num_queries, dtype=torch.bool, device=device).tril(self.length)
+        gate = self.predictor.gate
+        with gate.open(suffix=num_slots) if num_slots else gate.closed():
+            hidden = self.predictor.decode(embeddings, position_ids, mask[None, None], self.cache)
+        self.num_calls += 1
+        self.length += num_queries
+        self.forget(num_slots)
+        return hidden
+
+    def forget(self, num_tokens: int) -> None:
+        """Cut the last tokens off the cache."""
+        self.cache.crop(-num_tokens)
+        self.length -= num_tokens
+
+
+class VerifiedOutput:
+    """The new tokens so far, all of them the base model's own picks.
+
+    Args:
+        settings: what ends the text.
+        on_tokens: is called with the tokens of every commit.
+    """
+
+    def __init__(self, settings: GenerationSettings, on_tokens: OnTokens | None) -> None:
+        self.token_ids: list[int] = []
+        self.finished: Finished | None = None
+        self._settings = settings
+        self._on_tokens = on_tokens
+
+    @property
+    def remaining(self) -> int:
+        """Tokens that may still follow."""
+        return self._settings.max_new_tokens - len(self.token_ids)
+
+    def commit(self, token_ids: list[int]) -> int:
+        """Append verified tokens, at most `remaining` many, up to the first that ends the text.
+
+        Returns:
+            How many were taken.
+        """
+        ends = (k for k, token_id in enumerate(token_ids) if token_id in self._settings.end_of_text)
+        end = next(ends, None)
+        if end is not None:
+            token_ids, self.finished = token_ids[: end + 1], "eos"
+        self.token_ids += token_ids
+        if self.finished is None and self.remaining == 0:
+            self.finished = "length"
+        if self._on_tokens is not None:
+            self._on_tokens(token_ids)
+        return len(token_ids)
+
+
+def require_room(predictor: ParallelTokenPredictor, prompt_length: int, settings: GenerationSettings) -> None:
+    """Refuse a prompt without tokens, or one that leaves the base model no positions for `max_new_tokens`.
+
+    Raises:
+        ValueError: names what to change.
+    """
+    if prompt_length == 0:
+        raise ValueError("expected a prompt of at least one token, found an empty one: mend prompt")
+    limit = predictor.max_positions
+    if limit is not None and prompt_length + settings.max_new_tokens > limit:
+        raise ValueError(
+            f"expected prompt + max_new_tokens <= {limit} tokens (the base model's positions), found {prompt_length} + "
+            f"{settings.max_new_tokens}: lower max_new_tokens or shorten the prompt"
+        )

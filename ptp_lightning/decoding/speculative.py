@@ -1,0 +1,144 @@
+"""Speculative decoding: the student proposes a window, the base model verifies it (Draxler et al., ICLR 2026, Alg. 1).
+
+The committed text is what the reference decoder gives for the same u, token for token, whatever the drafts are:
+drafts only decide how many calls it takes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ptp_lightning.auxiliary import pick
+from ptp_lightning.decoding.generation import (
+    CachedContext,
+    Decoded,
+    GenerationSettings,
+    OnTokens,
+    VerifiedOutput,
+    require_room,
+)
+from ptp_lightning.models.predictor import ParallelTokenPredictor
+from ptp_lightning.models.slots import ContextEnd, Objective
+from ptp_lightning.sampling import SamplingConfig
+
+
+class Proposer(Protocol):
+    """Turns slot logits into the draft of a window; any tokens will do, right ones save calls."""
+
+    def __call__(self, slot_logits: Tensor, auxiliaries: Tensor, start: int) -> Tensor:
+        """Tokens start .. start + J - 1 of the new text.
+
+        Args:
+            slot_logits: `[1, J, V]`, J >= 1.
+            auxiliaries: `[1, J]`, of the tokens to be proposed.
+            start: number of new tokens before the first proposed one.
+
+        Returns:
+            `[1, J]` int64.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class StudentProposer:
+    """What the slots were trained to say.
+
+    Args:
+        objective: of the predictor.
+        sampling: of the text.
+    """
+
+    objective: Objective
+    sampling: SamplingConfig
+
+    def __call__(self, slot_logits: Tensor, auxiliaries: Tensor, start: int) -> Tensor:
+        """See `Proposer`."""
+        return self.objective.propose(slot_logits.float(), auxiliaries, self.sampling)
+
+
+@torch.inference_mode()
+def decode_speculatively(
+    predictor: ParallelTokenPredictor,
+    prompt_ids: Tensor,
+    settings: GenerationSettings,
+    on_tokens: OnTokens | None = None,
+    proposer: Proposer | None = None,
+) -> Decoded:
+    """One call that reads the prompt and picks a token, then cycles of two calls that commit `accepted = correct + 1`.
+
+    The propose call reads the newest token, which the cache lacks, and the slots after it. The base model's own logits
+    give the first token of the window, t_1 = Pick(u_1, Q_1); slot j gives token j + 2. The verify call reads this draft
+    with the gate closed. The longest prefix in which every token is the base model's pick is correct (1 .. L tokens,
+    for t_1 always is), and the base model's pick after it is committed as well, be it the correction of a wrong token
+    or a bonus after the last.
+
+    The draft leaves room for that last pick, so windows shrink towards the end of the text. A single remaining
+    token is t_1 of a propose call and needs no verification.
+
+    Args:
+        predictor: in eval mode.
+        prompt_ids: `[1, S]` int64, S >= 1, on the predictor's device.
+        settings: sampling settings other than the predictor's own cost correct tokens, not exactness.
+        on_tokens: is called once a cycle with the committed tokens.
+        proposer: makes the drafts; by default the predictor.
+
+    Raises:
+        ValueError: the prompt is empty, or too long for `max_new_tokens` more.
+    """
+    require_room(predictor, prompt_ids.shape[1], settings)
+    if proposer is None:
+        proposer = StudentProposer(predictor.config.objective, settings.sampling)
+    auxiliaries = settings.auxiliaries(prompt_ids.device)
+    told = _told_auxiliaries(auxiliaries, settings.sampling)
+    context = CachedContext(predictor)
+    output = VerifiedOutput(settings, on_tokens)
+    correct_per_cycle: list[int] = []
+
+    # Read the prompt. `before` is the hidden state that `newest` was picked from.
+    before = context.read(prompt_ids)[:, -1:]
+    newest = pick(auxiliaries[:, :1], settings.sampling.distribution(predictor.logits(before)))
+    output.commit(newest[0].tolist())
+    while output.finished is None:
+        start = len(output.token_ids)
+        length = max(1, min(settings.window_length, output.remaining - 1))
+        window = slice(start, start + length)
+
+        # Propose.
+        end = ContextEnd(before[:, 0], predictor.embed(newest)[:, 0])
+        slots = predictor.slot_encoder(told[:, window], end) if length > 1 else None
+        logits = predictor.logits(context.read(newest, slots)[:, -length:])
+        draft = pick(auxiliaries[:, start : start + 1], settings.sampling.distribution(logits[:, :1]))
+        if length > 1:
+            proposed = proposer(logits[:, 1:], told[:, start + 1 : start + length], start + 1)
+            draft = torch.cat([draft, proposed], dim=1)
+        if output.remaining == 1:
+            output.commit(draft[0].tolist())
+            correct_per_cycle.append(1)
+            break
+
+        # Verify: picks[j] is what the base model says after draft[j].
+        hidden = context.read(draft)
+        distribution = settings.sampling.distribution(predictor.logits(hidden))
+        picks = pick(auxiliaries[:, start + 1 : start + length + 1], distribution)
+        correct = 1 + (draft[:, 1:] == picks[:, :-1]).cumprod(dim=1).sum(dim=1, keepdim=True)
+
+        # Commit. The correct part of the draft is picks shifted by one. This is the cycle's one wait for the device.
+        num_correct, *tokens = torch.cat([correct, draft[:, :1], picks], dim=1)[0].tolist()
+        context.forget(length - num_correct)
+        before, newest = (tensor[:, num_correct - 1 : num_correct] for tensor in (hidden, picks))
+        num_committed = output.commit(tokens[: num_correct + 1])
+        correct_per_cycle.append(min(num_correct, num_committed))
+    assert output.finished is not None
+    return Decoded(output.token_ids, context.num_calls, output.finished, correct_per_cycle)
+
+
+def _told_auxiliaries(auxiliaries: Tensor, sampling: SamplingConfig) -> Tensor:
+    """What slots are told. Greedy decoding ignores u, so they are told one that names a likely token."""
+    if sampling.temperature > 0:
+        return auxiliaries
+    # u = 0 is the most likely token where the distribution runs by rank; by token id, the middle is a fair guess.
+    return torch.full_like(auxiliaries, 0.0 if sampling.order == "descending" else 0.5)

@@ -1,0 +1,162 @@
+"""The backbone: any Hugging Face causal language model, which is both the teacher and the frozen base of the student.
+
+It comes from the embedded default, a hub id, a local folder, a GGUF file, or as fresh random weights from a
+configuration (the start of a small teacher's own training).
+"""
+
+import hashlib
+import warnings
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ptp_lightning.pretrained import EMBEDDED, PATH_KEY, clear_errors, few, listing, locate, quiet_transformers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+FROM_CONFIG_KEY = "predictor.backbone.from_config"
+FINGERPRINT_SAMPLES_PER_TENSOR = 2048
+# older names that transformers still translates, so not to be reported as misspelt
+LEGACY_CONFIG_KEYS = frozenset({"rope_theta", "rope_scaling", "partial_rotary_factor", "rotary_pct", "torch_dtype"})
+
+
+@dataclass(frozen=True)
+class BackboneSettings:
+    """Which causal language model stands behind the predictor.
+
+    Args:
+        path: "embedded" (the small teacher shipped with the package), a local folder with `config.json` and weights, a
+            `.gguf` file, or a model id of the Hugging Face hub. The tokenizer comes from here as well.
+        dtype: Number format of the weights.
+        revision: Branch, tag or commit of a hub id.
+        from_config: Build a fresh model with random weights from this transformers configuration instead of loading
+            one, e.g. {"model_type": "llama", "hidden_size": 192}; `path` then only gives the tokenizer.
+        random_weights: Take the configuration found at `path` but random weights.
+
+    Raises:
+        ValueError: A value is outside its range, or `from_config` has no `model_type`.
+    """
+
+    path: str = EMBEDDED
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    revision: str | None = None
+    from_config: dict[str, Any] | None = None
+    random_weights: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise ValueError(f"{PATH_KEY} is empty; expected '{EMBEDDED}', a hub id, a folder or a .gguf file")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"predictor.backbone.dtype must be float32 or bfloat16, found '{self.dtype}'")
+        if self.from_config is not None and "model_type" not in self.from_config:
+            raise ValueError(f"{FROM_CONFIG_KEY} needs a model_type such as 'llama', found {sorted(self.from_config)}")
+
+
+def load_backbone(settings: BackboneSettings) -> "PreTrainedModel":
+    """The model in eval mode with sdpa attention, every parameter still trainable.
+
+    Args:
+        settings: Where it comes from. Local paths never touch the network.
+
+    Raises:
+        FileNotFoundError: The folder, the file, or its configuration or weights do not exist.
+        ValueError: The files do not hold a complete causal language model.
+        ImportError: A `.gguf` file needs the package `gguf`.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    dtype = getattr(torch, settings.dtype)
+    if settings.from_config is not None:
+        return _random_model(_config_from_dict(settings.from_config), dtype)
+    source = locate(settings.path, revision=settings.revision)
+    is_local = "local_files_only" in source
+    if is_local and "gguf_file" not in source:
+        _require_model_files(Path(source["pretrained_model_name_or_path"]), weights=not settings.random_weights)
+    with clear_errors(settings.path, PATH_KEY), quiet_transformers(progress_bar=not is_local):
+        if settings.random_weights:
+            config = AutoConfig.from_pretrained(**source)
+            _drop_quantization(config)
+            return _random_model(config, dtype)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            **source, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+        )
+    model, report = loaded
+    if report["missing_keys"]:
+        raise ValueError(f"{PATH_KEY}={settings.path}: weights are missing for {few(report['missing_keys'])}")
+    if report["unexpected_keys"]:
+        warnings.warn(f"{settings.path}: weights without use: {few(report['unexpected_keys'])}", stacklevel=2)
+    return _dequantized(model, dtype) if "gguf_file" in source else model.eval()
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Identity of a model's base weights (hexadecimal sha256), to detect the checkpoint of another base model.
+
+    It covers the configuration's essentials and, of every tensor, name, shape and up to 4095 values at a fixed
+    stride. Values are rounded to bfloat16 first, so that the float32 and the bfloat16 copy of a model agree. Adapters
+    that PEFT added do not count. Take it before the parameters are sharded.
+
+    Args:
+        model: A transformers model or the `PeftModel` around it.
+    """
+    config: PreTrainedConfig = model.config.get_text_config()  # pyright: ignore[reportCallIssue,reportAttributeAccessIssue]
+    essentials = (config.model_type, config.vocab_size, config.hidden_size, config.num_hidden_layers)
+    digest = hashlib.sha256(repr(essentials).encode())
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            continue
+        base_name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+        digest.update(f"{base_name} {list(parameter.shape)}".encode())
+        digest.update(_sampled_bytes(parameter.detach()))
+    return digest.hexdigest()
+
+
+def _sampled_bytes(tensor: Tensor) -> bytes:
+    # an odd stride walks through all columns of the usual even-sized matrices
+    stride = (tensor.numel() // FINGERPRINT_SAMPLES_PER_TENSOR) | 1
+    sample = tensor.reshape(-1)[::stride].to(torch.bfloat16)
+    return sample.cpu().view(torch.int16).numpy().tobytes()
+
+
+def _require_model_files(folder: Path, *, weights: bool) -> None:
+    if not (folder / "config.json").is_file():
+        hint = " (or to the .gguf file itself)" if any(folder.glob("*.gguf")) else ""
+        raise FileNotFoundError(f"expected config.json in {folder}, found {listing(folder)}: mend {PATH_KEY}{hint}")
+    if weights and not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
+        raise FileNotFoundError(f"expected *.safetensors weights in {folder}, found {listing(folder)}: mend {PATH_KEY}")
+
+
+def _config_from_dict(entries: dict[str, Any]) -> "PreTrainedConfig":
+    """A transformers configuration; unlike transformers, refuses keys that the model type does not know."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.for_model(**entries)
+    except Exception as error:  # transformers validates field types with exceptions of its own
+        raise ValueError(f"{FROM_CONFIG_KEY}: {error}") from error
+    known = {"model_type"} | {entry.name for entry in fields(config)} | set(config.attribute_map) | LEGACY_CONFIG_KEYS
+    if unknown := sorted(set(entries) - known):
+        raise ValueError(f"{FROM_CONFIG_KEY}: a {entries['model_type']} configuration has no {unknown}")
+    return config
+
+
+def _random_model(config: "PreTrainedConfig", dtype: torch.dtype) -> "PreTrainedModel":
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
+
+
+def _dequantized(model: "PreTrainedModel", dtype: torch.dtype) -> "PreTrainedModel":
+    """An ordinary model with the weights of one read from GGUF, which claims to be quantized and cannot be saved."""
+    _drop_quantization(model.config)
+    plain = _random_model(model.config, dtype)
+    plain.load_state_dict(model.state_dict())
+    return plain
+
+
+def _drop_quantization(config: "PreTrainedConfig") -> None:
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,0 +1,301 @@
+"""Gated LoRA: low-rank adapters that act on auxiliary slots only (PAPER section 2, "Gated LoRA").
+
+Context positions run the unchanged base weights, bit for bit, so that one forward pass yields the teacher's
+distributions and the student's proposals, and both share one KV cache. PEFT owns the adapter weights and their files;
+this module only decides, for every token position, whether they act.
+"""
+
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import NamedTuple, NoReturn, cast
+
+import torch
+from peft import LoraConfig, PeftMixedModel, PeftModel, get_peft_model
+from peft.tuners.lora.layer import LoraLayer, LoraVariant
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Size and place of the low-rank adapter.
+
+    Args:
+        rank: Rank r of every update `B A`.
+        alpha: The update is scaled by `alpha / r`, with each layer's own r.
+        dropout: Probability with which an input feature of the update is dropped in training.
+        target_modules: "all-linear" (every linear layer except the output head), a list of module name endings such as
+            ["q_proj", "v_proj"], or a regular expression for full module names.
+        rank_pattern: Ranks that differ from `rank`, by module name ending (a regular expression).
+
+    Raises:
+        ValueError: A value lies outside its range.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    target_modules: str | list[str] = ALL_LINEAR
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"predictor.lora.rank must be at least 1, found {self.rank}")
+        if not self.alpha > 0:
+            raise ValueError(f"predictor.lora.alpha must be positive, found {self.alpha}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"predictor.lora.dropout must lie in [0, 1), found {self.dropout}")
+        if not self.target_modules:
+            raise ValueError(f"predictor.lora.target_modules must name at least one module, e.g. '{ALL_LINEAR}'")
+        for pattern, rank in self.rank_pattern.items():
+            if rank < 1:
+                raise ValueError(f"predictor.lora.rank_pattern['{pattern}'] must be at least 1, found {rank}")
+
+
+class Opening(NamedTuple):
+    """Where an open gate lets the adapter act: a mask [B, T], the last `suffix` positions, or (both None) all."""
+
+    mask: Tensor | None
+    suffix: int | None
+
+
+class Gate:
+    """The one switch of all gated layers of a model; closed unless a `with` block opens it.
+
+    While it is closed no LoRA arithmetic runs and the adapter's parameters take no part in the graph. To keep them in
+    it without any effect (DDP wants a gradient for every parameter on every rank) open it with `suffix=0`.
+
+    Activation checkpointing runs the forward pass again during backward, when the `with` block may have ended. Let the
+    recomputation see the gate as it was by passing `checkpoint_contexts`:
+
+        model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": gate.checkpoint_contexts})
+
+    Without it, keep the block open until backward is done: under another gate torch's non-reentrant checkpoint raises
+    `CheckpointError`, but the reentrant one silently returns wrong gradients.
+    """
+
+    def __init__(self) -> None:
+        self.opening: Opening | None = None  # where the adapter acts; set by the context managers only
+
+    @contextmanager
+    def open(self, mask: Tensor | None = None, *, suffix: int | None = None) -> Iterator[None]:
+        """Let the adapter act inside the block: everywhere, where a mask is true, or on each row's last positions.
+
+        Args:
+            mask: bool [B, T], True where the adapter acts.
+            suffix: Number of last positions on which it acts; like the equivalent mask, but the low-rank term is
+                computed on these positions only. 0 changes nothing and gives zero gradients.
+
+        Raises:
+            ValueError: Both are given, or either is malformed. The layers refuse inputs that the opening does not fit.
+        """
+        if mask is not None and suffix is not None:
+            raise ValueError("the gate opens by mask or by suffix, found both")
+        if mask is not None and (mask.dtype != torch.bool or mask.ndim != 2):
+            raise ValueError(f"the gate mask must be bool [B, T], found {mask.dtype} {list(mask.shape)}")
+        if suffix is not None and suffix < 0:
+            raise ValueError(f"the gate suffix must be at least 0 positions, found {suffix}")
+        with _Hold(self, Opening(mask, suffix)):
+            yield
+
+    def closed(self) -> AbstractContextManager[None]:
+        """Keep the adapter inert inside the block, also within an outer `open` (for a teacher call)."""
+        return _Hold(self, None)
+
+    def checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """The `context_fn` of `torch.utils.checkpoint`: recomputes a layer with the gate of its first computation."""
+        return nullcontext(), _Hold(self, self.opening)
+
+
+class _Hold(AbstractContextManager[None]):
+    """Holds a gate in one state; a class because checkpoints enter theirs again on every further backward."""
+
+    def __init__(self, gate: Gate, opening: Opening | None) -> None:
+        self._gate = gate
+        self._opening = opening
+
+    def __enter__(self) -> None:
+        self._previous = self._gate.opening
+        self._gate.opening = self._opening
+
+    def __exit__(self, *exception: object) -> None:
+        self._gate.opening = self._previous
+
+
+def _refuse_merge(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> NoReturn:
+    raise ValueError(
+        f"adapter '{active_adapter}' is gated and cannot be merged: merged weights would act on context positions and "
+        "change the base model. Keep the adapter, or call unload() to get the base model back."
+    )
+
+
+class GatedLoraVariant(LoraVariant):
+    """What PEFT calls instead of its own LoRA forward; one per adapted layer, all sharing one gate."""
+
+    def __init__(self, gate: Gate, layer_name: str) -> None:
+        self.gate = gate
+        self.layer_name = layer_name
+
+    def supports_lora_conversion(self) -> bool:
+        return False
+
+    def forward(self, module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: object) -> Tensor:
+        """Add the low-rank term of `x` to `result` where the gate is open.
+
+        Args:
+            module: The adapted layer.
+            active_adapter: PEFT's name of the adapter.
+            x: Input of the layer [B, T, features] (with a mask or a fully open gate also [B * T, features]).
+            result: Fresh output of the base layer, which no backward formula needs; may be changed in place.
+            **kwargs: Arguments of other PEFT variants.
+
+        Returns:
+            The output of `result`'s shape and dtype, bit-identical to it where the gate is closed.
+        """
+        opening = self.gate.opening
+        if opening is None:
+            return result
+        if opening.mask is not None:
+            open_positions = self._fit_mask(opening.mask, x)
+            opened = (result + _low_rank_term(module, active_adapter, x)).to(result.dtype)
+            return torch.where(open_positions, opened, result)
+        if opening.suffix is not None:
+            start = self._suffix_start(opening.suffix, x)
+            # contiguous: for a strided input torch picks the kernel by whether the weights require gradients
+            open_x = x.narrow(1, start, opening.suffix).contiguous()
+            term = _low_rank_term(module, active_adapter, open_x)
+            result.narrow(1, start, opening.suffix).add_(term)  # in place: closed positions are not even copied
+            return result
+        return (result + _low_rank_term(module, active_adapter, x)).to(result.dtype)
+
+    def _fit_mask(self, mask: Tensor, x: Tensor) -> Tensor:
+        """The mask with one entry per token of `x`, broadcasting over features."""
+        if x.shape[:-1] == mask.shape:
+            return mask.unsqueeze(-1)
+        if x.ndim == 2 and len(x) == mask.numel():  # some layers flatten rows and positions
+            return mask.reshape(-1, 1)
+        raise ValueError(
+            f"gate mask {list(mask.shape)} (rows, positions) does not fit the input {list(x.shape)} of layer "
+            f"{self.layer_name}; open the gate with the mask of this very call, or leave layers that do not see all "
+            "positions out of predictor.lora.target_modules"
+        )
+
+    def _suffix_start(self, suffix: int, x: Tensor) -> int:
+        if x.ndim != 3 or x.shape[1] < suffix:
+            raise ValueError(
+                f"gate suffix of {suffix} positions does not fit the input {list(x.shape)} of layer {self.layer_name}, "
+                f"expected [rows, positions >= {suffix}, features]; open the gate with a mask, or leave layers that do "
+                "not see all positions out of predictor.lora.target_modules"
+            )
+        return x.shape[1] - suffix
+
+    merge_safe = merge_unsafe = unmerge = staticmethod(_refuse_merge)
+
+
+def add_gated_lora(
+    model: PreTrainedModel, settings: LoraSettings, adapter_name: str = "default"
+) -> tuple[PeftModel, Gate]:
+    """Freeze a base model and add a gated adapter to it, with PEFT's initialisation (the adapter changes nothing yet).
+
+    Args:
+        model: The base model; its layers are wrapped in place.
+        settings: Size and place of the adapter.
+        adapter_name: PEFT's name of the adapter.
+
+    Returns:
+        The PEFT model in the same train / eval mode, with the adapter's parameters (float32 also on a bfloat16 base)
+        as the only trainable ones, and the closed gate.
+
+    Raises:
+        ValueError: A module pattern matches nothing or matches a layer that cannot be gated.
+    """
+    if isinstance(model, (PeftModel, PeftMixedModel)) or any(isinstance(layer, LoraLayer) for layer in model.modules()):
+        raise ValueError("the base model already holds an adapter; load the plain model at predictor.backbone.path")
+    _check_patterns(settings, [name for name, _ in model.named_modules()])
+    training = model.training
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,  # pyright: ignore[reportArgumentType]  PEFT only divides it by r
+        lora_dropout=settings.dropout,
+        target_modules=settings.target_modules,
+        rank_pattern=dict(settings.rank_pattern),
+        fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in model.modules()),
+        task_type="CAUSAL_LM",
+    )
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")  # PEFT settles it per layer
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # asked by PEFT
+            peft_model = cast(PeftModel, get_peft_model(model, config, adapter_name=adapter_name))
+    except ValueError as error:
+        raise ValueError(f"predictor.lora.target_modules={settings.target_modules!r}: {error}") from error
+    return peft_model.train(training), attach_gate(peft_model)
+
+
+def attach_gate(peft_model: PeftModel) -> Gate:
+    """Put every LoRA layer of a model behind one gate; needed after `PeftModel.from_pretrained`.
+
+    Calling it again returns the same gate and also covers adapters that were added in between.
+
+    Raises:
+        ValueError: There is no LoRA layer, or one that cannot be gated.
+    """
+    layers = {name: layer for name, layer in peft_model.named_modules() if isinstance(layer, LoraLayer)}
+    if not layers:
+        raise ValueError("expected a model with LoRA layers, found none; check predictor.lora.target_modules")
+    variants = [variant for layer in layers.values() for variant in layer.lora_variant.values()]
+    gates = [variant.gate for variant in variants if isinstance(variant, GatedLoraVariant)]
+    gate = gates[0] if gates else Gate()
+    output_head = cast(PreTrainedModel, peft_model.get_base_model()).get_output_embeddings()
+    for name, layer in layers.items():
+        _check_gateable(name, layer, output_head)
+        # PEFT would cast the whole input to the adapter's dtype; the variant casts the open positions only
+        layer.cast_input_dtype_enabled = False
+        for adapter_name in layer.lora_A:
+            layer.lora_variant[adapter_name] = GatedLoraVariant(gate, name)
+    return gate
+
+
+def _low_rank_term(module: LoraLayer, adapter_name: str, x: Tensor) -> Tensor:
+    """`alpha / r * B A x` in the adapter's dtype; [..., features in] -> [..., features out]."""
+    lora_a = cast(nn.Linear, module.lora_A[adapter_name])
+    x = module.lora_dropout[adapter_name](x.to(lora_a.weight.dtype))
+    return module.lora_B[adapter_name](lora_a(x)) * module.scaling[adapter_name]
+
+
+def _check_patterns(settings: LoraSettings, module_names: list[str]) -> None:
+    """PEFT ignores patterns that match nothing as long as one matches; a misspelt one should not go unnoticed."""
+    if isinstance(settings.target_modules, str):
+        targets = {settings.target_modules: settings.target_modules}
+        targets.pop(ALL_LINEAR, None)
+    else:
+        targets = {ending: rf"(.*\.)?{re.escape(ending)}" for ending in settings.target_modules}
+    ranks = {ending: rf"(.*\.)?({ending})" for ending in settings.rank_pattern}
+    for key, patterns in {"target_modules": targets, "rank_pattern": ranks}.items():
+        for entry, pattern in patterns.items():
+            try:
+                matches = any([re.fullmatch(pattern, name) for name in module_names])
+            except re.error as error:
+                raise ValueError(f"predictor.lora.{key}: '{entry}' is not a regular expression ({error})") from error
+            if not matches:
+                endings = sorted({name.rpartition(".")[2] for name in module_names} - {""})
+                names = [ending for ending in endings if not ending.isdigit()]
+                raise ValueError(f"predictor.lora.{key}: no module matches '{entry}'; names in this model: {names}")
+
+
+def _check_gateable(name: str, layer: LoraLayer, output_head: nn.Module | None) -> None:
+    base_layer = layer.get_base_layer()
+    cure = "leave it out of predictor.lora.target_modules"
+    if not isinstance(base_layer, (nn.Linear, Conv1D)):
+        raise ValueError(f"{name} is a {type(base_layer).__name__}, only linear layers can be gated; {cure}")
+    if layer is output_head:
+        # `logits_to_keep` shows the head a selection of positions, so the gate could not tell which they are
+        raise ValueError(f"{name} is the output head and cannot be gated; {cure}")
+    if any(not isinstance(variant, GatedLoraVariant) for variant in layer.lora_variant.values()):
+        raise ValueError(f"{name} uses another LoRA variant (such as DoRA); only plain LoRA can be gated")

@@ -1,0 +1,306 @@
+"""ParallelTokenPredictor: a frozen causal LM, gated LoRA and a slot encoder; context + auxiliaries -> window logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+
+from ptp_lightning.models.auxiliary_embedding import AuxiliaryFeatures, CosineFeatures
+from ptp_lightning.models.backbone import BackboneSettings, fingerprint, load_backbone
+from ptp_lightning.models.gated_lora import LoraSettings, add_gated_lora
+from ptp_lightning.models.slots import CategoricalObjective, ContextEnd, Objective, SlotEncoder
+from ptp_lightning.models.window_attention import context_mask, slot_mask
+from ptp_lightning.sampling import SamplingConfig
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache, PreTrainedModel
+
+    from ptp_lightning.decoding.generation import Generation
+
+
+@dataclass(frozen=True)
+class PredictorConfig:
+    """Everything that makes a predictor, apart from trained weights.
+
+    Args:
+        backbone: the base model, which is the teacher too.
+        objective: what slots carry and propose.
+        features: features of an auxiliary.
+        head: the trained map from features to the model's embedding space.
+        lora: size of the adapter.
+        sampling: the distribution of the base model that is imitated; intervals and targets are defined by it.
+        window_length: L, tokens predicted in one call; the first is exact, L - 1 come from slots.
+        context_end: slots also see the last context token and the hidden state before it (see `ContextEnd`).
+    """
+
+    backbone: BackboneSettings = field(default_factory=BackboneSettings)
+    objective: Objective = field(default_factory=CategoricalObjective)
+    features: AuxiliaryFeatures = field(default_factory=CosineFeatures)
+    head: Literal["linear", "mlp"] = "mlp"
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    window_length: int = 16
+    context_end: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse a window without slots."""
+        if self.window_length < 2:
+            raise ValueError(
+                f"expected predictor.window_length >= 2 (the first token needs no slot), found {self.window_length}"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that `from_dict` and YAML files understand."""
+        return asdict(self) | {
+            name: {"class_path": f"{type(value).__module__}.{type(value).__qualname__}", "init_args": asdict(value)}
+            for name, value in (("objective", self.objective), ("features", self.features))
+        }
+
+    @classmethod
+    def from_dict(cls, plain: dict[str, Any]) -> PredictorConfig:
+        """Inverse of `to_dict`.
+
+        Raises:
+            ValueError: unknown keys or values of the wrong type.
+        """
+        from jsonargparse import ArgumentParser
+
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_class_arguments(cls, "predictor")
+        try:
+            return parser.instantiate(parser.parse_object({"predictor": plain}))["predictor"]
+        except Exception as error:  # jsonargparse raises ArgumentError, TypeError or ValueError by cause
+            raise ValueError(
+                f"expected the configuration of a predictor, found one that does not fit: {error}"
+            ) from error
+
+
+class Context(NamedTuple):
+    """A batch of contexts after their forward pass.
+
+    Attributes:
+        hidden: `[B, S, H]`, last hidden states of the unchanged base model.
+        cache: keys and values of the context; calls may append to it, and must cut off what they appended.
+        document_ids: `[B, S]`.
+        window_starts: `[B, N]`.
+        window_positions: `[B, N]`, position id of each window's first token.
+        window_ends: `[B, N, H]` twice, what slots may see of the context's end.
+    """
+
+    hidden: Tensor
+    cache: DynamicCache
+    document_ids: Tensor
+    window_starts: Tensor
+    window_positions: Tensor
+    window_ends: ContextEnd
+
+    @property
+    def first_hidden(self) -> Tensor:
+        """`[B, N, H]`, hidden states that predict each window's first token."""
+        return _gather(self.hidden, self.window_starts - 1)
+
+
+class ParallelTokenPredictor(nn.Module):
+    """Predicts a window of dependent tokens in one forward pass of a causal LM.
+
+    The base model's weights are frozen and act alone on context tokens; the adapter acts on slots only, so the base
+    model's own distributions come out of the same network, bit for bit.
+
+    Args:
+        config: see `PredictorConfig`.
+        backbone: the loaded base model, when the caller has it already; else it is loaded from `config.backbone`.
+    """
+
+    def __init__(self, config: PredictorConfig, backbone: PreTrainedModel | None = None) -> None:
+        super().__init__()
+        self.config = config
+        backbone = load_backbone(config.backbone) if backbone is None else backbone
+        self.base_fingerprint = fingerprint(backbone)
+        table: Tensor = backbone.get_input_embeddings().weight  # pyright: ignore[reportAssignmentType]
+        _require_plain_head(backbone)
+        self.slot_encoder = SlotEncoder(config.objective, config.features, config.head, table, config.context_end)
+        self.language_model, self.gate = add_gated_lora(backbone, config.lora)
+        self.train()
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of what is trained; the base model stays in eval mode, where no dropout blurs the teacher."""
+        super().train(mode)
+        self.language_model.eval()
+        for name, module in self.language_model.named_modules():
+            if name.endswith("lora_dropout"):
+                module.train(mode)
+        return self
+
+    @property
+    def base_model(self) -> PreTrainedModel:
+        """The causal LM (its linear layers carry the gated adapter)."""
+        return self.language_model.get_base_model()  # pyright: ignore[reportReturnType]
+
+    @property
+    def max_positions(self) -> int | None:
+        """Longest sequence the base model can place, if it has a limit."""
+        return getattr(self.base_model.config, "max_position_embeddings", None)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The base model's output head: `[..., H]` to `[..., V]`."""
+        return _output_head(self.base_model)(hidden)
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """The base model's token embeddings: `[...]` to `[..., H]`."""
+        return self.base_model.get_input_embeddings()(token_ids)
+
+    def decode(self, embeddings: Tensor, position_ids: Tensor, mask: Tensor, cache: DynamicCache | None) -> Tensor:
+        """Run the decoder stack on input embeddings; the gate is as the caller left it.
+
+        Args:
+            embeddings: `[B, T, H]`, cast to the base model's dtype.
+            position_ids: `[B, T]`.
+            mask: `[B, 1, T, P + T]` bool, P cached keys; always explicit, so that nothing is inferred from positions.
+            cache: gets the keys and values of these T tokens appended.
+
+        Returns:
+            Last hidden states `[B, T, H]`.
+        """
+        base = self.base_model
+        decoder = getattr(base, base.base_model_prefix)
+        return decoder(
+            inputs_embeds=embeddings.to(base.dtype),
+            position_ids=position_ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        ).last_hidden_state
+
+    @torch.no_grad()
+    def encode(self, input_ids: Tensor, document_ids: Tensor, position_ids: Tensor, window_starts: Tensor) -> Context:
+        """One pass of the unchanged base model over packed rows (fields as in `PackedBatch`)."""
+        from transformers import DynamicCache
+
+        cache = DynamicCache()
+        embeddings = self.embed(input_ids)
+        with self.gate.closed():
+            hidden = self.decode(embeddings, position_ids, context_mask(document_ids), cache)
+        positions = position_ids.gather(1, window_starts - 1) + 1
+        # A context of one token has no hidden state before its last.
+        before = _gather(hidden, (window_starts - 2).clamp_min(0)) * (positions > 1).unsqueeze(-1)
+        ends = ContextEnd(before, _gather(embeddings, window_starts - 1))
+        return Context(hidden, cache, document_ids, window_starts, positions, ends)
+
+    def slot_hidden(self, context: Context, auxiliaries: Tensor) -> Tensor:
+        """Hidden states that predict the tokens 1 .. L - 1 of each window.
+
+        Args:
+            context: of `encode`; its cache is as before when this returns.
+            auxiliaries: `[B, N, L]` float64 in [0, 1).
+
+        Returns:
+            `[B, N, L - 1, H]`, with gradients for the adapter and the slot encoder.
+        """
+        rows, num_windows, length = auxiliaries.shape
+        slots = length - 1
+        device = auxiliaries.device
+        window = torch.arange(num_windows, device=device).repeat_interleave(slots)
+        offset = torch.arange(slots, device=device).repeat(num_windows)
+        mask = slot_mask(
+            context.document_ids,
+            context.window_starts,
+            query_window=window,
+            query_offset=offset,
+            key_window=window,
+            key_offset=offset,
+        )
+        positions = context.window_positions[:, window] + offset
+        embeddings = self.slot_encoder(auxiliaries, context.window_ends).flatten(1, 2)
+        with self.gate.open():
+            hidden = self.decode(embeddings, positions, mask, context.cache)
+        context.cache.crop(-num_windows * slots)
+        return hidden.unflatten(1, (num_windows, slots)).reshape(rows, num_windows, slots, -1)
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path | None = None, *, backbone: BackboneSettings | None = None
+    ) -> ParallelTokenPredictor:
+        """An exported folder or a checkpoint, in eval mode; see `ptp_lightning.models.checkpoint.load_predictor`."""
+        from ptp_lightning.models.checkpoint import load_predictor
+
+        return load_predictor(folder, backbone=backbone)
+
+    def save_pretrained(self, folder: str | Path, **options: Any) -> None:
+        """Write a folder for `from_pretrained`; see `ptp_lightning.models.checkpoint.save_predictor`."""
+        from ptp_lightning.models.checkpoint import save_predictor
+
+        save_predictor(self, folder, **options)
+
+    def generate(self, prompt: str | Sequence[int], **options: Any) -> Generation:
+        """Continue a prompt; shorthand for `ptp_lightning.decoding.generate(self, prompt, ...)`, which explains all."""
+        # The one import against the direction of the layers, so that a loaded predictor can be used without looking.
+        from ptp_lightning.decoding.text import generate
+
+        return generate(self, prompt, **options)
+
+    def trainable_state(self) -> dict[str, Tensor]:
+        """Names and values of everything that is trained: the adapter and the slot encoder, no base weight."""
+        trainable = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        return {name: value for name, value in self.state_dict().items() if name in trainable}
+
+    def require_trainable_state(self, state: dict[str, Tensor]) -> None:
+        """Refuse weights that are not those of this predictor.
+
+        Raises:
+            ValueError: a weight is missing, unknown or of another shape.
+        """
+        own = self.trainable_state()
+        if wrong := sorted(own.keys() ^ state.keys()):
+            raise ValueError(
+                f"expected the {len(own)} weights of this predictor, found a checkpoint that differs in {wrong[:4]}: "
+                "mend predictor.lora, predictor.objective or predictor.head"
+            )
+        if shapes := [name for name in own if own[name].shape != state[name].shape]:
+            raise ValueError(
+                f"expected {shapes[0]} of shape {list(own[shapes[0]].shape)}, found {list(state[shapes[0]].shape)}: "
+                "mend predictor.lora.rank or predictor.features"
+            )
+
+    def load_trainable_state(self, state: dict[str, Tensor]) -> None:
+        """Inverse of `trainable_state`; raises as `require_trainable_state`."""
+        self.require_trainable_state(state)
+        self.load_state_dict(state, strict=False)
+
+
+def _output_head(model: PreTrainedModel) -> nn.Module:
+    head = model.get_output_embeddings()
+    if head is None:
+        raise ValueError(
+            f"expected a causal language model with an output head, found {type(model).__name__} without: mend "
+            "predictor.backbone.path"
+        )
+    return head
+
+
+def _gather(states: Tensor, index: Tensor) -> Tensor:
+    """`[B, S, H]` at row indices `[B, N]`: `[B, N, H]`."""
+    return states.gather(1, index.unsqueeze(-1).expand(-1, -1, states.shape[-1]))
+
+
+@torch.no_grad()
+def _require_plain_head(model: PreTrainedModel) -> None:
+    """Some models scale or cap their logits after the head; the loss applies the head alone, so it must be all."""
+    token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    decoder = getattr(model, model.base_model_prefix)
+    expected = model(input_ids=token, use_cache=False).logits
+    if not expected.isfinite().all():
+        raise ValueError(
+            "expected finite logits of the base model, found a NaN or infinity: its weights are broken, mend "
+            "predictor.backbone.path"
+        )
+    found = _output_head(model)(decoder(input_ids=token, use_cache=False).last_hidden_state)
+    if not torch.allclose(expected, found, atol=1e-3, rtol=1e-3):
+        raise ValueError(
+            f"expected logits = head(last hidden state), found that {type(model).__name__} changes them afterwards "
+            "(scaling or capping), which is not supported: choose another predictor.backbone.path"
+        )

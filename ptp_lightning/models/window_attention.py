@@ -1,0 +1,61 @@
+"""Which keys a token may see, in one place: context tokens see their document's past, slots see more.
+
+A slot of window n sees (a) the context of its own document before the window starts, and (b) the slots of its own
+window up to itself. It never sees another window, another document, or context tokens at or after the window's start.
+"""
+
+import torch
+from torch import Tensor
+
+
+def context_mask(document_ids: Tensor) -> Tensor:
+    """Causal attention within documents.
+
+    Args:
+        document_ids: `[B, S]`, one number per document in a row; padding is a document of its own.
+
+    Returns:
+        `[B, 1, S, S]` bool, true where a query (third axis) may see a key (fourth axis). No query sees nothing: each
+        sees itself.
+    """
+    same_document = document_ids.unsqueeze(2) == document_ids.unsqueeze(1)
+    length = document_ids.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=document_ids.device).tril()
+    return (same_document & causal).unsqueeze(1)
+
+
+def slot_mask(
+    document_ids: Tensor,
+    window_starts: Tensor,
+    *,
+    query_window: Tensor,
+    query_offset: Tensor,
+    key_window: Tensor,
+    key_offset: Tensor,
+) -> Tensor:
+    """Attention of slots over a cached context followed by slots.
+
+    Queries and keys may come in any order (window after window in training, step after step in a rollout), because each
+    says which window it belongs to and how far into the window it stands.
+
+    Args:
+        document_ids: `[B, S]`, as in `context_mask`.
+        window_starts: `[B, N]`, row index of each window's first token (>= 1).
+        query_window: `[Q]`, window number of each query.
+        query_offset: `[Q]`, offset of each query within its window.
+        key_window: `[K]`, window number of each slot among the keys.
+        key_offset: `[K]`, offset of each slot among the keys.
+
+    Returns:
+        `[B, 1, Q, S + K]` bool, true where a query may see a key.
+    """
+    row_index = torch.arange(document_ids.shape[1], device=document_ids.device)
+    window_document = document_ids.gather(1, window_starts - 1)
+    sees_context = (document_ids.unsqueeze(1) == window_document.unsqueeze(2)) & (
+        row_index < window_starts.unsqueeze(2)
+    )  # [B, N, S]
+    same_window = query_window.unsqueeze(1) == key_window
+    sees_slot = same_window & (key_offset <= query_offset.unsqueeze(1))  # [Q, K]
+    return torch.cat([sees_context[:, query_window], sees_slot.expand(document_ids.shape[0], -1, -1)], dim=2).unsqueeze(
+        1
+    )

@@ -1,0 +1,8 @@
+"""LightningModules: distillation, pretraining, and what they share."""
+
+from ptp_lightning.training.distillation import DistillationModule
+from ptp_lightning.training.optimization import OptimizerSettings
+from ptp_lightning.training.pretraining import AutoregressiveModule
+from ptp_lightning.training.windows import DatasetWindows, TeacherWindows
+
+__all__ = ["AutoregressiveModule", "DatasetWindows", "DistillationModule", "OptimizerSettings", "TeacherWindows"]

@@ -1,0 +1,57 @@
+"""The LightningCLI behind fit, validate and test."""
+
+import sys
+import warnings
+from typing import NoReturn
+
+from jsonargparse import set_parsing_settings
+from lightning import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from ptp_lightning.user_errors import EXIT_CODE, plain_reason
+
+
+class PlainErrorParser(LightningArgumentParser):
+    """A parser whose errors are the reason alone, not the list of all options."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print what was wrong and where help is, and exit with status 2."""
+        print(f"error: {plain_reason(message)}", file=sys.stderr)
+        print("tip: python -m ptp_lightning fit --help lists the options", file=sys.stderr)
+        sys.exit(EXIT_CODE)
+
+
+class TrainingCLI(LightningCLI):
+    """LightningCLI whose command line outranks a checkpoint's hyperparameters, and that knows OmegaConf's `${...}`."""
+
+    def _parse_ckpt_path(self) -> None:
+        """Keep what the user typed: Lightning would let the checkpoint's hyperparameters override it."""
+
+
+def run(args: list[str] | None = None) -> None:
+    """Parse `args`, by default the command line (`fit --config ...`), and run them."""
+    set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+    silence_library_noise()
+    TrainingCLI(
+        LightningModule,
+        LightningDataModule,
+        trainer_class=Trainer,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        seed_everything_default=0,
+        parser_kwargs={"parser_mode": "omegaconf+"},
+        parser_class=PlainErrorParser,
+        save_config_kwargs={"overwrite": True},
+        args=args,
+    )
+
+
+def silence_library_noise() -> None:
+    """Hide warnings about choices that are right here and that a user can do nothing about."""
+    for message in (
+        r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning against the newest torch
+        r"Found \d+ module\(s\) in eval mode at the start of training",  # the frozen base model belongs in eval mode
+        r"The '\w+_dataloader' does not have many workers",  # the stream costs far less than a step
+        r"Trying to infer the `batch_size` from an ambiguous collection",
+    ):
+        warnings.filterwarnings("ignore", message=message)

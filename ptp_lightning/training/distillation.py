@@ -1,0 +1,202 @@
+"""DistillationModule: a teacher's distributions and picks -> a student that predicts whole windows from auxiliaries."""
+
+import warnings
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from lightning.fabric.utilities.warnings import PossibleUserWarning
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from torch.nn import functional as F
+
+from ptp_lightning.auxiliary import pick
+from ptp_lightning.data.batch import PackedBatch
+from ptp_lightning.losses import KullbackLeibler, Loss, LossSum, SlotTargets, require_sound
+from ptp_lightning.metrics import WindowMetrics, WindowSummary, as_tags
+from ptp_lightning.models.predictor import Context, ParallelTokenPredictor, PredictorConfig
+from ptp_lightning.randomness import keyed_generator
+from ptp_lightning.sampling import TokenDistribution, require
+from ptp_lightning.training.optimization import OptimizerSettings, configure
+from ptp_lightning.training.windows import TeacherWindows, WindowSample, WindowSource
+
+
+class DistillationModule(LightningModule):
+    """Teach gated-LoRA slots what the frozen base model will sample (Algorithm 2 of Draxler et al., ICLR 2026).
+
+    Every step runs the base model over the packed contexts, lets `source` fill the windows, and trains the slots on
+    them. Checkpoints hold the adapter, the slot encoder and the predictor's configuration, never a base weight.
+
+    Args:
+        predictor: the base model and everything that is trained.
+        loss: compares a slot's prediction with the teacher; must be sound for the objective.
+        source: where the windows' tokens come from in training.
+        val_source: the same in validation; the teacher's own samples show what decoding will meet.
+        optimizer: optimiser and schedule.
+        seed: of all auxiliaries.
+    """
+
+    def __init__(
+        self,
+        predictor: PredictorConfig,
+        loss: Loss = KullbackLeibler(),  # noqa: B008  frozen
+        source: WindowSource = TeacherWindows(),  # noqa: B008  frozen
+        val_source: WindowSource = TeacherWindows(),  # noqa: B008  frozen
+        optimizer: OptimizerSettings = OptimizerSettings(),  # noqa: B008  frozen
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.strict_loading = False  # base weights are not in the checkpoint
+        require_sound(loss, predictor.objective.name)
+        self.loss = loss
+        self.source = source
+        self.val_source = val_source
+        self.optimizer_settings = optimizer
+        self.seed = seed
+        self.predictor = ParallelTokenPredictor(predictor)
+        self.val_metrics = WindowMetrics(predictor.window_length)
+        self.val_summary: WindowSummary | None = None
+
+    def setup(self, stage: str) -> None:
+        """Compare data and model before the first step.
+
+        Raises:
+            ValueError: tokenizer, row length or window length do not fit.
+        """
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        length, limit = self.predictor.config.window_length, self.predictor.max_positions
+        vocabulary = self.predictor.base_model.config.vocab_size
+        if len(data.tokenizer) > vocabulary:
+            raise ValueError(
+                f"expected a tokenizer of at most {vocabulary} entries (the model's vocab_size), found "
+                f"{len(data.tokenizer)}: data.tokenizer must name the model of predictor.backbone.path"
+            )
+        if length > data.row_length:
+            raise ValueError(
+                f"expected windows no longer than a row, found predictor.window_length {length} > data.row_length "
+                f"{data.row_length}: lower the first or raise the second"
+            )
+        if limit is not None and data.row_length + length > limit:
+            raise ValueError(
+                f"expected data.row_length + predictor.window_length <= {limit} (the model's positions), found "
+                f"{data.row_length} + {length}: lower data.row_length"
+            )
+        self.end_of_text: int | None = data.tokenizer.eos_token_id
+
+    def on_fit_start(self) -> None:
+        """Keep Lightning from warning about the base model, which is in eval mode on purpose."""
+        warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode", category=PossibleUserWarning)
+
+    def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
+        """Loss in nats per slot, normalised by the slots of all ranks."""
+        generator = keyed_generator(self.seed, "train", self.global_rank, self.global_step, batch_idx)
+        context = self._encode(batch)
+        sample = self.source.sample(self.predictor, batch, context, generator, self.end_of_text)
+        hidden = self.predictor.slot_hidden(context, sample.auxiliaries)
+        total, count = self._slot_loss(hidden, sample)
+        require(
+            total.isfinite(),
+            total,
+            "the training loss must be finite: weights or gradients have overflowed (lower "
+            "optimizer.learning_rate, set trainer.gradient_clip_val, or try trainer.precision: 32-true)",
+        )
+        # DDP averages gradients over ranks, so the local sum is divided by the mean count.
+        mean_count = self.trainer.strategy.reduce(count, reduce_op="mean")
+        loss = total / mean_count.clamp_min(1)
+        self.log("train/loss_nats", loss.detach(), prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
+        """Propose every window and compare with the teacher's picks for the same auxiliaries."""
+        self._evaluate(batch, keyed_generator(self.seed, "val", self.global_rank, batch_idx))
+
+    def test_step(self, batch: PackedBatch, batch_idx: int) -> None:
+        """As in validation."""
+        self._evaluate(batch, keyed_generator(self.seed, "test", self.global_rank, batch_idx))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the tags of the finished validation."""
+        self._log_summary("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the tags of the finished test."""
+        self._log_summary("test")
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The configured optimiser and schedule over what is trained."""
+        return configure(
+            self.optimizer_settings, self.predictor.named_parameters(), self.trainer.estimated_stepping_batches
+        )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Replace all weights by the trained ones and say what they belong to."""
+        checkpoint["state_dict"] = {
+            f"predictor.{name}": value for name, value in self.predictor.trainable_state().items()
+        }
+        checkpoint["predictor"] = {
+            "config": self.predictor.config.to_dict(),
+            "base_fingerprint": self.predictor.base_fingerprint,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another base model, of other sampling settings or of another adapter.
+
+        Raises:
+            ValueError: what differs, and the key that mends it.
+        """
+        from ptp_lightning.models.checkpoint import require_same_predictor
+
+        require_same_predictor(checkpoint, self.predictor)
+        state: dict[str, Tensor] = checkpoint["state_dict"]
+        self.predictor.require_trainable_state({name.removeprefix("predictor."): state[name] for name in state})
+
+    def _encode(self, batch: PackedBatch) -> Context:
+        return self.predictor.encode(batch.input_ids, batch.document_ids, batch.position_ids, batch.window_starts)
+
+    def _slot_loss(self, hidden: Tensor, sample: WindowSample) -> LossSum:
+        """Loss over the slots, `[B, N, L - 1, H]` against positions 1 .. L - 1 of the windows."""
+        slots = _at(sample.teacher, slice(1, None))
+        teacher = TokenDistribution(
+            slots.probabilities.flatten(0, 2), None if slots.token_ids is None else slots.token_ids.flatten(0, 2)
+        )
+        targets = SlotTargets(
+            sample.token_ids[..., 1:].flatten(), teacher, sample.mask[..., 1:].flatten().to(torch.float32)
+        )
+        return self.loss(hidden.flatten(0, 2), self.predictor.logits, targets)
+
+    @torch.no_grad()
+    def _evaluate(self, batch: PackedBatch, generator: torch.Generator) -> None:
+        context = self._encode(batch)
+        sample = self.val_source.sample(self.predictor, batch, context, generator, self.end_of_text)
+        sampling, objective = self.predictor.config.sampling, self.predictor.config.objective
+        # The first token needs no slot: the base model's own distribution is what decoding picks it from.
+        first = _at(sample.teacher, 0)
+        first_tokens = pick(sample.auxiliaries[..., 0], first)
+        first_nll = -first.probability_of(sample.token_ids[..., 0]).log()
+
+        logits = self.predictor.logits(self.predictor.slot_hidden(context, sample.auxiliaries)).float()
+        proposed = objective.propose(logits, sample.auxiliaries[..., 1:], sampling)
+        nll = F.cross_entropy(logits.flatten(0, -2), sample.token_ids[..., 1:].flatten(), reduction="none")
+        self.val_metrics.update(
+            torch.cat([first_tokens.unsqueeze(-1), proposed], dim=-1) == sample.token_ids,
+            sample.mask,
+            torch.cat([first_nll.unsqueeze(-1), nll.view_as(proposed)], dim=-1),
+        )
+
+    def _log_summary(self, stage: str) -> None:
+        self.val_summary = self.val_metrics.compute()
+        self.val_metrics.reset()
+        tags = as_tags(self.val_summary, stage)
+        headline = f"{stage}/correct_tokens"
+        if headline in tags:  # there were windows
+            # The same on every rank; synchronised all the same, so that a checkpoint callback may monitor it.
+            self.log(headline, tags.pop(headline), prog_bar=True, sync_dist=True)
+        self.log_dict(tags, rank_zero_only=True)
+
+
+def _at(distribution: TokenDistribution, position: int | slice) -> TokenDistribution:
+    """`[..., L, K]` at one or several positions of the window."""
+    token_ids = distribution.token_ids
+    return TokenDistribution(
+        distribution.probabilities[..., position, :], None if token_ids is None else token_ids[..., position, :]
+    )

@@ -1,0 +1,150 @@
+"""Where the tokens of windows come from: the dataset, or the teacher's own samples.
+
+A source answers, for every window of a batch, which tokens stand in it, which auxiliaries pick them, and from which
+teacher distributions. A new source is one class with `sample`.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ptp_lightning.auxiliary import UniformInInterval, draw_auxiliaries, pick, token_interval
+from ptp_lightning.data.batch import PackedBatch
+from ptp_lightning.models.predictor import Context, ParallelTokenPredictor
+from ptp_lightning.models.window_attention import slot_mask
+from ptp_lightning.sampling import TokenDistribution
+
+
+class WindowSample(NamedTuple):
+    """The windows of a batch.
+
+    Attributes:
+        token_ids: `[B, N, L]` int64.
+        auxiliaries: `[B, N, L]` float64; `pick(auxiliaries, teacher) == token_ids` wherever the mask is true.
+        mask: `[B, N, L]` bool, true on a prefix of each window.
+        teacher: distributions `[B, N, L, K]` the tokens were picked from.
+    """
+
+    token_ids: Tensor
+    auxiliaries: Tensor
+    mask: Tensor
+    teacher: TokenDistribution
+
+
+class WindowSource(ABC):
+    """Fills the windows of a batch."""
+
+    @abstractmethod
+    def sample(
+        self,
+        predictor: ParallelTokenPredictor,
+        batch: PackedBatch,
+        context: Context,
+        generator: torch.Generator,
+        end_of_text: int | None,
+    ) -> WindowSample:
+        """Tokens, auxiliaries and teacher distributions of every window; no gradients."""
+
+
+@dataclass(frozen=True)
+class TeacherWindows(WindowSource):
+    """The base model goes on from the context: u is drawn first, then t_k = Pick(u_k, Q_k), token after token.
+
+    All windows of all rows advance together, in L - 1 cached calls of B x N tokens. A window ends after the
+    end-of-text token.
+    """
+
+    @torch.no_grad()
+    def sample(
+        self,
+        predictor: ParallelTokenPredictor,
+        batch: PackedBatch,
+        context: Context,
+        generator: torch.Generator,
+        end_of_text: int | None,
+    ) -> WindowSample:
+        """See `WindowSource.sample`."""
+        length = predictor.config.window_length
+        shape = (*batch.window_starts.shape, length)
+        auxiliaries = draw_auxiliaries(shape, generator, batch.input_ids.device)
+        window = torch.arange(batch.num_windows, device=batch.input_ids.device)
+        hidden = context.first_hidden
+        tokens: list[Tensor] = []
+        teachers: list[TokenDistribution] = []
+        with predictor.gate.closed():
+            for offset in range(length):
+                if offset > 0:
+                    # The newest token of each window is fed; keys are kept step after step.
+                    mask = slot_mask(
+                        batch.document_ids,
+                        batch.window_starts,
+                        query_window=window,
+                        query_offset=torch.full_like(window, offset - 1),
+                        key_window=window.repeat(offset),
+                        key_offset=torch.arange(offset, device=window.device).repeat_interleave(batch.num_windows),
+                    )
+                    positions = context.window_positions + offset - 1
+                    hidden = predictor.decode(predictor.embed(tokens[-1]), positions, mask, context.cache)
+                teachers.append(predictor.config.sampling.distribution(predictor.logits(hidden)))
+                tokens.append(pick(auxiliaries[..., offset], teachers[-1]))
+        context.cache.crop(-(length - 1) * batch.num_windows)
+        token_ids = torch.stack(tokens, dim=-1)
+        return WindowSample(token_ids, auxiliaries, until_end(token_ids, end_of_text), _stack(teachers))
+
+
+@dataclass(frozen=True)
+class DatasetWindows(WindowSource):
+    """The text itself; auxiliaries are drawn inside the interval of each token under the teacher (eq. 9).
+
+    A window ends with its document, and before a token outside the teacher's truncated support, which no u picks.
+    """
+
+    strategy: UniformInInterval = field(default_factory=UniformInInterval)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        predictor: ParallelTokenPredictor,
+        batch: PackedBatch,
+        context: Context,
+        generator: torch.Generator,
+        end_of_text: int | None,
+    ) -> WindowSample:
+        """See `WindowSource.sample`."""
+        length = predictor.config.window_length
+        offset = torch.arange(length, device=batch.input_ids.device)
+        index = batch.window_starts.unsqueeze(-1) + offset  # [B, N, L], may point past the row
+        inside = index < batch.input_ids.shape[1]
+        index = index.clamp_max(batch.input_ids.shape[1] - 1)
+        token_ids, documents, completion = (
+            tensor.gather(1, index.flatten(1)).view_as(index)
+            for tensor in (batch.input_ids, batch.document_ids, batch.completion_mask)
+        )
+        own_document = batch.document_ids.gather(1, batch.window_starts).unsqueeze(-1)
+        mask = (inside & completion & (documents == own_document)).cumprod(-1).bool()
+
+        hidden_index = (index - 1).flatten(1).unsqueeze(-1).expand(-1, -1, context.hidden.shape[-1])
+        hidden = context.hidden.gather(1, hidden_index).unflatten(1, index.shape[1:])
+        teacher = predictor.config.sampling.distribution(predictor.logits(hidden))
+        lower, upper = token_interval(teacher, token_ids)
+        mask = (mask & (upper > lower)).cumprod(-1).bool()
+        auxiliaries = self.strategy(lower, upper, generator)
+        return WindowSample(token_ids, auxiliaries, mask, teacher)
+
+
+def until_end(token_ids: Tensor, end_of_text: int | None) -> Tensor:
+    """`[..., L]` bool: true up to and including the first end-of-text token."""
+    if end_of_text is None:
+        return torch.ones_like(token_ids, dtype=torch.bool)
+    ended = (token_ids == end_of_text).cumsum(-1)
+    return (ended - (token_ids == end_of_text).long()) == 0
+
+
+def _stack(distributions: list[TokenDistribution]) -> TokenDistribution:
+    """Distributions `[B, N, K]` of L positions as one `[B, N, L, K]`."""
+    probabilities = torch.stack([entry.probabilities for entry in distributions], dim=2)
+    ids = [entry.token_ids for entry in distributions if entry.token_ids is not None]
+    return TokenDistribution(probabilities, torch.stack(ids, dim=2) if ids else None)

@@ -1,0 +1,176 @@
+"""`python -m ptp_lightning generate` as a user meets it: text, JSON, and one message for what can be mended."""
+
+import json
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from ptp_lightning import cli
+from ptp_lightning.decoding import command, generate
+from ptp_lightning.sampling import SamplingConfig
+from tests.byte_tokenizer import byte_tokenizer
+from tests.tiny_predictors import tiny_predictor
+
+JSON_KEYS = ["prompt", "text", "token_ids", "num_calls", "num_tokens", "accepted_per_call", "seconds"]
+PREDICTOR = tiny_predictor(vocab_size=257, sampling=SamplingConfig(temperature=0.7, top_k=50, top_p=0.9))
+TOKENIZER = byte_tokenizer()
+
+
+class Output(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+class Shell:
+    """Runs the command in this process with an in-memory predictor."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self.monkeypatch = monkeypatch
+        self.capsys = capsys
+        self.loaded: list[str | None] = []
+
+    def __call__(self, *args: str) -> Output:
+        self.monkeypatch.setattr(sys, "argv", ["ptp_lightning", "generate", *args])
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+        printed = self.capsys.readouterr()
+        return Output(status, printed.out, printed.err)
+
+    def records(self, *args: str) -> list[dict[str, object]]:
+        output = self(*args, "--json")
+        assert output.status == 0, output.err
+        return [json.loads(line) for line in output.out.splitlines()]
+
+
+@pytest.fixture
+def shell(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Shell:
+    shell = Shell(monkeypatch, capsys)
+
+    def load_predictor(path: str | None) -> object:
+        shell.loaded.append(path)
+        return PREDICTOR
+
+    monkeypatch.setattr(command, "load_predictor", load_predictor)
+    monkeypatch.setattr(command, "load_tokenizer", lambda path: TOKENIZER)
+    monkeypatch.delenv("PTP_TRACEBACK", raising=False)
+    return shell
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("def \r\n  ünï\nclass A:\n".encode())
+    return file
+
+
+class TestText:
+    def test_streams_prompt_and_text_and_ends_with_the_cost(self, shell: Shell) -> None:
+        output = shell("--prompt", "def ", "--max_new_tokens", "12", "--seed", "4")
+        expected = generate(PREDICTOR, "def ", tokenizer=TOKENIZER, max_new_tokens=12, seed=4)
+        text, _, summary = output.out.removesuffix("\n").rpartition("\n\n")
+        assert text == "def " + expected.text
+        start = f"[12 tokens in {expected.num_calls} calls: {expected.accepted_per_call:.2f} tokens per call, "
+        assert summary.startswith(start)
+        assert (output.status, output.err) == (0, "")
+
+    def test_the_checkpoint_is_the_one_named(self, shell: Shell) -> None:
+        shell("--prompt", "x", "--max_new_tokens", "1")
+        shell("--prompt", "x", "--max_new_tokens", "1", "--ckpt_path", "runs/last.ckpt")
+        assert shell.loaded == [None, "runs/last.ckpt"]
+
+    @pytest.mark.parametrize("prompt", ["null", "12", "a: b", "[1, 2", "{x}", "${x}", "'q'", " x\n", "--x", "%d"])
+    def test_prompts_are_taken_literally(self, shell: Shell, prompt: str) -> None:
+        (record,) = shell.records(f"--prompt={prompt}", "--max_new_tokens", "1")
+        assert record["prompt"] == prompt
+
+
+class TestJson:
+    def test_one_object_per_prompt_and_nothing_else(self, shell: Shell, prompts: Path) -> None:
+        records = shell.records("--prompts", str(prompts), "--max_new_tokens", "9")
+        assert [record["prompt"] for record in records] == ["def ", "  ünï", "class A:"]
+        for record in records:
+            assert list(record) == JSON_KEYS
+            assert record["num_tokens"] == len(record["token_ids"]) == 9  # pyright: ignore[reportArgumentType]
+            assert record["accepted_per_call"] == 9 / record["num_calls"]  # pyright: ignore[reportOperatorIssue]
+
+    @pytest.mark.parametrize("sampling", [[], ["--temperature", "0"], ["--temperature", "1.5", "--top_k", "9999"]])
+    def test_decoders_agree(self, shell: Shell, prompts: Path, sampling: list[str]) -> None:
+        common = ["--prompts", str(prompts), "--max_new_tokens", "15", "--seed", "3", *sampling]
+        fast = shell.records(*common, "--window_length", "5")
+        slow = shell.records(*common, "--decoder", "autoregressive")
+        assert [record["token_ids"] for record in fast] == [record["token_ids"] for record in slow]
+        assert {record["accepted_per_call"] for record in slow} == {1.0}
+
+    def test_sampling_options_change_the_text_and_say_so(self, shell: Shell) -> None:
+        common = ["--prompt", "def ", "--json"]
+        own, same, other = (shell(*common, *more) for more in ([], ["--top_p", "0.9"], ["--temperature", "0"]))
+        texts = [json.loads(output.out)["text"] for output in (own, same, other)]
+        assert texts[0] == texts[1] != texts[2]
+        assert own.err == same.err == ""
+        assert "trained for temperature 0.7, top_k 50, top_p 0.9; with temperature 0.0, top_k 50" in other.err
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("args", "message"),
+        [
+            ([], "expected one of --prompt and --prompts, found neither"),
+            (["--prompt", "x", "--prompts", "y"], "found both"),
+            (["--prompts", "missing.txt"], "missing.txt, found none: mend --prompts"),
+            (["--prompt", ""], "--prompt: expected a prompt of at least one token"),
+            (["--prompt", "x", "--max_new_tokens", "0"], "max_new_tokens >= 1, found 0"),
+            (["--prompt", "x", "--max_new_tokens", "256"], "lower max_new_tokens"),
+            (["--prompt", "x", "--window_length", "1"], "window_length >= 2"),
+            (["--prompt", "x", "--temperature", "-1"], "temperature must be 0 (greedy)"),
+            (["--prompt", "x", "--temperature", "nan"], "--temperature: Expected"),
+            (["--prompt", "x", "--top_k", "many"], "--top_k: Expected"),
+            (["--prompt", "x", "--top_p", "0"], "top_p must satisfy"),
+            (["--prompt", "x", "--decoder", "magic"], "--decoder: Expected"),
+            (["--prompt", "x", "--max_tokens", "5"], "unrecognized arguments: --max_tokens 5"),
+            (["--prompt"], "expected one argument"),
+        ],
+    )
+    def test_one_message_and_status_2(self, shell: Shell, args: list[str], message: str) -> None:
+        output = shell(*args)
+        assert (output.status, output.out) == (2, "")
+        assert output.err.startswith("error: ") and output.err.count("\n") == 1
+        assert message in output.err
+
+    def test_an_empty_line_is_found_before_anything_is_printed(self, shell: Shell, tmp_path: Path) -> None:
+        file = tmp_path / "prompts.txt"
+        file.write_text("def \n\nclass")
+        output = shell("--prompts", str(file))
+        assert (output.status, output.out) == (2, "")
+        assert "prompts.txt line 2: expected a prompt of at least one token" in output.err
+
+    @pytest.mark.parametrize(("content", "message"), [(b"", "an empty file"), (b"\xff\n", "UTF-8")])
+    def test_unusable_files_of_prompts(self, shell: Shell, tmp_path: Path, content: bytes, message: str) -> None:
+        file = tmp_path / "prompts.txt"
+        file.write_bytes(content)
+        output = shell("--prompts", str(file))
+        assert (output.status, output.out) == (2, "")
+        assert message in output.err and output.err.count("\n") == 1
+
+    def test_what_needs_no_model_is_checked_before_it_is_loaded(self, shell: Shell) -> None:
+        for args in ([], ["--prompt", "x", "--top_p", "2"], ["--prompt", "x", "--max_new_tokens", "0"]):
+            shell(*args)
+        assert shell.loaded == []
+
+
+class TestHelp:
+    def test_help_names_every_option(self, shell: Shell) -> None:
+        output = shell("--help")
+        assert output.status == 0
+        for option in ("ckpt_path", "prompt", "prompts", "max_new_tokens", "temperature", "top_k", "top_p", "seed"):
+            assert f"--{option} " in output.out
+        for option in ("decoder", "window_length", "json"):
+            assert f"--{option}" in output.out
+
+    def test_the_list_of_commands_names_generate(self) -> None:
+        assert "\n  generate " in cli.HELP

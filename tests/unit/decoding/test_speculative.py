@@ -1,0 +1,267 @@
+"""Speculative decoding gives the reference text, token for token, whatever the drafts are."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from math import ceil
+
+import pytest
+import torch
+from torch import Tensor
+
+from ptp_lightning.decoding import (
+    Decoded,
+    GenerationSettings,
+    Proposer,
+    decode_autoregressively,
+    decode_speculatively,
+)
+from ptp_lightning.models.predictor import ParallelTokenPredictor
+from ptp_lightning.sampling import SamplingConfig
+from tests.tiny_predictors import OBJECTIVES, tiny_predictor
+
+VOCABULARY = 32  # smaller than top_k
+PROMPT = torch.tensor([[3, 1, 4, 1, 5]])
+SAMPLING = {
+    "greedy": SamplingConfig(temperature=0),
+    "greedy by token id": SamplingConfig(temperature=0, order="vocabulary"),
+    "truncated": SamplingConfig(temperature=0.7, top_k=50, top_p=0.9),
+    "truncated by token id": SamplingConfig(temperature=0.7, top_k=50, top_p=0.9, order="vocabulary"),
+    "full": SamplingConfig(),
+    "full by token id": SamplingConfig(order="vocabulary"),
+}
+FAMILIES = ["llama", "qwen2", "gpt2", "gpt_neox"]
+
+
+class ForcedDraft:
+    """Knows the reference text and proposes the right token with a given probability, else another one."""
+
+    def __init__(self, text: list[int], probability_right: float) -> None:
+        self.text = torch.tensor([text])
+        self.probability_right = probability_right
+        self.generator = torch.Generator().manual_seed(7)
+
+    def __call__(self, slot_logits: Tensor, auxiliaries: Tensor, start: int) -> Tensor:
+        assert slot_logits.shape[:2] == auxiliaries.shape
+        right = self.text[:, start : start + auxiliaries.shape[1]]
+        assert right.shape == auxiliaries.shape, "a draft past the end of the text"
+        is_right = torch.rand(right.shape, generator=self.generator) < self.probability_right
+        return torch.where(is_right, right, (right + 1) % VOCABULARY)
+
+
+@cache
+def small(family: str = "llama", objective: str = "categorical") -> ParallelTokenPredictor:
+    """Decoding changes nothing in a predictor, so tests share them."""
+    return tiny_predictor(family, objective, vocab_size=VOCABULARY)
+
+
+def reference(predictor: ParallelTokenPredictor, settings: GenerationSettings, prompt: Tensor = PROMPT) -> list[int]:
+    return decode_autoregressively(predictor, prompt, settings).token_ids
+
+
+def accelerated(
+    predictor: ParallelTokenPredictor,
+    settings: GenerationSettings,
+    prompt: Tensor = PROMPT,
+    proposer: Proposer | None = None,
+) -> Decoded:
+    """Decodes, and checks what holds for every run."""
+    streamed: list[list[int]] = []
+    decoded = decode_speculatively(predictor, prompt, settings, streamed.append, proposer)
+    assert [token_id for tokens in streamed for token_id in tokens] == decoded.token_ids
+    assert all(streamed)
+    (first, *cycles), correct_per_cycle = streamed, decoded.correct_per_cycle
+    assert len(first) == 1  # of the call that reads the prompt
+    assert len(cycles) == len(correct_per_cycle) == ceil((decoded.num_calls - 1) / 2)
+    for tokens, correct in zip(cycles[:-1], correct_per_cycle, strict=False):
+        assert len(tokens) == correct + 1
+    assert not cycles or len(cycles[-1]) - correct_per_cycle[-1] in (0, 1)
+    return decoded
+
+
+@pytest.mark.parametrize("sampling", SAMPLING)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_text_is_the_reference_text(family: str, objective: str, sampling: str) -> None:
+    predictor = small(family, objective)
+    for seed, max_new_tokens in enumerate((24, 21)):
+        settings = GenerationSettings(SAMPLING[sampling], max_new_tokens, seed, window_length=6)
+        assert accelerated(predictor, settings).token_ids == reference(predictor, settings)
+
+
+def test_drafts_of_the_tested_students_are_both_right_and_wrong() -> None:
+    cycles: Counter[int] = Counter()
+    for family in FAMILIES:
+        predictor = small(family)
+        for seed in range(2):
+            settings = GenerationSettings(SAMPLING["truncated"], 24, seed, window_length=6)
+            cycles.update(accelerated(predictor, settings).correct_per_cycle)
+    assert cycles[1] > 0 and sum(cycles.values()) - cycles[1] > 5
+
+
+@pytest.mark.parametrize("probability_right", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("sampling", SAMPLING)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_forced_drafts_change_nothing(family: str, sampling: str, probability_right: float) -> None:
+    predictor = small(family)
+    for seed, window_length in enumerate((2, 3, 7, 16)):
+        settings = GenerationSettings(SAMPLING[sampling], 23, seed, window_length=window_length)
+        text = reference(predictor, settings)
+        assert accelerated(predictor, settings, proposer=ForcedDraft(text, probability_right)).token_ids == text
+
+
+class TestCounting:
+    """The first call commits one token, then two calls commit correct + 1; a single remaining token takes one call."""
+
+    @pytest.mark.parametrize("max_new_tokens", range(1, 12))
+    @pytest.mark.parametrize("window_length", [2, 4, 16])
+    def test_right_drafts_commit_the_window_and_one_more(self, window_length: int, max_new_tokens: int) -> None:
+        predictor = small()
+        settings = GenerationSettings(max_new_tokens=max_new_tokens, window_length=window_length)
+        text = reference(predictor, settings)
+        decoded = accelerated(predictor, settings, proposer=ForcedDraft(text, 1.0))
+        cycles, rest = divmod(max_new_tokens - 1, window_length + 1)
+        assert decoded.token_ids == text
+        assert decoded.num_calls == 1 + 2 * cycles + min(rest, 2)
+        assert decoded.correct_per_cycle == [window_length] * cycles + ([max(rest - 1, 1)] if rest else [])
+
+    @pytest.mark.parametrize("max_new_tokens", [1, 2, 3, 20, 21])
+    def test_wrong_drafts_commit_two(self, max_new_tokens: int) -> None:
+        predictor = small()
+        settings = GenerationSettings(max_new_tokens=max_new_tokens, window_length=5)
+        text = reference(predictor, settings)
+        decoded = accelerated(predictor, settings, proposer=ForcedDraft(text, 0.0))
+        assert decoded.token_ids == text
+        assert decoded.num_calls == max_new_tokens
+        assert decoded.correct_per_cycle == [1] * ceil((max_new_tokens - 1) / 2)
+
+    def test_a_right_token_after_a_wrong_one_does_not_count(self) -> None:
+        predictor = small()
+        settings = GenerationSettings(max_new_tokens=7, window_length=5)
+        text = reference(predictor, settings)
+
+        def third_is_wrong(slot_logits: Tensor, auxiliaries: Tensor, start: int) -> Tensor:
+            draft = torch.tensor([text[start : start + auxiliaries.shape[1]]])
+            if start == 2:
+                draft[0, 1] = (draft[0, 1] + 1) % VOCABULARY
+            return draft
+
+        decoded = accelerated(predictor, settings, proposer=third_is_wrong)
+        assert decoded.token_ids == text
+        assert decoded.correct_per_cycle == [2, 2]  # 1 + 3 of 7 tokens committed, then the other 3
+
+
+class TestEndOfText:
+    @pytest.mark.parametrize("probability_right", [0.0, 0.7, 1.0])
+    @pytest.mark.parametrize("window_length", [2, 8])
+    def test_text_ends_where_the_reference_ends(self, window_length: int, probability_right: float) -> None:
+        predictor = small()
+        open_ended = GenerationSettings(max_new_tokens=24, seed=5, window_length=window_length)
+        text = reference(predictor, open_ended)
+        for end in dict.fromkeys(text):  # as first, middle, last and bonus token of windows
+            settings = replace(open_ended, end_of_text=frozenset({end}))
+            decoded = accelerated(predictor, settings, proposer=ForcedDraft(text, probability_right))
+            assert decoded.token_ids == reference(predictor, settings) == text[: text.index(end) + 1]
+            assert decoded.finished == "eos"
+
+    def test_a_draft_that_goes_on_after_the_end_is_correct_up_to_the_end(self) -> None:
+        predictor = small()
+        settings = GenerationSettings(max_new_tokens=24, seed=5, window_length=8)
+        text = reference(predictor, settings)
+        place = next(k for k, token_id in enumerate(text) if k in (2, 3, 4) and token_id not in text[:k])
+        settings = replace(settings, end_of_text=frozenset({text[place]}))
+        decoded = accelerated(predictor, settings, proposer=ForcedDraft(text, 1.0))
+        assert decoded.correct_per_cycle == [place]  # tokens 1 .. place; token 0 came with the prompt
+
+    def test_a_proposed_end_that_is_wrong_ends_nothing(self) -> None:
+        predictor = small()
+        settings = GenerationSettings(max_new_tokens=12, window_length=4)
+        text = reference(predictor, settings)
+        absent = next(token_id for token_id in range(VOCABULARY) if token_id not in text)
+        settings = replace(settings, end_of_text=frozenset({absent}))
+
+        def end_at_once(slot_logits: Tensor, auxiliaries: Tensor, start: int) -> Tensor:
+            return torch.full(auxiliaries.shape, absent)
+
+        decoded = accelerated(predictor, settings, proposer=end_at_once)
+        assert (decoded.token_ids, decoded.finished) == (text, "length")
+
+
+class TestRoom:
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_a_prompt_of_one_token(self, family: str) -> None:
+        predictor = small(family)
+        settings = GenerationSettings(SAMPLING["truncated"], 15)
+        prompt = torch.tensor([[9]])
+        assert accelerated(predictor, settings, prompt).token_ids == reference(predictor, settings, prompt)
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_the_last_position_of_the_model_can_be_filled(self, family: str) -> None:
+        predictor = tiny_predictor(family, vocab_size=VOCABULARY, max_position_embeddings=16)
+        settings = GenerationSettings(max_new_tokens=11, window_length=16)
+        for right in (0.0, 1.0):
+            text = reference(predictor, settings)
+            assert accelerated(predictor, settings, proposer=ForcedDraft(text, right)).token_ids == text
+        for decode in (decode_autoregressively, decode_speculatively):
+            with pytest.raises(ValueError, match=r"max_new_tokens <= 16 .* found 5 \+ 12: lower max_new_tokens"):
+                decode(predictor, PROMPT, replace(settings, max_new_tokens=12))
+
+    @pytest.mark.parametrize("decode", [decode_autoregressively, decode_speculatively])
+    def test_an_empty_prompt_is_refused(self, decode: Callable[..., Decoded]) -> None:
+        with pytest.raises(ValueError, match="at least one token"):
+            decode(small(), torch.empty(1, 0, dtype=torch.long), GenerationSettings())
+
+
+class TestSlots:
+    """Exactness cannot tell whether slots get their own u, place and context; agreement with training can."""
+
+    @pytest.mark.parametrize("objective", OBJECTIVES)
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_slot_logits_are_those_of_training(self, family: str, objective: str) -> None:
+        predictor = small(family, objective)
+        settings = GenerationSettings(max_new_tokens=14, window_length=5)
+        u = settings.auxiliaries(PROMPT.device)
+        text = torch.cat([PROMPT, torch.tensor([reference(predictor, settings)])], dim=1)
+        seen: list[int] = []
+
+        def compare(slot_logits: Tensor, auxiliaries: Tensor, start: int) -> Tensor:
+            first, num_slots = PROMPT.shape[1] + start - 1, auxiliaries.shape[1]
+            assert torch.equal(auxiliaries, u[:, start : start + num_slots])
+            context = text[:, :first]
+            zeros, positions = torch.zeros_like(context), torch.arange(first).unsqueeze(0)
+            with torch.inference_mode():
+                encoded = predictor.encode(context, zeros, positions, torch.tensor([[first]]))
+                hidden = predictor.slot_hidden(encoded, u[:, None, start - 1 : start + num_slots])
+                expected = predictor.logits(hidden[:, 0])
+            torch.testing.assert_close(slot_logits, expected, atol=1e-4, rtol=1e-4)
+            seen.append(start)
+            return (text[:, first + 1 : first + 1 + num_slots] + (start > 2)) % VOCABULARY  # right, then wrong
+
+        accelerated(predictor, settings, proposer=compare)
+        assert seen == [2, 8, 10, 12]  # 1 + 6 tokens, then 2 a cycle; the last needs no slot
+
+    @pytest.mark.parametrize(("order", "told"), [("descending", 0.0), ("vocabulary", 0.5)])
+    def test_greedy_slots_are_told_a_likely_u(self, order: str, told: float) -> None:
+        predictor = small()
+        settings = GenerationSettings(SamplingConfig(temperature=0, order=order), 6, window_length=4)  # pyright: ignore[reportArgumentType]
+        text = reference(predictor, settings)
+        seen: list[float] = []
+
+        def remember(slot_logits: Tensor, auxiliaries: Tensor, start: int) -> Tensor:
+            seen.extend(auxiliaries[0].tolist())
+            return torch.tensor([text[start : start + auxiliaries.shape[1]]])
+
+        accelerated(predictor, settings, proposer=remember)
+        assert seen == [told] * 3
+
+
+def test_the_decoder_leaves_the_gate_closed_after_an_error() -> None:
+    predictor = small()
+
+    def fail(slot_logits: Tensor, auxiliaries: Tensor, start: int) -> Tensor:
+        raise RuntimeError("broken proposer")
+
+    with pytest.raises(RuntimeError, match="broken proposer"):
+        decode_speculatively(predictor, PROMPT, GenerationSettings(), proposer=fail)
+    assert predictor.gate.opening is None

@@ -1,0 +1,142 @@
+"""From text to text: what is streamed is what is returned, in whole characters, with either decoder."""
+
+from functools import cache
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from ptp_lightning.decoding import Generation, generate
+from ptp_lightning.decoding.text import INCOMPLETE, IncrementalDetokenizer, end_of_text_ids
+from ptp_lightning.models.predictor import ParallelTokenPredictor
+from ptp_lightning.sampling import SamplingConfig
+from tests.byte_tokenizer import END_OF_TEXT_ID, byte_tokenizer
+from tests.tiny_predictors import tiny_predictor
+
+TOKENIZER = byte_tokenizer()
+
+
+@cache
+def small() -> ParallelTokenPredictor:
+    return tiny_predictor(vocab_size=257, sampling=SamplingConfig(temperature=0.7), eos_token_id=None)
+
+
+def continue_text(prompt: str | list[int] = "def ", **options: Any) -> Generation:
+    return generate(small(), prompt, **({"tokenizer": TOKENIZER, "max_new_tokens": 20} | options))
+
+
+class TestGenerate:
+    def test_decoders_give_the_same_text(self) -> None:
+        for seed in range(5):
+            fast, reference = (continue_text(seed=seed, decoder=name) for name in ("speculative", "autoregressive"))
+            assert fast.token_ids == reference.token_ids
+            assert fast.text == reference.text
+            assert reference.accepted_per_call == 1 <= fast.accepted_per_call
+
+    def test_the_method_of_the_predictor_is_the_same(self) -> None:
+        method = small().generate("def ", tokenizer=TOKENIZER, max_new_tokens=20, seed=2)
+        assert method.token_ids == continue_text(seed=2).token_ids
+
+    def test_result(self) -> None:
+        result = continue_text()
+        assert (result.prompt, result.num_tokens, result.finished) == ("def ", 20, "length")
+        assert result.text == TOKENIZER.decode(result.token_ids)
+        assert result.accepted_per_call == 20 / result.num_calls
+        assert result.seconds > 0
+
+    def test_streams_add_up_to_the_result(self) -> None:
+        tokens: list[int] = []
+        pieces: list[str] = []
+        result = continue_text(on_tokens=tokens.extend, on_text=pieces.append)
+        assert tokens == result.token_ids
+        assert "".join(pieces) == result.text
+        assert len(pieces) > 1 and all(pieces)
+
+    def test_token_ids_are_a_prompt_as_well(self) -> None:
+        result = continue_text(TOKENIZER.encode("def "))
+        assert (result.prompt, result.token_ids) == ("def ", continue_text().token_ids)
+
+    def test_sampling_settings_are_those_of_the_adapter_unless_given(self) -> None:
+        own = continue_text(seed=1).token_ids
+        assert own == continue_text(seed=1, sampling=SamplingConfig(temperature=0.7)).token_ids
+        assert own != continue_text(seed=1, sampling=SamplingConfig(temperature=2.0)).token_ids
+
+    def test_end_of_text_ends_the_text_and_is_no_text(self) -> None:
+        open_ended = continue_text()
+        end = open_ended.token_ids[7]
+        result = continue_text(end_of_text=[end])
+        assert result.token_ids == open_ended.token_ids[: open_ended.token_ids.index(end) + 1]
+        assert result.finished == "eos"
+        detokenizer = IncrementalDetokenizer(TOKENIZER, [1])
+        assert detokenizer.push([*TOKENIZER.encode("a"), END_OF_TEXT_ID]) + detokenizer.flush() == "a"
+
+    def test_ends_of_text_come_from_model_and_tokenizer(self) -> None:
+        assert end_of_text_ids(small(), TOKENIZER) == {END_OF_TEXT_ID}
+        predictor = tiny_predictor(vocab_size=257, eos_token_id=[3, 5])
+        assert end_of_text_ids(predictor, TOKENIZER) == {END_OF_TEXT_ID, 3, 5}
+
+    def test_dropout_is_off_while_decoding(self) -> None:
+        predictor = tiny_predictor("gpt2", vocab_size=257)  # its default configuration drops a tenth
+        expected = generate(predictor, "def ", tokenizer=TOKENIZER).token_ids
+        predictor.slot_encoder.train()
+        predictor.language_model.train()
+        assert generate(predictor, "def ", tokenizer=TOKENIZER).token_ids == expected
+        assert predictor.slot_encoder.training and predictor.base_model.training and not predictor.training
+
+    @pytest.mark.parametrize(
+        ("prompt", "options", "message"),
+        [
+            ("", {}, "prompt of at least one token"),
+            ([], {}, "prompt of at least one token"),
+            ([5, 257], {}, "0 .. 256 .* found 257"),
+            ("x" * 250, {}, "max_new_tokens <= 256"),
+            ("x", {"max_new_tokens": 0}, "max_new_tokens >= 1"),
+            ("x", {"window_length": 0}, "window_length >= 2"),
+            ("x", {"decoder": "magic"}, "autoregressive, speculative, found 'magic'"),
+        ],
+    )
+    def test_bad_input_is_named(self, prompt: str | list[int], options: dict[str, Any], message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            continue_text(prompt, **options)
+
+
+def pushed(detokenizer: IncrementalDetokenizer, token_ids: list[int], at_once: int) -> list[str]:
+    return [detokenizer.push(token_ids[k : k + at_once]) for k in range(0, len(token_ids), at_once)]
+
+
+class TestIncrementalDetokenizer:
+    @pytest.mark.parametrize("at_once", [1, 2, 3, 5])
+    def test_characters_are_whole(self, at_once: int) -> None:
+        text = "é€😀a\n  ñ"
+        detokenizer = IncrementalDetokenizer(TOKENIZER, TOKENIZER.encode("x"))
+        pieces = pushed(detokenizer, TOKENIZER.encode(text), at_once)
+        assert INCOMPLETE not in "".join(pieces)
+        assert "".join(pieces) == text
+        assert detokenizer.flush() == ""
+
+    def test_a_character_is_written_with_its_last_byte(self) -> None:
+        pieces = pushed(IncrementalDetokenizer(TOKENIZER, [1]), TOKENIZER.encode("a😀b"), 1)
+        assert pieces == ["a", "", "", "", "😀", "b"]
+
+    def test_an_unfinished_character_shows_at_the_end(self) -> None:
+        detokenizer = IncrementalDetokenizer(TOKENIZER, [1])
+        assert pushed(detokenizer, TOKENIZER.encode("a😀")[:-1], 1) == ["a", "", "", ""]
+        assert detokenizer.flush() == INCOMPLETE
+
+    @given(st.lists(st.integers(0, 256), min_size=1, max_size=30), st.integers(1, 4))
+    def test_pieces_add_up_to_the_decoded_text(self, token_ids: list[int], at_once: int) -> None:
+        detokenizer = IncrementalDetokenizer(TOKENIZER, TOKENIZER.encode("x"))
+        pieces = [*pushed(detokenizer, token_ids, at_once), detokenizer.flush()]
+        assert "".join(pieces) == TOKENIZER.decode(token_ids, skip_special_tokens=True)
+
+    def test_the_blank_between_prompt_and_text_stays(self) -> None:
+        """Tokenizers with blanks in front of words drop the first blank of what they decode."""
+        words = Tokenizer(models.WordLevel({"▁the": 0, "▁cat": 1, "?": 2}, unk_token="?"))
+        words.pre_tokenizer = pre_tokenizers.Metaspace()
+        words.decoder = decoders.Metaspace()
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+        assert tokenizer.decode([1]) == "cat"
+        assert IncrementalDetokenizer(tokenizer, [0]).push([1]) == " cat"

@@ -1,0 +1,367 @@
+"""DistillationModule with tiny models: what it trains, what it refuses, and what a validation says."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import Trainer
+from torch import Tensor
+
+from ptp_lightning.losses import CrossEntropy, KullbackLeibler, Loss
+from ptp_lightning.models.auxiliary_embedding import BinaryFeatures, CosineFeatures
+from ptp_lightning.models.backbone import BackboneSettings
+from ptp_lightning.models.gated_lora import LoraSettings
+from ptp_lightning.models.predictor import PredictorConfig
+from ptp_lightning.models.slots import CategoricalObjective, IndependentObjective, Objective, OneHotObjective
+from ptp_lightning.sampling import SamplingConfig
+from ptp_lightning.training.distillation import DistillationModule
+from ptp_lightning.training.optimization import OptimizerSettings
+from ptp_lightning.training.windows import DatasetWindows, TeacherWindows, WindowSample, WindowSource
+from tests.tiny_data import tiny_data
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+    "initializer_range": 0.3,  # far from uniform
+}
+GPT2 = {"model_type": "gpt2", "vocab_size": 32, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32}
+
+PAIRS: list[tuple[Objective, Loss]] = [
+    (OneHotObjective(), CrossEntropy()),
+    (CategoricalObjective(), KullbackLeibler()),
+    (IndependentObjective(), KullbackLeibler()),
+]
+by_objective = pytest.mark.parametrize(("objective", "loss"), PAIRS, ids=[pair[0].name for pair in PAIRS])
+
+
+def make_module(
+    backbone: dict[str, Any] = LLAMA,
+    loss: Loss = KullbackLeibler(),  # noqa: B008  frozen
+    source: WindowSource = TeacherWindows(),  # noqa: B008  frozen
+    optimizer: str = "adamw",
+    base_seed: int = 0,
+    **predictor: Any,
+) -> DistillationModule:
+    """The same weights on every call; `predictor` are further fields of `PredictorConfig`."""
+    defaults = {
+        "features": CosineFeatures(4),
+        "lora": LoraSettings(rank=2),
+        "sampling": SamplingConfig(temperature=0.8, top_k=8, top_p=0.9),
+        "window_length": 4,
+    }
+    torch.manual_seed(base_seed)
+    return DistillationModule(
+        PredictorConfig(backbone=BackboneSettings(from_config=backbone), **(defaults | predictor)),
+        loss=loss,
+        source=source,
+        val_source=source,
+        optimizer=OptimizerSettings(optimizer, learning_rate=0.01, warmup_steps=2),  # pyright: ignore[reportArgumentType]
+    )
+
+
+def make_trainer(directory: Path, **options: Any) -> Trainer:
+    defaults = {"max_steps": 2, "num_sanity_val_steps": 0, "limit_val_batches": 1, "logger": False}
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    return Trainer(accelerator="cpu", default_root_dir=directory, **(defaults | quiet | options))
+
+
+def weights(module: DistillationModule) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in module.predictor.state_dict().items()}
+
+
+class TestTraining:
+    @by_objective
+    def test_adapter_and_slot_encoder_change_and_nothing_else(
+        self, tmp_path: Path, objective: Objective, loss: Loss
+    ) -> None:
+        module = make_module(objective=objective, loss=loss)
+        before = weights(module)
+        make_trainer(tmp_path, max_steps=3).fit(module, datamodule=tiny_data())
+        after = weights(module)
+        changed = {name for name in before if not torch.equal(after[name], before[name])}
+        expected = {name for name in before if ".lora_" in name or name.startswith("slot_encoder.")}
+        assert changed == expected
+        assert {name for name, parameter in module.predictor.named_parameters() if parameter.requires_grad} == expected
+
+    def test_every_optimised_parameter_gets_a_gradient(self, tmp_path: Path) -> None:
+        module = make_module()
+        gradients: dict[str, bool] = {}
+
+        def remember(*_: Any) -> None:
+            gradients.update({name: p.grad is not None for name, p in module.predictor.named_parameters()})
+
+        module.on_before_optimizer_step = remember
+        make_trainer(tmp_path, max_steps=1).fit(module, datamodule=tiny_data())
+        trained = {name for name, parameter in module.predictor.named_parameters() if parameter.requires_grad}
+        assert {name for name, has_gradient in gradients.items() if has_gradient} == trained
+
+    def test_loss_falls_along_the_gradient(self, tmp_path: Path) -> None:
+        """On one and the same sample a small step down the gradient must lower the divergence."""
+        module = make_module()
+        data = tiny_data()
+        make_trainer(tmp_path, max_steps=1).fit(module, datamodule=data)  # lora_B leaves 0
+        batch = next(iter(data.train_dataloader()))
+        context = module._encode(batch)
+        sample = TeacherWindows().sample(module.predictor, batch, context, torch.Generator().manual_seed(0), None)
+
+        def nats() -> Tensor:
+            total, count = module._slot_loss(module.predictor.slot_hidden(context, sample.auxiliaries), sample)
+            return total / count
+
+        before = nats()
+        module.zero_grad()
+        before.backward()
+        with torch.no_grad():
+            for parameter in module.parameters():
+                if parameter.grad is not None:
+                    parameter -= 1e-3 * parameter.grad
+        assert float(nats().detach()) < float(before.detach())
+
+    def test_no_gradient_where_the_student_is_the_teacher(self) -> None:
+        module = make_module(sampling=SamplingConfig())
+        hidden = torch.randn(2, 3, 3, 16, requires_grad=True)
+        context = module._encode(batch := next(iter(tiny_data().train_dataloader())))
+        sample = TeacherWindows().sample(module.predictor, batch, context, torch.Generator().manual_seed(0), None)
+        logits = module.predictor.logits(torch.cat([hidden[:, :, :1], hidden], dim=2)).detach()
+        same = sample._replace(teacher=SamplingConfig().distribution(logits))
+
+        total, count = module._slot_loss(hidden, same)
+        total.backward()
+
+        assert float(total.detach()) == 0.0 and float(count) == 2 * 3 * 3
+        assert hidden.grad is not None
+        torch.testing.assert_close(hidden.grad, torch.zeros_like(hidden), atol=1e-6, rtol=0)
+        # The same slots against the teacher's real distributions are not at the optimum.
+        other, _ = module._slot_loss(hidden, sample)
+        assert float(other.detach()) > 0
+
+    def test_masked_slots_do_not_count(self) -> None:
+        module = make_module()
+        context = module._encode(batch := next(iter(tiny_data().train_dataloader())))
+        sample = TeacherWindows().sample(module.predictor, batch, context, torch.Generator().manual_seed(0), None)
+        mask = sample.mask.clone()
+        mask[0, 0, 2:] = False
+        mask[1, 1] = False
+        hidden = module.predictor.slot_hidden(context, sample.auxiliaries)
+        _, count = module._slot_loss(hidden, sample._replace(mask=mask))
+        assert float(count) == 2 * 3 * 3 - 2 - 3
+
+    def test_the_same_auxiliaries_in_the_same_step(self, tmp_path: Path) -> None:
+        losses: list[list[float]] = []
+        for _ in range(2):
+            trainer = make_trainer(tmp_path, max_steps=3)
+            module = make_module()
+            losses.append(record_losses(module))
+            trainer.fit(module, datamodule=tiny_data())
+        assert losses[0] == losses[1] and len(set(losses[0])) == 3
+
+
+class TestObjectives:
+    def slot_logits(self, module: DistillationModule, auxiliaries: Tensor) -> Tensor:
+        batch = next(iter(tiny_data().train_dataloader()))
+        return module.predictor.logits(module.predictor.slot_hidden(module._encode(batch), auxiliaries)).detach()
+
+    @by_objective
+    def test_only_the_independent_baseline_ignores_u(self, objective: Objective, loss: Loss) -> None:
+        module = make_module(objective=objective, loss=loss)
+        generator = torch.Generator().manual_seed(0)
+        first, second = (torch.rand(2, 3, 4, generator=generator, dtype=torch.float64) for _ in range(2))
+        ignores = torch.equal(self.slot_logits(module, first), self.slot_logits(module, second))
+        assert ignores == (objective.name == "independent")
+
+    def test_unsound_loss_is_refused(self) -> None:
+        with pytest.raises(ValueError, match="not a sound loss for the one_hot objective.*loss"):
+            make_module(objective=OneHotObjective(), loss=KullbackLeibler())
+
+
+class TestEvalModeOfTheBase:
+    """Dropout of the base model (GPT-2: 0.1) would blur the teacher; LoRA's own dropout is training's business."""
+
+    def modes(self, module: DistillationModule) -> dict[str, bool]:
+        return {name: child.training for name, child in module.predictor.language_model.named_modules()}
+
+    @pytest.mark.parametrize("mode", [True, False])
+    def test_train_reaches_lora_dropout_only(self, mode: bool) -> None:
+        module = make_module(GPT2, lora=LoraSettings(rank=2, dropout=0.5)).train(mode)
+        assert module.predictor.slot_encoder.training == mode
+        in_train_mode = {name for name, training in self.modes(module).items() if training}
+        dropouts = {name for name in self.modes(module) if "lora_dropout" in name}
+        assert in_train_mode == (dropouts if mode else set()) and dropouts
+
+    def test_during_fit(self, tmp_path: Path) -> None:
+        module = make_module(GPT2, lora=LoraSettings(rank=2, dropout=0.5))
+        seen: list[dict[str, bool]] = []
+        module.on_train_batch_start = lambda *_: seen.append(self.modes(module))
+        options = {"max_steps": 4, "val_check_interval": 2, "check_val_every_n_epoch": None}
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            make_trainer(tmp_path, **options).fit(module, datamodule=tiny_data())
+        assert not [entry for entry in caught if "eval mode" in str(entry.message)]
+        for modes in seen:  # before and after a validation
+            assert {name for name, training in modes.items() if training} == {n for n in modes if "lora_dropout" in n}
+        assert len(seen) == 4
+
+    def test_the_teacher_is_deterministic_and_the_student_drops_out(self) -> None:
+        module = make_module(GPT2, lora=LoraSettings(rank=2, dropout=0.5)).train()
+        for name, parameter in module.predictor.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter)
+        batch = next(iter(tiny_data().train_dataloader()))
+        first, second = (module._encode(batch).hidden for _ in range(2))
+        assert torch.equal(first, second)
+        auxiliaries = torch.full((2, 3, 4), 0.3, dtype=torch.float64)
+        dropped = [module.predictor.slot_hidden(module._encode(batch), auxiliaries) for _ in range(2)]
+        assert not torch.equal(*dropped)
+
+
+class TestValidation:
+    @by_objective
+    @pytest.mark.parametrize("source", [TeacherWindows(), DatasetWindows()], ids=["teacher", "dataset"])
+    def test_the_first_token_is_exact(
+        self, tmp_path: Path, objective: Objective, loss: Loss, source: WindowSource
+    ) -> None:
+        module = make_module(objective=objective, loss=loss, source=source)
+        trainer = make_trainer(tmp_path, limit_val_batches=1.0)
+        trainer.fit(module, datamodule=tiny_data())
+        metrics = trainer.validate(module, datamodule=tiny_data(eval_rows=8), verbose=False)[0]
+        assert metrics["val/accuracy/position_00"] == 1.0
+        assert 1.0 <= metrics["val/correct_tokens"] <= 4.0
+        assert module.val_summary is not None and int(module.val_summary.prefix_counts[0]) == 0
+
+    def test_perplexity_of_the_first_token_is_the_teachers(self, tmp_path: Path) -> None:
+        module = make_module()
+        make_trainer(tmp_path).validate(module, datamodule=tiny_data(eval_rows=2), verbose=False)
+        batch = next(iter(tiny_data(eval_rows=2).val_dataloader()))
+        from ptp_lightning.randomness import keyed_generator
+
+        context = module._encode(batch)
+        generator = keyed_generator(module.seed, "val", 0, 0)
+        sample = TeacherWindows().sample(module.predictor, batch, context, generator, 0)
+        probability = sample.teacher.probability_of(sample.token_ids)[..., 0].double()
+        assert module.val_summary is not None
+        assert float(module.val_summary.perplexity[0]) == pytest.approx(float((-probability.log()).mean().exp()))
+
+    def test_validation_draws_the_same_every_time(self, tmp_path: Path) -> None:
+        module, trainer = make_module(), make_trainer(tmp_path, limit_val_batches=1.0)
+        first, second = (trainer.validate(module, datamodule=tiny_data(), verbose=False) for _ in range(2))
+        assert first == second
+
+    def test_without_any_window_there_is_nothing_to_log(self, tmp_path: Path) -> None:
+        class NoWindows(TeacherWindows):
+            def sample(self, *arguments: Any, **named: Any) -> WindowSample:
+                sample = super().sample(*arguments, **named)
+                return sample._replace(mask=torch.zeros_like(sample.mask))
+
+        module = make_module(source=NoWindows())
+        trainer = make_trainer(tmp_path, max_steps=1)
+        trainer.fit(module, datamodule=tiny_data())  # its gradients are zeros
+        assert float(trainer.callback_metrics["train/loss_nats"]) == 0.0
+        assert trainer.validate(module, datamodule=tiny_data(), verbose=False) == [{}]
+
+    def test_test_loop_has_its_own_tags(self, tmp_path: Path) -> None:
+        metrics = make_trainer(tmp_path).test(make_module(), datamodule=tiny_data(), verbose=False)[0]
+        assert metrics["test/accuracy/position_00"] == 1.0
+        assert "test/correct_tokens" in metrics
+
+
+class TestRefusals:
+    def test_window_longer_than_the_row(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="predictor.window_length 13 > data.row_length 12"):
+            make_trainer(tmp_path).fit(make_module(window_length=13), datamodule=tiny_data())
+
+    def test_tokenizer_larger_than_the_model(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="at most 20 entries.*found 29.*data.tokenizer"):
+            make_trainer(tmp_path).fit(make_module(LLAMA | {"vocab_size": 20}), datamodule=tiny_data())
+
+    def test_row_longer_than_the_models_positions(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="<= 32 .*found 29 \\+ 4: lower data.row_length"):
+            make_trainer(tmp_path).fit(make_module(GPT2), datamodule=tiny_data(row_length=29))
+
+    def test_no_limit_of_steps(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="trainer.max_steps"):
+            make_trainer(tmp_path, max_steps=-1, max_epochs=1).fit(make_module(), datamodule=tiny_data())
+
+    def test_nan_in_the_base_model(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from ptp_lightning.models import predictor
+
+        load = predictor.load_backbone
+
+        def broken(settings: BackboneSettings) -> Any:
+            model = load(settings)
+            with torch.no_grad():
+                next(model.parameters())[0] = torch.nan
+            return model
+
+        monkeypatch.setattr(predictor, "load_backbone", broken)
+        with pytest.raises(ValueError, match="NaN.*predictor.backbone.path"):
+            make_module()
+
+    @by_objective
+    def test_nan_in_the_adapter(self, tmp_path: Path, objective: Objective, loss: Loss) -> None:
+        module = make_module(objective=objective, loss=loss)
+        with torch.no_grad():
+            module.predictor.slot_encoder.placeholder.fill_(torch.nan)
+        with pytest.raises(ValueError, match="finite"):
+            make_trainer(tmp_path).fit(module, datamodule=tiny_data())
+        with pytest.raises(ValueError, match="finite"):
+            make_trainer(tmp_path).validate(module, datamodule=tiny_data(), verbose=False)
+
+
+class TestCheckpoint:
+    @pytest.fixture
+    def checkpoint(self, tmp_path: Path) -> str:
+        trainer = make_trainer(tmp_path)
+        trainer.fit(make_module(), datamodule=tiny_data())
+        trainer.save_checkpoint(tmp_path / "run.ckpt")
+        return str(tmp_path / "run.ckpt")
+
+    def test_holds_no_base_weight(self, checkpoint: str) -> None:
+        state = torch.load(checkpoint, weights_only=True)["state_dict"]
+        assert state
+        assert all(".lora_" in name or ".slot_encoder." in f".{name}" for name in state)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"base_seed": 1}, "other base weights.*predictor.backbone.path"),
+            ({"sampling": SamplingConfig(temperature=0.9, top_k=8, top_p=0.9)}, "predictor.sampling"),
+            ({"objective": IndependentObjective()}, "predictor.objective"),
+            ({"features": BinaryFeatures(4)}, "predictor.features"),
+            ({"head": "linear"}, "predictor.head"),
+            ({"lora": LoraSettings(rank=3)}, "predictor.lora"),
+            ({"lora": LoraSettings(rank=2, target_modules=["q_proj"])}, "predictor.lora"),
+        ],
+        ids=["base", "sampling", "objective", "features", "head", "rank", "target_modules"],
+    )
+    def test_that_does_not_fit_is_refused(
+        self, tmp_path: Path, checkpoint: str, change: dict[str, Any], message: str
+    ) -> None:
+        module = make_module(**change)
+        before = weights(module)
+        with pytest.raises(ValueError, match=message):
+            make_trainer(tmp_path, max_steps=4).fit(module, datamodule=tiny_data(), ckpt_path=checkpoint)
+        assert all(torch.equal(value, before[name]) for name, value in module.predictor.state_dict().items())
+
+    def test_of_another_kind_of_module_is_refused(self, tmp_path: Path, checkpoint: str) -> None:
+        content = torch.load(checkpoint, weights_only=True)
+        del content["predictor"]
+        torch.save(content, checkpoint)
+        with pytest.raises(ValueError, match="without a predictor.*ckpt_path"):
+            make_trainer(tmp_path, max_steps=4).fit(make_module(), datamodule=tiny_data(), ckpt_path=checkpoint)
+
+
+def record_losses(module: DistillationModule) -> list[float]:
+    """A list that `fit` fills with the loss of every batch."""
+    losses: list[float] = []
+    module.on_train_batch_end = lambda outputs, *_: losses.append(float(outputs["loss"]))
+    return losses

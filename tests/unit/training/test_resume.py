@@ -1,0 +1,134 @@
+"""`fit` continued from last.ckpt is the uninterrupted run, bit for bit (CPU, float32)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+from ptp_lightning.models.backbone import BackboneSettings
+from ptp_lightning.models.gated_lora import LoraSettings
+from ptp_lightning.models.predictor import PredictorConfig
+from ptp_lightning.sampling import SamplingConfig
+from ptp_lightning.training.distillation import DistillationModule
+from ptp_lightning.training.optimization import OptimizerSettings
+from ptp_lightning.training.pretraining import AutoregressiveModule
+from tests.tiny_data import tiny_data
+
+MODEL = {
+    "model_type": "llama",
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 32,
+    "initializer_range": 0.3,
+}
+
+
+class PowerCutError(RuntimeError):
+    pass
+
+
+class Record(Callback):
+    """Losses of every batch and results of every validation; may pull the plug at the start of a batch."""
+
+    def __init__(self, cut_at_step: int | None = None) -> None:
+        self.cut_at_step = cut_at_step
+        self.losses: list[tuple[int, float]] = []
+        self.validations: list[dict[str, float]] = []
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == self.cut_at_step:
+            raise PowerCutError
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
+        self.losses.append((trainer.global_step, float(outputs["loss"])))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Lightning keeps tags of earlier validations; these are in every one.
+        tags = ("val/correct_tokens", "val/accuracy/position_01", "val/perplexity/position_03", "val/bits_per_byte")
+        self.validations.append({t: float(v) for t, v in trainer.callback_metrics.items() if t in tags})
+
+
+def distillation(optimizer: OptimizerSettings) -> DistillationModule:
+    config = PredictorConfig(
+        BackboneSettings(from_config=MODEL),
+        lora=LoraSettings(rank=2),
+        sampling=SamplingConfig(temperature=0.8, top_k=8, top_p=0.9),
+        window_length=4,
+    )
+    return DistillationModule(config, optimizer=optimizer)
+
+
+def pretraining(optimizer: OptimizerSettings) -> AutoregressiveModule:
+    return AutoregressiveModule(BackboneSettings(from_config=MODEL), optimizer)
+
+
+def fit(
+    make: Any, name: str, directory: Path, record: Record, checkpoint: Path | None = None, **options: Any
+) -> dict[str, Tensor]:
+    """Six steps with a validation after every second batch and last.ckpt at step 3; gives the weights."""
+    torch.manual_seed(0)
+    module = make(OptimizerSettings(name, learning_rate=0.01, warmup_steps=2))  # pyright: ignore[reportArgumentType]
+    torch.manual_seed(123 if checkpoint is None else 321)  # nothing may hang on torch's global generator
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=6,
+        val_check_interval=2,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        gradient_clip_val=1.0,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[record, ModelCheckpoint(directory, save_last=True, save_top_k=0, every_n_train_steps=3)],
+        **options,
+    )
+    trainer.fit(module, datamodule=tiny_data(), ckpt_path=checkpoint)
+    assert trainer.global_step == 6
+    return {key: value.clone() for key, value in module.state_dict().items()}
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("make", [distillation, pretraining])
+def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path, make: Any, optimizer: str, accumulate: int) -> None:
+    options = {"accumulate_grad_batches": accumulate}
+    whole, before, after = Record(), Record(cut_at_step=4), Record()
+
+    expected = fit(make, optimizer, tmp_path / "whole", whole, **options)
+    with pytest.raises(PowerCutError):
+        fit(make, optimizer, tmp_path / "cut", before, **options)
+    last = tmp_path / "cut" / "last.ckpt"
+    assert torch.load(last, weights_only=True)["global_step"] == 3
+    found = fit(make, optimizer, last.parent, after, checkpoint=last, **options)
+
+    assert len(whole.losses) == 6 * accumulate and len({loss for _, loss in whole.losses}) == 6 * accumulate
+    assert before.losses == whole.losses[: 4 * accumulate]
+    assert after.losses == whole.losses[3 * accumulate :]
+    assert len(whole.validations) == 3 * accumulate
+    assert after.validations == whole.validations[-len(after.validations) :] and after.validations
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_epochs_limited_by_the_trainer_resume_too(tmp_path: Path) -> None:
+    """Three epochs of two batches: an epoch goes on in the stream where the last one stopped."""
+    whole, limited, cut, resumed = Record(), Record(), Record(cut_at_step=5), Record()
+    fit(distillation, "adamw", tmp_path / "whole", whole)
+    expected = fit(distillation, "adamw", tmp_path / "limited", limited, limit_train_batches=2)
+    with pytest.raises(PowerCutError):
+        fit(distillation, "adamw", tmp_path / "cut", cut, limit_train_batches=2)
+    last = tmp_path / "cut" / "last.ckpt"
+    found = fit(distillation, "adamw", last.parent, resumed, last, limit_train_batches=2)
+    assert len({loss for _, loss in limited.losses}) == 6
+    assert limited.losses[:2] == whole.losses[:2]
+    assert resumed.losses == limited.losses[3:]
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
