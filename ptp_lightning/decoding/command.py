@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ptp_lightning.decoding.generation import Generation, GenerationSettings
-from ptp_lightning.decoding.text import DecoderName, encode_prompt, end_of_text_ids, generate
+from ptp_lightning.decoding.text import DecoderName, encode_prompt, end_of_text_ids, generate, tokenizer_of
 from ptp_lightning.models.checkpoint import load_predictor
-from ptp_lightning.pretrained import load_tokenizer
 from ptp_lightning.sampling import SamplingConfig
 
 if TYPE_CHECKING:
@@ -43,7 +42,7 @@ def run(args: Sequence[str]) -> None:
         SamplingConfig(**given), seed=options.seed, **{name: n for name, n in lengths.items() if n is not None}
     )
     predictor = load_predictor(options.ckpt_path)
-    tokenizer = load_tokenizer(predictor.config.backbone.path)
+    tokenizer = tokenizer_of(predictor)
     sampling = replace(predictor.config.sampling, **given)
     if sampling != predictor.config.sampling and options.decoder == "speculative":
         print(

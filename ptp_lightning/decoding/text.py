@@ -13,7 +13,7 @@ from ptp_lightning.decoding.autoregressive import decode_autoregressively
 from ptp_lightning.decoding.generation import Generation, GenerationSettings, require_room
 from ptp_lightning.decoding.speculative import decode_speculatively
 from ptp_lightning.models.predictor import ParallelTokenPredictor
-from ptp_lightning.pretrained import load_tokenizer
+from ptp_lightning.pretrained import PATH_KEY, load_tokenizer
 from ptp_lightning.sampling import SamplingConfig
 
 if TYPE_CHECKING:
@@ -23,6 +23,12 @@ DecoderName = Literal["autoregressive", "speculative"]
 DECODERS = {"autoregressive": decode_autoregressively, "speculative": decode_speculatively}
 INCOMPLETE = "\ufffd"  # stands for bytes that are no character, or not one yet
 NUM_PROMPT_TOKENS_BEFORE = 8  # what detokenisers look at: blanks and bytes at the seam of prompt and text
+
+
+def tokenizer_of(predictor: ParallelTokenPredictor) -> PreTrainedTokenizerBase:
+    """The tokenizer of the predictor's base model; errors as in `ptp_lightning.pretrained.load_tokenizer`."""
+    backbone = predictor.config.backbone
+    return load_tokenizer(backbone.path, revision=backbone.revision, key=PATH_KEY)
 
 
 def generate(
@@ -58,7 +64,7 @@ def generate(
         ValueError: a value is out of range, the prompt is empty or too long, or has a token the model does not know.
     """
     if tokenizer is None:
-        tokenizer = load_tokenizer(predictor.config.backbone.path)
+        tokenizer = tokenizer_of(predictor)
     settings = GenerationSettings(
         sampling=sampling or predictor.config.sampling,
         max_new_tokens=max_new_tokens,

@@ -57,7 +57,7 @@ def shell(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
         return PREDICTOR
 
     monkeypatch.setattr(command, "load_predictor", load_predictor)
-    monkeypatch.setattr(command, "load_tokenizer", lambda path: TOKENIZER)
+    monkeypatch.setattr(command, "tokenizer_of", lambda predictor: TOKENIZER)
     monkeypatch.delenv("PTP_TRACEBACK", raising=False)
     return shell
 
