@@ -1,4 +1,4 @@
-"""Gated LoRA: low-rank adapters that act on auxiliary slots only (PAPER section 2, "Gated LoRA").
+"""Gated LoRA: low-rank adapters that act on auxiliary slots only (Draxler et al., ICLR 2026).
 
 Context positions run the unchanged base weights, bit for bit, so that one forward pass yields the teacher's
 distributions and the student's proposals, and both share one KV cache. PEFT owns the adapter weights and their files;
