@@ -50,7 +50,6 @@ def silence_library_noise() -> None:
     """Hide warnings about choices that are right here and that a user can do nothing about."""
     for message in (
         r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning against the newest torch
-        r"Found \d+ module\(s\) in eval mode at the start of training",  # the frozen base model belongs in eval mode
         r"The '\w+_dataloader' does not have many workers",  # the stream costs far less than a step
         r"Trying to infer the `batch_size` from an ambiguous collection",
     ):

@@ -28,7 +28,7 @@ class Run:
     def __init__(self, folder: Path) -> None:
         self.base = folder / "base"
         # A large vocabulary: its table would dwarf everything that is trained.
-        tiny_llama(vocab_size=8192).save_pretrained(self.base)
+        tiny_llama(vocab_size=16384).save_pretrained(self.base)
         tiny_tokenizer().save_pretrained(self.base)
         config = PredictorConfig(
             BackboneSettings(path=str(self.base)), lora=LoraSettings(rank=2), sampling=SAMPLING, window_length=4
@@ -74,8 +74,8 @@ def same_weights(one: ParallelTokenPredictor, other: ParallelTokenPredictor) -> 
 
 
 def test_checkpoint_of_a_run_holds_no_base_weight_and_opens(run: Run) -> None:
-    table_bytes = 8192 * 32 * 4
-    assert run.checkpoint.stat().st_size < table_bytes / 3  # slot encoder, adapter and optimiser states
+    table_bytes = 16384 * 32 * 4
+    assert run.checkpoint.stat().st_size < table_bytes / 4  # slot encoder, adapter and optimiser states
     loaded = ParallelTokenPredictor.from_pretrained(run.checkpoint)
     assert same_weights(run.module.predictor, loaded)
     assert loaded.config == run.module.predictor.config
@@ -144,7 +144,7 @@ def test_mistakes_cost_one_line(export, capsys: pytest.CaptureFixture[str], args
 def test_another_base_model(run: Run, export, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     run.base.rename(tmp_path / "kept")
     try:
-        tiny_llama(vocab_size=8192, rms_norm_eps=0.1, hidden_size=64).save_pretrained(run.base)
+        tiny_llama(vocab_size=16384, rms_norm_eps=0.1, hidden_size=64).save_pretrained(run.base)
         with pytest.raises(SystemExit, match="2"):
             export("--ckpt_path", run.checkpoint, "--output", "out")
     finally:

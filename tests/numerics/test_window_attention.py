@@ -184,7 +184,8 @@ class TestWhatASlotSees:
     @pytest.mark.parametrize("objective", OBJECTIVES)
     def test_equal_to_a_loop_over_single_windows(self, family: str, objective: str) -> None:
         """One row, one window, nothing but its context, hence no packing, no other window and no padding."""
-        predictor = make_predictor(family, objective)
+        # In double precision, because the large adapter amplifies rounding.
+        predictor = make_predictor(family, objective).double()
         input_ids, auxiliaries = inputs()
         packed = slot_logits(predictor, input_ids, auxiliaries)
         for row, window in [(row, window) for row in range(2) for window in range(WINDOW_STARTS.shape[1])]:
@@ -199,8 +200,8 @@ class TestWhatASlotSees:
                 )
                 hidden = predictor.slot_hidden(context, auxiliaries[row, window].view(1, 1, -1))
                 single = predictor.logits(hidden)[0, 0]
-            # Other shapes, other kernels: equal up to rounding, which the large adapter amplifies.
-            torch.testing.assert_close(packed[row, window], single, atol=1e-4, rtol=1e-4)
+            # Other shapes, other kernels: equal up to rounding.
+            torch.testing.assert_close(packed[row, window], single, atol=2e-5, rtol=2e-5)
 
     def test_closed_gate_reproduces_the_teacher(self, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
         """Slots fed the true tokens' embeddings are the teacher, at every position of every document."""
