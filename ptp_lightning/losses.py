@@ -104,7 +104,8 @@ class Loss(ABC):
 
         Args:
             hidden: [M, H], the last hidden states of the slots.
-            head: the language model head, [m, H] to [m, V]; called once per chunk, and again in the backward pass.
+            head: the language model head, [m, H] to [m, V]; called once per chunk, and if there are several, once more
+                in the backward pass.
             target: what the M slots should predict.
 
         Returns:
@@ -132,6 +133,9 @@ class Loss(ABC):
 
         num_slots = kept.numel()
         chunks = [slice(start, start + self.chunk_size) for start in range(0, max(num_slots, 1), self.chunk_size)]
+        if len(chunks) == 1:  # nothing would be saved by computing the logits twice
+            total = chunk_total(hidden, chunks[0])
+            return LossSum(total=total, count=torch.full_like(total, num_slots))
         totals = [
             # A head has no dropout, so there is no random state to put back for the second run.
             checkpoint(chunk_total, hidden[rows], rows, use_reentrant=False, preserve_rng_state=False)

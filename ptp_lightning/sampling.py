@@ -88,7 +88,8 @@ class SamplingConfig:
         top_p: of these, renormalised, keep a token if the ones ranked before it have less than this mass together.
             The first always stays.
         order: how the cumulative distribution runs through the kept tokens: by rank ("descending") or by token id
-            ("vocabulary", the cumulative distribution of the paper).
+            ("vocabulary", the cumulative distribution of the paper). By token id, estimates of a distribution agree
+            with it on more tokens: two near-tied tokens that swap ranks swap their places by rank, and nothing by id.
 
     Raises:
         ValueError: for a value out of range; names the key.
@@ -97,7 +98,7 @@ class SamplingConfig:
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float = 1.0
-    order: Order = "descending"
+    order: Order = "vocabulary"
 
     def __post_init__(self) -> None:
         if self.temperature != 0 and not SMALLEST_TEMPERATURE <= self.temperature < math.inf:
@@ -111,9 +112,25 @@ class SamplingConfig:
         if self.order not in get_args(Order):
             raise ValueError(f"order must be one of {', '.join(get_args(Order))}, found {self.order!r}")
 
+    def target(self) -> SamplingConfig:
+        """What students learn: everything but top-p.
+
+        A network cannot fit the edge of a nucleus, but it need not: given the distribution before the cut, `proposal`
+        cuts as exactly as the teacher does.
+        """
+        return replace(self, top_p=1.0)
+
     def proposal(self) -> SamplingConfig:
-        """Settings for student logits: they were trained on what temperature and top-p left, so neither acts again."""
-        return replace(self, temperature=1.0 if self.temperature > 0 else 0.0, top_p=1.0)
+        """Settings for student logits: they were trained on `target`, so the temperature must not act again."""
+        return replace(self, temperature=1.0 if self.temperature > 0 else 0.0)
+
+    def with_target(self, logits: Tensor) -> tuple[TokenDistribution, TokenDistribution]:
+        """`distribution(logits)` and `target().distribution(logits)`, ranking the tokens once."""
+        if self.top_p == 1 or self.temperature == 0:
+            distribution = self.distribution(logits)
+            return distribution, distribution
+        scores, token_ids = self._candidates(logits)
+        return self._listed(self._keep_top_p(scores), token_ids, logits), self._listed(scores, token_ids, logits)
 
     def distribution(self, logits: Tensor) -> TokenDistribution:
         """The distribution to sample from, in float32 (float64 for float64 logits); differentiable in the logits.
@@ -128,27 +145,31 @@ class SamplingConfig:
         Raises:
             ValueError: if a row holds NaN or +inf, or nothing but -inf.
         """
-        vocabulary_size = logits.shape[-1]
-        num_candidates = min(self.top_k or vocabulary_size, vocabulary_size)
-        peak = logits.detach().amax(-1, keepdim=True)  # NaN if any logit is NaN
-        require(
-            peak.isfinite(),
-            peak,
-            "the largest logit of every token position must be finite: a NaN or infinity comes from broken weights or "
-            "16-bit overflow (try trainer.precision: 32-true)",
-        )
+        peak = _peak(logits)
         if self.temperature == 0:
             token_ids = logits.argmax(-1, keepdim=True)  # the first, hence the lowest id, among equals
             return TokenDistribution(torch.ones_like(peak, dtype=_compute_dtype(logits)), token_ids)
-        if self.order == "vocabulary" and num_candidates == vocabulary_size and self.top_p == 1:
+        if self.order == "vocabulary" and self._num_candidates(logits) == logits.shape[-1] and self.top_p == 1:
             return TokenDistribution(self._scores(logits, peak).softmax(-1))
-        token_ids = rank(logits.detach(), num_candidates)
-        probabilities = self._keep_top_p(self._scores(logits.gather(-1, token_ids), peak)).softmax(-1)
+        scores, token_ids = self._candidates(logits)
+        return self._listed(self._keep_top_p(scores), token_ids, logits)
+
+    def _num_candidates(self, logits: Tensor) -> int:
+        return min(self.top_k or logits.shape[-1], logits.shape[-1])
+
+    def _candidates(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores and ids `[..., K]` of the first-ranked tokens, in rank order."""
+        token_ids = rank(logits.detach(), self._num_candidates(logits))
+        return self._scores(logits.gather(-1, token_ids), _peak(logits)), token_ids
+
+    def _listed(self, scores: Tensor, token_ids: Tensor, logits: Tensor) -> TokenDistribution:
+        """Scores and ids `[..., K]` in rank order, as a distribution in the configured order."""
+        probabilities = scores.softmax(-1)
         if self.order == "descending":
             return TokenDistribution(probabilities, token_ids)
         token_ids, by_token_id = token_ids.sort(-1)
         probabilities = probabilities.gather(-1, by_token_id)
-        return TokenDistribution(probabilities, None if num_candidates == vocabulary_size else token_ids)
+        return TokenDistribution(probabilities, None if token_ids.shape[-1] == logits.shape[-1] else token_ids)
 
     def _scores(self, logits: Tensor, peak: Tensor) -> Tensor:
         # Subtracting the peak first keeps a low temperature from overflowing.
@@ -162,6 +183,18 @@ class SamplingConfig:
         units = TokenDistribution(scores.softmax(-1)).cumulative_units()
         before = torch.nn.functional.pad(units[..., :-1], (1, 0))
         return scores.masked_fill(before >= self.top_p * units[..., -1:], -math.inf)
+
+
+def _peak(logits: Tensor) -> Tensor:
+    """The largest logit `[..., 1]` of each row; raises unless it is finite."""
+    peak = logits.detach().amax(-1, keepdim=True)  # NaN if any logit is NaN
+    require(
+        peak.isfinite(),
+        peak,
+        "the largest logit of every token position must be finite: a NaN or infinity comes from broken weights or "
+        "16-bit overflow (try trainer.precision: 32-true)",
+    )
+    return peak
 
 
 def rank(logits: Tensor, k: int) -> Tensor:

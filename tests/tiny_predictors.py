@@ -41,8 +41,13 @@ def tiny_predictor(
 ) -> ParallelTokenPredictor:
     """In eval mode; `sharpness` as in `sharpen`; `model` are further arguments of the builder in TINY_MODELS."""
     backbone = cast_weights(TINY_MODELS[family](**model), dtype)
+    lookup_layers = () if model.get("num_layers") == 1 else (1,)
     config = PredictorConfig(
-        objective=OBJECTIVES[objective], lora=LoraSettings(rank=4), sampling=sampling, window_length=window_length
+        objective=OBJECTIVES[objective],
+        lora=LoraSettings(rank=4),
+        sampling=sampling,
+        window_length=window_length,
+        lookup_layers=lookup_layers,
     )
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(1)

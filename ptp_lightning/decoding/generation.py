@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from ptp_lightning.auxiliary import draw_auxiliaries
 from ptp_lightning.models.predictor import ParallelTokenPredictor
+from ptp_lightning.models.token_lookup import LookupCall
 from ptp_lightning.randomness import keyed_generator
 from ptp_lightning.sampling import SamplingConfig
 
@@ -113,24 +115,29 @@ class CachedContext:
         self.length = 0
         self.num_calls = 0
 
-    def read(self, token_ids: Tensor, slots: Tensor | None = None) -> Tensor:
+    def read(self, token_ids: Tensor, auxiliaries: Tensor | None = None) -> Tensor:
         """Append tokens to the context in one call, and look ahead through slots, which leave no trace in it.
 
         Args:
             token_ids: `[1, T]`, T >= 1.
-            slots: `[1, J, H]`, input embeddings of the slots that follow the tokens.
+            auxiliaries: `[1, J + 1]`, those of a window that follows the tokens, with its J slots.
 
         Returns:
             Last hidden states `[1, T + J, H]`; those of tokens are the base model's own.
         """
         embeddings, num_slots = self.predictor.embed(token_ids), 0
-        if slots is not None:
-            embeddings, num_slots = torch.cat([embeddings, slots], dim=1), slots.shape[1]
+        ahead = contextlib.ExitStack()
+        if auxiliaries is not None and (num_slots := auxiliaries.shape[1] - 1):
+            slots = self.predictor.slot_encoder(auxiliaries).to(embeddings.dtype)
+            embeddings = torch.cat([embeddings, slots], dim=1)
+            ahead.enter_context(self.predictor.gate.open(suffix=num_slots))
+            ahead.enter_context(self.predictor.looking(LookupCall(auxiliaries[:, None, :-1])))
+        else:
+            ahead.enter_context(self.predictor.gate.closed())
         num_queries, device = embeddings.shape[1], embeddings.device
         position_ids = torch.arange(self.length, self.length + num_queries, device=device).unsqueeze(0)
         mask = torch.ones(num_queries, self.length + num_queries, dtype=torch.bool, device=device).tril(self.length)
-        gate = self.predictor.gate
-        with gate.open(suffix=num_slots) if num_slots else gate.closed():
+        with ahead:
             hidden = self.predictor.decode(embeddings, position_ids, mask[None, None], self.cache)
         self.num_calls += 1
         self.length += num_queries

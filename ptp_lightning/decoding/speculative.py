@@ -22,7 +22,7 @@ from ptp_lightning.decoding.generation import (
     require_room,
 )
 from ptp_lightning.models.predictor import ParallelTokenPredictor
-from ptp_lightning.models.slots import ContextEnd, Objective
+from ptp_lightning.models.slots import Objective
 from ptp_lightning.sampling import SamplingConfig
 
 
@@ -68,13 +68,13 @@ def decode_speculatively(
     on_tokens: OnTokens | None = None,
     proposer: Proposer | None = None,
 ) -> Decoded:
-    """One call that reads the prompt and picks a token, then cycles of two calls that commit `accepted = correct + 1`.
+    """Cycles of two calls that commit `accepted = correct + 1` tokens.
 
-    The propose call reads the newest token, which the cache lacks, and the slots after it. The base model's own logits
-    give the first token of the window, t_1 = Pick(u_1, Q_1); slot j gives token j + 2. The verify call reads this draft
-    with the gate closed. The longest prefix in which every token is the base model's pick is correct (1 .. L tokens,
-    for t_1 always is), and the base model's pick after it is committed as well, be it the correction of a wrong token
-    or a bonus after the last.
+    The propose call reads the tokens that the cache lacks (the prompt, later the newest token) and the slots after
+    them. The base model's own logits give the first token of the window, t_1 = Pick(u_1, Q_1); slot j gives token
+    j + 2. The verify call reads this draft with the gate closed. The longest prefix in which every token is the base
+    model's pick is correct (1 .. L tokens, for t_1 always is), and the base model's pick after it is committed as well,
+    be it the correction of a wrong token or a bonus after the last.
 
     The draft leaves room for that last pick, so windows shrink towards the end of the text. A single remaining
     token is t_1 of a propose call and needs no verification.
@@ -98,19 +98,14 @@ def decode_speculatively(
     output = VerifiedOutput(settings, on_tokens)
     correct_per_cycle: list[int] = []
 
-    # Read the prompt. `before` is the hidden state that `newest` was picked from.
-    before = context.read(prompt_ids)[:, -1:]
-    newest = pick(auxiliaries[:, :1], settings.sampling.distribution(predictor.logits(before)))
-    output.commit(newest[0].tolist())
+    unread = prompt_ids
     while output.finished is None:
         start = len(output.token_ids)
         length = max(1, min(settings.window_length, output.remaining - 1))
         window = slice(start, start + length)
 
         # Propose.
-        end = ContextEnd(before[:, 0], predictor.embed(newest)[:, 0])
-        slots = predictor.slot_encoder(told[:, window], end) if length > 1 else None
-        logits = predictor.logits(context.read(newest, slots)[:, -length:])
+        logits = predictor.logits(context.read(unread, told[:, window])[:, -length:])
         draft = pick(auxiliaries[:, start : start + 1], settings.sampling.distribution(logits[:, :1]))
         if length > 1:
             proposed = proposer(logits[:, 1:], told[:, start + 1 : start + length], start + 1)
@@ -121,15 +116,14 @@ def decode_speculatively(
             break
 
         # Verify: picks[j] is what the base model says after draft[j].
-        hidden = context.read(draft)
-        distribution = settings.sampling.distribution(predictor.logits(hidden))
+        distribution = settings.sampling.distribution(predictor.logits(context.read(draft)))
         picks = pick(auxiliaries[:, start + 1 : start + length + 1], distribution)
         correct = 1 + (draft[:, 1:] == picks[:, :-1]).cumprod(dim=1).sum(dim=1, keepdim=True)
 
         # Commit. The correct part of the draft is picks shifted by one. This is the cycle's one wait for the device.
         num_correct, *tokens = torch.cat([correct, draft[:, :1], picks], dim=1)[0].tolist()
         context.forget(length - num_correct)
-        before, newest = (tensor[:, num_correct - 1 : num_correct] for tensor in (hidden, picks))
+        unread = picks[:, num_correct - 1 : num_correct]
         num_committed = output.commit(tokens[: num_correct + 1])
         correct_per_cycle.append(min(num_correct, num_committed))
     assert output.finished is not None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
@@ -13,7 +15,8 @@ from torch import Tensor, nn
 from ptp_lightning.models.auxiliary_embedding import AuxiliaryFeatures, CosineFeatures
 from ptp_lightning.models.backbone import BackboneSettings, fingerprint, load_backbone
 from ptp_lightning.models.gated_lora import LoraSettings, add_gated_lora
-from ptp_lightning.models.slots import CategoricalObjective, ContextEnd, Objective, SlotEncoder
+from ptp_lightning.models.slots import CategoricalObjective, Objective, SlotEncoder
+from ptp_lightning.models.token_lookup import LookupCall, TokenLookup
 from ptp_lightning.models.window_attention import context_mask, slot_mask
 from ptp_lightning.sampling import SamplingConfig
 
@@ -35,7 +38,7 @@ class PredictorConfig:
         lora: size of the adapter.
         sampling: the distribution of the base model that is imitated; intervals and targets are defined by it.
         window_length: L, tokens predicted in one call; the first is exact, L - 1 come from slots.
-        context_end: slots also see the last context token and the hidden state before it (see `ContextEnd`).
+        lookup_layers: decoder layers before which slots look their tokens up (see `TokenLookup`); none by default.
     """
 
     backbone: BackboneSettings = field(default_factory=BackboneSettings)
@@ -45,7 +48,7 @@ class PredictorConfig:
     lora: LoraSettings = field(default_factory=LoraSettings)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     window_length: int = 16
-    context_end: bool = True
+    lookup_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse a window without slots."""
@@ -56,10 +59,14 @@ class PredictorConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `from_dict` and YAML files understand."""
-        return asdict(self) | {
-            name: {"class_path": f"{type(value).__module__}.{type(value).__qualname__}", "init_args": asdict(value)}
-            for name, value in (("objective", self.objective), ("features", self.features))
-        }
+        return (
+            asdict(self)
+            | {"lookup_layers": list(self.lookup_layers)}
+            | {
+                name: {"class_path": f"{type(value).__module__}.{type(value).__qualname__}", "init_args": asdict(value)}
+                for name, value in (("objective", self.objective), ("features", self.features))
+            }
+        )
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> PredictorConfig:
@@ -89,7 +96,7 @@ class Context(NamedTuple):
         document_ids: `[B, S]`.
         window_starts: `[B, N]`.
         window_positions: `[B, N]`, position id of each window's first token.
-        window_ends: `[B, N, H]` twice, what slots may see of the context's end.
+        window_streams: `[B, N, H]` per look-up layer, the last context token's stream before that layer.
     """
 
     hidden: Tensor
@@ -97,12 +104,24 @@ class Context(NamedTuple):
     document_ids: Tensor
     window_starts: Tensor
     window_positions: Tensor
-    window_ends: ContextEnd
+    window_streams: list[Tensor]
 
     @property
     def first_hidden(self) -> Tensor:
         """`[B, N, H]`, hidden states that predict each window's first token."""
         return _gather(self.hidden, self.window_starts - 1)
+
+
+class SlotHidden(NamedTuple):
+    """What the slots of all windows say.
+
+    Attributes:
+        last: `[B, N, L - 1, H]`, hidden states that predict the tokens 1 .. L - 1.
+        estimates: `[B, N, L - 1, H]` per look-up layer, hidden states that predict the slots' own tokens 0 .. L - 2.
+    """
+
+    last: Tensor
+    estimates: list[Tensor]
 
 
 class ParallelTokenPredictor(nn.Module):
@@ -123,7 +142,10 @@ class ParallelTokenPredictor(nn.Module):
         self.base_fingerprint = fingerprint(backbone)
         table: Tensor = backbone.get_input_embeddings().weight  # pyright: ignore[reportAssignmentType]
         _require_plain_head(backbone)
-        self.slot_encoder = SlotEncoder(config.objective, config.features, config.head, table, config.context_end)
+        self.slot_encoder = SlotEncoder(config.objective, config.features, config.head, table)
+        if config.lookup_layers:
+            choose = partial(config.objective.look_up, sampling=config.sampling)
+            self.slot_encoder.lookup = TokenLookup(backbone, config.lookup_layers, choose)
         self.language_model, self.gate = add_gated_lora(backbone, config.lora)
         self.train()
 
@@ -182,16 +204,15 @@ class ParallelTokenPredictor(nn.Module):
         from transformers import DynamicCache
 
         cache = DynamicCache()
-        embeddings = self.embed(input_ids)
-        with self.gate.closed():
-            hidden = self.decode(embeddings, position_ids, context_mask(document_ids), cache)
+        lookup = self.slot_encoder.lookup
+        recording = nullcontext(list[Tensor]()) if lookup is None else lookup.recording()
+        with self.gate.closed(), recording as streams:
+            hidden = self.decode(self.embed(input_ids), position_ids, context_mask(document_ids), cache)
         positions = position_ids.gather(1, window_starts - 1) + 1
-        # A context of one token has no hidden state before its last.
-        before = _gather(hidden, (window_starts - 2).clamp_min(0)) * (positions > 1).unsqueeze(-1)
-        ends = ContextEnd(before, _gather(embeddings, window_starts - 1))
-        return Context(hidden, cache, document_ids, window_starts, positions, ends)
+        last = [_gather(stream, window_starts - 1) for stream in streams]
+        return Context(hidden, cache, document_ids, window_starts, positions, last)
 
-    def slot_hidden(self, context: Context, auxiliaries: Tensor) -> Tensor:
+    def slot_hidden(self, context: Context, auxiliaries: Tensor) -> SlotHidden:
         """Hidden states that predict the tokens 1 .. L - 1 of each window.
 
         Args:
@@ -199,9 +220,9 @@ class ParallelTokenPredictor(nn.Module):
             auxiliaries: `[B, N, L]` float64 in [0, 1).
 
         Returns:
-            `[B, N, L - 1, H]`, with gradients for the adapter and the slot encoder.
+            With gradients for the adapter, the slot encoder and the look-ups.
         """
-        rows, num_windows, length = auxiliaries.shape
+        _, num_windows, length = auxiliaries.shape
         slots = length - 1
         device = auxiliaries.device
         window = torch.arange(num_windows, device=device).repeat_interleave(slots)
@@ -215,11 +236,17 @@ class ParallelTokenPredictor(nn.Module):
             key_offset=offset,
         )
         positions = context.window_positions[:, window] + offset
-        embeddings = self.slot_encoder(auxiliaries, context.window_ends).flatten(1, 2)
-        with self.gate.open():
+        embeddings = self.slot_encoder(auxiliaries).flatten(1, 2)
+        call = LookupCall(auxiliaries[..., :-1], context.window_streams)
+        with self.gate.open(), self.looking(call):
             hidden = self.decode(embeddings, positions, mask, context.cache)
         context.cache.crop(-num_windows * slots)
-        return hidden.unflatten(1, (num_windows, slots)).reshape(rows, num_windows, slots, -1)
+        return SlotHidden(hidden.unflatten(1, (num_windows, slots)), call.estimates)
+
+    def looking(self, call: LookupCall) -> AbstractContextManager[None]:
+        """The pass inside the block looks the tokens of its slots up, if this predictor does."""
+        lookup = self.slot_encoder.lookup
+        return nullcontext() if lookup is None else lookup.acting(call)
 
     @classmethod
     def from_pretrained(

@@ -1,18 +1,15 @@
 """What a slot is told and what it proposes: the objectives of the paper, and the encoder that turns u into slots."""
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
 
 from ptp_lightning.auxiliary import pick
-from ptp_lightning.models.auxiliary_embedding import SILU_GAIN, AuxiliaryEmbedding, AuxiliaryFeatures
+from ptp_lightning.models.auxiliary_embedding import AuxiliaryEmbedding, AuxiliaryFeatures
+from ptp_lightning.models.token_lookup import TokenLookup
 from ptp_lightning.sampling import SamplingConfig
-
-MIXER_EXPANSION = 4  # hidden width of the context mixer, in model widths
 
 
 @dataclass(frozen=True)
@@ -29,6 +26,10 @@ class Objective(ABC):
     @abstractmethod
     def propose(self, logits: Tensor, auxiliaries: Tensor, sampling: SamplingConfig) -> Tensor:
         """Tokens `[...]` from logits `[..., V]` and the auxiliaries `[...]` of the predicted tokens."""
+
+    def look_up(self, logits: Tensor, auxiliaries: Tensor, sampling: SamplingConfig) -> Tensor:
+        """Which token a slot stands for, `[...]`: the inverse of an estimate `[..., V]` at the slot's own u `[...]`."""
+        return pick(auxiliaries, sampling.proposal().distribution(logits))
 
 
 @dataclass(frozen=True)
@@ -84,64 +85,25 @@ class IndependentObjective(Objective):
         """Inverse CDF of the predicted marginal at the predicted token's u."""
         return pick(auxiliaries, sampling.proposal().distribution(logits))
 
-
-class ContextEnd(NamedTuple):
-    """What is known of the last context token before a call is made.
-
-    Its own hidden state is not: that token is read in the same call as the slots. The state before it, together with
-    the token, tells most of what the base model is about to say.
-
-    Attributes:
-        hidden: `[..., H]`, last hidden state of the base model one token earlier; zeros where there is none.
-        embedding: `[..., H]`, token embedding of the last context token.
-    """
-
-    hidden: Tensor
-    embedding: Tensor
-
-
-class ContextMixer(nn.Module):
-    """Slot embeddings and the end of their context -> what to add to the slot embeddings.
-
-    Args:
-        hidden_size: H.
-        scale: root mean square that a component of the output has at first.
-    """
-
-    def __init__(self, hidden_size: int, scale: float) -> None:
-        super().__init__()
-        width = MIXER_EXPANSION * hidden_size
-        self.first = nn.Linear(3 * hidden_size, width)
-        self.last = nn.Linear(width, hidden_size, bias=False)
-        nn.init.normal_(self.first.weight, std=SILU_GAIN / math.sqrt(3 * hidden_size))
-        nn.init.normal_(self.last.weight, std=scale / math.sqrt(width))
-
-    def forward(self, slots: Tensor, context_end: ContextEnd) -> Tensor:
-        """Map slots `[..., J, H]` and a context end of `[..., H]` twice to `[..., J, H]`."""
-        end = torch.cat([_unit(part.to(slots.dtype)) for part in context_end], dim=-1)
-        end = end.unsqueeze(-2).expand(*slots.shape[:-1], -1)
-        return self.last(nn.functional.silu(self.first(torch.cat([end, _unit(slots)], dim=-1))))
-
-
-def _unit(vectors: Tensor) -> Tensor:
-    """Each vector with a root mean square of one; zeros stay zeros."""
-    return nn.functional.rms_norm(vectors, vectors.shape[-1:], eps=1e-6)
+    def look_up(self, logits: Tensor, auxiliaries: Tensor, sampling: SamplingConfig) -> Tensor:
+        """The most likely token: these slots know no u."""
+        return logits.argmax(-1)
 
 
 class SlotEncoder(nn.Module):
     """Auxiliaries of a window -> input embeddings of its L - 1 slots.
 
     A slot's embedding is one learned vector, which starts as the mean token embedding, plus an embedding of each
-    auxiliary that the objective lets it carry. With `context_end`, a small network adds what these mean together with
-    the end of the context: a slot has to find the distribution of the token it stands for before u can select from it,
-    and the frozen layers spend most of their depth on that search when they start from u alone.
+    auxiliary that the objective lets it carry.
 
     Args:
         objective: what slots carry.
         features: features of u.
         head: head of the auxiliary embedding.
         token_embeddings: `[V, H]`, sets the starting point and scale.
-        context_end: whether slots also see the end of the context.
+
+    Attributes:
+        lookup: what else slots learn, further up in the stack; set by the predictor, which knows the layers.
     """
 
     def __init__(
@@ -150,7 +112,6 @@ class SlotEncoder(nn.Module):
         features: AuxiliaryFeatures,
         head: Literal["linear", "mlp"],
         token_embeddings: Tensor,
-        context_end: bool,
     ) -> None:
         super().__init__()
         self.objective = objective
@@ -161,11 +122,11 @@ class SlotEncoder(nn.Module):
         self.embeddings = nn.ModuleList(
             AuxiliaryEmbedding(features, head, table.shape[1], scale) for _ in range(objective.num_inputs)
         )
-        self.context_mixer = ContextMixer(table.shape[1], scale) if context_end else None
+        self.lookup: TokenLookup | None = None
 
-    def forward(self, auxiliaries: Tensor, context_end: ContextEnd) -> Tensor:
-        """Map auxiliaries `[..., L]` and the end of the context `[..., H]` twice to `[..., L - 1, H]`."""
+    def forward(self, auxiliaries: Tensor) -> Tensor:
+        """Map auxiliaries `[..., L]` to `[..., L - 1, H]`."""
         slots = self.placeholder.expand(*auxiliaries.shape[:-1], auxiliaries.shape[-1] - 1, -1)
         for embedding, carried in zip(self.embeddings, self.objective.inputs(auxiliaries), strict=True):
             slots = slots + embedding(carried)
-        return slots if self.context_mixer is None else slots + self.context_mixer(slots, context_end)
+        return slots

@@ -20,6 +20,8 @@ from ptp_lightning.sampling import TokenDistribution, require
 from ptp_lightning.training.optimization import OptimizerSettings, configure
 from ptp_lightning.training.windows import TeacherWindows, WindowSample, WindowSource
 
+LOOKUP_LOSS = KullbackLeibler()  # whatever the objective: a lens estimates a distribution
+
 
 class DistillationModule(LightningModule):
     """Teach gated-LoRA slots what the frozen base model will sample (Algorithm 2 of Draxler et al., ICLR 2026).
@@ -33,6 +35,7 @@ class DistillationModule(LightningModule):
         source: where the windows' tokens come from in training.
         val_source: the same in validation; the teacher's own samples show what decoding will meet.
         optimizer: optimiser and schedule.
+        lookup_loss_weight: of the look-up layers' estimates, per layer, against the loss of the prediction.
         seed: of all auxiliaries.
     """
 
@@ -43,6 +46,7 @@ class DistillationModule(LightningModule):
         source: WindowSource = TeacherWindows(),  # noqa: B008  frozen
         val_source: WindowSource = TeacherWindows(),  # noqa: B008  frozen
         optimizer: OptimizerSettings = OptimizerSettings(),  # noqa: B008  frozen
+        lookup_loss_weight: float = 0.3,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -52,6 +56,7 @@ class DistillationModule(LightningModule):
         self.source = source
         self.val_source = val_source
         self.optimizer_settings = optimizer
+        self.lookup_loss_weight = lookup_loss_weight
         self.seed = seed
         self.predictor = ParallelTokenPredictor(predictor)
         self.val_metrics = WindowMetrics(predictor.window_length)
@@ -92,8 +97,8 @@ class DistillationModule(LightningModule):
         generator = keyed_generator(self.seed, "train", self.global_rank, self.global_step, batch_idx)
         context = self._encode(batch)
         sample = self.source.sample(self.predictor, batch, context, generator, self.end_of_text)
-        hidden = self.predictor.slot_hidden(context, sample.auxiliaries)
-        total, count = self._slot_loss(hidden, sample)
+        slots = self.predictor.slot_hidden(context, sample.auxiliaries)
+        total, count = _slot_loss(self.loss, slots.last, self.predictor, sample, slice(1, None))
         require(
             total.isfinite(),
             total,
@@ -104,7 +109,11 @@ class DistillationModule(LightningModule):
         mean_count = self.trainer.strategy.reduce(count, reduce_op="mean")
         loss = total / mean_count.clamp_min(1)
         self.log("train/loss_nats", loss.detach(), prog_bar=True)
-        return loss
+        if not slots.estimates:
+            return loss
+        lookup_total = self._lookup_loss(slots.estimates, sample)
+        self.log("train/lookup_loss_nats", lookup_total.detach() / (count.clamp_min(1) * len(slots.estimates)))
+        return loss + self.lookup_loss_weight * lookup_total / mean_count.clamp_min(1)
 
     def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
         """Propose every window and compare with the teacher's picks for the same auxiliaries."""
@@ -153,16 +162,12 @@ class DistillationModule(LightningModule):
     def _encode(self, batch: PackedBatch) -> Context:
         return self.predictor.encode(batch.input_ids, batch.document_ids, batch.position_ids, batch.window_starts)
 
-    def _slot_loss(self, hidden: Tensor, sample: WindowSample) -> LossSum:
-        """Loss over the slots, `[B, N, L - 1, H]` against positions 1 .. L - 1 of the windows."""
-        slots = _at(sample.teacher, slice(1, None))
-        teacher = TokenDistribution(
-            slots.probabilities.flatten(0, 2), None if slots.token_ids is None else slots.token_ids.flatten(0, 2)
-        )
-        targets = SlotTargets(
-            sample.token_ids[..., 1:].flatten(), teacher, sample.mask[..., 1:].flatten().to(torch.float32)
-        )
-        return self.loss(hidden.flatten(0, 2), self.predictor.logits, targets)
+    def _lookup_loss(self, estimates: list[Tensor], sample: WindowSample) -> Tensor:
+        """Sum over look-up layers: each slot's estimate `[B, N, L - 1, H]` of its own token's distribution."""
+        own = slice(None, -1)
+        return torch.stack(
+            [_slot_loss(LOOKUP_LOSS, each, self.predictor, sample, own).total for each in estimates]
+        ).sum()
 
     @torch.no_grad()
     def _evaluate(self, batch: PackedBatch, generator: torch.Generator) -> None:
@@ -174,7 +179,7 @@ class DistillationModule(LightningModule):
         first_tokens = pick(sample.auxiliaries[..., 0], first)
         first_nll = -first.probability_of(sample.token_ids[..., 0]).log()
 
-        logits = self.predictor.logits(self.predictor.slot_hidden(context, sample.auxiliaries)).float()
+        logits = self.predictor.logits(self.predictor.slot_hidden(context, sample.auxiliaries).last).float()
         proposed = objective.propose(logits, sample.auxiliaries[..., 1:], sampling)
         nll = F.cross_entropy(logits.flatten(0, -2), sample.token_ids[..., 1:].flatten(), reduction="none")
         self.val_metrics.update(
@@ -192,6 +197,19 @@ class DistillationModule(LightningModule):
             # The same on every rank; synchronised all the same, so that a checkpoint callback may monitor it.
             self.log(headline, tags.pop(headline), prog_bar=True, sync_dist=True)
         self.log_dict(tags, rank_zero_only=True)
+
+
+def _slot_loss(
+    loss: Loss, hidden: Tensor, predictor: ParallelTokenPredictor, sample: WindowSample, positions: slice
+) -> LossSum:
+    """Loss of hidden states `[B, N, L - 1, H]` against L - 1 positions of the windows."""
+    target = _at(sample.target, positions)
+    flat = TokenDistribution(
+        target.probabilities.flatten(0, 2), None if target.token_ids is None else target.token_ids.flatten(0, 2)
+    )
+    weights = sample.mask[..., positions].flatten().to(torch.float32)
+    targets = SlotTargets(sample.token_ids[..., positions].flatten(), flat, weights)
+    return loss(hidden.flatten(0, 2), predictor.logits, targets)
 
 
 def _at(distribution: TokenDistribution, position: int | slice) -> TokenDistribution:

@@ -19,7 +19,8 @@ class OptimizerSettings:
 
     Args:
         name: `adamw`, or `muon`: orthogonalised updates for weight matrices and AdamW for all else.
-        learning_rate: the highest, after warm-up. Muon's updates have the size of AdamW's, so one number serves.
+        learning_rate: the highest, after warm-up. Muon's updates have the size of AdamW's, so one number may serve.
+        other_learning_rate: the highest of what Muon leaves to AdamW; by default `learning_rate`.
         weight_decay: decoupled, on matrices only (embeddings are none).
         betas: AdamW's.
         warmup_steps: linear rise from 0.
@@ -28,6 +29,7 @@ class OptimizerSettings:
 
     name: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 1e-3
+    other_learning_rate: float | None = None
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.95)
     warmup_steps: int = 50
@@ -37,6 +39,14 @@ class OptimizerSettings:
         """Refuse values that cannot train."""
         if self.learning_rate <= 0:
             raise ValueError(f"expected optimizer.learning_rate > 0, found {self.learning_rate}")
+        if self.other_learning_rate is not None:
+            if self.name != "muon":
+                raise ValueError(
+                    "expected optimizer.other_learning_rate with optimizer.name: muon only, found "
+                    f"{self.other_learning_rate} with {self.name}"
+                )
+            if self.other_learning_rate <= 0:
+                raise ValueError(f"expected optimizer.other_learning_rate > 0, found {self.other_learning_rate}")
         if not 0 <= self.decay_fraction <= 1:
             raise ValueError(f"expected optimizer.decay_fraction between 0 and 1, found {self.decay_fraction}")
         for name in ("weight_decay", "warmup_steps"):
@@ -106,7 +116,9 @@ def configure(
         optimizer: torch.optim.Optimizer = JointOptimizer(
             [
                 torch.optim.Muon(matrices, lr=rate, weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw"),
-                torch.optim.AdamW(others, lr=rate, betas=settings.betas, weight_decay=0.0),
+                torch.optim.AdamW(
+                    others, lr=settings.other_learning_rate or rate, betas=settings.betas, weight_decay=0.0
+                ),
             ]
         )
     else:

@@ -26,12 +26,14 @@ class WindowSample(NamedTuple):
         auxiliaries: `[B, N, L]` float64; `pick(auxiliaries, teacher) == token_ids` wherever the mask is true.
         mask: `[B, N, L]` bool, true on a prefix of each window.
         teacher: distributions `[B, N, L, K]` the tokens were picked from.
+        target: distributions `[B, N, L, K]` that students learn, see `SamplingConfig.target`.
     """
 
     token_ids: Tensor
     auxiliaries: Tensor
     mask: Tensor
     teacher: TokenDistribution
+    target: TokenDistribution
 
 
 class WindowSource(ABC):
@@ -74,6 +76,7 @@ class TeacherWindows(WindowSource):
         hidden = context.first_hidden
         tokens: list[Tensor] = []
         teachers: list[TokenDistribution] = []
+        targets: list[TokenDistribution] = []
         with predictor.gate.closed():
             for offset in range(length):
                 if offset > 0:
@@ -88,11 +91,14 @@ class TeacherWindows(WindowSource):
                     )
                     positions = context.window_positions + offset - 1
                     hidden = predictor.decode(predictor.embed(tokens[-1]), positions, mask, context.cache)
-                teachers.append(predictor.config.sampling.distribution(predictor.logits(hidden)))
-                tokens.append(pick(auxiliaries[..., offset], teachers[-1]))
+                teacher, target = predictor.config.sampling.with_target(predictor.logits(hidden))
+                teachers.append(teacher)
+                targets.append(target)
+                tokens.append(pick(auxiliaries[..., offset], teacher))
         context.cache.crop(-(length - 1) * batch.num_windows)
         token_ids = torch.stack(tokens, dim=-1)
-        return WindowSample(token_ids, auxiliaries, until_end(token_ids, end_of_text), _stack(teachers))
+        mask = until_end(token_ids, end_of_text)
+        return WindowSample(token_ids, auxiliaries, mask, _stack(teachers), _stack(targets))
 
 
 @dataclass(frozen=True)
@@ -128,11 +134,11 @@ class DatasetWindows(WindowSource):
 
         hidden_index = (index - 1).flatten(1).unsqueeze(-1).expand(-1, -1, context.hidden.shape[-1])
         hidden = context.hidden.gather(1, hidden_index).unflatten(1, index.shape[1:])
-        teacher = predictor.config.sampling.distribution(predictor.logits(hidden))
+        teacher, target = predictor.config.sampling.with_target(predictor.logits(hidden))
         lower, upper = token_interval(teacher, token_ids)
         mask = (mask & (upper > lower)).cumprod(-1).bool()
         auxiliaries = self.strategy(lower, upper, generator)
-        return WindowSample(token_ids, auxiliaries, mask, teacher)
+        return WindowSample(token_ids, auxiliaries, mask, teacher, target)
 
 
 def until_end(token_ids: Tensor, end_of_text: int | None) -> Tensor:

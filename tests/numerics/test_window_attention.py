@@ -35,14 +35,17 @@ def make_batch(input_ids: Tensor) -> PackedBatch:
 
 
 @cache
-def make_predictor(family: str, objective: str = "categorical") -> ParallelTokenPredictor:
-    """A predictor whose adapter is not at its initial zero."""
+def make_predictor(
+    family: str, objective: str = "categorical", lookup_layers: tuple[int, ...] = (1,)
+) -> ParallelTokenPredictor:
+    """A predictor whose adapter is not at its initial zero, with a look-up before the second of two layers."""
     torch.manual_seed(1)
     config = PredictorConfig(
         objective=OBJECTIVES[objective],
         features=CosineFeatures(8),
         lora=LoraSettings(rank=4),
         window_length=WINDOW_LENGTH,
+        lookup_layers=lookup_layers,
     )
     predictor = ParallelTokenPredictor(config, TINY_MODELS[family](vocab_size=VOCAB_SIZE)).eval()
     for name, parameter in predictor.named_parameters():
@@ -67,7 +70,7 @@ def encode(predictor: ParallelTokenPredictor, batch: PackedBatch) -> Context:
 def slot_logits(predictor: ParallelTokenPredictor, input_ids: Tensor, auxiliaries: Tensor) -> Tensor:
     """`[B, N, L - 1, V]`."""
     context = encode(predictor, make_batch(input_ids))
-    return predictor.logits(predictor.slot_hidden(context, auxiliaries))
+    return predictor.logits(predictor.slot_hidden(context, auxiliaries).last)
 
 
 def slots_that_differ(left: Tensor, right: Tensor) -> set[tuple[int, int, int]]:
@@ -198,14 +201,14 @@ class TestWhatASlotSees:
                     torch.arange(length).unsqueeze(0),
                     torch.tensor([[length]]),
                 )
-                hidden = predictor.slot_hidden(context, auxiliaries[row, window].view(1, 1, -1))
+                hidden = predictor.slot_hidden(context, auxiliaries[row, window].view(1, 1, -1)).last
                 single = predictor.logits(hidden)[0, 0]
             # Other shapes, other kernels: equal up to rounding.
             torch.testing.assert_close(packed[row, window], single, atol=2e-5, rtol=2e-5)
 
     def test_closed_gate_reproduces_the_teacher(self, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
         """Slots fed the true tokens' embeddings are the teacher, at every position of every document."""
-        predictor = make_predictor(family)
+        predictor = make_predictor(family, lookup_layers=())
         monkeypatch.setattr(predictor.gate, "open", predictor.gate.closed)
         input_ids, _ = inputs()
         slots = WINDOW_LENGTH - 1
@@ -220,7 +223,7 @@ class TestWhatASlotSees:
                 packed = (tensor[row : row + 1] for tensor in (input_ids, DOCUMENT_IDS, POSITION_IDS))
                 context = predictor.encode(*packed, starts)
                 unused = torch.zeros(1, starts.shape[1], WINDOW_LENGTH, dtype=torch.float64)
-                found = predictor.logits(predictor.slot_hidden(context, unused))
+                found = predictor.logits(predictor.slot_hidden(context, unused).last)
                 first = predictor.logits(context.first_hidden)
                 expected = teacher(input_ids=input_ids[row : row + 1, begin:end], use_cache=False).logits[0]
             # Other shapes, other kernels: equal up to rounding.
@@ -234,8 +237,8 @@ class TestWhatASlotSees:
         context = encode(predictor, make_batch(input_ids))
         keys = [layer.keys.clone() for layer in context.cache.layers]
         with torch.no_grad():
-            first = predictor.slot_hidden(context, auxiliaries)
-            again = predictor.slot_hidden(context, auxiliaries)
+            first = predictor.slot_hidden(context, auxiliaries).last
+            again = predictor.slot_hidden(context, auxiliaries).last
         assert torch.equal(first, again)
         assert context.cache.get_seq_length() == input_ids.shape[1]
         assert all(torch.equal(layer.keys, kept) for layer, kept in zip(context.cache.layers, keys, strict=True))

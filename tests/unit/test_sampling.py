@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from ptp_lightning.sampling import SamplingConfig, TokenDistribution, rank
+from ptp_lightning.auxiliary import pick
+from ptp_lightning.sampling import Order, SamplingConfig, TokenDistribution, rank
 
 INF = math.inf
 FLOAT_DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -77,7 +78,7 @@ def test_rank_in_a_large_vocabulary(dtype: torch.dtype):
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
 def test_ties_are_resolved_by_the_lowest_id(dtype: torch.dtype):
     logits = torch.tensor([1.0, 5.0, 1.0, 5.0, 1.0], dtype=dtype)
-    P = SamplingConfig(top_k=3).distribution(logits)
+    P = SamplingConfig(top_k=3, order="descending").distribution(logits)
     assert P.token_ids is not None
     assert P.token_ids.tolist() == [1, 3, 0]
     # Two equal tokens hold half of the mass each: the second is not needed for top_p = 0.5, and is for a bit more.
@@ -88,7 +89,7 @@ def test_ties_are_resolved_by_the_lowest_id(dtype: torch.dtype):
 
 def test_orders_list_the_same_tokens_differently():
     logits = torch.tensor([0.25, 0.0, 0.125, 0.625]).log()
-    descending = SamplingConfig(top_k=3).distribution(logits)
+    descending = SamplingConfig(top_k=3, order="descending").distribution(logits)
     vocabulary = SamplingConfig(top_k=3, order="vocabulary").distribution(logits)
     assert descending.token_ids is not None
     assert vocabulary.token_ids is not None
@@ -107,7 +108,7 @@ def test_vocabulary_order_without_top_k_needs_no_ids(top_k: int | None, top_p: f
 
 def test_a_top_k_beyond_the_vocabulary_keeps_all():
     logits = tie_free_logits(2, 4)
-    beyond, none = SamplingConfig(top_k=50).distribution(logits), SamplingConfig().distribution(logits)
+    beyond, none = (SamplingConfig(top_k=top_k, order="descending").distribution(logits) for top_k in (50, None))
     assert beyond.token_ids is not None
     assert none.token_ids is not None
     assert torch.equal(beyond.probabilities, none.probabilities)
@@ -125,7 +126,7 @@ def test_greedy_is_the_first_of_the_largest(row: list[float], expected: int, ord
 
 def test_a_masked_token_has_probability_zero():
     logits = torch.tensor([-INF, 0.0, -INF, 0.0])
-    P = SamplingConfig(top_k=3).distribution(logits)
+    P = SamplingConfig(top_k=3, order="descending").distribution(logits)
     assert P.probabilities.tolist() == [0.5, 0.5, 0]
     assert SamplingConfig(order="vocabulary").distribution(logits).probabilities.tolist() == [0, 0.5, 0, 0.5]
 
@@ -233,7 +234,24 @@ def test_a_setting_out_of_range_names_its_key(key: str, value: object):
         SamplingConfig(**{key: value})  # type: ignore[arg-type]
 
 
-def test_proposals_apply_neither_temperature_nor_top_p():
-    assert SamplingConfig(0.7, 50, 0.9, "vocabulary").proposal() == SamplingConfig(1.0, 50, 1.0, "vocabulary")
-    assert SamplingConfig(2.0, None, 0.9).proposal() == SamplingConfig(1.0, None, 1.0)
-    assert SamplingConfig(0.0, 50, 0.9).proposal() == SamplingConfig(0.0, 50, 1.0)
+def test_targets_leave_top_p_to_proposals_and_these_leave_the_temperature_to_targets():
+    assert SamplingConfig(0.7, 50, 0.9, "descending").target() == SamplingConfig(0.7, 50, 1.0, "descending")
+    assert SamplingConfig(0.7, 50, 0.9, "descending").proposal() == SamplingConfig(1.0, 50, 0.9, "descending")
+    assert SamplingConfig(0.0, 50, 0.9).proposal() == SamplingConfig(0.0, 50, 0.9)
+
+
+@pytest.mark.parametrize("order", ["descending", "vocabulary"])
+def test_a_student_that_meets_its_target_proposes_what_the_teacher_picks(order: Order) -> None:
+    """Students learn the distribution before top-p cuts it; the proposal cuts, and must cut in the same place."""
+    sampling = SamplingConfig(temperature=0.7, top_k=50, top_p=0.9, order=order)
+    logits = 3 * torch.randn(500, 300, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    teacher, target = sampling.with_target(logits)
+    assert all(map(torch.equal, teacher, sampling.distribution(logits)))  # pyright: ignore
+    assert all(map(torch.equal, target, sampling.target().distribution(logits)))  # pyright: ignore
+    assert (teacher.probabilities > 0).sum() < (target.probabilities > 0).sum() == 500 * 50
+
+    student = torch.full_like(logits, -torch.inf).scatter(-1, target.token_ids, target.probabilities.log())  # pyright: ignore
+    proposal = sampling.proposal().distribution(student)
+    torch.testing.assert_close(proposal.probabilities, teacher.probabilities)
+    u = torch.rand(500, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    assert torch.equal(pick(u, proposal), pick(u, teacher))

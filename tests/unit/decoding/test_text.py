@@ -34,7 +34,9 @@ class TestGenerate:
             fast, reference = (continue_text(seed=seed, decoder=name) for name in ("speculative", "autoregressive"))
             assert fast.token_ids == reference.token_ids
             assert fast.text == reference.text
-            assert reference.accepted_per_call == 1 <= fast.accepted_per_call
+            assert reference.accepted_per_call == 1
+            # Two calls commit two tokens at least, or one where the text ends.
+            assert fast.num_calls <= fast.num_tokens + (fast.finished == "eos")
 
     def test_the_method_of_the_predictor_is_the_same(self) -> None:
         method = small().generate("def ", tokenizer=TOKENIZER, max_new_tokens=20, seed=2)

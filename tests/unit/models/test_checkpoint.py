@@ -78,7 +78,7 @@ def slot_logits(predictor: ParallelTokenPredictor) -> Tensor:
     ids = torch.tensor([[3, 1, 4, 1, 5]])
     context = predictor.encode(ids, torch.zeros_like(ids), torch.arange(5)[None], torch.tensor([[2, 5]]))
     auxiliaries = torch.arange(1, 9, dtype=torch.float64).reshape(1, 2, 4) / 10
-    return predictor.logits(predictor.slot_hidden(context, auxiliaries))
+    return predictor.logits(predictor.slot_hidden(context, auxiliaries).last)
 
 
 @pytest.fixture

@@ -17,8 +17,8 @@ from ptp_lightning.models.backbone import BackboneSettings
 from ptp_lightning.models.gated_lora import LoraSettings
 from ptp_lightning.models.predictor import PredictorConfig
 from ptp_lightning.models.slots import CategoricalObjective, IndependentObjective, Objective, OneHotObjective
-from ptp_lightning.sampling import SamplingConfig
-from ptp_lightning.training.distillation import DistillationModule
+from ptp_lightning.sampling import SamplingConfig, TokenDistribution
+from ptp_lightning.training.distillation import DistillationModule, _slot_loss
 from ptp_lightning.training.optimization import OptimizerSettings
 from ptp_lightning.training.windows import DatasetWindows, TeacherWindows, WindowSample, WindowSource
 from tests.tiny_data import tiny_data
@@ -58,6 +58,7 @@ def make_module(
         "lora": LoraSettings(rank=2),
         "sampling": SamplingConfig(temperature=0.8, top_k=8, top_p=0.9),
         "window_length": 4,
+        "lookup_layers": (1,),
     }
     torch.manual_seed(base_seed)
     return DistillationModule(
@@ -115,7 +116,8 @@ class TestTraining:
         sample = TeacherWindows().sample(module.predictor, batch, context, torch.Generator().manual_seed(0), None)
 
         def nats() -> Tensor:
-            total, count = module._slot_loss(module.predictor.slot_hidden(context, sample.auxiliaries), sample)
+            hidden = module.predictor.slot_hidden(context, sample.auxiliaries).last
+            total, count = _slot_loss(module.loss, hidden, module.predictor, sample, slice(1, None))
             return total / count
 
         before = nats()
@@ -133,16 +135,16 @@ class TestTraining:
         context = module._encode(batch := next(iter(tiny_data().train_dataloader())))
         sample = TeacherWindows().sample(module.predictor, batch, context, torch.Generator().manual_seed(0), None)
         logits = module.predictor.logits(torch.cat([hidden[:, :, :1], hidden], dim=2)).detach()
-        same = sample._replace(teacher=SamplingConfig().distribution(logits))
+        same = sample._replace(target=SamplingConfig().distribution(logits))
 
-        total, count = module._slot_loss(hidden, same)
+        total, count = _slot_loss(module.loss, hidden, module.predictor, same, slice(1, None))
         total.backward()
 
         assert float(total.detach()) == 0.0 and float(count) == 2 * 3 * 3
         assert hidden.grad is not None
         torch.testing.assert_close(hidden.grad, torch.zeros_like(hidden), atol=1e-6, rtol=0)
         # The same slots against the teacher's real distributions are not at the optimum.
-        other, _ = module._slot_loss(hidden, sample)
+        other, _ = _slot_loss(module.loss, hidden, module.predictor, sample, slice(1, None))
         assert float(other.detach()) > 0
 
     def test_masked_slots_do_not_count(self) -> None:
@@ -152,9 +154,37 @@ class TestTraining:
         mask = sample.mask.clone()
         mask[0, 0, 2:] = False
         mask[1, 1] = False
-        hidden = module.predictor.slot_hidden(context, sample.auxiliaries)
-        _, count = module._slot_loss(hidden, sample._replace(mask=mask))
+        hidden = module.predictor.slot_hidden(context, sample.auxiliaries).last
+        masked = sample._replace(mask=mask)
+        _, count = _slot_loss(module.loss, hidden, module.predictor, masked, slice(1, None))
         assert float(count) == 2 * 3 * 3 - 2 - 3
+
+    @pytest.mark.parametrize("weight", [0.0, 0.3])
+    def test_look_ups_are_taught_by_a_loss_of_their_own(self, weight: float) -> None:
+        """Nothing else reaches a lens: what is looked up is a token, and no gradient flows through that."""
+        module = make_module()
+        context = module._encode(batch := next(iter(tiny_data().train_dataloader())))
+        sample = TeacherWindows().sample(module.predictor, batch, context, torch.Generator().manual_seed(0), None)
+        slots = module.predictor.slot_hidden(context, sample.auxiliaries)
+        prediction = _slot_loss(module.loss, slots.last, module.predictor, sample, slice(1, None)).total
+        (prediction + weight * module._lookup_loss(slots.estimates, sample)).backward()
+        lookup = module.predictor.slot_encoder.lookup
+        assert lookup is not None
+        lens, writer = lookup.lenses[0].weight.grad, lookup.writers[0].weight.grad  # pyright: ignore
+        assert writer is not None and writer.abs().sum() > 0  # pyright: ignore
+        assert bool(lens.abs().sum() > 0) == (weight > 0)  # pyright: ignore
+
+    def test_look_ups_learn_the_slots_own_tokens(self) -> None:
+        """The first slot stands for the window's first token, whose distribution the base model states exactly."""
+        module = make_module()
+        context = module._encode(batch := next(iter(tiny_data().train_dataloader())))
+        sample = TeacherWindows().sample(module.predictor, batch, context, torch.Generator().manual_seed(0), None)
+        hidden = context.first_hidden.unsqueeze(2).expand(-1, -1, 3, -1)
+        first = sample._replace(mask=sample.mask & (torch.arange(4) < 1))
+        sampling = SamplingConfig()  # untruncated, where the exact hidden state is the optimum
+        target = sampling.distribution(module.predictor.logits(context.first_hidden))
+        target = TokenDistribution(target.probabilities.unsqueeze(2).expand(-1, -1, 4, -1))
+        assert float(module._lookup_loss([hidden], first._replace(target=target))) == 0
 
     def test_the_same_auxiliaries_in_the_same_step(self, tmp_path: Path) -> None:
         losses: list[list[float]] = []
@@ -169,7 +199,7 @@ class TestTraining:
 class TestObjectives:
     def slot_logits(self, module: DistillationModule, auxiliaries: Tensor) -> Tensor:
         batch = next(iter(tiny_data().train_dataloader()))
-        return module.predictor.logits(module.predictor.slot_hidden(module._encode(batch), auxiliaries)).detach()
+        return module.predictor.logits(module.predictor.slot_hidden(module._encode(batch), auxiliaries).last).detach()
 
     @by_objective
     def test_only_the_independent_baseline_ignores_u(self, objective: Objective, loss: Loss) -> None:
@@ -220,7 +250,7 @@ class TestEvalModeOfTheBase:
         first, second = (module._encode(batch).hidden for _ in range(2))
         assert torch.equal(first, second)
         auxiliaries = torch.full((2, 3, 4), 0.3, dtype=torch.float64)
-        dropped = [module.predictor.slot_hidden(module._encode(batch), auxiliaries) for _ in range(2)]
+        dropped = [module.predictor.slot_hidden(module._encode(batch), auxiliaries).last for _ in range(2)]
         assert not torch.equal(*dropped)
 
 

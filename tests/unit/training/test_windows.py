@@ -104,19 +104,24 @@ class TestTeacherWindows:
                 token_ids.append(int(pick(auxiliaries[row, window, place], Q)))
                 probabilities = sample.teacher.probabilities[row, window, place]
                 torch.testing.assert_close(probabilities, Q.probabilities, atol=1e-5, rtol=1e-4)
+                target = sample.target.probabilities[row, window, place]
+                before_the_cut = SAMPLING.target().distribution(logits).probabilities
+                torch.testing.assert_close(target, before_the_cut, atol=1e-5, rtol=1e-4)
             assert sample.token_ids[row, window].tolist() == token_ids[-4:], (row, window)
         assert sample.mask.all()
 
     def test_end_of_text_masks_the_rest(self) -> None:
         free, _ = sample_from(TeacherWindows(), make_predictor())
-        end_of_text = int(free.token_ids[0, 1, 1])
+        # A window's second token that is not its first as well.
+        row, window = (free.token_ids[..., 1] != free.token_ids[..., 0]).nonzero()[0].tolist()
+        end_of_text = int(free.token_ids[row, window, 1])
         sample, _ = sample_from(TeacherWindows(), make_predictor(), end_of_text)
         assert torch.equal(sample.token_ids, free.token_ids)
         windows = (tensor.flatten(0, 1).tolist() for tensor in (sample.token_ids, sample.mask))
         for tokens, mask in zip(*windows, strict=True):
             length = tokens.index(end_of_text) + 1 if end_of_text in tokens else 4
             assert mask == [True] * length + [False] * (4 - length)
-        assert sample.mask[0, 1].tolist() == [True, True, False, False]
+        assert sample.mask[row, window].tolist() == [True, True, False, False]
 
     def test_until_end(self) -> None:
         token_ids = torch.tensor([[7, 7, 1], [0, 5, 0], [5, 0, 3], [4, 5, 0]])
