@@ -1,0 +1,76 @@
+"""A run that is stopped, politely or not, leaves a checkpoint that can be decoded with and gone on from."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from ptp_lightning.models import ParallelTokenPredictor
+from tests.integration.test_configs import CORPUS_LINE, shrink
+
+CONFIG = Path(__file__).parents[2] / "configs" / "gated_lora.yaml"
+PATIENCE_SECONDS = 120.0
+
+
+@pytest.fixture
+def endless(tmp_path: Path) -> Path:
+    """A tiny run that goes on for ever and writes a checkpoint after every step."""
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text(CORPUS_LINE * 400)
+    path = shrink(CONFIG, corpus, tmp_path)
+    config = yaml.safe_load(path.read_text())
+    config["model"]["init_args"]["predictor"]["backbone"] = {"path": "embedded"}  # can be loaded again
+    config["trainer"] |= {"fast_dev_run": False, "max_steps": 1_000_000, "val_check_interval": 1_000_000}
+    for callback in config["trainer"]["callbacks"]:
+        if callback["class_path"].endswith("ModelCheckpoint"):
+            callback["init_args"]["every_n_train_steps"] = 1
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def fit(config: Path, *more: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "ptp_lightning", "fit", "--config", str(config), *more]
+    return subprocess.Popen(
+        command, cwd=config.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def wait_for(file: Path, run: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not file.exists():
+        assert run.poll() is None, run.communicate()[0]
+        assert time.monotonic() < deadline, f"no {file.name} in {PATIENCE_SECONDS} s"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill -9"])
+def test_the_last_checkpoint_is_whole_and_goes_on(endless: Path, sent: signal.Signals) -> None:
+    last = endless.parent / "runs" / "gated_lora" / "version_0" / "checkpoints" / "last.ckpt"
+    run = fit(endless)
+    try:
+        wait_for(last, run)
+        time.sleep(0.5)  # somewhere among the next steps and checkpoints
+        run.send_signal(sent)
+        output, _ = run.communicate(timeout=PATIENCE_SECONDS)
+    finally:
+        run.kill()
+    assert "Traceback" not in output
+
+    step = torch.load(last, weights_only=True)["global_step"]
+    assert step >= 1
+    predictor = ParallelTokenPredictor.from_pretrained(last)
+    fast, reference = (
+        predictor.generate("def ", max_new_tokens=8, decoder=name) for name in ("speculative", "autoregressive")
+    )
+    assert fast.token_ids == reference.token_ids
+
+    resumed = fit(endless, "--ckpt_path", str(last), "--trainer.max_steps", str(step + 2))
+    output, _ = resumed.communicate(timeout=PATIENCE_SECONDS)
+    assert resumed.returncode == 0, output
+    second = last.parents[2] / "version_1" / "checkpoints" / "last.ckpt"
+    assert torch.load(second, weights_only=True)["global_step"] == step + 2
