@@ -187,10 +187,10 @@ class CrossEntropy(Loss):
 class KullbackLeibler(Loss):
     """`KL(Q_k || P_k) = sum_t Q_k(t) (log Q_k(t) - log P_k(t))`, teacher Q against student P (paper, section 2).
 
-    Q is the distribution the teacher is sampled from, after temperature, top-k and top-p; P is the student's full
-    softmax, which therefore learns the truncated distribution. Only the K tokens that the teacher kept need their
-    logarithm (0 log 0 = 0). The divergence is never negative, exactly 0 where P equals Q, and infinite where the
-    student gives probability 0 to a token the teacher may pick. The teacher gets no gradient.
+    Q is the teacher's distribution after temperature and top-k (`SamplingConfig.target`; top-p is left to the
+    proposal); P is the student's full softmax, which therefore learns the truncated distribution. Only the K tokens
+    that the teacher kept need their logarithm (0 log 0 = 0). The divergence is never negative, exactly 0 where P equals
+    Q, and infinite where the student gives probability 0 to a token the teacher may pick. The teacher gets no gradient.
     """
 
     needs_teacher: ClassVar[bool] = True
