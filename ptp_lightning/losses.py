@@ -133,15 +133,15 @@ class Loss(ABC):
 
         num_slots = kept.numel()
         chunks = [slice(start, start + self.chunk_size) for start in range(0, max(num_slots, 1), self.chunk_size)]
-        if len(chunks) == 1:  # nothing would be saved by computing the logits twice
+        if len(chunks) == 1:  # computing the logits twice would save nothing
             total = chunk_total(hidden, chunks[0])
-            return LossSum(total=total, count=torch.full_like(total, num_slots))
-        totals = [
-            # A head has no dropout, so there is no random state to put back for the second run.
-            checkpoint(chunk_total, hidden[rows], rows, use_reentrant=False, preserve_rng_state=False)
-            for rows in chunks
-        ]
-        total = torch.stack(totals).sum()
+        else:
+            totals = [
+                # A head has no dropout, so there is no random state to put back for the second run.
+                checkpoint(chunk_total, hidden[rows], rows, use_reentrant=False, preserve_rng_state=False)
+                for rows in chunks
+            ]
+            total = torch.stack(totals).sum()
         return LossSum(total=total, count=torch.full_like(total, num_slots))
 
     def _check(self, hidden: Tensor, target: SlotTargets) -> None:

@@ -129,7 +129,7 @@ class SamplingConfig:
         if self.top_p == 1 or self.temperature == 0:
             distribution = self.distribution(logits)
             return distribution, distribution
-        scores, token_ids = self._candidates(logits)
+        scores, token_ids = self._candidates(logits, _peak(logits))
         return self._listed(self._keep_top_p(scores), token_ids, logits), self._listed(scores, token_ids, logits)
 
     def distribution(self, logits: Tensor) -> TokenDistribution:
@@ -151,16 +151,16 @@ class SamplingConfig:
             return TokenDistribution(torch.ones_like(peak, dtype=_compute_dtype(logits)), token_ids)
         if self.order == "vocabulary" and self._num_candidates(logits) == logits.shape[-1] and self.top_p == 1:
             return TokenDistribution(self._scores(logits, peak).softmax(-1))
-        scores, token_ids = self._candidates(logits)
+        scores, token_ids = self._candidates(logits, peak)
         return self._listed(self._keep_top_p(scores), token_ids, logits)
 
     def _num_candidates(self, logits: Tensor) -> int:
         return min(self.top_k or logits.shape[-1], logits.shape[-1])
 
-    def _candidates(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+    def _candidates(self, logits: Tensor, peak: Tensor) -> tuple[Tensor, Tensor]:
         """Scores and ids `[..., K]` of the first-ranked tokens, in rank order."""
         token_ids = rank(logits.detach(), self._num_candidates(logits))
-        return self._scores(logits.gather(-1, token_ids), _peak(logits)), token_ids
+        return self._scores(logits.gather(-1, token_ids), peak), token_ids
 
     def _listed(self, scores: Tensor, token_ids: Tensor, logits: Tensor) -> TokenDistribution:
         """Scores and ids `[..., K]` in rank order, as a distribution in the configured order."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
@@ -125,23 +124,28 @@ class CachedContext:
         Returns:
             Last hidden states `[1, T + J, H]`; those of tokens are the base model's own.
         """
-        embeddings, num_slots = self.predictor.embed(token_ids), 0
-        ahead = contextlib.ExitStack()
-        if auxiliaries is not None and (num_slots := auxiliaries.shape[1] - 1):
-            slots = self.predictor.slot_encoder(auxiliaries).to(embeddings.dtype)
-            embeddings = torch.cat([embeddings, slots], dim=1)
-            ahead.enter_context(self.predictor.gate.open(suffix=num_slots))
-            ahead.enter_context(self.predictor.looking(LookupCall(auxiliaries[:, None, :-1])))
-        else:
-            ahead.enter_context(self.predictor.gate.closed())
+        embeddings = self.predictor.embed(token_ids)
+        if auxiliaries is None or auxiliaries.shape[1] == 1:
+            with self.predictor.gate.closed():
+                return self._call(embeddings)
+        num_slots = auxiliaries.shape[1] - 1
+        slots = self.predictor.slot_encoder(auxiliaries).to(embeddings.dtype)
+        with (
+            self.predictor.gate.open(suffix=num_slots),
+            self.predictor.looking(LookupCall(auxiliaries[:, None, :-1])),
+        ):
+            hidden = self._call(torch.cat([embeddings, slots], dim=1))
+        self.forget(num_slots)
+        return hidden
+
+    def _call(self, embeddings: Tensor) -> Tensor:
+        """One forward pass over `[1, Q, H]`, each position seeing all before it; the cache grows by Q."""
         num_queries, device = embeddings.shape[1], embeddings.device
         position_ids = torch.arange(self.length, self.length + num_queries, device=device).unsqueeze(0)
         mask = torch.ones(num_queries, self.length + num_queries, dtype=torch.bool, device=device).tril(self.length)
-        with ahead:
-            hidden = self.predictor.decode(embeddings, position_ids, mask[None, None], self.cache)
+        hidden = self.predictor.decode(embeddings, position_ids, mask[None, None], self.cache)
         self.num_calls += 1
         self.length += num_queries
-        self.forget(num_slots)
         return hidden
 
     def forget(self, num_tokens: int) -> None:

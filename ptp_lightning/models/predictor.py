@@ -194,7 +194,7 @@ class ParallelTokenPredictor(nn.Module):
             inputs_embeds=embeddings.to(base.dtype),
             position_ids=position_ids,
             attention_mask=mask,
-            past_key_values=cache,
+            cache=cache,
             use_cache=cache is not None,
         ).last_hidden_state
 

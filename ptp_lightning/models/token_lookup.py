@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 LOOKUP_CHUNK = 1024  # slots whose logits exist at the same time
+RMS_EPSILON = 1e-6
 WRITE_GAIN = 0.1  # share of the stream's size that the first looked-up embeddings have
+
+FINAL_NORM_NAMES = ("norm", "ln_f", "final_layer_norm")  # of Llama and Qwen, GPT-2, GPT-NeoX
 
 ChooseToken = Callable[[Tensor, Tensor], Tensor]
 """Logits `[M, V]` and auxiliaries `[M]` to token ids `[M]`."""
@@ -50,6 +53,27 @@ class LookupCall:
     estimates: list[Tensor] = field(default_factory=list)
 
 
+class BaseParts(NamedTuple):
+    """Parts of the base model that look-ups use; in a tuple, so that they stay the base model's submodules alone.
+
+    Attributes:
+        layers: the decoder layers.
+        final_norm: what follows the last.
+        embed: token embeddings.
+        head: output head.
+    """
+
+    layers: nn.ModuleList
+    final_norm: nn.Module
+    embed: nn.Module
+    head: nn.Module
+
+    @property
+    def table(self) -> Tensor:
+        """`[V, H]`, the token embeddings as they are now (wrappers may have replaced the parameter)."""
+        return cast(Tensor, self.embed.weight)
+
+
 class TokenLookup(nn.Module):
     """Look-ups before chosen decoder layers.
 
@@ -64,27 +88,30 @@ class TokenLookup(nn.Module):
 
     def __init__(self, model: PreTrainedModel, layers: tuple[int, ...], choose: ChooseToken) -> None:
         super().__init__()
-        stack, self._final_norm = _find_parts(model)
-        if list(layers) != sorted(set(layers)) or not all(0 < layer < len(stack) for layer in layers):
+        self._base = _find_parts(model)
+        last = len(self._base.layers) - 1
+        if list(layers) != sorted(set(layers)) or not all(0 < layer <= last for layer in layers):
             raise ValueError(
-                f"expected predictor.lookup_layers to be ascending numbers from 1 to {len(stack) - 1}, found "
-                f"{list(layers)}"
+                f"expected predictor.lookup_layers to be ascending numbers from 1 to {last}, found {list(layers)}"
             )
-        hidden_size: int = model.get_input_embeddings().weight.shape[1]  # pyright: ignore
+        hidden_size = self._base.table.shape[1]
         self.lenses = nn.ModuleList(nn.Linear(hidden_size, hidden_size) for _ in layers)
         self.writers = nn.ModuleList(nn.Linear(hidden_size, hidden_size, bias=False) for _ in layers)
         with torch.no_grad():
-            for lens, writer in zip(self.lenses, self.writers, strict=True):
-                lens.weight.copy_(torch.eye(hidden_size))  # pyright: ignore[reportCallIssue]
-                lens.bias.zero_()  # pyright: ignore[reportCallIssue]
-                writer.weight.copy_(WRITE_GAIN * torch.eye(hidden_size))  # pyright: ignore[reportCallIssue]
-        # In tuples: the base model's parts are used here, and stay the base model's.
-        self._base = (model.get_input_embeddings(), model.get_output_embeddings())
+            for place in range(len(layers)):
+                lens, writer = self._heads(place)
+                nn.init.eye_(lens.weight)
+                nn.init.zeros_(lens.bias)
+                nn.init.eye_(writer.weight).mul_(WRITE_GAIN)
         self._choose = choose
         self._call: LookupCall | None = None
         self._record: list[Tensor] | None = None
         for place, layer in enumerate(layers):
-            stack[layer].register_forward_pre_hook(partial(self._before_layer, place), with_kwargs=True)
+            self._base.layers[layer].register_forward_pre_hook(partial(self._before_layer, place), with_kwargs=True)
+
+    def _heads(self, place: int) -> tuple[nn.Linear, nn.Linear]:
+        """Lens and writer of a look-up layer."""
+        return cast(nn.Linear, self.lenses[place]), cast(nn.Linear, self.writers[place])
 
     @contextmanager
     def recording(self) -> Iterator[list[Tensor]]:
@@ -127,15 +154,13 @@ class TokenLookup(nn.Module):
             context = self._call.context_streams[place]
         left = torch.cat([context.unsqueeze(2), streams[:, :, :-1]], dim=2)
 
-        lens, writer = self.lenses[place], self.writers[place]
-        embed, head = self._base
-        table: Tensor = head.weight  # pyright: ignore
-        estimate = self._final_norm(lens(left.to(lens.weight.dtype)).to(table.dtype))  # pyright: ignore
+        lens, writer = self._heads(place)
+        estimate = self._base.final_norm(lens(left.to(lens.weight.dtype)).to(self._base.table.dtype))
         self._call.estimates.append(estimate)
         with torch.no_grad():
             token_ids = torch.cat(
                 [
-                    self._choose(head(chunk).float(), auxiliaries)  # pyright: ignore
+                    self._choose(self._base.head(chunk).float(), auxiliaries)
                     for chunk, auxiliaries in zip(
                         estimate.flatten(0, 2).split(LOOKUP_CHUNK),
                         self._call.auxiliaries.flatten().split(LOOKUP_CHUNK),
@@ -143,22 +168,23 @@ class TokenLookup(nn.Module):
                     )
                 ]
             ).view(rows, windows, slots)
-            found = embed(token_ids).to(writer.weight.dtype)
-            found = nn.functional.rms_norm(found, found.shape[-1:], eps=1e-6)
+            found = self._base.embed(token_ids).to(writer.weight.dtype)
+            found = nn.functional.rms_norm(found, found.shape[-1:], eps=RMS_EPSILON)
             size = context.float().square().mean(-1, keepdim=True).sqrt().unsqueeze(2)
         streams = streams + (size * writer(found)).to(streams.dtype)
         return torch.cat([hidden[:, :before], streams.flatten(1, 2)], dim=1)
 
 
-def _find_parts(model: PreTrainedModel) -> tuple[nn.ModuleList, Callable[[Tensor], Tensor]]:
-    """The list of decoder layers and the norm after the last."""
-    decoder = getattr(model, model.base_model_prefix)
+def _find_parts(model: PreTrainedModel) -> BaseParts:
+    decoder = cast(nn.Module, getattr(model, model.base_model_prefix))
     count = model.config.num_hidden_layers
     stacks = [child for child in decoder.children() if isinstance(child, nn.ModuleList) and len(child) == count]
-    norms = [child for name, child in decoder.named_children() if name in ("norm", "ln_f", "final_layer_norm")]
+    norms = [child for name, child in decoder.named_children() if name in FINAL_NORM_NAMES]
     if len(stacks) != 1 or len(norms) != 1:
         raise ValueError(
             f"expected {type(decoder).__name__} to hold one list of {count} layers and one final norm, found "
             f"{len(stacks)} and {len(norms)}: set predictor.lookup_layers to []"
         )
-    return stacks[0], norms[0].forward  # the method: a module would become a child of whoever keeps it
+    embed, head = model.get_input_embeddings(), model.get_output_embeddings()
+    assert head is not None, "checked by the predictor"
+    return BaseParts(stacks[0], norms[0], embed, head)

@@ -1,5 +1,6 @@
 """DistillationModule: a teacher's distributions and picks -> a student that predicts whole windows from auxiliaries."""
 
+import math
 import warnings
 from typing import Any
 
@@ -19,8 +20,6 @@ from ptp_lightning.randomness import keyed_generator
 from ptp_lightning.sampling import TokenDistribution, require
 from ptp_lightning.training.optimization import OptimizerSettings, configure
 from ptp_lightning.training.windows import TeacherWindows, WindowSample, WindowSource
-
-LOOKUP_LOSS = KullbackLeibler()  # whatever the objective: a lens estimates a distribution
 
 
 class DistillationModule(LightningModule):
@@ -56,7 +55,11 @@ class DistillationModule(LightningModule):
         self.source = source
         self.val_source = val_source
         self.optimizer_settings = optimizer
+        if not 0 <= lookup_loss_weight < math.inf:
+            raise ValueError(f"expected model.init_args.lookup_loss_weight >= 0, found {lookup_loss_weight}")
         self.lookup_loss_weight = lookup_loss_weight
+        # Whatever the objective: a lens estimates a distribution.
+        self.lookup_loss = KullbackLeibler(chunk_size=loss.chunk_size)
         self.seed = seed
         self.predictor = ParallelTokenPredictor(predictor)
         self.val_metrics = WindowMetrics(predictor.window_length)
@@ -166,7 +169,7 @@ class DistillationModule(LightningModule):
         """Sum over look-up layers: each slot's estimate `[B, N, L - 1, H]` of its own token's distribution."""
         own = slice(None, -1)
         return torch.stack(
-            [_slot_loss(LOOKUP_LOSS, each, self.predictor, sample, own).total for each in estimates]
+            [_slot_loss(self.lookup_loss, each, self.predictor, sample, own).total for each in estimates]
         ).sum()
 
     @torch.no_grad()

@@ -7,21 +7,9 @@ import pytest
 import yaml
 
 from ptp_lightning.cli import main
+from tests.tiny_configs import CORPUS_LINE, shrink
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
-# A network of the same kind that needs no download, with the tokenizer of the embedded model.
-SHRUNKEN = {
-    "model_type": "llama",
-    "vocab_size": 2048,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 2048,
-    "eos_token_id": 0,
-    "bos_token_id": 0,
-}
-CORPUS_LINE = "def add(a, b):\n    return a + b\n"
 
 
 @pytest.fixture
@@ -30,33 +18,6 @@ def corpus(tmp_path: Path) -> Path:
     path = tmp_path / "corpus.txt"
     path.write_text(CORPUS_LINE * 400)
     return path
-
-
-def shrink(path: Path, corpus: Path, folder: Path) -> Path:
-    """The configuration at `path` with a tiny network, a tiny corpus and small batches."""
-    config = yaml.safe_load(path.read_text())
-    arguments = config["model"]["init_args"]
-    arguments.get("predictor", arguments)["backbone"] = {"path": "embedded", "from_config": SHRUNKEN}
-    if "lora" in arguments.get("predictor", {}):
-        arguments["predictor"]["lora"] |= {"rank": 2}
-    if "lookup_layers" in arguments.get("predictor", {}):
-        arguments["predictor"]["lookup_layers"] = [1]
-    if "output" in arguments:
-        arguments |= {"output": str(folder / "model"), "compile": False}
-    config["data"]["init_args"] |= {
-        "corpus": {
-            "class_path": "ptp_lightning.data.TextFiles",
-            "init_args": {"paths": [str(corpus)], "held_out": "lines"},
-        },
-        "row_length": 32,
-        "batch_size": 2,
-        "num_windows": 2,
-        "eval_rows": 2,
-    }
-    config["trainer"] |= {"accelerator": "cpu", "fast_dev_run": 1}
-    shrunken = folder / path.name
-    shrunken.write_text(yaml.safe_dump(config))
-    return shrunken
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

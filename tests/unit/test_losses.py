@@ -302,3 +302,19 @@ def test_bad_sizes(loss: type[Loss]) -> None:
     if loss.needs_teacher:
         with pytest.raises(ValueError, match=r"M = 13, found \[5, 6\]"):
             loss()(random_logits(), identity, short)
+
+
+@pytest.mark.parametrize(("num_slots", "head_calls"), [(4, 1), (5, 4)])
+def test_a_single_chunk_is_projected_once(num_slots: int, head_calls: int) -> None:
+    """Two chunks are projected again in the backward pass, which keeps their logits from existing at once."""
+    calls = 0
+
+    def head(chunk: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return chunk
+
+    hidden = torch.randn(num_slots, 6, requires_grad=True)
+    target = SlotTargets(torch.zeros(num_slots, dtype=torch.long), None, torch.ones(num_slots))
+    CrossEntropy(chunk_size=4)(hidden, head, target).total.backward()
+    assert calls == head_calls

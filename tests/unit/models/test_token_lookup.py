@@ -116,3 +116,18 @@ def test_a_slots_estimate_knows_the_u_of_earlier_slots_and_not_its_own(objective
 def test_layers_that_do_not_exist_are_refused(layers: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="predictor.lookup_layers to be ascending numbers from 1 to 1, found"):
         TokenLookup(tiny_llama(), layers, lambda logits, _: logits.argmax(-1))
+
+
+def test_a_model_whose_parts_are_not_found_is_refused() -> None:
+    model = tiny_llama()
+    model.model.norm = None  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(
+        ValueError, match=r"one list of 2 layers and one final norm, found 1 and 0: set .*lookup_layers"
+    ):
+        TokenLookup(model, (1,), lambda logits, _: logits.argmax(-1))
+
+
+def test_the_base_models_parts_stay_its_own() -> None:
+    """Two linear maps a layer are trained and stored, and nothing of the base model."""
+    _, lookup, _ = fresh_lookup("llama")
+    assert sorted(lookup.state_dict()) == ["lenses.0.bias", "lenses.0.weight", "writers.0.weight"]

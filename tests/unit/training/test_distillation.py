@@ -174,6 +174,11 @@ class TestTraining:
         assert writer is not None and writer.abs().sum() > 0  # pyright: ignore
         assert bool(lens.abs().sum() > 0) == (weight > 0)  # pyright: ignore
 
+    @pytest.mark.parametrize("weight", [-0.1, float("nan"), float("inf")])
+    def test_a_weight_that_cannot_train_is_refused(self, weight: float) -> None:
+        with pytest.raises(ValueError, match="lookup_loss_weight >= 0, found"):
+            DistillationModule(PredictorConfig(backbone=BackboneSettings(from_config=LLAMA)), lookup_loss_weight=weight)
+
     def test_look_ups_learn_the_slots_own_tokens(self) -> None:
         """The first slot stands for the window's first token, whose distribution the base model states exactly."""
         module = make_module()

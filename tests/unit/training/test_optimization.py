@@ -72,6 +72,12 @@ class TestGroups:
         ]
         assert found == [("Muon", 0.1, MATRICES), ("AdamW", 0.0, OTHERS)]
 
+    def test_what_muon_leaves_may_have_a_rate_of_its_own(self) -> None:
+        _, optimizer, _ = build("muon", learning_rate=0.008, other_learning_rate=0.002, warmup_steps=0)
+        assert [group["lr"] for group in optimizer.param_groups] == [0.008, 0.002]
+        _, optimizer, _ = build("muon", learning_rate=0.008, warmup_steps=0)
+        assert [group["lr"] for group in optimizer.param_groups] == [0.008, 0.008]
+
     @pytest.mark.parametrize("name", ["embed_tokens", "gpt_neox.embed_in", "transformer.wte", "transformer.wpe"])
     def test_token_and_position_tables_are_no_matrices(self, name: str) -> None:
         parameters = [(f"{name}.weight", nn.Parameter(torch.ones(2, 2))), ("w", nn.Parameter(torch.ones(2, 2)))]
@@ -171,3 +177,9 @@ class TestState:
 def test_refuses_settings_that_cannot_train(key: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"optimizer.{key}.*{value}"):
         OptimizerSettings(**{key: value})  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(("name", "rate"), [("adamw", 0.1), ("muon", 0.0), ("muon", -0.1)])
+def test_refuses_another_rate_that_nothing_could_use(name: str, rate: float) -> None:
+    with pytest.raises(ValueError, match=f"optimizer.other_learning_rate.*{rate}"):
+        OptimizerSettings(name, other_learning_rate=rate)  # pyright: ignore[reportArgumentType]
