@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ptp_lightning.sampling import TokenDistribution
 
-OBJECTIVES = frozenset({"one_hot", "categorical", "independent"})
+OBJECTIVES = frozenset({"one_hot", "categorical", "independent", "sequential"})
 
 # Below this a float32 softmax is about to lose its digits to underflow, so its logarithm is taken from the logits.
 SMALLEST_PROBABILITY = 1e-30
@@ -194,7 +194,7 @@ class KullbackLeibler(Loss):
     """
 
     needs_teacher: ClassVar[bool] = True
-    sound_for: ClassVar[frozenset[str]] = frozenset({"categorical", "independent"})
+    sound_for: ClassVar[frozenset[str]] = OBJECTIVES - {"one_hot"}
     unsound_because: ClassVar[Mapping[str, str]] = MappingProxyType(
         {
             "one_hot": (
@@ -218,7 +218,7 @@ def require_sound(loss: Loss | type[Loss], objective_name: str) -> None:
 
     Args:
         loss: the loss, or its class.
-        objective_name: one of `OBJECTIVES`: "one_hot", "categorical" or "independent".
+        objective_name: one of `OBJECTIVES`.
 
     Raises:
         ValueError: with the reason, if the loss is unsound for the objective; or if there is no such objective.

@@ -26,8 +26,6 @@ def shrink(path: Path, corpus: Path, folder: Path) -> Path:
     arguments.get("predictor", arguments)["backbone"] = {"path": "embedded", "from_config": SHRUNKEN}
     if "lora" in arguments.get("predictor", {}):
         arguments["predictor"]["lora"] |= {"rank": 2}
-    if "lookup_layers" in arguments.get("predictor", {}):
-        arguments["predictor"]["lookup_layers"] = [1]
     if "output" in arguments:
         arguments |= {"output": str(folder / "model"), "compile": False}
     config["data"]["init_args"] |= {

@@ -12,13 +12,16 @@ from ptp_lightning.models import (
     OneHotObjective,
     ParallelTokenPredictor,
     PredictorConfig,
+    RefinerSettings,
+    SequentialObjective,
 )
 from ptp_lightning.models.slots import Objective
 from ptp_lightning.sampling import SamplingConfig
 from tests.tiny_models import TINY_MODELS, cast_weights
 
 OBJECTIVES: dict[str, Objective] = {
-    objective.name: objective for objective in (CategoricalObjective(), OneHotObjective(), IndependentObjective())
+    objective.name: objective
+    for objective in (CategoricalObjective(), OneHotObjective(), IndependentObjective(), SequentialObjective())
 }
 
 
@@ -41,13 +44,12 @@ def tiny_predictor(
 ) -> ParallelTokenPredictor:
     """In eval mode; `sharpness` as in `sharpen`; `model` are further arguments of the builder in TINY_MODELS."""
     backbone = cast_weights(TINY_MODELS[family](**model), dtype)
-    lookup_layers = () if model.get("num_layers") == 1 else (1,)
     config = PredictorConfig(
         objective=OBJECTIVES[objective],
         lora=LoraSettings(rank=4),
         sampling=sampling,
         window_length=window_length,
-        lookup_layers=lookup_layers,
+        refiner=RefinerSettings(num_layers=1, rounds=2),
     )
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(1)
@@ -56,4 +58,6 @@ def tiny_predictor(
         for name, parameter in predictor.named_parameters():
             if "lora_" in name:
                 parameter.normal_(std=0.1)
+            elif "refiner" in name and not parameter.any():
+                parameter.normal_(std=0.2)
     return predictor.eval()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ptp_lightning.auxiliary import draw_auxiliaries
 from ptp_lightning.models.predictor import ParallelTokenPredictor
-from ptp_lightning.models.token_lookup import LookupCall
+from ptp_lightning.models.refiner import RefinerContext
 from ptp_lightning.randomness import keyed_generator
 from ptp_lightning.sampling import SamplingConfig
 
@@ -113,6 +113,9 @@ class CachedContext:
         self.cache = DynamicCache()
         self.length = 0
         self.num_calls = 0
+        # What the refiner has not read yet; it does so when a draft needs it.
+        self._unrefined: list[tuple[Tensor, Tensor]] = []
+        self._pairs = None if predictor.refiner is None else RefinerContext(predictor.refiner)
 
     def read(self, token_ids: Tensor, auxiliaries: Tensor | None = None) -> Tensor:
         """Append tokens to the context in one call, and look ahead through slots, which leave no trace in it.
@@ -127,31 +130,65 @@ class CachedContext:
         embeddings = self.predictor.embed(token_ids)
         if auxiliaries is None or auxiliaries.shape[1] == 1:
             with self.predictor.gate.closed():
-                return self._call(embeddings)
+                hidden = self._call(embeddings)
+            self._keep_for_refiner(hidden, embeddings)
+            return hidden
         num_slots = auxiliaries.shape[1] - 1
         slots = self.predictor.slot_encoder(auxiliaries).to(embeddings.dtype)
-        with (
-            self.predictor.gate.open(suffix=num_slots),
-            self.predictor.looking(LookupCall(auxiliaries[:, None, :-1])),
-        ):
+        with self.predictor.gate.open(suffix=num_slots):
             hidden = self._call(torch.cat([embeddings, slots], dim=1))
-        self.forget(num_slots)
+        self._crop(num_slots)
+        self._keep_for_refiner(hidden[:, :-num_slots], embeddings)
         return hidden
+
+    def refine(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
+        """Slots after the tokens read so far, refined; no call of the network, and no trace in the context.
+
+        Args:
+            hidden: `[1, J, H]`, last hidden states of the slots of the latest `read`.
+            token_ids: `[1, J]`, the tokens that they stand for.
+
+        Returns:
+            `[1, J, H]`.
+        """
+        assert self._pairs is not None, "checked by predictor.refinement_rounds"
+        if self._unrefined:
+            unread, embeddings = (torch.cat(tensors, dim=1) for tensors in zip(*self._unrefined, strict=True))
+            self._unrefined.clear()
+            self._pairs.read(unread, embeddings, *_following(self._pairs.length, unread))
+        embeddings = self.predictor.embed_draft(token_ids)
+        return self._pairs.refine(hidden, embeddings, *_following(self._pairs.length, hidden))
+
+    def _keep_for_refiner(self, hidden: Tensor, embeddings: Tensor) -> None:
+        if self._pairs is not None:
+            self._unrefined.append((hidden, embeddings))
 
     def _call(self, embeddings: Tensor) -> Tensor:
         """One forward pass over `[1, Q, H]`, each position seeing all before it; the cache grows by Q."""
-        num_queries, device = embeddings.shape[1], embeddings.device
-        position_ids = torch.arange(self.length, self.length + num_queries, device=device).unsqueeze(0)
-        mask = torch.ones(num_queries, self.length + num_queries, dtype=torch.bool, device=device).tril(self.length)
-        hidden = self.predictor.decode(embeddings, position_ids, mask[None, None], self.cache)
+        position_ids, mask = _following(self.length, embeddings)
+        hidden = self.predictor.decode(embeddings, position_ids, mask, self.cache)
         self.num_calls += 1
-        self.length += num_queries
+        self.length += embeddings.shape[1]
         return hidden
 
     def forget(self, num_tokens: int) -> None:
-        """Cut the last tokens off the cache."""
-        self.cache.crop(-num_tokens)
-        self.length -= num_tokens
+        """Cut the last tokens off, all of them of the latest `read`."""
+        self._crop(num_tokens)
+        if self._pairs is not None and num_tokens:
+            hidden, embeddings = self._unrefined.pop()
+            self._keep_for_refiner(hidden[:, :-num_tokens], embeddings[:, :-num_tokens])
+
+    def _crop(self, num_positions: int) -> None:
+        self.cache.crop(-num_positions)
+        self.length -= num_positions
+
+
+def _following(length: int, states: Tensor) -> tuple[Tensor, Tensor]:
+    """Position ids `[1, Q]` and mask `[1, 1, Q, length + Q]` of states `[1, Q, H]` that each see all before them."""
+    num_queries, device = states.shape[1], states.device
+    position_ids = torch.arange(length, length + num_queries, device=device).unsqueeze(0)
+    mask = torch.ones(num_queries, length + num_queries, dtype=torch.bool, device=device).tril(length)
+    return position_ids, mask[None, None]
 
 
 class VerifiedOutput:

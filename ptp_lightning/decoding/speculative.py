@@ -22,6 +22,7 @@ from ptp_lightning.decoding.generation import (
     require_room,
 )
 from ptp_lightning.models.predictor import ParallelTokenPredictor
+from ptp_lightning.models.refiner import refine_draft
 from ptp_lightning.models.slots import Objective
 from ptp_lightning.sampling import SamplingConfig
 
@@ -105,11 +106,9 @@ def decode_speculatively(
         window = slice(start, start + length)
 
         # Propose.
-        logits = predictor.logits(context.read(unread, told[:, window])[:, -length:])
-        draft = pick(auxiliaries[:, start : start + 1], settings.sampling.distribution(logits[:, :1]))
-        if length > 1:
-            proposed = proposer(logits[:, 1:], told[:, start + 1 : start + length], start + 1)
-            draft = torch.cat([draft, proposed], dim=1)
+        hidden = context.read(unread, told[:, window])[:, -length:]
+        first = pick(auxiliaries[:, start : start + 1], settings.sampling.distribution(predictor.logits(hidden[:, :1])))
+        draft = _draft(context, first, hidden[:, 1:], told[:, start + 1 : start + length], proposer, start + 1)
         if output.remaining == 1:
             output.commit(draft[0].tolist())
             correct_per_cycle.append(1)
@@ -128,6 +127,21 @@ def decode_speculatively(
         correct_per_cycle.append(min(num_correct, num_committed))
     assert output.finished is not None
     return Decoded(output.token_ids, context.num_calls, output.finished, correct_per_cycle)
+
+
+def _draft(
+    context: CachedContext, first: Tensor, slots: Tensor, auxiliaries: Tensor, proposer: Proposer, start: int
+) -> Tensor:
+    """The first token `[1, 1]` and what slots `[1, J, H]` propose after it, refined if they can be: `[1, J + 1]`."""
+    if slots.shape[1] == 0:
+        return first
+    predictor = context.predictor
+
+    def propose_again(token_ids: Tensor) -> Tensor:
+        return proposer(predictor.logits(context.refine(slots, token_ids)), auxiliaries, start)
+
+    draft = torch.cat([first, proposer(predictor.logits(slots), auxiliaries, start)], dim=1)
+    return refine_draft(draft, predictor.refinement_rounds, propose_again)
 
 
 def _told_auxiliaries(auxiliaries: Tensor, sampling: SamplingConfig) -> Tensor:

@@ -4,7 +4,13 @@ from ptp_lightning.models.auxiliary_embedding import BinaryFeatures, CosineFeatu
 from ptp_lightning.models.backbone import BackboneSettings
 from ptp_lightning.models.gated_lora import LoraSettings
 from ptp_lightning.models.predictor import ParallelTokenPredictor, PredictorConfig
-from ptp_lightning.models.slots import CategoricalObjective, IndependentObjective, OneHotObjective
+from ptp_lightning.models.refiner import RefinerSettings
+from ptp_lightning.models.slots import (
+    CategoricalObjective,
+    IndependentObjective,
+    OneHotObjective,
+    SequentialObjective,
+)
 
 __all__ = [
     "BackboneSettings",
@@ -16,4 +22,6 @@ __all__ = [
     "OneHotObjective",
     "ParallelTokenPredictor",
     "PredictorConfig",
+    "RefinerSettings",
+    "SequentialObjective",
 ]

@@ -185,7 +185,7 @@ def require_same_predictor(checkpoint: dict[str, Any], predictor: ParallelTokenP
             f"base weights ({stored['config']['backbone']['path']!r}): mend {PATH_KEY} or {CHECKPOINT_KEY}"
         )
     own = predictor.config.to_dict()
-    for key in ("sampling", "objective", "features", "lookup_layers"):
+    for key in ("sampling", "objective", "features"):
         if stored["config"][key] != own[key]:
             raise ValueError(
                 f"expected predictor.{key} as configured, {own[key]}, found a checkpoint trained with "

@@ -11,6 +11,7 @@ TITLES = {
     "categorical": "categorical (C-PTP): a slot predicts a distribution, and the token's auxiliary picks from it",
     "one_hot": "one-hot (O-PTP): a slot also sees its token's auxiliary, and proposes its most likely token",
     "independent": "independent (MTP baseline): slots carry no auxiliaries, so they only know marginals",
+    "sequential": "sequential (baseline): slots carry no auxiliaries, the refiner is told the draft",
 }
 
 TEMPLATE = """\
@@ -67,7 +68,7 @@ def model_card(config: PredictorConfig, base_fingerprint: str, name: str, traini
         "Window length": f"{config.window_length} tokens, the first exact, {config.window_length - 1} from slots",
         "Sampling": f"temperature {sampling.temperature}, top-k {sampling.top_k or 'off'}, top-p {sampling.top_p}, "
         f"{sampling.order} order",
-        "Look-ups": "before layers " + ", ".join(map(str, config.lookup_layers)) if config.lookup_layers else "none",
+        "Refiner": _refiner(config),
         "LoRA": f"rank {config.lora.rank}, alpha {config.lora.alpha}, on `{config.lora.target_modules}`",
     } | {_label(tag): _number(value) for tag, value in training.items()}
     return TEMPLATE.format(
@@ -78,6 +79,13 @@ def model_card(config: PredictorConfig, base_fingerprint: str, name: str, traini
         folder=json.dumps(name),
         shell_folder=json.dumps(name),
     )
+
+
+def _refiner(config: PredictorConfig) -> str:
+    if config.refiner.num_layers == 0:
+        return "none"
+    told = "told the draft" if config.objective.knows_draft else "not told the draft"
+    return f"{config.refiner.num_layers} layer(s) after the stack, {told}, {config.refiner.rounds} round(s)"
 
 
 def _label(tag: str) -> str:

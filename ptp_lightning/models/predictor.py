@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
@@ -15,8 +13,8 @@ from torch import Tensor, nn
 from ptp_lightning.models.auxiliary_embedding import AuxiliaryFeatures, CosineFeatures
 from ptp_lightning.models.backbone import BackboneSettings, fingerprint, load_backbone
 from ptp_lightning.models.gated_lora import LoraSettings, add_gated_lora
+from ptp_lightning.models.refiner import Refiner, RefinerContext, RefinerSettings
 from ptp_lightning.models.slots import CategoricalObjective, Objective, SlotEncoder
-from ptp_lightning.models.token_lookup import LookupCall, TokenLookup
 from ptp_lightning.models.window_attention import context_mask, slot_mask
 from ptp_lightning.sampling import SamplingConfig
 
@@ -38,7 +36,7 @@ class PredictorConfig:
         lora: size of the adapter.
         sampling: the distribution of the base model that is imitated; intervals and targets are defined by it.
         window_length: L, tokens predicted in one call; the first is exact, L - 1 come from slots.
-        lookup_layers: decoder layers before which slots look their tokens up (see `TokenLookup`); none by default.
+        refiner: layers after the stack that are told the slots' tokens (see `Refiner`); none by default.
     """
 
     backbone: BackboneSettings = field(default_factory=BackboneSettings)
@@ -48,7 +46,7 @@ class PredictorConfig:
     lora: LoraSettings = field(default_factory=LoraSettings)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     window_length: int = 16
-    lookup_layers: tuple[int, ...] = ()
+    refiner: RefinerSettings = field(default_factory=RefinerSettings)
 
     def __post_init__(self) -> None:
         """Refuse a window without slots."""
@@ -59,14 +57,10 @@ class PredictorConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `from_dict` and YAML files understand."""
-        return (
-            asdict(self)
-            | {"lookup_layers": list(self.lookup_layers)}
-            | {
-                name: {"class_path": f"{type(value).__module__}.{type(value).__qualname__}", "init_args": asdict(value)}
-                for name, value in (("objective", self.objective), ("features", self.features))
-            }
-        )
+        return asdict(self) | {
+            name: {"class_path": f"{type(value).__module__}.{type(value).__qualname__}", "init_args": asdict(value)}
+            for name, value in (("objective", self.objective), ("features", self.features))
+        }
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> PredictorConfig:
@@ -93,35 +87,25 @@ class Context(NamedTuple):
     Attributes:
         hidden: `[B, S, H]`, last hidden states of the unchanged base model.
         cache: keys and values of the context; calls may append to it, and must cut off what they appended.
+        input_ids: `[B, S]`.
         document_ids: `[B, S]`.
+        position_ids: `[B, S]`.
         window_starts: `[B, N]`.
         window_positions: `[B, N]`, position id of each window's first token.
-        window_streams: `[B, N, H]` per look-up layer, the last context token's stream before that layer.
     """
 
     hidden: Tensor
     cache: DynamicCache
+    input_ids: Tensor
     document_ids: Tensor
+    position_ids: Tensor
     window_starts: Tensor
     window_positions: Tensor
-    window_streams: list[Tensor]
 
     @property
     def first_hidden(self) -> Tensor:
         """`[B, N, H]`, hidden states that predict each window's first token."""
         return _gather(self.hidden, self.window_starts - 1)
-
-
-class SlotHidden(NamedTuple):
-    """What the slots of all windows say.
-
-    Attributes:
-        last: `[B, N, L - 1, H]`, hidden states that predict the tokens 1 .. L - 1.
-        estimates: `[B, N, L - 1, H]` per look-up layer, hidden states that predict the slots' own tokens 0 .. L - 2.
-    """
-
-    last: Tensor
-    estimates: list[Tensor]
 
 
 class ParallelTokenPredictor(nn.Module):
@@ -143,9 +127,8 @@ class ParallelTokenPredictor(nn.Module):
         table: Tensor = backbone.get_input_embeddings().weight  # pyright: ignore[reportAssignmentType]
         _require_plain_head(backbone)
         self.slot_encoder = SlotEncoder(config.objective, config.features, config.head, table)
-        if config.lookup_layers:
-            choose = partial(config.objective.look_up, sampling=config.sampling)
-            self.slot_encoder.lookup = TokenLookup(backbone, config.lookup_layers, choose)
+        if config.refiner.num_layers:
+            self.slot_encoder.refiner = Refiner(backbone.config, config.refiner)
         self.language_model, self.gate = add_gated_lora(backbone, config.lora)
         self.train()
 
@@ -204,15 +187,12 @@ class ParallelTokenPredictor(nn.Module):
         from transformers import DynamicCache
 
         cache = DynamicCache()
-        lookup = self.slot_encoder.lookup
-        recording = nullcontext(list[Tensor]()) if lookup is None else lookup.recording()
-        with self.gate.closed(), recording as streams:
+        with self.gate.closed():
             hidden = self.decode(self.embed(input_ids), position_ids, context_mask(document_ids), cache)
         positions = position_ids.gather(1, window_starts - 1) + 1
-        last = [_gather(stream, window_starts - 1) for stream in streams]
-        return Context(hidden, cache, document_ids, window_starts, positions, last)
+        return Context(hidden, cache, input_ids, document_ids, position_ids, window_starts, positions)
 
-    def slot_hidden(self, context: Context, auxiliaries: Tensor) -> SlotHidden:
+    def slot_hidden(self, context: Context, auxiliaries: Tensor) -> Tensor:
         """Hidden states that predict the tokens 1 .. L - 1 of each window.
 
         Args:
@@ -220,33 +200,56 @@ class ParallelTokenPredictor(nn.Module):
             auxiliaries: `[B, N, L]` float64 in [0, 1).
 
         Returns:
-            With gradients for the adapter, the slot encoder and the look-ups.
+            `[B, N, L - 1, H]`, with gradients for the adapter and the slot encoder.
         """
-        _, num_windows, length = auxiliaries.shape
-        slots = length - 1
-        device = auxiliaries.device
-        window = torch.arange(num_windows, device=device).repeat_interleave(slots)
-        offset = torch.arange(slots, device=device).repeat(num_windows)
-        mask = slot_mask(
-            context.document_ids,
-            context.window_starts,
-            query_window=window,
-            query_offset=offset,
-            key_window=window,
-            key_offset=offset,
-        )
-        positions = context.window_positions[:, window] + offset
+        num_windows, slots = auxiliaries.shape[1], auxiliaries.shape[2] - 1
+        mask, positions = _place_slots(context, slots)
         embeddings = self.slot_encoder(auxiliaries).flatten(1, 2)
-        call = LookupCall(auxiliaries[..., :-1], context.window_streams)
-        with self.gate.open(), self.looking(call):
+        with self.gate.open():
             hidden = self.decode(embeddings, positions, mask, context.cache)
         context.cache.crop(-num_windows * slots)
-        return SlotHidden(hidden.unflatten(1, (num_windows, slots)), call.estimates)
+        return hidden.unflatten(1, (num_windows, slots))
 
-    def looking(self, call: LookupCall) -> AbstractContextManager[None]:
-        """The pass inside the block looks the tokens of its slots up, if this predictor does."""
-        lookup = self.slot_encoder.lookup
-        return nullcontext() if lookup is None else lookup.acting(call)
+    @property
+    def refiner(self) -> Refiner | None:
+        """The layers after the stack, if there are any."""
+        return self.slot_encoder.refiner
+
+    def refiner_context(self, context: Context) -> RefinerContext:
+        """The pairs of the context for `refine`; a graph is kept, since the refiner's keys and values are trained."""
+        assert self.refiner is not None, "checked by the caller"
+        pairs = RefinerContext(self.refiner)
+        tokens = self.embed(context.input_ids)
+        pairs.read(context.hidden, tokens, context.position_ids, context_mask(context.document_ids))
+        return pairs
+
+    def refine(self, context: Context, pairs: RefinerContext, hidden: Tensor, token_ids: Tensor) -> Tensor:
+        """Slots of packed windows, refined.
+
+        Args:
+            context: of `encode`.
+            pairs: its `refiner_context`.
+            hidden: `[B, N, L - 1, H]`, of `slot_hidden`.
+            token_ids: `[B, N, L - 1]`, the tokens that the slots stand for.
+
+        Returns:
+            `[B, N, L - 1, H]`.
+        """
+        mask, positions = _place_slots(context, hidden.shape[2])
+        tokens = self.embed_draft(token_ids).flatten(1, 2)
+        return pairs.refine(hidden.flatten(1, 2), tokens, positions, mask).view_as(hidden)
+
+    def embed_draft(self, token_ids: Tensor) -> Tensor:
+        """What the refiner is told of the slots' tokens: `[...]` to `[..., H]`."""
+        embeddings = self.embed(token_ids)
+        return embeddings if self.config.objective.knows_draft else torch.zeros_like(embeddings)
+
+    @property
+    def refinement_rounds(self) -> int:
+        """How often a draft is refined; once is enough where the draft is not told."""
+        if self.refiner is None:
+            return 0
+        return self.config.refiner.rounds if self.config.objective.knows_draft else 1
 
     @classmethod
     def from_pretrained(
@@ -285,18 +288,34 @@ class ParallelTokenPredictor(nn.Module):
         if wrong := sorted(own.keys() ^ state.keys()):
             raise ValueError(
                 f"expected the {len(own)} weights of this predictor, found a checkpoint that differs in {wrong[:4]}: "
-                "mend predictor.lora, predictor.objective or predictor.head"
+                "mend predictor.lora, predictor.objective, predictor.head or predictor.refiner"
             )
         if shapes := [name for name in own if own[name].shape != state[name].shape]:
             raise ValueError(
                 f"expected {shapes[0]} of shape {list(own[shapes[0]].shape)}, found {list(state[shapes[0]].shape)}: "
-                "mend predictor.lora.rank or predictor.features"
+                "mend predictor.lora.rank, predictor.features or predictor.refiner"
             )
 
     def load_trainable_state(self, state: dict[str, Tensor]) -> None:
         """Inverse of `trainable_state`; raises as `require_trainable_state`."""
         self.require_trainable_state(state)
         self.load_state_dict(state, strict=False)
+
+
+def _place_slots(context: Context, slots: int) -> tuple[Tensor, Tensor]:
+    """Window after window: attention mask `[B, 1, N * J, S + N * J]` and position ids `[B, N * J]` of J slots each."""
+    num_windows, device = context.window_starts.shape[1], context.window_starts.device
+    window = torch.arange(num_windows, device=device).repeat_interleave(slots)
+    offset = torch.arange(slots, device=device).repeat(num_windows)
+    mask = slot_mask(
+        context.document_ids,
+        context.window_starts,
+        query_window=window,
+        query_offset=offset,
+        key_window=window,
+        key_offset=offset,
+    )
+    return mask, context.window_positions[:, window] + offset
 
 
 def _output_head(model: PreTrainedModel) -> nn.Module:

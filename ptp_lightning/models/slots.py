@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ptp_lightning.auxiliary import pick
 from ptp_lightning.models.auxiliary_embedding import AuxiliaryEmbedding, AuxiliaryFeatures
-from ptp_lightning.models.token_lookup import TokenLookup
+from ptp_lightning.models.refiner import Refiner
 from ptp_lightning.sampling import SamplingConfig
 
 
@@ -18,6 +18,8 @@ class Objective(ABC):
 
     name: ClassVar[str]
     num_inputs: ClassVar[int]
+    knows_draft: ClassVar[bool] = True
+    """Whether the refiner, where there is one, is told the proposed tokens that the slots stand for."""
 
     @abstractmethod
     def inputs(self, auxiliaries: Tensor) -> list[Tensor]:
@@ -26,10 +28,6 @@ class Objective(ABC):
     @abstractmethod
     def propose(self, logits: Tensor, auxiliaries: Tensor, sampling: SamplingConfig) -> Tensor:
         """Tokens `[...]` from logits `[..., V]` and the auxiliaries `[...]` of the predicted tokens."""
-
-    def look_up(self, logits: Tensor, auxiliaries: Tensor, sampling: SamplingConfig) -> Tensor:
-        """Which token a slot stands for, `[...]`: the inverse of an estimate `[..., V]` at the slot's own u `[...]`."""
-        return pick(auxiliaries, sampling.proposal().distribution(logits))
 
 
 @dataclass(frozen=True)
@@ -76,6 +74,7 @@ class IndependentObjective(Objective):
 
     name: ClassVar[str] = "independent"
     num_inputs: ClassVar[int] = 0
+    knows_draft: ClassVar[bool] = False
 
     def inputs(self, auxiliaries: Tensor) -> list[Tensor]:
         """Nothing."""
@@ -85,9 +84,16 @@ class IndependentObjective(Objective):
         """Inverse CDF of the predicted marginal at the predicted token's u."""
         return pick(auxiliaries, sampling.proposal().distribution(logits))
 
-    def look_up(self, logits: Tensor, auxiliaries: Tensor, sampling: SamplingConfig) -> Tensor:
-        """The most likely token: these slots know no u."""
-        return logits.argmax(-1)
+
+@dataclass(frozen=True)
+class SequentialObjective(IndependentObjective):
+    """Slots that carry nothing, like MTP's, before a refiner that is told the draft, as in Hydra heads.
+
+    It draws on u only where a token is proposed. What PTP gains over it is what its slots make of their auxiliaries.
+    """
+
+    name: ClassVar[str] = "sequential"
+    knows_draft: ClassVar[bool] = True
 
 
 class SlotEncoder(nn.Module):
@@ -103,7 +109,7 @@ class SlotEncoder(nn.Module):
         token_embeddings: `[V, H]`, sets the starting point and scale.
 
     Attributes:
-        lookup: what else slots learn, further up in the stack; set by the predictor, which knows the layers.
+        refiner: what else slots learn, after the stack; set by the predictor, which knows the base model.
     """
 
     def __init__(
@@ -122,7 +128,7 @@ class SlotEncoder(nn.Module):
         self.embeddings = nn.ModuleList(
             AuxiliaryEmbedding(features, head, table.shape[1], scale) for _ in range(objective.num_inputs)
         )
-        self.lookup: TokenLookup | None = None
+        self.refiner: Refiner | None = None
 
     def forward(self, auxiliaries: Tensor) -> Tensor:
         """Map auxiliaries `[..., L]` to `[..., L - 1, H]`."""

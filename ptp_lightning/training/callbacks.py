@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import rich
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -33,6 +33,13 @@ CHARTS = {
 }
 FIGURE_TAG = "val/correct_token_counts"
 MAX_TABLE_ROWS = 16
+
+
+class StepProgressBar(RichProgressBar):
+    """Lightning's bar for a training stream without epochs, which it would label `Epoch 0/-2`."""
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return f"{'Training':{len(self.validation_description)}}"  # as wide as the other, or the bar would jump
 
 
 class PositionCharts(Callback):

@@ -1,5 +1,6 @@
 """The LightningCLI behind fit, validate and test."""
 
+import logging
 import sys
 import warnings
 from typing import NoReturn
@@ -54,3 +55,5 @@ def silence_library_noise() -> None:
         r"Trying to infer the `batch_size` from an ambiguous collection",
     ):
         warnings.filterwarnings("ignore", message=message)
+    advertisements = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    advertisements.addFilter(lambda record: "litlogger" not in record.getMessage())

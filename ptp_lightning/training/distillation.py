@@ -16,6 +16,7 @@ from ptp_lightning.data.batch import PackedBatch
 from ptp_lightning.losses import KullbackLeibler, Loss, LossSum, SlotTargets, require_sound
 from ptp_lightning.metrics import WindowMetrics, WindowSummary, as_tags
 from ptp_lightning.models.predictor import Context, ParallelTokenPredictor, PredictorConfig
+from ptp_lightning.models.refiner import refine_draft
 from ptp_lightning.randomness import keyed_generator
 from ptp_lightning.sampling import TokenDistribution, require
 from ptp_lightning.training.optimization import OptimizerSettings, configure
@@ -34,7 +35,8 @@ class DistillationModule(LightningModule):
         source: where the windows' tokens come from in training.
         val_source: the same in validation; the teacher's own samples show what decoding will meet.
         optimizer: optimiser and schedule.
-        lookup_loss_weight: of the look-up layers' estimates, per layer, against the loss of the prediction.
+        first_pass_loss_weight: of what the slots say before they are refined, against the loss of the refined
+            prediction; without a refiner it has no meaning.
         seed: of all auxiliaries.
     """
 
@@ -45,7 +47,7 @@ class DistillationModule(LightningModule):
         source: WindowSource = TeacherWindows(),  # noqa: B008  frozen
         val_source: WindowSource = TeacherWindows(),  # noqa: B008  frozen
         optimizer: OptimizerSettings = OptimizerSettings(),  # noqa: B008  frozen
-        lookup_loss_weight: float = 0.3,
+        first_pass_loss_weight: float = 0.5,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -55,11 +57,9 @@ class DistillationModule(LightningModule):
         self.source = source
         self.val_source = val_source
         self.optimizer_settings = optimizer
-        if not 0 <= lookup_loss_weight < math.inf:
-            raise ValueError(f"expected model.init_args.lookup_loss_weight >= 0, found {lookup_loss_weight}")
-        self.lookup_loss_weight = lookup_loss_weight
-        # Whatever the objective: a lens estimates a distribution.
-        self.lookup_loss = KullbackLeibler(chunk_size=loss.chunk_size)
+        if not 0 <= first_pass_loss_weight < math.inf:
+            raise ValueError(f"expected model.init_args.first_pass_loss_weight >= 0, found {first_pass_loss_weight}")
+        self.first_pass_loss_weight = first_pass_loss_weight
         self.seed = seed
         self.predictor = ParallelTokenPredictor(predictor)
         self.val_metrics = WindowMetrics(predictor.window_length)
@@ -100,8 +100,12 @@ class DistillationModule(LightningModule):
         generator = keyed_generator(self.seed, "train", self.global_rank, self.global_step, batch_idx)
         context = self._encode(batch)
         sample = self.source.sample(self.predictor, batch, context, generator, self.end_of_text)
-        slots = self.predictor.slot_hidden(context, sample.auxiliaries)
-        total, count = _slot_loss(self.loss, slots.last, self.predictor, sample, slice(1, None))
+        hidden = self.predictor.slot_hidden(context, sample.auxiliaries)
+        prediction = first_pass = _slot_loss(self.loss, hidden, self.predictor, sample, slice(1, None))
+        total, count = first_pass
+        if self.predictor.refiner is not None:
+            prediction = self._refined_loss(context, hidden, sample)
+            total = prediction.total + self.first_pass_loss_weight * first_pass.total
         require(
             total.isfinite(),
             total,
@@ -109,14 +113,10 @@ class DistillationModule(LightningModule):
             "optimizer.learning_rate, set trainer.gradient_clip_val, or try trainer.precision: 32-true)",
         )
         # DDP averages gradients over ranks, so the local sum is divided by the mean count.
-        mean_count = self.trainer.strategy.reduce(count, reduce_op="mean")
-        loss = total / mean_count.clamp_min(1)
-        self.log("train/loss_nats", loss.detach(), prog_bar=True)
-        if not slots.estimates:
-            return loss
-        lookup_total = self._lookup_loss(slots.estimates, sample)
-        self.log("train/lookup_loss_nats", lookup_total.detach() / (count.clamp_min(1) * len(slots.estimates)))
-        return loss + self.lookup_loss_weight * lookup_total / mean_count.clamp_min(1)
+        mean_count = self.trainer.strategy.reduce(count, reduce_op="mean").clamp_min(1)
+        self.log("train/loss_nats", prediction.total.detach() / mean_count, prog_bar=True)
+        self.log("train/first_pass_loss_nats", first_pass.total.detach() / mean_count)
+        return total / mean_count
 
     def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
         """Propose every window and compare with the teacher's picks for the same auxiliaries."""
@@ -165,12 +165,14 @@ class DistillationModule(LightningModule):
     def _encode(self, batch: PackedBatch) -> Context:
         return self.predictor.encode(batch.input_ids, batch.document_ids, batch.position_ids, batch.window_starts)
 
-    def _lookup_loss(self, estimates: list[Tensor], sample: WindowSample) -> Tensor:
-        """Sum over look-up layers: each slot's estimate `[B, N, L - 1, H]` of its own token's distribution."""
-        own = slice(None, -1)
-        return torch.stack(
-            [_slot_loss(self.lookup_loss, each, self.predictor, sample, own).total for each in estimates]
-        ).sum()
+    def _refined_loss(self, context: Context, hidden: Tensor, sample: WindowSample) -> LossSum:
+        """Loss of refined slots that are told the true tokens.
+
+        Only windows whose tokens so far are all right can still gain one, so these are the ones to train for.
+        """
+        pairs = self.predictor.refiner_context(context)
+        refined = self.predictor.refine(context, pairs, hidden, sample.token_ids[..., :-1])
+        return _slot_loss(self.loss, refined, self.predictor, sample, slice(1, None))
 
     @torch.no_grad()
     def _evaluate(self, batch: PackedBatch, generator: torch.Generator) -> None:
@@ -182,11 +184,22 @@ class DistillationModule(LightningModule):
         first_tokens = pick(sample.auxiliaries[..., 0], first)
         first_nll = -first.probability_of(sample.token_ids[..., 0]).log()
 
-        logits = self.predictor.logits(self.predictor.slot_hidden(context, sample.auxiliaries).last).float()
+        hidden = self.predictor.slot_hidden(context, sample.auxiliaries)
+        logits = self.predictor.logits(hidden).float()
         proposed = objective.propose(logits, sample.auxiliaries[..., 1:], sampling)
+        draft = torch.cat([first_tokens.unsqueeze(-1), proposed], dim=-1)
+        if self.predictor.refiner is not None:
+            pairs = self.predictor.refiner_context(context)
+
+            def propose_again(token_ids: Tensor) -> Tensor:
+                nonlocal logits
+                logits = self.predictor.logits(self.predictor.refine(context, pairs, hidden, token_ids)).float()
+                return objective.propose(logits, sample.auxiliaries[..., 1:], sampling)
+
+            draft = refine_draft(draft, self.predictor.refinement_rounds, propose_again)
         nll = F.cross_entropy(logits.flatten(0, -2), sample.token_ids[..., 1:].flatten(), reduction="none")
         self.val_metrics.update(
-            torch.cat([first_tokens.unsqueeze(-1), proposed], dim=-1) == sample.token_ids,
+            draft == sample.token_ids,
             sample.mask,
             torch.cat([first_nll.unsqueeze(-1), nll.view_as(proposed)], dim=-1),
         )

@@ -16,6 +16,7 @@ from ptp_lightning.data.batch import PackedBatch
 from ptp_lightning.models.auxiliary_embedding import CosineFeatures
 from ptp_lightning.models.gated_lora import LoraSettings
 from ptp_lightning.models.predictor import Context, ParallelTokenPredictor, PredictorConfig
+from ptp_lightning.models.refiner import RefinerSettings
 from ptp_lightning.models.slots import CategoricalObjective, IndependentObjective, OneHotObjective
 from ptp_lightning.models.window_attention import context_mask, slot_mask
 from tests.tiny_models import TINY_MODELS
@@ -35,22 +36,22 @@ def make_batch(input_ids: Tensor) -> PackedBatch:
 
 
 @cache
-def make_predictor(
-    family: str, objective: str = "categorical", lookup_layers: tuple[int, ...] = (1,)
-) -> ParallelTokenPredictor:
-    """A predictor whose adapter is not at its initial zero, with a look-up before the second of two layers."""
+def make_predictor(family: str, objective: str = "categorical") -> ParallelTokenPredictor:
+    """A predictor whose adapter and refiner are not at their initial zero."""
     torch.manual_seed(1)
     config = PredictorConfig(
         objective=OBJECTIVES[objective],
         features=CosineFeatures(8),
         lora=LoraSettings(rank=4),
         window_length=WINDOW_LENGTH,
-        lookup_layers=lookup_layers,
+        refiner=RefinerSettings(num_layers=2),
     )
     predictor = ParallelTokenPredictor(config, TINY_MODELS[family](vocab_size=VOCAB_SIZE)).eval()
     for name, parameter in predictor.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
+        elif "refiner" in name and not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.2)
     return predictor
 
 
@@ -70,7 +71,7 @@ def encode(predictor: ParallelTokenPredictor, batch: PackedBatch) -> Context:
 def slot_logits(predictor: ParallelTokenPredictor, input_ids: Tensor, auxiliaries: Tensor) -> Tensor:
     """`[B, N, L - 1, V]`."""
     context = encode(predictor, make_batch(input_ids))
-    return predictor.logits(predictor.slot_hidden(context, auxiliaries).last)
+    return predictor.logits(predictor.slot_hidden(context, auxiliaries))
 
 
 def slots_that_differ(left: Tensor, right: Tensor) -> set[tuple[int, int, int]]:
@@ -201,14 +202,14 @@ class TestWhatASlotSees:
                     torch.arange(length).unsqueeze(0),
                     torch.tensor([[length]]),
                 )
-                hidden = predictor.slot_hidden(context, auxiliaries[row, window].view(1, 1, -1)).last
+                hidden = predictor.slot_hidden(context, auxiliaries[row, window].view(1, 1, -1))
                 single = predictor.logits(hidden)[0, 0]
             # Other shapes, other kernels: equal up to rounding.
             torch.testing.assert_close(packed[row, window], single, atol=2e-5, rtol=2e-5)
 
     def test_closed_gate_reproduces_the_teacher(self, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
         """Slots fed the true tokens' embeddings are the teacher, at every position of every document."""
-        predictor = make_predictor(family, lookup_layers=())
+        predictor = make_predictor(family)
         monkeypatch.setattr(predictor.gate, "open", predictor.gate.closed)
         input_ids, _ = inputs()
         slots = WINDOW_LENGTH - 1
@@ -223,7 +224,7 @@ class TestWhatASlotSees:
                 packed = (tensor[row : row + 1] for tensor in (input_ids, DOCUMENT_IDS, POSITION_IDS))
                 context = predictor.encode(*packed, starts)
                 unused = torch.zeros(1, starts.shape[1], WINDOW_LENGTH, dtype=torch.float64)
-                found = predictor.logits(predictor.slot_hidden(context, unused).last)
+                found = predictor.logits(predictor.slot_hidden(context, unused))
                 first = predictor.logits(context.first_hidden)
                 expected = teacher(input_ids=input_ids[row : row + 1, begin:end], use_cache=False).logits[0]
             # Other shapes, other kernels: equal up to rounding.
@@ -237,8 +238,8 @@ class TestWhatASlotSees:
         context = encode(predictor, make_batch(input_ids))
         keys = [layer.keys.clone() for layer in context.cache.layers]
         with torch.no_grad():
-            first = predictor.slot_hidden(context, auxiliaries).last
-            again = predictor.slot_hidden(context, auxiliaries).last
+            first = predictor.slot_hidden(context, auxiliaries)
+            again = predictor.slot_hidden(context, auxiliaries)
         assert torch.equal(first, again)
         assert context.cache.get_seq_length() == input_ids.shape[1]
         assert all(torch.equal(layer.keys, kept) for layer, kept in zip(context.cache.layers, keys, strict=True))

@@ -273,7 +273,7 @@ def test_autocast_projects_in_bfloat16_and_sums_in_float32(loss: type[Loss]) -> 
 
 
 def test_soundness() -> None:
-    for objective in ("one_hot", "categorical", "independent"):
+    for objective in ("one_hot", "categorical", "independent", "sequential"):
         require_sound(CrossEntropy(), objective)
     require_sound(KullbackLeibler(), "categorical")
     require_sound(KullbackLeibler, "independent")

@@ -218,27 +218,36 @@ class TestSlots:
     @pytest.mark.parametrize("objective", OBJECTIVES)
     @pytest.mark.parametrize("family", FAMILIES)
     def test_slot_logits_are_those_of_training(self, family: str, objective: str) -> None:
+        """Of the first pass and of each round, which is told the draft of the pass before."""
         predictor = small(family, objective)
         settings = GenerationSettings(max_new_tokens=14, window_length=5)
         u = settings.auxiliaries(PROMPT.device)
         text = torch.cat([PROMPT, torch.tensor([reference(predictor, settings)])], dim=1)
-        seen: list[int] = []
+        drafts: dict[int, list[Tensor]] = {}
 
         def compare(slot_logits: Tensor, auxiliaries: Tensor, start: int) -> Tensor:
             first, num_slots = PROMPT.shape[1] + start - 1, auxiliaries.shape[1]
             assert torch.equal(auxiliaries, u[:, start : start + num_slots])
             context = text[:, :first]
             zeros, positions = torch.zeros_like(context), torch.arange(first).unsqueeze(0)
+            earlier = drafts.setdefault(start, [])
             with torch.inference_mode():
                 encoded = predictor.encode(context, zeros, positions, torch.tensor([[first]]))
-                slots = predictor.slot_hidden(encoded, u[:, None, start - 1 : start + num_slots])
-                expected = predictor.logits(slots.last[:, 0])
+                hidden = predictor.slot_hidden(encoded, u[:, None, start - 1 : start + num_slots])
+                if earlier:
+                    stand_for = torch.cat([text[:, first : first + 1], earlier[-1]], dim=1)[:, None, :-1]
+                    hidden = predictor.refine(encoded, predictor.refiner_context(encoded), hidden, stand_for)
+                expected = predictor.logits(hidden[:, 0])
             torch.testing.assert_close(slot_logits, expected, atol=1e-4, rtol=1e-4)
-            seen.append(start)
-            return (text[:, first + 1 : first + 1 + num_slots] + (start > 1)) % VOCABULARY  # right, then wrong
+            right = text[:, first + 1 : first + 1 + num_slots]
+            # Right in the first window and then wrong; another draft in every round.
+            earlier.append((right + (start > 1) * (len(earlier) + 1)) % VOCABULARY)
+            return earlier[-1]
 
         accelerated(predictor, settings, proposer=compare)
-        assert seen == [1, 7, 9, 11]  # 6 tokens, then 2 a cycle; the last two need no slot
+        assert list(drafts) == [1, 7, 9, 11]  # 6 tokens, then 2 a cycle; the last two need no slot
+        rounds = predictor.refinement_rounds  # a window of two slots cannot use more than two
+        assert [len(passes) for passes in drafts.values()] == [1 + rounds, 1 + rounds, 1 + rounds, 1 + min(rounds, 2)]
 
     @pytest.mark.parametrize(("order", "told"), [("descending", 0.0), ("vocabulary", 0.5)])
     def test_greedy_slots_are_told_a_likely_u(self, order: str, told: float) -> None:
@@ -252,7 +261,7 @@ class TestSlots:
             return torch.tensor([text[start : start + auxiliaries.shape[1]]])
 
         accelerated(predictor, settings, proposer=remember)
-        assert seen == [told] * 3
+        assert seen == [told] * 3 * (1 + predictor.refinement_rounds)
 
 
 def test_the_decoder_leaves_the_gate_closed_after_an_error() -> None:

@@ -25,6 +25,7 @@ from ptp_lightning.models import (
     LoraSettings,
     ParallelTokenPredictor,
     PredictorConfig,
+    RefinerSettings,
     checkpoint,
 )
 from ptp_lightning.models.auxiliary_embedding import AuxiliaryFeatures
@@ -42,6 +43,7 @@ from tests.tiny_models import tiny_gpt2, tiny_llama
 from tests.tiny_predictors import OBJECTIVES
 
 SAMPLING = SamplingConfig(temperature=0.7, top_k=5, top_p=0.9, order="vocabulary")
+REFINER = RefinerSettings(num_layers=2, intermediate_size=24, rounds=2)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +66,7 @@ def other_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def trained(base: Path | str, **config: Any) -> ParallelTokenPredictor:
     """Every trained weight is random, so that none can be lost unnoticed."""
-    settings = {"window_length": 4, "lora": LoraSettings(rank=2), "sampling": SAMPLING} | config
+    settings = {"window_length": 4, "lora": LoraSettings(rank=2), "sampling": SAMPLING, "refiner": REFINER} | config
     predictor = ParallelTokenPredictor(PredictorConfig(BackboneSettings(path=str(base)), **settings)).eval()
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
@@ -78,7 +80,9 @@ def slot_logits(predictor: ParallelTokenPredictor) -> Tensor:
     ids = torch.tensor([[3, 1, 4, 1, 5]])
     context = predictor.encode(ids, torch.zeros_like(ids), torch.arange(5)[None], torch.tensor([[2, 5]]))
     auxiliaries = torch.arange(1, 9, dtype=torch.float64).reshape(1, 2, 4) / 10
-    return predictor.logits(predictor.slot_hidden(context, auxiliaries).last)
+    hidden = predictor.slot_hidden(context, auxiliaries)
+    refined = predictor.refine(context, predictor.refiner_context(context), hidden, ids[:, None, :3].expand(1, 2, 3))
+    return predictor.logits(torch.cat([hidden, refined]))
 
 
 @pytest.fixture

@@ -8,7 +8,9 @@ from tests.tiny_predictors import tiny_predictor
 AUXILIARIES = torch.full((1, 1, 4), 0.25, dtype=torch.float64)
 
 
-@pytest.mark.parametrize(("objective", "carried"), [("categorical", 1), ("one_hot", 2), ("independent", 0)])
+@pytest.mark.parametrize(
+    ("objective", "carried"), [("categorical", 1), ("one_hot", 2), ("independent", 0), ("sequential", 0)]
+)
 def test_which_auxiliaries_a_slot_carries(objective: str, carried: int) -> None:
     encoder = tiny_predictor(objective=objective).slot_encoder
     with torch.no_grad():

@@ -15,9 +15,16 @@ from ptp_lightning.losses import CrossEntropy, KullbackLeibler, Loss
 from ptp_lightning.models.auxiliary_embedding import BinaryFeatures, CosineFeatures
 from ptp_lightning.models.backbone import BackboneSettings
 from ptp_lightning.models.gated_lora import LoraSettings
-from ptp_lightning.models.predictor import PredictorConfig
-from ptp_lightning.models.slots import CategoricalObjective, IndependentObjective, Objective, OneHotObjective
-from ptp_lightning.sampling import SamplingConfig, TokenDistribution
+from ptp_lightning.models.predictor import Context, PredictorConfig, _place_slots
+from ptp_lightning.models.refiner import RefinerContext, RefinerSettings
+from ptp_lightning.models.slots import (
+    CategoricalObjective,
+    IndependentObjective,
+    Objective,
+    OneHotObjective,
+    SequentialObjective,
+)
+from ptp_lightning.sampling import SamplingConfig
 from ptp_lightning.training.distillation import DistillationModule, _slot_loss
 from ptp_lightning.training.optimization import OptimizerSettings
 from ptp_lightning.training.windows import DatasetWindows, TeacherWindows, WindowSample, WindowSource
@@ -40,6 +47,7 @@ PAIRS: list[tuple[Objective, Loss]] = [
     (OneHotObjective(), CrossEntropy()),
     (CategoricalObjective(), KullbackLeibler()),
     (IndependentObjective(), KullbackLeibler()),
+    (SequentialObjective(), KullbackLeibler()),
 ]
 by_objective = pytest.mark.parametrize(("objective", "loss"), PAIRS, ids=[pair[0].name for pair in PAIRS])
 
@@ -58,7 +66,7 @@ def make_module(
         "lora": LoraSettings(rank=2),
         "sampling": SamplingConfig(temperature=0.8, top_k=8, top_p=0.9),
         "window_length": 4,
-        "lookup_layers": (1,),
+        "refiner": RefinerSettings(num_layers=1, intermediate_size=16),
     }
     torch.manual_seed(base_seed)
     return DistillationModule(
@@ -116,7 +124,7 @@ class TestTraining:
         sample = TeacherWindows().sample(module.predictor, batch, context, torch.Generator().manual_seed(0), None)
 
         def nats() -> Tensor:
-            hidden = module.predictor.slot_hidden(context, sample.auxiliaries).last
+            hidden = module.predictor.slot_hidden(context, sample.auxiliaries)
             total, count = _slot_loss(module.loss, hidden, module.predictor, sample, slice(1, None))
             return total / count
 
@@ -154,42 +162,41 @@ class TestTraining:
         mask = sample.mask.clone()
         mask[0, 0, 2:] = False
         mask[1, 1] = False
-        hidden = module.predictor.slot_hidden(context, sample.auxiliaries).last
+        hidden = module.predictor.slot_hidden(context, sample.auxiliaries)
         masked = sample._replace(mask=mask)
         _, count = _slot_loss(module.loss, hidden, module.predictor, masked, slice(1, None))
         assert float(count) == 2 * 3 * 3 - 2 - 3
 
-    @pytest.mark.parametrize("weight", [0.0, 0.3])
-    def test_look_ups_are_taught_by_a_loss_of_their_own(self, weight: float) -> None:
-        """Nothing else reaches a lens: what is looked up is a token, and no gradient flows through that."""
-        module = make_module()
-        context = module._encode(batch := next(iter(tiny_data().train_dataloader())))
-        sample = TeacherWindows().sample(module.predictor, batch, context, torch.Generator().manual_seed(0), None)
-        slots = module.predictor.slot_hidden(context, sample.auxiliaries)
-        prediction = _slot_loss(module.loss, slots.last, module.predictor, sample, slice(1, None)).total
-        (prediction + weight * module._lookup_loss(slots.estimates, sample)).backward()
-        lookup = module.predictor.slot_encoder.lookup
-        assert lookup is not None
-        lens, writer = lookup.lenses[0].weight.grad, lookup.writers[0].weight.grad  # pyright: ignore
-        assert writer is not None and writer.abs().sum() > 0  # pyright: ignore
-        assert bool(lens.abs().sum() > 0) == (weight > 0)  # pyright: ignore
-
     @pytest.mark.parametrize("weight", [-0.1, float("nan"), float("inf")])
     def test_a_weight_that_cannot_train_is_refused(self, weight: float) -> None:
-        with pytest.raises(ValueError, match="lookup_loss_weight >= 0, found"):
-            DistillationModule(PredictorConfig(backbone=BackboneSettings(from_config=LLAMA)), lookup_loss_weight=weight)
+        predictor = PredictorConfig(backbone=BackboneSettings(from_config=LLAMA))
+        with pytest.raises(ValueError, match="first_pass_loss_weight >= 0, found"):
+            DistillationModule(predictor, first_pass_loss_weight=weight)
 
-    def test_look_ups_learn_the_slots_own_tokens(self) -> None:
-        """The first slot stands for the window's first token, whose distribution the base model states exactly."""
+    def test_refined_slots_are_told_the_true_tokens(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """And what they then say is compared with the token after."""
         module = make_module()
         context = module._encode(batch := next(iter(tiny_data().train_dataloader())))
         sample = TeacherWindows().sample(module.predictor, batch, context, torch.Generator().manual_seed(0), None)
-        hidden = context.first_hidden.unsqueeze(2).expand(-1, -1, 3, -1)
-        first = sample._replace(mask=sample.mask & (torch.arange(4) < 1))
-        sampling = SamplingConfig()  # untruncated, where the exact hidden state is the optimum
-        target = sampling.distribution(module.predictor.logits(context.first_hidden))
-        target = TokenDistribution(target.probabilities.unsqueeze(2).expand(-1, -1, 4, -1))
-        assert float(module._lookup_loss([hidden], first._replace(target=target))) == 0
+        monkeypatch.setattr(module.predictor, "refine", teacher_in_place_of_the_refiner(module))
+        hidden = torch.full((2, 3, 3, 16), torch.nan)  # whatever the slots say, the teacher does not listen
+        # Before the temperature and without truncation, the teacher is its own optimum.
+        plain = SamplingConfig().distribution(module.predictor.logits(true_hidden(module, context, sample)))
+        loss = module._refined_loss(context, hidden, sample._replace(target=plain))
+        assert float(loss.total) == pytest.approx(0, abs=1e-4) and float(loss.count) == 2 * 3 * 3
+        earlier = sample._replace(token_ids=sample.token_ids.roll(1, dims=-1), target=plain)
+        assert float(module._refined_loss(context, hidden, earlier).total) > 1
+
+    @pytest.mark.parametrize("weight", [0.0, 0.5])
+    def test_weight_of_the_first_pass(self, tmp_path: Path, weight: float) -> None:
+        module = make_module()
+        module.first_pass_loss_weight = weight
+        losses = record_losses(module)
+        trainer = make_trainer(tmp_path, max_steps=1)
+        trainer.fit(module, datamodule=tiny_data())
+        logged = trainer.callback_metrics
+        total = logged["train/loss_nats"] + weight * logged["train/first_pass_loss_nats"]
+        assert losses == [pytest.approx(float(total), rel=1e-6)]
 
     def test_the_same_auxiliaries_in_the_same_step(self, tmp_path: Path) -> None:
         losses: list[list[float]] = []
@@ -204,15 +211,15 @@ class TestTraining:
 class TestObjectives:
     def slot_logits(self, module: DistillationModule, auxiliaries: Tensor) -> Tensor:
         batch = next(iter(tiny_data().train_dataloader()))
-        return module.predictor.logits(module.predictor.slot_hidden(module._encode(batch), auxiliaries).last).detach()
+        return module.predictor.logits(module.predictor.slot_hidden(module._encode(batch), auxiliaries)).detach()
 
     @by_objective
-    def test_only_the_independent_baseline_ignores_u(self, objective: Objective, loss: Loss) -> None:
+    def test_only_the_baselines_ignore_u(self, objective: Objective, loss: Loss) -> None:
         module = make_module(objective=objective, loss=loss)
         generator = torch.Generator().manual_seed(0)
         first, second = (torch.rand(2, 3, 4, generator=generator, dtype=torch.float64) for _ in range(2))
         ignores = torch.equal(self.slot_logits(module, first), self.slot_logits(module, second))
-        assert ignores == (objective.name == "independent")
+        assert ignores == (objective.name in ("independent", "sequential"))
 
     def test_unsound_loss_is_refused(self) -> None:
         with pytest.raises(ValueError, match="not a sound loss for the one_hot objective.*loss"):
@@ -255,7 +262,7 @@ class TestEvalModeOfTheBase:
         first, second = (module._encode(batch).hidden for _ in range(2))
         assert torch.equal(first, second)
         auxiliaries = torch.full((2, 3, 4), 0.3, dtype=torch.float64)
-        dropped = [module.predictor.slot_hidden(module._encode(batch), auxiliaries).last for _ in range(2)]
+        dropped = [module.predictor.slot_hidden(module._encode(batch), auxiliaries) for _ in range(2)]
         assert not torch.equal(*dropped)
 
 
@@ -307,6 +314,16 @@ class TestValidation:
         metrics = make_trainer(tmp_path).test(make_module(), datamodule=tiny_data(), verbose=False)[0]
         assert metrics["test/accuracy/position_00"] == 1.0
         assert "test/correct_tokens" in metrics
+
+    @pytest.mark.parametrize("rounds", [1, 2, 3])
+    def test_each_round_settles_a_token(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rounds: int) -> None:
+        """With the teacher in place of the refiner, a token is right once all tokens before it are."""
+        module = make_module(sampling=SamplingConfig(), refiner=RefinerSettings(num_layers=1, rounds=rounds))
+        monkeypatch.setattr(module.predictor, "refine", teacher_in_place_of_the_refiner(module))
+        trainer = make_trainer(tmp_path, limit_val_batches=1.0)
+        metrics = trainer.validate(module, datamodule=tiny_data(eval_rows=8), verbose=False)[0]
+        right = [metrics[f"val/accuracy_given_prefix/position_{place:02d}"] == 1.0 for place in range(4)]
+        assert right == [place <= rounds for place in range(4)]
 
 
 class TestRefusals:
@@ -393,6 +410,31 @@ class TestCheckpoint:
         torch.save(content, checkpoint)
         with pytest.raises(ValueError, match="without a predictor.*ckpt_path"):
             make_trainer(tmp_path, max_steps=4).fit(make_module(), datamodule=tiny_data(), ckpt_path=checkpoint)
+
+
+def teacher_in_place_of_the_refiner(module: DistillationModule) -> Any:
+    """Reads the tokens it is told behind the context, as the base model does."""
+
+    @torch.no_grad()
+    def refine(context: Context, pairs: RefinerContext, hidden: Tensor, token_ids: Tensor) -> Tensor:
+        mask, positions = _place_slots(context, token_ids.shape[2])
+        with module.predictor.gate.closed():
+            states = module.predictor.decode(
+                module.predictor.embed(token_ids).flatten(1, 2), positions, mask, context.cache
+            )
+        context.cache.crop(-states.shape[1])
+        return states.view_as(hidden)
+
+    return refine
+
+
+def true_hidden(module: DistillationModule, context: Context, sample: WindowSample) -> Tensor:
+    """`[B, N, L, H]`, the base model's last hidden states that predict the windows' tokens."""
+    first = context.first_hidden.unsqueeze(2)
+    known = sample.token_ids[..., :-1]
+    rest = first.new_empty(*known.shape, first.shape[-1])
+    later = teacher_in_place_of_the_refiner(module)(context, None, rest, known)
+    return torch.cat([first, later], dim=2)
 
 
 def record_losses(module: DistillationModule) -> list[float]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from ptp_lightning.models.backbone import BackboneSettings
 from ptp_lightning.models.gated_lora import LoraSettings
 from ptp_lightning.models.predictor import PredictorConfig
+from ptp_lightning.models.refiner import RefinerSettings
 from ptp_lightning.sampling import SamplingConfig
 from ptp_lightning.training.distillation import DistillationModule
 from ptp_lightning.training.optimization import OptimizerSettings
@@ -63,6 +64,7 @@ def distillation(optimizer: OptimizerSettings) -> DistillationModule:
         lora=LoraSettings(rank=2),
         sampling=SamplingConfig(temperature=0.8, top_k=8, top_p=0.9),
         window_length=4,
+        refiner=RefinerSettings(num_layers=1),
     )
     return DistillationModule(config, optimizer=optimizer)
 

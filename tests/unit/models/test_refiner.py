@@ -1,0 +1,225 @@
+"""The layers after the stack: what an untrained one does, which tokens a slot hears of, and what rounds settle."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache, GPT2Config
+
+from ptp_lightning.models import LoraSettings, ParallelTokenPredictor, PredictorConfig, RefinerSettings
+from ptp_lightning.models.refiner import Refiner, refine_draft
+from ptp_lightning.models.slots import (
+    CategoricalObjective,
+    IndependentObjective,
+    Objective,
+    OneHotObjective,
+    SequentialObjective,
+)
+from tests.tiny_models import TINY_MODELS
+
+VOCAB_SIZE, WINDOW_LENGTH = 64, 4
+
+# Two rows: documents of 6 and 7 tokens and a padded place; one of 14 tokens. Windows overlap and leave their document.
+DOCUMENT_IDS = torch.tensor([[0] * 6 + [1] * 7 + [-1], [0] * 14])
+POSITION_IDS = torch.tensor([[*range(6), *range(7), 0], [*range(14)]])
+WINDOW_STARTS = torch.tensor([[2, 5, 10], [1, 8, 9]])
+
+TOLD: list[Objective] = [CategoricalObjective(), OneHotObjective(), SequentialObjective()]
+NOT_TOLD: list[Objective] = [IndependentObjective()]
+
+
+@cache
+def make_predictor(
+    family: str = "llama", objective: Objective = TOLD[0], trained: bool = True
+) -> ParallelTokenPredictor:
+    torch.manual_seed(1)
+    config = PredictorConfig(
+        objective=objective,
+        lora=LoraSettings(rank=4),
+        window_length=WINDOW_LENGTH,
+        refiner=RefinerSettings(num_layers=2),
+    )
+    predictor = ParallelTokenPredictor(config, TINY_MODELS[family](vocab_size=VOCAB_SIZE)).double().eval()
+    if trained:
+        for name, parameter in predictor.named_parameters():
+            if ("lora_B" in name or "refiner" in name) and not parameter.any():
+                torch.nn.init.normal_(parameter, std=0.2)
+    return predictor
+
+
+@cache
+def inputs() -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids `[B, S]`, auxiliaries `[B, N, L]` and the tokens `[B, N, L - 1]` that slots stand for."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (*WINDOW_STARTS.shape, WINDOW_LENGTH)
+    input_ids = torch.randint(VOCAB_SIZE, DOCUMENT_IDS.shape, generator=generator)
+    auxiliaries = torch.rand(shape, generator=generator, dtype=torch.float64)
+    return input_ids, auxiliaries, torch.randint(VOCAB_SIZE, shape, generator=generator)[..., :-1]
+
+
+@torch.no_grad()
+def refined(predictor: ParallelTokenPredictor, input_ids: Tensor, hidden: Tensor, tokens: Tensor) -> Tensor:
+    context = predictor.encode(input_ids, DOCUMENT_IDS, POSITION_IDS, WINDOW_STARTS)
+    return predictor.refine(context, predictor.refiner_context(context), hidden, tokens)
+
+
+@torch.no_grad()
+def slot_hidden(predictor: ParallelTokenPredictor) -> Tensor:
+    input_ids, auxiliaries, _ = inputs()
+    context = predictor.encode(input_ids, DOCUMENT_IDS, POSITION_IDS, WINDOW_STARTS)
+    return predictor.slot_hidden(context, auxiliaries)
+
+
+def that_differ(left: Tensor, right: Tensor) -> set[tuple[int, int, int]]:
+    """(row, window, slot) of all slots with any other number."""
+    return {(row, window, slot) for row, window, slot in (left != right).any(-1).nonzero().tolist()}
+
+
+@pytest.mark.parametrize("family", TINY_MODELS)
+class TestWhatASlotHears:
+    def test_nothing_before_training(self, family: str) -> None:
+        predictor = make_predictor(family, trained=False)
+        input_ids, _, tokens = inputs()
+        hidden = slot_hidden(predictor)
+        assert torch.equal(refined(predictor, input_ids, hidden, tokens), hidden)
+
+    def test_tokens_of_its_own_window_up_to_its_own(self, family: str) -> None:
+        predictor = make_predictor(family)
+        input_ids, _, tokens = inputs()
+        hidden = slot_hidden(predictor)
+        before = refined(predictor, input_ids, hidden, tokens)
+        assert not torch.equal(before, hidden)
+        for row, window in [(0, 0), (0, 1), (0, 2), (1, 1)]:
+            for place in range(WINDOW_LENGTH - 1):
+                changed = tokens.clone()
+                changed[row, window, place] = (changed[row, window, place] + 1) % VOCAB_SIZE
+                after = refined(predictor, input_ids, hidden, changed)
+                expected = {(row, window, slot) for slot in range(place, WINDOW_LENGTH - 1)}
+                assert that_differ(before, after) == expected, (row, window, place)
+
+    def test_the_context_before_its_window_alone(self, family: str) -> None:
+        predictor = make_predictor(family)
+        input_ids, _, tokens = inputs()
+        hidden = slot_hidden(predictor)  # as it was, so that only the refiner's own view of the context is tested
+        before = refined(predictor, input_ids, hidden, tokens)
+        for row, place in [(row, place) for row in range(2) for place in range(input_ids.shape[1])]:
+            changed = input_ids.clone()
+            changed[row, place] = (changed[row, place] + 1) % VOCAB_SIZE
+            after = refined(predictor, changed, hidden, tokens)
+            expected = {
+                (row, window, slot)
+                for window, start in enumerate(WINDOW_STARTS[row].tolist())
+                for slot in range(WINDOW_LENGTH - 1)
+                if place < start and DOCUMENT_IDS[row, place] == DOCUMENT_IDS[row, start - 1]
+            }
+            assert that_differ(before, after) == expected, (row, place)
+
+    def test_the_same_as_in_a_window_of_its_own(self, family: str) -> None:
+        """One row, one window, nothing but its context, hence no packing, no other window and no padding."""
+        predictor = make_predictor(family)
+        input_ids, auxiliaries, tokens = inputs()
+        packed = refined(predictor, input_ids, slot_hidden(predictor), tokens)
+        for row, window in [(row, window) for row in range(2) for window in range(WINDOW_STARTS.shape[1])]:
+            start = int(WINDOW_STARTS[row, window])
+            length = int(POSITION_IDS[row, start - 1]) + 1  # tokens of the context
+            own_input_ids, zeros = input_ids[row : row + 1, start - length : start], torch.zeros(1, length).long()
+            with torch.no_grad():
+                context = predictor.encode(
+                    own_input_ids, zeros, torch.arange(length).unsqueeze(0), torch.tensor([[length]])
+                )
+                hidden = predictor.slot_hidden(context, auxiliaries[row, window].view(1, 1, -1))
+                single = predictor.refine(
+                    context, predictor.refiner_context(context), hidden, tokens[row, window].view(1, 1, -1)
+                )
+            # Other shapes, other kernels, and rotary angles in single precision: equal up to rounding.
+            torch.testing.assert_close(packed[row, window], single[0, 0], atol=2e-5, rtol=2e-5)
+
+
+@torch.no_grad()
+def test_distances_count_and_places_do_not() -> None:
+    refiner = make_predictor().refiner
+    assert refiner is not None
+    generator = torch.Generator().manual_seed(0)
+    hidden, tokens = torch.randn(2, 1, 6, 32, generator=generator, dtype=torch.float64)
+    mask = torch.ones(1, 1, 6, 6, dtype=torch.bool).tril()
+
+    def at(position_ids: Tensor) -> Tensor:
+        return refiner(hidden, tokens, position_ids.unsqueeze(0), mask, DynamicCache())
+
+    here, there, wider = at(torch.arange(6)), at(torch.arange(6) + 40), at(torch.arange(6) * 2)
+    torch.testing.assert_close(here, there, atol=1e-4, rtol=1e-4)
+    assert (here[:, 2:] - wider[:, 2:]).abs().amax(-1).min() > 1e-3
+
+
+@pytest.mark.parametrize("objective", [*TOLD, *NOT_TOLD], ids=str)
+def test_who_is_told_the_draft(objective: Objective) -> None:
+    predictor = make_predictor(objective=objective)
+    input_ids, _, tokens = inputs()
+    hidden = slot_hidden(predictor)
+    before, after = (refined(predictor, input_ids, hidden, each) for each in (tokens, (tokens + 1) % VOCAB_SIZE))
+    assert torch.equal(before, after) == (objective in NOT_TOLD)
+    assert predictor.refinement_rounds == (1 if objective in NOT_TOLD else 3)
+
+
+def test_without_a_refiner_there_are_no_rounds() -> None:
+    predictor = ParallelTokenPredictor(PredictorConfig(lora=LoraSettings(rank=2)), TINY_MODELS["llama"]())
+    assert predictor.refiner is None and predictor.refinement_rounds == 0
+
+
+def test_asking_twice_changes_nothing() -> None:
+    predictor = make_predictor()
+    input_ids, _, tokens = inputs()
+    hidden = slot_hidden(predictor)
+    with torch.no_grad():
+        context = predictor.encode(input_ids, DOCUMENT_IDS, POSITION_IDS, WINDOW_STARTS)
+        pairs = predictor.refiner_context(context)
+        first, second = (predictor.refine(context, pairs, hidden, tokens) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+class TestRounds:
+    """The next token is the sum of all before it: a rule that one parallel proposal gets wrong behind a mistake."""
+
+    DRAFT = torch.tensor([[1, 9, 9, 9, 9]])
+
+    @staticmethod
+    def propose(known: Tensor) -> Tensor:
+        return known.cumsum(-1)
+
+    @pytest.mark.parametrize(
+        ("rounds", "expected"),
+        [
+            (0, [1, 9, 9, 9, 9]),
+            (1, [1, 1, 10, 19, 28]),
+            (2, [1, 1, 2, 12, 31]),
+            (4, [1, 1, 2, 4, 8]),
+        ],
+    )
+    def test_each_settles_one_token_more(self, rounds: int, expected: list[int]) -> None:
+        assert refine_draft(self.DRAFT, rounds, self.propose).tolist() == [expected]
+
+    def test_no_more_than_there_are_tokens_to_settle(self) -> None:
+        calls: list[Tensor] = []
+
+        def count(known: Tensor) -> Tensor:
+            calls.append(known)
+            return self.propose(known)
+
+        assert refine_draft(self.DRAFT, 100, count).tolist() == [[1, 1, 2, 4, 8]]
+        assert len(calls) == 4
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(("key", "minimum"), [("num_layers", 0), ("intermediate_size", 1), ("rounds", 1)])
+    def test_sizes_out_of_range(self, key: str, minimum: int) -> None:
+        values: dict[str, Any] = {key: minimum - 1}
+        with pytest.raises(ValueError, match=f"predictor.refiner.{key} >= {minimum}, found {minimum - 1}"):
+            RefinerSettings(**values)
+
+    def test_heads_of_odd_width(self) -> None:
+        with pytest.raises(ValueError, match="found 15 and 3: set predictor.refiner.num_layers to 0"):
+            Refiner(GPT2Config(n_embd=15, n_head=3), RefinerSettings())
