@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lightning  # noqa: F401  its log handlers keep the stream of the first import, which must outlive a test
 import pytest
 
 from ptp_lightning.cli import main
@@ -55,7 +56,7 @@ def test_every_command_has_help(
             ["window_length", "data.row_length", "16", "8"],
         ),
         (
-            ["fit", "--config", GATED_LORA, "--model.init_args.predictor.objective", "OneHotObjective"],
+            ["fit", "--config", GATED_LORA, "--model.init_args.loss", "ptp_lightning.losses.KullbackLeibler"],
             ["KullbackLeibler", "one_hot"],
         ),
     ],
