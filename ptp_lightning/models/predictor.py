@@ -107,6 +107,25 @@ class Context(NamedTuple):
         """`[B, N, H]`, hidden states that predict each window's first token."""
         return _gather(self.hidden, self.window_starts - 1)
 
+    def place_slots(self, slots: int) -> tuple[Tensor, Tensor]:
+        """J slots in each window, window after window.
+
+        Returns:
+            Attention mask `[B, 1, N * J, S + N * J]` and position ids `[B, N * J]`.
+        """
+        num_windows, device = self.window_starts.shape[1], self.window_starts.device
+        window = torch.arange(num_windows, device=device).repeat_interleave(slots)
+        offset = torch.arange(slots, device=device).repeat(num_windows)
+        mask = slot_mask(
+            self.document_ids,
+            self.window_starts,
+            query_window=window,
+            query_offset=offset,
+            key_window=window,
+            key_offset=offset,
+        )
+        return mask, self.window_positions[:, window] + offset
+
 
 class ParallelTokenPredictor(nn.Module):
     """Predicts a window of dependent tokens in one forward pass of a causal LM.
@@ -203,7 +222,7 @@ class ParallelTokenPredictor(nn.Module):
             `[B, N, L - 1, H]`, with gradients for the adapter and the slot encoder.
         """
         num_windows, slots = auxiliaries.shape[1], auxiliaries.shape[2] - 1
-        mask, positions = _place_slots(context, slots)
+        mask, positions = context.place_slots(slots)
         embeddings = self.slot_encoder(auxiliaries).flatten(1, 2)
         with self.gate.open():
             hidden = self.decode(embeddings, positions, mask, context.cache)
@@ -235,7 +254,7 @@ class ParallelTokenPredictor(nn.Module):
         Returns:
             `[B, N, L - 1, H]`.
         """
-        mask, positions = _place_slots(context, hidden.shape[2])
+        mask, positions = context.place_slots(hidden.shape[2])
         tokens = self.embed_draft(token_ids).flatten(1, 2)
         return pairs.refine(hidden.flatten(1, 2), tokens, positions, mask).view_as(hidden)
 
@@ -300,22 +319,6 @@ class ParallelTokenPredictor(nn.Module):
         """Inverse of `trainable_state`; raises as `require_trainable_state`."""
         self.require_trainable_state(state)
         self.load_state_dict(state, strict=False)
-
-
-def _place_slots(context: Context, slots: int) -> tuple[Tensor, Tensor]:
-    """Window after window: attention mask `[B, 1, N * J, S + N * J]` and position ids `[B, N * J]` of J slots each."""
-    num_windows, device = context.window_starts.shape[1], context.window_starts.device
-    window = torch.arange(num_windows, device=device).repeat_interleave(slots)
-    offset = torch.arange(slots, device=device).repeat(num_windows)
-    mask = slot_mask(
-        context.document_ids,
-        context.window_starts,
-        query_window=window,
-        query_offset=offset,
-        key_window=window,
-        key_offset=offset,
-    )
-    return mask, context.window_positions[:, window] + offset
 
 
 def _output_head(model: PreTrainedModel) -> nn.Module:

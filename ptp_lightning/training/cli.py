@@ -55,5 +55,9 @@ def silence_library_noise() -> None:
         r"Trying to infer the `batch_size` from an ambiguous collection",
     ):
         warnings.filterwarnings("ignore", message=message)
-    advertisements = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    advertisements.addFilter(lambda record: "litlogger" not in record.getMessage())
+    # Lightning's tips go through this logger; a filter that is there already is not added again.
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
+
+
+def _is_no_advertisement(record: logging.LogRecord) -> bool:
+    return "litlogger" not in record.getMessage()

@@ -110,4 +110,7 @@ def test_the_command_of_the_readme(tmp_path: Path) -> None:
     checkpoint = tmp_path / "runs" / "gated_lora" / "version_0" / "checkpoints" / "last.ckpt"
     assert checkpoint.is_file()
     assert "correct tokens per call" in result.stdout
+    assert "Training " in result.stdout and "Epoch 0/-2" not in result.stdout
+    assert "litlogger" not in (result.stdout + result.stderr).lower()
+    assert "Warning" not in result.stderr
     assert "python -m ptp_lightning generate --ckpt_path" in result.stdout

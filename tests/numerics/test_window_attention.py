@@ -16,19 +16,14 @@ from ptp_lightning.data.batch import PackedBatch
 from ptp_lightning.models.auxiliary_embedding import CosineFeatures
 from ptp_lightning.models.gated_lora import LoraSettings
 from ptp_lightning.models.predictor import Context, ParallelTokenPredictor, PredictorConfig
-from ptp_lightning.models.refiner import RefinerSettings
 from ptp_lightning.models.slots import CategoricalObjective, IndependentObjective, OneHotObjective
 from ptp_lightning.models.window_attention import context_mask, slot_mask
 from tests.tiny_models import TINY_MODELS
+from tests.tiny_windows import DOCUMENT_IDS, POSITION_IDS, WINDOW_STARTS, slots_that_differ, slots_that_see
 
 WINDOW_LENGTH = 4
 VOCAB_SIZE = 64
 OBJECTIVES = {chosen.name: chosen for chosen in (OneHotObjective(), CategoricalObjective(), IndependentObjective())}
-
-# Two rows: documents of 6 and 7 tokens and a padded place; one of 14 tokens. Windows overlap and leave their document.
-DOCUMENT_IDS = torch.tensor([[0] * 6 + [1] * 7 + [-1], [0] * 14])
-POSITION_IDS = torch.tensor([[*range(6), *range(7), 0], [*range(14)]])
-WINDOW_STARTS = torch.tensor([[2, 5, 10], [1, 8, 9]])
 
 
 def make_batch(input_ids: Tensor) -> PackedBatch:
@@ -37,21 +32,18 @@ def make_batch(input_ids: Tensor) -> PackedBatch:
 
 @cache
 def make_predictor(family: str, objective: str = "categorical") -> ParallelTokenPredictor:
-    """A predictor whose adapter and refiner are not at their initial zero."""
+    """A predictor whose adapter is not at its initial zero."""
     torch.manual_seed(1)
     config = PredictorConfig(
         objective=OBJECTIVES[objective],
         features=CosineFeatures(8),
         lora=LoraSettings(rank=4),
         window_length=WINDOW_LENGTH,
-        refiner=RefinerSettings(num_layers=2),
     )
     predictor = ParallelTokenPredictor(config, TINY_MODELS[family](vocab_size=VOCAB_SIZE)).eval()
     for name, parameter in predictor.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
-        elif "refiner" in name and not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.2)
     return predictor
 
 
@@ -72,11 +64,6 @@ def slot_logits(predictor: ParallelTokenPredictor, input_ids: Tensor, auxiliarie
     """`[B, N, L - 1, V]`."""
     context = encode(predictor, make_batch(input_ids))
     return predictor.logits(predictor.slot_hidden(context, auxiliaries))
-
-
-def slots_that_differ(left: Tensor, right: Tensor) -> set[tuple[int, int, int]]:
-    """(row, window, slot) of all slots with any other logit."""
-    return {(row, window, slot) for row, window, slot in (left != right).any(-1).nonzero().tolist()}
 
 
 class TestMasks:
@@ -177,12 +164,7 @@ class TestWhatASlotSees:
             changed = input_ids.clone()
             changed[row, place] = (changed[row, place] + 1) % VOCAB_SIZE
             after = slot_logits(predictor, changed, auxiliaries)
-            expected = {
-                (row, window, slot)
-                for window, start in enumerate(WINDOW_STARTS[row].tolist())
-                for slot in range(WINDOW_LENGTH - 1)
-                if place < start and DOCUMENT_IDS[row, place] == DOCUMENT_IDS[row, start - 1]
-            }
+            expected = slots_that_see(row, place, WINDOW_LENGTH - 1)
             assert slots_that_differ(before, after) == expected, (row, place)
 
     @pytest.mark.parametrize("objective", OBJECTIVES)

@@ -168,6 +168,7 @@ class TestRoundTrip:
         assert card.startswith(f'---\nlibrary_name: peft\nbase_model: "{base}"\n')
         assert "temperature 0.7, top-k 5, top-p 0.9, vocabulary order" in card
         assert "4 tokens, the first exact, 3 from slots" in card
+        assert "| Refiner | 2 layer(s) after the stack, told the draft, 2 round(s) |" in card
         assert '--ckpt_path "export"' in card
 
     def test_without_a_path_the_shipped_one(self, exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:

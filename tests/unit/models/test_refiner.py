@@ -20,13 +20,10 @@ from ptp_lightning.models.slots import (
     SequentialObjective,
 )
 from tests.tiny_models import TINY_MODELS
+from tests.tiny_windows import DOCUMENT_IDS, POSITION_IDS, WINDOW_STARTS, slots_that_differ, slots_that_see
 
 VOCAB_SIZE, WINDOW_LENGTH = 64, 4
 
-# Two rows: documents of 6 and 7 tokens and a padded place; one of 14 tokens. Windows overlap and leave their document.
-DOCUMENT_IDS = torch.tensor([[0] * 6 + [1] * 7 + [-1], [0] * 14])
-POSITION_IDS = torch.tensor([[*range(6), *range(7), 0], [*range(14)]])
-WINDOW_STARTS = torch.tensor([[2, 5, 10], [1, 8, 9]])
 
 TOLD: list[Objective] = [CategoricalObjective(), OneHotObjective(), SequentialObjective()]
 NOT_TOLD: list[Objective] = [IndependentObjective()]
@@ -74,11 +71,6 @@ def slot_hidden(predictor: ParallelTokenPredictor) -> Tensor:
     return predictor.slot_hidden(context, auxiliaries)
 
 
-def that_differ(left: Tensor, right: Tensor) -> set[tuple[int, int, int]]:
-    """(row, window, slot) of all slots with any other number."""
-    return {(row, window, slot) for row, window, slot in (left != right).any(-1).nonzero().tolist()}
-
-
 @pytest.mark.parametrize("family", TINY_MODELS)
 class TestWhatASlotHears:
     def test_nothing_before_training(self, family: str) -> None:
@@ -99,7 +91,7 @@ class TestWhatASlotHears:
                 changed[row, window, place] = (changed[row, window, place] + 1) % VOCAB_SIZE
                 after = refined(predictor, input_ids, hidden, changed)
                 expected = {(row, window, slot) for slot in range(place, WINDOW_LENGTH - 1)}
-                assert that_differ(before, after) == expected, (row, window, place)
+                assert slots_that_differ(before, after) == expected, (row, window, place)
 
     def test_the_context_before_its_window_alone(self, family: str) -> None:
         predictor = make_predictor(family)
@@ -110,13 +102,8 @@ class TestWhatASlotHears:
             changed = input_ids.clone()
             changed[row, place] = (changed[row, place] + 1) % VOCAB_SIZE
             after = refined(predictor, changed, hidden, tokens)
-            expected = {
-                (row, window, slot)
-                for window, start in enumerate(WINDOW_STARTS[row].tolist())
-                for slot in range(WINDOW_LENGTH - 1)
-                if place < start and DOCUMENT_IDS[row, place] == DOCUMENT_IDS[row, start - 1]
-            }
-            assert that_differ(before, after) == expected, (row, place)
+            expected = slots_that_see(row, place, WINDOW_LENGTH - 1)
+            assert slots_that_differ(before, after) == expected, (row, place)
 
     def test_the_same_as_in_a_window_of_its_own(self, family: str) -> None:
         """One row, one window, nothing but its context, hence no packing, no other window and no padding."""

@@ -1,4 +1,4 @@
-"""DistillationModule with tiny models: what it trains, what it refuses, and what a validation says."""
+"""DistillationModule with tiny models: what it trains, and what a validation says."""
 
 from __future__ import annotations
 
@@ -8,84 +8,22 @@ from typing import Any
 
 import pytest
 import torch
-from lightning import Trainer
 from torch import Tensor
 
-from ptp_lightning.losses import CrossEntropy, KullbackLeibler, Loss
-from ptp_lightning.models.auxiliary_embedding import BinaryFeatures, CosineFeatures
+from ptp_lightning.losses import KullbackLeibler, Loss
 from ptp_lightning.models.backbone import BackboneSettings
 from ptp_lightning.models.gated_lora import LoraSettings
-from ptp_lightning.models.predictor import Context, PredictorConfig, _place_slots
+from ptp_lightning.models.predictor import Context, PredictorConfig
 from ptp_lightning.models.refiner import RefinerContext, RefinerSettings
 from ptp_lightning.models.slots import (
-    CategoricalObjective,
-    IndependentObjective,
     Objective,
     OneHotObjective,
-    SequentialObjective,
 )
 from ptp_lightning.sampling import SamplingConfig
 from ptp_lightning.training.distillation import DistillationModule, _slot_loss
-from ptp_lightning.training.optimization import OptimizerSettings
 from ptp_lightning.training.windows import DatasetWindows, TeacherWindows, WindowSample, WindowSource
 from tests.tiny_data import tiny_data
-
-LLAMA = {
-    "model_type": "llama",
-    "vocab_size": 32,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 32,
-    "initializer_range": 0.3,  # far from uniform
-}
-GPT2 = {"model_type": "gpt2", "vocab_size": 32, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32}
-
-PAIRS: list[tuple[Objective, Loss]] = [
-    (OneHotObjective(), CrossEntropy()),
-    (CategoricalObjective(), KullbackLeibler()),
-    (IndependentObjective(), KullbackLeibler()),
-    (SequentialObjective(), KullbackLeibler()),
-]
-by_objective = pytest.mark.parametrize(("objective", "loss"), PAIRS, ids=[pair[0].name for pair in PAIRS])
-
-
-def make_module(
-    backbone: dict[str, Any] = LLAMA,
-    loss: Loss = KullbackLeibler(),  # noqa: B008  frozen
-    source: WindowSource = TeacherWindows(),  # noqa: B008  frozen
-    optimizer: str = "adamw",
-    base_seed: int = 0,
-    **predictor: Any,
-) -> DistillationModule:
-    """The same weights on every call; `predictor` are further fields of `PredictorConfig`."""
-    defaults = {
-        "features": CosineFeatures(4),
-        "lora": LoraSettings(rank=2),
-        "sampling": SamplingConfig(temperature=0.8, top_k=8, top_p=0.9),
-        "window_length": 4,
-        "refiner": RefinerSettings(num_layers=1, intermediate_size=16),
-    }
-    torch.manual_seed(base_seed)
-    return DistillationModule(
-        PredictorConfig(backbone=BackboneSettings(from_config=backbone), **(defaults | predictor)),
-        loss=loss,
-        source=source,
-        val_source=source,
-        optimizer=OptimizerSettings(optimizer, learning_rate=0.01, warmup_steps=2),  # pyright: ignore[reportArgumentType]
-    )
-
-
-def make_trainer(directory: Path, **options: Any) -> Trainer:
-    defaults = {"max_steps": 2, "num_sanity_val_steps": 0, "limit_val_batches": 1, "logger": False}
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-    return Trainer(accelerator="cpu", default_root_dir=directory, **(defaults | quiet | options))
-
-
-def weights(module: DistillationModule) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in module.predictor.state_dict().items()}
+from tests.tiny_distillation import GPT2, LLAMA, by_objective, make_module, make_trainer, record_losses, weights
 
 
 class TestTraining:
@@ -326,98 +264,12 @@ class TestValidation:
         assert right == [place <= rounds for place in range(4)]
 
 
-class TestRefusals:
-    def test_window_longer_than_the_row(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match="predictor.window_length 13 > data.row_length 12"):
-            make_trainer(tmp_path).fit(make_module(window_length=13), datamodule=tiny_data())
-
-    def test_tokenizer_larger_than_the_model(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match="at most 20 entries.*found 29.*data.tokenizer"):
-            make_trainer(tmp_path).fit(make_module(LLAMA | {"vocab_size": 20}), datamodule=tiny_data())
-
-    def test_row_longer_than_the_models_positions(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match="<= 32 .*found 29 \\+ 4: lower data.row_length"):
-            make_trainer(tmp_path).fit(make_module(GPT2), datamodule=tiny_data(row_length=29))
-
-    def test_no_limit_of_steps(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match="trainer.max_steps"):
-            make_trainer(tmp_path, max_steps=-1, max_epochs=1).fit(make_module(), datamodule=tiny_data())
-
-    def test_nan_in_the_base_model(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from ptp_lightning.models import predictor
-
-        load = predictor.load_backbone
-
-        def broken(settings: BackboneSettings) -> Any:
-            model = load(settings)
-            with torch.no_grad():
-                next(model.parameters())[0] = torch.nan
-            return model
-
-        monkeypatch.setattr(predictor, "load_backbone", broken)
-        with pytest.raises(ValueError, match="NaN.*predictor.backbone.path"):
-            make_module()
-
-    @by_objective
-    def test_nan_in_the_adapter(self, tmp_path: Path, objective: Objective, loss: Loss) -> None:
-        module = make_module(objective=objective, loss=loss)
-        with torch.no_grad():
-            module.predictor.slot_encoder.placeholder.fill_(torch.nan)
-        with pytest.raises(ValueError, match="finite"):
-            make_trainer(tmp_path).fit(module, datamodule=tiny_data())
-        with pytest.raises(ValueError, match="finite"):
-            make_trainer(tmp_path).validate(module, datamodule=tiny_data(), verbose=False)
-
-
-class TestCheckpoint:
-    @pytest.fixture
-    def checkpoint(self, tmp_path: Path) -> str:
-        trainer = make_trainer(tmp_path)
-        trainer.fit(make_module(), datamodule=tiny_data())
-        trainer.save_checkpoint(tmp_path / "run.ckpt")
-        return str(tmp_path / "run.ckpt")
-
-    def test_holds_no_base_weight(self, checkpoint: str) -> None:
-        state = torch.load(checkpoint, weights_only=True)["state_dict"]
-        assert state
-        assert all(".lora_" in name or ".slot_encoder." in f".{name}" for name in state)
-
-    @pytest.mark.parametrize(
-        ("change", "message"),
-        [
-            ({"base_seed": 1}, "other base weights.*predictor.backbone.path"),
-            ({"sampling": SamplingConfig(temperature=0.9, top_k=8, top_p=0.9)}, "predictor.sampling"),
-            ({"objective": IndependentObjective()}, "predictor.objective"),
-            ({"features": BinaryFeatures(4)}, "predictor.features"),
-            ({"head": "linear"}, "predictor.head"),
-            ({"lora": LoraSettings(rank=3)}, "predictor.lora"),
-            ({"lora": LoraSettings(rank=2, target_modules=["q_proj"])}, "predictor.lora"),
-        ],
-        ids=["base", "sampling", "objective", "features", "head", "rank", "target_modules"],
-    )
-    def test_that_does_not_fit_is_refused(
-        self, tmp_path: Path, checkpoint: str, change: dict[str, Any], message: str
-    ) -> None:
-        module = make_module(**change)
-        before = weights(module)
-        with pytest.raises(ValueError, match=message):
-            make_trainer(tmp_path, max_steps=4).fit(module, datamodule=tiny_data(), ckpt_path=checkpoint)
-        assert all(torch.equal(value, before[name]) for name, value in module.predictor.state_dict().items())
-
-    def test_of_another_kind_of_module_is_refused(self, tmp_path: Path, checkpoint: str) -> None:
-        content = torch.load(checkpoint, weights_only=True)
-        del content["predictor"]
-        torch.save(content, checkpoint)
-        with pytest.raises(ValueError, match="without a predictor.*ckpt_path"):
-            make_trainer(tmp_path, max_steps=4).fit(make_module(), datamodule=tiny_data(), ckpt_path=checkpoint)
-
-
 def teacher_in_place_of_the_refiner(module: DistillationModule) -> Any:
     """Reads the tokens it is told behind the context, as the base model does."""
 
     @torch.no_grad()
     def refine(context: Context, pairs: RefinerContext, hidden: Tensor, token_ids: Tensor) -> Tensor:
-        mask, positions = _place_slots(context, token_ids.shape[2])
+        mask, positions = context.place_slots(token_ids.shape[2])
         with module.predictor.gate.closed():
             states = module.predictor.decode(
                 module.predictor.embed(token_ids).flatten(1, 2), positions, mask, context.cache
@@ -435,10 +287,3 @@ def true_hidden(module: DistillationModule, context: Context, sample: WindowSamp
     rest = first.new_empty(*known.shape, first.shape[-1])
     later = teacher_in_place_of_the_refiner(module)(context, None, rest, known)
     return torch.cat([first, later], dim=2)
-
-
-def record_losses(module: DistillationModule) -> list[float]:
-    """A list that `fit` fills with the loss of every batch."""
-    losses: list[float] = []
-    module.on_train_batch_end = lambda outputs, *_: losses.append(float(outputs["loss"]))
-    return losses

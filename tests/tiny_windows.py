@@ -1,0 +1,27 @@
+"""Packed rows with windows, written out by hand, and which of their slots may notice a change, for tests."""
+
+import torch
+from torch import Tensor
+
+# Two rows: documents of 6 and 7 tokens and a padded place; one of 14 tokens. Windows overlap and leave their document.
+DOCUMENT_IDS = torch.tensor([[0] * 6 + [1] * 7 + [-1], [0] * 14])
+POSITION_IDS = torch.tensor([[*range(6), *range(7), 0], [*range(14)]])
+WINDOW_STARTS = torch.tensor([[2, 5, 10], [1, 8, 9]])
+
+Slots = set[tuple[int, int, int]]
+"""(row, window, slot)"""
+
+
+def slots_that_differ(left: Tensor, right: Tensor) -> Slots:
+    """All slots of `[B, N, L - 1, ...]` with any other number."""
+    return {(row, window, slot) for row, window, slot in (left != right).any(-1).nonzero().tolist()}
+
+
+def slots_that_see(row: int, place: int, num_slots: int) -> Slots:
+    """The slots whose context holds the token at a place: those of later windows in its document."""
+    return {
+        (row, window, slot)
+        for window, start in enumerate(WINDOW_STARTS[row].tolist())
+        for slot in range(num_slots)
+        if place < start and DOCUMENT_IDS[row, place] == DOCUMENT_IDS[row, start - 1]
+    }
