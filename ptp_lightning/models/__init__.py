@@ -1,6 +1,19 @@
 """Networks: backbones, gated LoRA, auxiliary embeddings, and the predictor they make up."""
 
-from ptp_lightning.models.auxiliary_embedding import BinaryFeatures, CosineFeatures
+from ptp_lightning.models.auxiliary_features import (
+    ArithmeticFeatures,
+    BinaryFeatures,
+    CosineFeatures,
+    FloatBitFeatures,
+    FourierFeatures,
+    LinearInterpolationFeatures,
+    MultiscaleHatFeatures,
+    RawFloatFeatures,
+    RoundingFeatures,
+    SawtoothFeatures,
+    ScaleFreeCosineFeatures,
+    ThresholdFeatures,
+)
 from ptp_lightning.models.backbone import BackboneSettings
 from ptp_lightning.models.gated_lora import LoraSettings
 from ptp_lightning.models.predictor import ParallelTokenPredictor, PredictorConfig
@@ -13,15 +26,25 @@ from ptp_lightning.models.slots import (
 )
 
 __all__ = [
+    "ArithmeticFeatures",
     "BackboneSettings",
     "BinaryFeatures",
     "CategoricalObjective",
     "CosineFeatures",
+    "FloatBitFeatures",
+    "FourierFeatures",
     "IndependentObjective",
+    "LinearInterpolationFeatures",
     "LoraSettings",
+    "MultiscaleHatFeatures",
     "OneHotObjective",
     "ParallelTokenPredictor",
     "PredictorConfig",
+    "RawFloatFeatures",
     "RefinerSettings",
+    "RoundingFeatures",
+    "SawtoothFeatures",
+    "ScaleFreeCosineFeatures",
     "SequentialObjective",
+    "ThresholdFeatures",
 ]

@@ -1,68 +1,20 @@
-"""u -> vector: fixed features of an auxiliary, and the trained head that maps them into the model's embedding space.
-
-A new embedding is one frozen dataclass with `num_features` and `__call__`, plus one `class_path` line of YAML.
-"""
+"""u -> embedding: the trained head that maps fixed features of an auxiliary into the model's embedding space."""
 
 import math
-from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
+from ptp_lightning.models.auxiliary_features import AuxiliaryFeatures, BinaryFeatures, CosineFeatures
+
+__all__ = [  # adapters name their features by the `class_path`s of this module
+    "AuxiliaryEmbedding",
+    "AuxiliaryFeatures",
+    "BinaryFeatures",
+    "CosineFeatures",
+]
+
 SILU_GAIN = 1.7  # SiLU of a unit normal has a root mean square of 0.6
-
-
-@dataclass(frozen=True)
-class AuxiliaryFeatures(ABC):
-    """A fixed map from auxiliaries to features."""
-
-    @property
-    @abstractmethod
-    def num_features(self) -> int:
-        """F, length of the feature vector."""
-
-    @abstractmethod
-    def __call__(self, auxiliaries: Tensor) -> Tensor:
-        """Map `[...]` float64 in [0, 1) to `[..., F]` float32 of magnitude about one."""
-
-
-@dataclass(frozen=True)
-class BinaryFeatures(AuxiliaryFeatures):
-    """The first `bits` binary digits of u as -1 and 1 (Draxler et al., ICLR 2026). Resolution 2**-bits."""
-
-    bits: int = 32
-
-    @property
-    def num_features(self) -> int:
-        """One feature a digit."""
-        return self.bits
-
-    def __call__(self, auxiliaries: Tensor) -> Tensor:
-        """Digits, most significant first."""
-        place = 2.0 ** torch.arange(1, self.bits + 1, dtype=torch.float64, device=auxiliaries.device)
-        return (auxiliaries.double().unsqueeze(-1) * place).floor().remainder(2).mul(2).sub(1).float()
-
-
-@dataclass(frozen=True)
-class CosineFeatures(AuxiliaryFeatures):
-    """cos(pi k u) for k = 1 .. num_frequencies: the smooth functions on [0, 1), coarse first.
-
-    The intervals to be told apart are wide for likely tokens, so a smooth map generalises between neighbouring u.
-    """
-
-    num_frequencies: int = 64
-
-    @property
-    def num_features(self) -> int:
-        """One feature a frequency."""
-        return self.num_frequencies
-
-    def __call__(self, auxiliaries: Tensor) -> Tensor:
-        """Cosines of rising frequency."""
-        frequency = torch.arange(1, self.num_frequencies + 1, dtype=torch.float64, device=auxiliaries.device)
-        return torch.cos(math.pi * auxiliaries.double().unsqueeze(-1) * frequency).float()
 
 
 class AuxiliaryEmbedding(nn.Module):

@@ -184,12 +184,12 @@ def require_same_predictor(checkpoint: dict[str, Any], predictor: ParallelTokenP
             f"expected a checkpoint for the base model {predictor.config.backbone.path!r}, found one trained on other "
             f"base weights ({stored['config']['backbone']['path']!r}): mend {PATH_KEY} or {CHECKPOINT_KEY}"
         )
-    own = predictor.config.to_dict()
+    own, trained = predictor.config, PredictorConfig.from_dict(stored["config"])
     for key in ("sampling", "objective", "features"):
-        if stored["config"][key] != own[key]:
+        if getattr(trained, key) != getattr(own, key):
             raise ValueError(
-                f"expected predictor.{key} as configured, {own[key]}, found a checkpoint trained with "
-                f"{stored['config'][key]}: change predictor.{key} to the checkpoint's, or train anew"
+                f"expected predictor.{key} as configured, {getattr(own, key)}, found a checkpoint trained with "
+                f"{getattr(trained, key)}: change predictor.{key} to the checkpoint's, or train anew"
             )
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from ptp_lightning.models.auxiliary_embedding import AuxiliaryFeatures, CosineFeatures
+from ptp_lightning.models.auxiliary_features import AuxiliaryFeatures, CosineFeatures
 from ptp_lightning.models.backbone import BackboneSettings, fingerprint, load_backbone
 from ptp_lightning.models.gated_lora import LoraSettings, add_gated_lora
 from ptp_lightning.models.refiner import Refiner, RefinerContext, RefinerSettings

@@ -7,7 +7,8 @@ from typing import ClassVar, Literal
 from torch import Tensor, nn
 
 from ptp_lightning.auxiliary import pick
-from ptp_lightning.models.auxiliary_embedding import AuxiliaryEmbedding, AuxiliaryFeatures
+from ptp_lightning.models.auxiliary_embedding import AuxiliaryEmbedding
+from ptp_lightning.models.auxiliary_features import AuxiliaryFeatures
 from ptp_lightning.models.refiner import Refiner
 from ptp_lightning.sampling import SamplingConfig
 

@@ -1,0 +1,436 @@
+"""u -> features: fixed maps of an auxiliary, of which a trained head makes an embedding.
+
+A new one is one frozen dataclass with `num_features`, `resolution` and `__call__`, plus one `class_path` line of YAML.
+
+What makes a map good: a token owns an interval of u, and the intervals' widths are probabilities, which span orders of
+magnitude. A map that is coarse (`RawFloatFeatures`, `ThresholdFeatures`) makes narrow intervals slow to learn, one that
+is fine (`RoundingFeatures`, many frequencies of equal weight) learns each u apart from its neighbours, and digits
+(`BinaryFeatures`, `SawtoothFeatures`) jump where nothing happens, and few intervals are sums of them.
+`MultiscaleHatFeatures` and `ScaleFreeCosineFeatures` give every octave of widths the same weight.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+CELL_ROUNDING = 2.0**-52  # the ends of a cell are float64 numbers near i / n
+
+
+@dataclass(frozen=True)
+class AuxiliaryFeatures(ABC):
+    """A fixed map from auxiliaries to features."""
+
+    @property
+    @abstractmethod
+    def num_features(self) -> int:
+        """F, length of the feature vector."""
+
+    @property
+    @abstractmethod
+    def resolution(self) -> float:
+        """Any u, v in [0, 1) with |u - v| >= resolution get different float32 features."""
+
+    @abstractmethod
+    def __call__(self, auxiliaries: Tensor) -> Tensor:
+        """Map `[...]` float64 in [0, 1) to `[..., F]` float32 of magnitude about one.
+
+        The root mean square over features and uniform u is between 0.7 and 1.
+        """
+
+
+@dataclass(frozen=True)
+class RawFloatFeatures(AuxiliaryFeatures):
+    """u itself, centred and scaled to unit variance. With the mlp head the paper's `float + NN`.
+
+    float32 rounds the result, so the resolution is 2**-24.
+    """
+
+    @property
+    def num_features(self) -> int:
+        """One."""
+        return 1
+
+    @property
+    def resolution(self) -> float:
+        """Half the spacing of float32 numbers in [1, 2), over a slope of sqrt(12), is below this."""
+        return 2.0**-24
+
+    def __call__(self, auxiliaries: Tensor) -> Tensor:
+        """`(u - 1/2) sqrt(12)`."""
+        return _unit_variance(auxiliaries.double().unsqueeze(-1))
+
+
+@dataclass(frozen=True)
+class BinaryFeatures(AuxiliaryFeatures):
+    """The first `bits` binary digits of u as -1 and 1 (Draxler et al., ICLR 2026). Resolution 2**-bits.
+
+    Fixed-point digits; the paper's second version takes those of the floating-point number, see `FloatBitFeatures`.
+    """
+
+    bits: int = 32
+
+    def __post_init__(self) -> None:
+        """Refuse no digits."""
+        _require_at_least("bits", self.bits, 1)
+
+    @property
+    def num_features(self) -> int:
+        """One feature a digit."""
+        return self.bits
+
+    @property
+    def resolution(self) -> float:
+        """Width of the interval in which all digits agree."""
+        return 2.0**-self.bits
+
+    def __call__(self, auxiliaries: Tensor) -> Tensor:
+        """Digits, most significant first."""
+        return _digits(auxiliaries, self.bits).mul(2).sub(1).float()
+
+
+@dataclass(frozen=True)
+class FloatBitFeatures(AuxiliaryFeatures):
+    """The 32 bits of u as an IEEE float32 as -1 and 1: the `binary` of the paper's second version. Resolution 2**-24.
+
+    u is rounded towards zero, so 1 is never reached and each code stands for an interval as wide as the spacing of
+    float32 numbers there: finest next to 0, 2**-24 in the upper half. The sign and the top bit of the exponent are
+    always off below 1.
+    """
+
+    @property
+    def num_features(self) -> int:
+        """Sign, 8 bits of the exponent, 23 of the mantissa."""
+        return 32
+
+    @property
+    def resolution(self) -> float:
+        """Spacing of float32 numbers in [1/2, 1)."""
+        return 2.0**-24
+
+    def __call__(self, auxiliaries: Tensor) -> Tensor:
+        """Bits, most significant first."""
+        exact = auxiliaries.double()
+        nearest = exact.float()
+        below = torch.where(nearest.double() > exact, torch.nextafter(nearest, torch.zeros_like(nearest)), nearest)
+        shifts = torch.arange(31, -1, -1, dtype=torch.int32, device=exact.device)
+        bits = below.view(torch.int32).unsqueeze(-1).bitwise_right_shift(shifts).bitwise_and(1)
+        return bits.float().mul(2).sub(1)
+
+
+@dataclass(frozen=True)
+class ArithmeticFeatures(AuxiliaryFeatures):
+    """e_i = 1{frac(2**(i - 1) u) < 1/2}, i = 1 .. bits: the paper's `arithmetic`. Resolution 2**-bits.
+
+    These are the digits of `BinaryFeatures`, inverted and as 0 and sqrt(2), not centred. The paper writes <= 1/2, by
+    which 0 and 1/2 would have the same code; u hits such points with probability zero.
+    """
+
+    bits: int = 32
+
+    def __post_init__(self) -> None:
+        """Refuse no digits."""
+        _require_at_least("bits", self.bits, 1)
+
+    @property
+    def num_features(self) -> int:
+        """One feature a digit."""
+        return self.bits
+
+    @property
+    def resolution(self) -> float:
+        """Width of the interval in which all digits agree."""
+        return 2.0**-self.bits
+
+    def __call__(self, auxiliaries: Tensor) -> Tensor:
+        """Inverted digits, most significant first."""
+        return (1 - _digits(auxiliaries, self.bits)).mul(math.sqrt(2)).float()
+
+
+@dataclass(frozen=True)
+class ThresholdFeatures(AuxiliaryFeatures):
+    """e_i = 1{u <= i/n} as -1 and 1, i = 1 .. n - 1: the paper's `threshold`. Resolution 1/n.
+
+    The threshold at 1, which every u is below, is left out.
+
+    Args:
+        cells: n, intervals that the thresholds part [0, 1) into.
+    """
+
+    cells: int = 256
+
+    def __post_init__(self) -> None:
+        """Refuse no threshold."""
+        _require_at_least("cells", self.cells, 2)
+
+    @property
+    def num_features(self) -> int:
+        """One feature a threshold."""
+        return self.cells - 1
+
+    @property
+    def resolution(self) -> float:
+        """Width of a cell."""
+        return 1 / self.cells + CELL_ROUNDING
+
+    def __call__(self, auxiliaries: Tensor) -> Tensor:
+        """Thresholds, lowest first."""
+        thresholds = torch.arange(1, self.cells, dtype=torch.float64, device=auxiliaries.device) / self.cells
+        return (auxiliaries.double().unsqueeze(-1) <= thresholds).float().mul(2).sub(1)
+
+
+@dataclass(frozen=True)
+class CosineFeatures(AuxiliaryFeatures):
+    """cos(pi k u) for k = 1 .. num_frequencies: the smooth functions on [0, 1), coarse first.
+
+    The intervals to be told apart are wide for likely tokens, so a smooth map generalises between neighbouring u.
+    All cosines are level at 0, where float32 tells u from v only if their squares differ.
+    """
+
+    num_frequencies: int = 64
+
+    def __post_init__(self) -> None:
+        """Refuse no frequency."""
+        _require_at_least("num_frequencies", self.num_frequencies, 1)
+
+    @property
+    def num_features(self) -> int:
+        """One feature a frequency."""
+        return self.num_frequencies
+
+    @property
+    def resolution(self) -> float:
+        """2**-13 over the number of frequencies, of which 512 are counted; attained at 0.
+
+        With k = ceil(2**-13 / |u - v|), feature k differs by 2 sin(pi k |u - v| / 2)**2 > 2**-24 or more where
+        k (u + v) / 2 is within 1/2 of 0 or k, and else feature k or k - 1 by |u - v| / 2 or more.
+        """
+        return 2.0**-13 / min(self.num_frequencies, 512)
+
+    def __call__(self, auxiliaries: Tensor) -> Tensor:
+        """Cosines of rising frequency."""
+        return torch.cos(_angles(auxiliaries, self.num_frequencies)).float()
+
+
+@dataclass(frozen=True)
+class ScaleFreeCosineFeatures(AuxiliaryFeatures):
+    """cos(pi k u) / sqrt(k), scaled to unit magnitude: every octave of frequencies has the same energy.
+
+    Our own. An interval's indicator has a spectrum that falls as 1 / k**2; equal weights (`CosineFeatures`) spend as
+    much on what is hardly there, a weight of 1 / k (about `ThresholdFeatures`) starves narrow intervals.
+    """
+
+    num_frequencies: int = 256
+
+    def __post_init__(self) -> None:
+        """Refuse no frequency."""
+        _require_at_least("num_frequencies", self.num_frequencies, 1)
+
+    @property
+    def num_features(self) -> int:
+        """One feature a frequency."""
+        return self.num_frequencies
+
+    @property
+    def resolution(self) -> float:
+        """Twice that of `CosineFeatures`: scaled values lie anywhere between powers of two."""
+        return 2.0**-12 / min(self.num_frequencies, 512)
+
+    def __call__(self, auxiliaries: Tensor) -> Tensor:
+        """Cosines of rising frequency and falling magnitude."""
+        energy = 1 / torch.arange(1, self.num_frequencies + 1, dtype=torch.float64, device=auxiliaries.device)
+        amplitude = torch.sqrt(2 * energy / energy.mean())
+        return (amplitude * torch.cos(_angles(auxiliaries, self.num_frequencies))).float()
+
+
+@dataclass(frozen=True)
+class FourierFeatures(AuxiliaryFeatures):
+    """sin(pi k u) and cos(pi k u), k = 1 .. num_frequencies, times sqrt(2). Resolution 2**-24 / num_frequencies.
+
+    The period is 2, so that u near 0 and u near 1 are told apart. With the sines, no place is level.
+    """
+
+    num_frequencies: int = 32
+
+    def __post_init__(self) -> None:
+        """Refuse no frequency."""
+        _require_at_least("num_frequencies", self.num_frequencies, 1)
+
+    @property
+    def num_features(self) -> int:
+        """A sine and a cosine each."""
+        return 2 * self.num_frequencies
+
+    @property
+    def resolution(self) -> float:
+        """The highest frequency's sine or cosine moves by more than float32's spacing in [1, 2)."""
+        return 2.0**-24 / self.num_frequencies
+
+    def __call__(self, auxiliaries: Tensor) -> Tensor:
+        """All sines, then all cosines, of rising frequency."""
+        angles = _angles(auxiliaries, self.num_frequencies)
+        return torch.cat([torch.sin(angles), torch.cos(angles)], dim=-1).mul(math.sqrt(2)).float()
+
+
+@dataclass(frozen=True)
+class SawtoothFeatures(AuxiliaryFeatures):
+    """frac(2**i u), i = 0 .. num_octaves - 1, centred, of unit variance. Resolution 2**-(23 + num_octaves)."""
+
+    num_octaves: int = 16
+
+    def __post_init__(self) -> None:
+        """Refuse no octave."""
+        _require_at_least("num_octaves", self.num_octaves, 1)
+
+    @property
+    def num_features(self) -> int:
+        """One feature an octave."""
+        return self.num_octaves
+
+    @property
+    def resolution(self) -> float:
+        """That of `RawFloatFeatures`, over the steepest slope."""
+        return 2.0 ** -(23 + self.num_octaves)
+
+    def __call__(self, auxiliaries: Tensor) -> Tensor:
+        """Saw teeth, widest first."""
+        slope = 2.0 ** torch.arange(self.num_octaves, dtype=torch.float64, device=auxiliaries.device)
+        return _unit_variance((auxiliaries.double().unsqueeze(-1) * slope).frac())
+
+
+@dataclass(frozen=True)
+class RoundingFeatures(AuxiliaryFeatures):
+    """Which of n equal cells u is in: a linear head is a trained table of n vectors. Resolution 1/n.
+
+    Rounded down, so that all cells are equally wide. The one feature that is not zero is sqrt(n).
+
+    Args:
+        cells: n, length of the table.
+    """
+
+    cells: int = 256
+
+    def __post_init__(self) -> None:
+        """Refuse a single cell."""
+        _require_at_least("cells", self.cells, 2)
+
+    @property
+    def num_features(self) -> int:
+        """One feature a cell."""
+        return self.cells
+
+    @property
+    def resolution(self) -> float:
+        """Width of a cell."""
+        return 1 / self.cells + CELL_ROUNDING
+
+    def __call__(self, auxiliaries: Tensor) -> Tensor:
+        """One-hot cells."""
+        cell = (auxiliaries.double().unsqueeze(-1) * self.cells).long().clamp(max=self.cells - 1)
+        table = torch.zeros(*auxiliaries.shape, self.cells, device=auxiliaries.device)
+        return table.scatter_(-1, cell, math.sqrt(self.cells))
+
+
+@dataclass(frozen=True)
+class LinearInterpolationFeatures(AuxiliaryFeatures):
+    """Hat functions on n cells: a linear head is a trained table at n + 1 knots, linearly interpolated.
+
+    Resolution 2**-23 / n.
+
+    Args:
+        cells: n, intervals between knots; the first knot is at 0, the last at 1.
+    """
+
+    cells: int = 64
+
+    def __post_init__(self) -> None:
+        """Refuse no cell."""
+        _require_at_least("cells", self.cells, 1)
+
+    @property
+    def num_features(self) -> int:
+        """One feature a knot."""
+        return self.cells + 1
+
+    @property
+    def resolution(self) -> float:
+        """The smaller of the two hats over u moves by more than float32's spacing there."""
+        return 2.0**-23 / self.cells
+
+    def __call__(self, auxiliaries: Tensor) -> Tensor:
+        """Hats, leftmost first."""
+        return _hats(auxiliaries, self.cells, _hat_height(self.num_features, grids=1))
+
+
+@dataclass(frozen=True)
+class MultiscaleHatFeatures(AuxiliaryFeatures):
+    """Hat functions on several grids at once, each with the same share of the energy. Resolution 2**-23 / finest.
+
+    Our own, after multi-resolution grid encodings. Wide intervals are learned from few knots of a coarse grid and hold
+    for all u in them, narrow ones from a fine grid; the map is continuous, so neighbouring u start out alike. Since
+    hats of a grid sum to one, grids of equal height also move equally fast under Adam, whose steps ignore how rarely
+    a fine knot is used.
+
+    Args:
+        cells: intervals of each grid.
+    """
+
+    cells: tuple[int, ...] = (4, 16, 64, 256)
+
+    def __post_init__(self) -> None:
+        """Refuse no grid or no cell."""
+        _require_at_least("cells", min(self.cells, default=0), 1)
+
+    @property
+    def num_features(self) -> int:
+        """One feature a knot of each grid."""
+        return sum(cells + 1 for cells in self.cells)
+
+    @property
+    def resolution(self) -> float:
+        """That of the finest grid."""
+        return 2.0**-23 / max(self.cells)
+
+    def __call__(self, auxiliaries: Tensor) -> Tensor:
+        """Grid after grid, leftmost hats first."""
+        height = _hat_height(self.num_features, grids=len(self.cells))
+        return torch.cat([_hats(auxiliaries, cells, height) for cells in self.cells], dim=-1)
+
+
+def _require_at_least(name: str, found: int, least: int) -> None:
+    if found < least:
+        raise ValueError(f"expected predictor.features.init_args.{name} >= {least}, found {found}")
+
+
+def _unit_variance(uniform: Tensor) -> Tensor:
+    """Centre and scale float64 numbers that are uniform in [0, 1)."""
+    return ((uniform - 0.5) * math.sqrt(12)).float()
+
+
+def _digits(auxiliaries: Tensor, bits: int) -> Tensor:
+    """First binary digits of u: `[..., bits]`, float64, exact."""
+    place = 2.0 ** torch.arange(1, bits + 1, dtype=torch.float64, device=auxiliaries.device)
+    return (auxiliaries.double().unsqueeze(-1) * place).floor().remainder(2)
+
+
+def _angles(auxiliaries: Tensor, num_frequencies: int) -> Tensor:
+    """`pi k u`: `[..., num_frequencies]`, float64."""
+    frequency = torch.arange(1, num_frequencies + 1, dtype=torch.float64, device=auxiliaries.device)
+    return math.pi * auxiliaries.double().unsqueeze(-1) * frequency
+
+
+def _hat_height(num_features: int, grids: int) -> float:
+    """Height that gives all features unit magnitude: the squares of a grid's hats sum to 2/3 on average."""
+    return math.sqrt(1.5 * num_features / grids)
+
+
+def _hats(auxiliaries: Tensor, cells: int, height: float) -> Tensor:
+    """Hats at the knots i / cells: `[..., cells + 1]`, float32. Two are not zero, so two are computed."""
+    position = auxiliaries.double().unsqueeze(-1) * cells
+    left = position.floor().clamp(max=cells - 1)
+    share = position - left
+    hats = torch.zeros(*auxiliaries.shape, cells + 1, device=auxiliaries.device)
+    hats.scatter_(-1, left.long(), ((1 - share) * height).float())
+    return hats.scatter_(-1, left.long() + 1, (share * height).float())
