@@ -328,7 +328,7 @@ class RoundingFeatures(AuxiliaryFeatures):
 
     def __call__(self, auxiliaries: Tensor) -> Tensor:
         """One-hot cells."""
-        cell = (auxiliaries.double().unsqueeze(-1) * self.cells).long().clamp(max=self.cells - 1)
+        cell = (auxiliaries.double().unsqueeze(-1) * self.cells).long()
         table = torch.zeros(*auxiliaries.shape, self.cells, device=auxiliaries.device)
         return table.scatter_(-1, cell, math.sqrt(self.cells))
 
@@ -427,9 +427,12 @@ def _hat_height(num_features: int, grids: int) -> float:
 
 
 def _hats(auxiliaries: Tensor, cells: int, height: float) -> Tensor:
-    """Hats at the knots i / cells: `[..., cells + 1]`, float32. Two are not zero, so two are computed."""
+    """Hats at the knots i / cells: `[..., cells + 1]`, float32. Two are not zero, so two are computed.
+
+    No u below 1 is rounded up to the last knot: cells (1 - 2**-53) is nearer to the float64 below `cells`.
+    """
     position = auxiliaries.double().unsqueeze(-1) * cells
-    left = position.floor().clamp(max=cells - 1)
+    left = position.floor()
     share = position - left
     hats = torch.zeros(*auxiliaries.shape, cells + 1, device=auxiliaries.device)
     hats.scatter_(-1, left.long(), ((1 - share) * height).float())

@@ -104,6 +104,7 @@ CASES = [
         FourierFeatures(32),
         lambda u: [math.sqrt(2) * f(math.pi * k * u) for f in (math.sin, math.cos) for k in range(1, 33)],
     ),
+    Case(FourierFeatures(1), lambda u: [math.sqrt(2) * f(math.pi * u) for f in (math.sin, math.cos)]),
     Case(SawtoothFeatures(16), lambda u: [float(Fraction(u) * 2**i % 1 - Fraction(1, 2)) * 12**0.5 for i in range(16)]),
     Case(
         RoundingFeatures(256),
@@ -168,6 +169,13 @@ def test_magnitude_is_about_one(features: AuxiliaryFeatures) -> None:
 @each
 def test_ends_are_finite(features: AuxiliaryFeatures) -> None:
     assert features(torch.tensor([0.0, 5e-324, LARGEST], dtype=torch.float64)).isfinite().all()
+
+
+@pytest.mark.parametrize("cells", [2, 3, 5, 7, 10, 64, 100, 255, 256, 1000, 65537])
+def test_largest_u_is_in_the_last_cell(cells: int) -> None:
+    assert vector(RoundingFeatures(cells), LARGEST).argmax() == cells - 1
+    hats = vector(LinearInterpolationFeatures(cells), LARGEST)
+    assert hats.nonzero().flatten().tolist() == [cells - 1, cells]
 
 
 @each

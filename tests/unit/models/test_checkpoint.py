@@ -28,7 +28,7 @@ from ptp_lightning.models import (
     RefinerSettings,
     checkpoint,
 )
-from ptp_lightning.models.auxiliary_embedding import AuxiliaryFeatures
+from ptp_lightning.models.auxiliary_features import AuxiliaryFeatures
 from ptp_lightning.models.checkpoint import (
     ADAPTER_FILE,
     EXPORTED_FILES,
@@ -36,6 +36,7 @@ from ptp_lightning.models.checkpoint import (
     SLOT_ENCODER_FILE,
     load_predictor,
     read_predictor,
+    require_same_predictor,
     save_predictor,
 )
 from ptp_lightning.sampling import SamplingConfig
@@ -269,6 +270,17 @@ class TestCheckpointFile:
         with pytest.raises(ValueError, match=r"last\.ckpt cannot be read"):
             load_predictor(tmp_path / "last.ckpt")
         assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("features", [CosineFeatures(num_frequencies=3), BinaryFeatures(bits=5)])
+def test_features_keep_the_names_of_older_adapters(base: Path, features: AuxiliaryFeatures) -> None:
+    """They once stood in `auxiliary_embedding`; a configuration of today goes on from there."""
+    predictor = trained(base, features=features)
+    config = predictor.config.to_dict()
+    config["features"]["class_path"] = f"ptp_lightning.models.auxiliary_embedding.{type(features).__name__}"
+    assert PredictorConfig.from_dict(config) == predictor.config
+    stored = {"config": config, "base_fingerprint": predictor.base_fingerprint}
+    require_same_predictor({"predictor": stored}, predictor)
 
 
 class Payload:
