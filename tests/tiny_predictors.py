@@ -7,6 +7,8 @@ from transformers import PreTrainedModel
 
 from ptp_lightning.models import (
     CategoricalObjective,
+    FullCopyStudent,
+    GatedLoraStudent,
     IndependentObjective,
     LoraSettings,
     OneHotObjective,
@@ -14,14 +16,19 @@ from ptp_lightning.models import (
     PredictorConfig,
     RefinerSettings,
     SequentialObjective,
+    SharedStudent,
 )
 from ptp_lightning.models.slots import Objective
+from ptp_lightning.models.students import Student
 from ptp_lightning.sampling import SamplingConfig
 from tests.tiny_models import TINY_MODELS, cast_weights
 
 OBJECTIVES: dict[str, Objective] = {
     objective.name: objective
     for objective in (CategoricalObjective(), OneHotObjective(), IndependentObjective(), SequentialObjective())
+}
+STUDENTS: dict[str, Student] = {
+    student.name: student for student in (GatedLoraStudent(), FullCopyStudent(), SharedStudent())
 }
 
 
@@ -40,6 +47,7 @@ def tiny_predictor(
     window_length: int = 8,
     dtype: torch.dtype = torch.float32,
     sharpness: float = 2.0,
+    student: str = "gated_lora",
     **model: Any,
 ) -> ParallelTokenPredictor:
     """In eval mode; `sharpness` as in `sharpen`; `model` are further arguments of the builder in TINY_MODELS."""
@@ -50,6 +58,7 @@ def tiny_predictor(
         sampling=sampling,
         window_length=window_length,
         refiner=RefinerSettings(num_layers=1, rounds=2),
+        student=STUDENTS[student],
     )
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(1)
@@ -58,6 +67,8 @@ def tiny_predictor(
         for name, parameter in predictor.named_parameters():
             if "lora_" in name:
                 parameter.normal_(std=0.1)
+            elif name.startswith("student_copy"):
+                parameter += 0.05 * torch.randn_like(parameter)
             elif "refiner" in name and not parameter.any():
                 parameter.normal_(std=0.2)
     return predictor.eval()

@@ -59,7 +59,8 @@ class Decoded:
 
     Attributes:
         token_ids: the new tokens, an end-of-text token included.
-        num_calls: forward passes of the network, the one that reads the prompt included.
+        num_calls: forward passes of the base model, the one that reads the prompt included, and those of the student
+            where it is a network of its own.
         finished: ended by an end-of-text token, or by `max_new_tokens`.
         correct_per_cycle: correct tokens of each draft, 1 .. L, its exact first token included; empty without drafts.
     """
@@ -91,19 +92,23 @@ class Generation(Decoded):
 
     @property
     def accepted_per_call(self) -> float:
-        """New tokens per forward pass of the network; 1 for the autoregressive decoder."""
+        """New tokens per forward pass; 1 for the autoregressive decoder."""
         return self.num_tokens / self.num_calls
 
 
 class CachedContext:
-    """The base model and the keys and values of the tokens it has read so far.
+    """The base model and the keys and values of the tokens it has read so far, and the same of a student's copy.
+
+    Slots share the base model's call if they run in the same network. A copy has its own call for them, in which it
+    first reads the tokens that it has not read yet: one call more in each cycle, for the first token of a window and
+    the verification still come from the base model.
 
     Args:
         predictor: the network.
 
     Attributes:
         length: tokens in the cache; the next one read has this position id.
-        num_calls: forward passes so far.
+        num_calls: forward passes so far, those of a student's copy included.
     """
 
     def __init__(self, predictor: ParallelTokenPredictor) -> None:
@@ -116,9 +121,12 @@ class CachedContext:
         # What the refiner has not read yet; it does so when a draft needs it.
         self._unrefined: list[tuple[Tensor, Tensor]] = []
         self._pairs = None if predictor.refiner is None else RefinerContext(predictor.refiner)
+        self._copy = None if predictor.student_copy is None else StudentContext(predictor)
 
     def read(self, token_ids: Tensor, auxiliaries: Tensor | None = None) -> Tensor:
-        """Append tokens to the context in one call, and look ahead through slots, which leave no trace in it.
+        """Append tokens to the context, and look ahead through slots, which leave no trace in it.
+
+        It is one call, or two where there are slots and the student is a copy.
 
         Args:
             token_ids: `[1, T]`, T >= 1.
@@ -129,16 +137,26 @@ class CachedContext:
         """
         embeddings = self.predictor.embed(token_ids)
         if auxiliaries is None or auxiliaries.shape[1] == 1:
-            with self.predictor.gate.closed():
-                hidden = self._call(embeddings)
-            self._keep_for_refiner(hidden, embeddings)
-            return hidden
+            return self._read_tokens(token_ids, embeddings)
+        if self._copy is not None:
+            hidden = self._read_tokens(token_ids, embeddings)
+            self.num_calls += 1
+            # Of a base model in bfloat16, hidden states are widened here and rounded back before its head.
+            return torch.cat([hidden, self._copy.look_ahead(auxiliaries)], dim=1)
         num_slots = auxiliaries.shape[1] - 1
         slots = self.predictor.slot_encoder(auxiliaries).to(embeddings.dtype)
         with self.predictor.gate.open(suffix=num_slots):
             hidden = self._call(torch.cat([embeddings, slots], dim=1))
         self._crop(num_slots)
         self._keep_for_refiner(hidden[:, :-num_slots], embeddings)
+        return hidden
+
+    def _read_tokens(self, token_ids: Tensor, embeddings: Tensor) -> Tensor:
+        with self.predictor.gate.closed():
+            hidden = self._call(embeddings)
+        self._keep_for_refiner(hidden, embeddings)
+        if self._copy is not None:
+            self._copy.note(token_ids)
         return hidden
 
     def refine(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
@@ -174,6 +192,8 @@ class CachedContext:
     def forget(self, num_tokens: int) -> None:
         """Cut the last tokens off, all of them of the latest `read`."""
         self._crop(num_tokens)
+        if self._copy is not None:
+            self._copy.forget(num_tokens)
         if self._pairs is not None and num_tokens:
             hidden, embeddings = self._unrefined.pop()
             self._keep_for_refiner(hidden[:, :-num_tokens], embeddings[:, :-num_tokens])
@@ -181,6 +201,50 @@ class CachedContext:
     def _crop(self, num_positions: int) -> None:
         self.cache.crop(-num_positions)
         self.length -= num_positions
+
+
+class StudentContext:
+    """A student's copy of the base model, and the keys and values of the tokens it has read so far.
+
+    Args:
+        predictor: whose student is a copy.
+    """
+
+    def __init__(self, predictor: ParallelTokenPredictor) -> None:
+        from transformers import DynamicCache
+
+        self._predictor = predictor
+        self._cache = DynamicCache()
+        self._length = 0
+        self._unread: list[Tensor] = []
+
+    def note(self, token_ids: Tensor) -> None:
+        """Append tokens `[1, T]` to the context; they are read when slots follow them."""
+        self._unread.append(token_ids)
+
+    def forget(self, num_tokens: int) -> None:
+        """Cut the last tokens off, all of them of the latest `note`."""
+        if num_tokens:
+            self._unread.append(self._unread.pop()[:, :-num_tokens])
+
+    def look_ahead(self, auxiliaries: Tensor) -> Tensor:
+        """One call that reads what is unread, at least one token, and then slots, which leave no trace.
+
+        Args:
+            auxiliaries: `[1, J + 1]`, those of a window that follows the tokens, with its J slots.
+
+        Returns:
+            Last hidden states of the slots `[1, J, H]`, for `slot_logits`.
+        """
+        num_slots = auxiliaries.shape[1] - 1
+        tokens = self._predictor.student_embed(torch.cat(self._unread, dim=1))
+        self._unread.clear()
+        embeddings = torch.cat([tokens, self._predictor.slot_encoder(auxiliaries).to(tokens.dtype)], dim=1)
+        position_ids, mask = _following(self._length, embeddings)
+        hidden = self._predictor.student_decode(embeddings, position_ids, mask, self._cache)
+        self._cache.crop(-num_slots)
+        self._length += tokens.shape[1]
+        return hidden[:, -num_slots:]
 
 
 def _following(length: int, states: Tensor) -> tuple[Tensor, Tensor]:

@@ -69,13 +69,14 @@ def decode_speculatively(
     on_tokens: OnTokens | None = None,
     proposer: Proposer | None = None,
 ) -> Decoded:
-    """Cycles of two calls that commit `accepted = correct + 1` tokens.
+    """Cycles of two calls, or three with a student's copy, that commit `accepted = correct + 1` tokens.
 
     The propose call reads the tokens that the cache lacks (the prompt, later the newest token) and the slots after
     them. The base model's own logits give the first token of the window, t_1 = Pick(u_1, Q_1); slot j gives token
-    j + 2. The verify call reads this draft with the gate closed. The longest prefix in which every token is the base
-    model's pick is correct (1 .. L tokens, for t_1 always is), and the base model's pick after it is committed as well,
-    be it the correction of a wrong token or a bonus after the last.
+    j + 2. Where the student is a copy of the base model, its slots have a call of their own, in which it also reads
+    what has been committed since. The verify call reads this draft with the gate closed. The longest prefix in which
+    every token is the base model's pick is correct (1 .. L tokens, for t_1 always is), and the base model's pick after
+    it is committed as well, be it the correction of a wrong token or a bonus after the last.
 
     The draft leaves room for that last pick, so windows shrink towards the end of the text. A single remaining
     token is t_1 of a propose call and needs no verification.
@@ -138,9 +139,9 @@ def _draft(
     predictor = context.predictor
 
     def propose_again(token_ids: Tensor) -> Tensor:
-        return proposer(predictor.logits(context.refine(slots, token_ids)), auxiliaries, start)
+        return proposer(predictor.slot_logits(context.refine(slots, token_ids)), auxiliaries, start)
 
-    draft = torch.cat([first, proposer(predictor.logits(slots), auxiliaries, start)], dim=1)
+    draft = torch.cat([first, proposer(predictor.slot_logits(slots), auxiliaries, start)], dim=1)
     return refine_draft(draft, predictor.refinement_rounds, propose_again)
 
 

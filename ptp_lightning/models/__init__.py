@@ -24,6 +24,7 @@ from ptp_lightning.models.slots import (
     OneHotObjective,
     SequentialObjective,
 )
+from ptp_lightning.models.students import FullCopyStudent, GatedLoraStudent, SharedStudent
 
 __all__ = [
     "ArithmeticFeatures",
@@ -33,6 +34,8 @@ __all__ = [
     "CosineFeatures",
     "FloatBitFeatures",
     "FourierFeatures",
+    "FullCopyStudent",
+    "GatedLoraStudent",
     "IndependentObjective",
     "LinearInterpolationFeatures",
     "LoraSettings",
@@ -46,5 +49,6 @@ __all__ = [
     "SawtoothFeatures",
     "ScaleFreeCosineFeatures",
     "SequentialObjective",
+    "SharedStudent",
     "ThresholdFeatures",
 ]

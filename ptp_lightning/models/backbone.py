@@ -102,6 +102,15 @@ def fingerprint(model: nn.Module) -> str:
     Args:
         model: A transformers model or the `PeftModel` around it.
     """
+    return _digest(model, weights=True)
+
+
+def architecture_fingerprint(model: nn.Module) -> str:
+    """Identity of a model but for the values of its weights; otherwise like `fingerprint`."""
+    return _digest(model, weights=False)
+
+
+def _digest(model: nn.Module, *, weights: bool) -> str:
     config: PreTrainedConfig = model.config.get_text_config()  # pyright: ignore[reportCallIssue,reportAttributeAccessIssue]
     essentials = (config.model_type, config.vocab_size, config.hidden_size, config.num_hidden_layers)
     digest = hashlib.sha256(repr(essentials).encode())
@@ -110,7 +119,8 @@ def fingerprint(model: nn.Module) -> str:
             continue
         base_name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
         digest.update(f"{base_name} {list(parameter.shape)}".encode())
-        digest.update(_sampled_bytes(parameter.detach()))
+        if weights:
+            digest.update(_sampled_bytes(parameter.detach()))
     return digest.hexdigest()
 
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -22,7 +22,11 @@ from torch import Tensor
 from ptp_lightning.models.backbone import BackboneSettings
 from ptp_lightning.models.model_card import model_card
 from ptp_lightning.models.predictor import ParallelTokenPredictor, PredictorConfig
+from ptp_lightning.models.students import GatedLoraStudent
 from ptp_lightning.pretrained import PATH_KEY, clear_errors, embedded_folder, few, listing
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 CHECKPOINT_KEY = "ckpt_path"
 FORMAT_VERSION = 1
@@ -63,8 +67,8 @@ def load_predictor(
     """A trained predictor in eval mode, on the CPU.
 
     Args:
-        path: a Lightning checkpoint of a `DistillationModule`, an exported folder, or None for the adapter that ships
-            with the package.
+        path: a Lightning checkpoint of a module that trains a predictor, an exported folder, or None for the adapter
+            that ships with the package.
         backbone: where the base model is now, if it has moved since or is wanted in another dtype.
 
     Raises:
@@ -124,8 +128,9 @@ def save_predictor(
         training: for `predictor.json` and the model card: `steps`, and measured numbers by tag.
 
     Raises:
-        ValueError: the folder is taken, see `require_free_folder`.
+        ValueError: the folder is taken, see `require_free_folder`, or the student is no adapter.
     """
+    _require_adapter(predictor.config)
     target = require_free_folder(folder, overwrite=overwrite)
     state = {name: value.detach().to("cpu", dtype).contiguous() for name, value in predictor.trainable_state().items()}
     about = {
@@ -185,12 +190,21 @@ def require_same_predictor(checkpoint: dict[str, Any], predictor: ParallelTokenP
             f"base weights ({stored['config']['backbone']['path']!r}): mend {PATH_KEY} or {CHECKPOINT_KEY}"
         )
     own, trained = predictor.config, PredictorConfig.from_dict(stored["config"])
-    for key in ("sampling", "objective", "features"):
+    for key in ("student", "sampling", "objective", "features"):
         if getattr(trained, key) != getattr(own, key):
             raise ValueError(
                 f"expected predictor.{key} as configured, {getattr(own, key)}, found a checkpoint trained with "
                 f"{getattr(trained, key)}: change predictor.{key} to the checkpoint's, or train anew"
             )
+
+
+def _require_adapter(config: PredictorConfig) -> None:
+    if config.student.name != GatedLoraStudent.name:
+        raise ValueError(
+            f"expected a predictor with an adapter, found {type(config.student).__name__}, whose weights are a whole "
+            "network: only predictor.student: GatedLoraStudent is exported; the checkpoint itself serves generate and "
+            "from_pretrained"
+        )
 
 
 def _read_checkpoint(file: Path) -> StoredPredictor:
@@ -235,7 +249,7 @@ def _adapter_name(stored: str) -> str:
 
 
 def _save_adapter(predictor: ParallelTokenPredictor, state: dict[str, Tensor], folder: Path) -> None:
-    model = predictor.language_model
+    model = cast("PeftModel", predictor.language_model)  # see _require_adapter
     model.peft_config[ADAPTER_NAME].base_model_name_or_path = predictor.config.backbone.path
     model.peft_config[ADAPTER_NAME].revision = predictor.config.backbone.revision
     # "auto" would look at the base model's configuration on the hub to decide whether to store embeddings

@@ -1,4 +1,4 @@
-"""ParallelTokenPredictor: a frozen causal LM, gated LoRA and a slot encoder; context + auxiliaries -> window logits."""
+"""ParallelTokenPredictor: a causal LM, its student and a slot encoder; context + auxiliaries -> window logits."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ptp_lightning.models.auxiliary_features import AuxiliaryFeatures, CosineFeatures
-from ptp_lightning.models.backbone import BackboneSettings, fingerprint, load_backbone
-from ptp_lightning.models.gated_lora import LoraSettings, add_gated_lora
+from ptp_lightning.models.backbone import BackboneSettings, architecture_fingerprint, fingerprint, load_backbone
+from ptp_lightning.models.gated_lora import LoraSettings
 from ptp_lightning.models.refiner import Refiner, RefinerContext, RefinerSettings
 from ptp_lightning.models.slots import CategoricalObjective, Objective, SlotEncoder
+from ptp_lightning.models.students import GatedLoraStudent, Student
 from ptp_lightning.models.window_attention import context_mask, slot_mask
 from ptp_lightning.sampling import SamplingConfig
 
@@ -33,10 +34,11 @@ class PredictorConfig:
         objective: what slots carry and propose.
         features: features of an auxiliary.
         head: the trained map from features to the model's embedding space.
-        lora: size of the adapter.
+        lora: size of the adapter, where the student has one.
         sampling: the distribution of the base model that is imitated; intervals and targets are defined by it.
         window_length: L, tokens predicted in one call; the first is exact, L - 1 come from slots.
         refiner: layers after the stack that are told the slots' tokens (see `Refiner`); none by default.
+        student: which network runs the slots, and what of it is trained: adapters, a copy, or the base model itself.
     """
 
     backbone: BackboneSettings = field(default_factory=BackboneSettings)
@@ -47,6 +49,7 @@ class PredictorConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     window_length: int = 16
     refiner: RefinerSettings = field(default_factory=RefinerSettings)
+    student: Student = field(default_factory=GatedLoraStudent)
 
     def __post_init__(self) -> None:
         """Refuse a window without slots."""
@@ -59,7 +62,11 @@ class PredictorConfig:
         """Plain data that `from_dict` and YAML files understand."""
         return asdict(self) | {
             name: {"class_path": f"{type(value).__module__}.{type(value).__qualname__}", "init_args": asdict(value)}
-            for name, value in (("objective", self.objective), ("features", self.features))
+            for name, value in (
+                ("objective", self.objective),
+                ("features", self.features),
+                ("student", self.student),
+            )
         }
 
     @classmethod
@@ -85,7 +92,7 @@ class Context(NamedTuple):
     """A batch of contexts after their forward pass.
 
     Attributes:
-        hidden: `[B, S, H]`, last hidden states of the unchanged base model.
+        hidden: `[B, S, H]`, last hidden states of the base model.
         cache: keys and values of the context; calls may append to it, and must cut off what they appended.
         input_ids: `[B, S]`.
         document_ids: `[B, S]`.
@@ -130,8 +137,9 @@ class Context(NamedTuple):
 class ParallelTokenPredictor(nn.Module):
     """Predicts a window of dependent tokens in one forward pass of a causal LM.
 
-    The base model's weights are frozen and act alone on context tokens; the adapter acts on slots only, so the base
-    model's own distributions come out of the same network, bit for bit.
+    The base model says what is sampled, and the student proposes it (see `Student`). With gated LoRA both are one
+    network: frozen weights act alone on context tokens and the adapter on slots only, so the base model's own
+    distributions come out of it, bit for bit.
 
     Args:
         config: see `PredictorConfig`.
@@ -142,17 +150,18 @@ class ParallelTokenPredictor(nn.Module):
         super().__init__()
         self.config = config
         backbone = load_backbone(config.backbone) if backbone is None else backbone
-        self.base_fingerprint = fingerprint(backbone)
+        # Weights that are trained themselves do not identify anything.
+        self.base_fingerprint = (architecture_fingerprint if config.student.trains_base else fingerprint)(backbone)
         table: Tensor = backbone.get_input_embeddings().weight  # pyright: ignore[reportAssignmentType]
         _require_plain_head(backbone)
         self.slot_encoder = SlotEncoder(config.objective, config.features, config.head, table)
         if config.refiner.num_layers:
             self.slot_encoder.refiner = Refiner(backbone.config, config.refiner)
-        self.language_model, self.gate = add_gated_lora(backbone, config.lora)
+        self.language_model, self.gate, self.student_copy = config.student.attach(backbone, config.lora)
         self.train()
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode of what is trained; the base model stays in eval mode, where no dropout blurs the teacher."""
+        """Set the mode of what is trained; the base model stays in eval mode, where no dropout blurs what it says."""
         super().train(mode)
         self.language_model.eval()
         for name, module in self.language_model.named_modules():
@@ -162,8 +171,16 @@ class ParallelTokenPredictor(nn.Module):
 
     @property
     def base_model(self) -> PreTrainedModel:
-        """The causal LM (its linear layers carry the gated adapter)."""
-        return self.language_model.get_base_model()  # pyright: ignore[reportReturnType]
+        """The causal LM whose samples count (its linear layers carry the gated adapter, where there is one)."""
+        from peft import PeftModel
+
+        model = self.language_model
+        return model.get_base_model() if isinstance(model, PeftModel) else model  # pyright: ignore[reportReturnType]
+
+    @property
+    def student_model(self) -> PreTrainedModel:
+        """The causal LM that runs the slots: the base model, unless the student is a copy."""
+        return self.base_model if self.student_copy is None else self.student_copy
 
     @property
     def max_positions(self) -> int | None:
@@ -171,18 +188,24 @@ class ParallelTokenPredictor(nn.Module):
         return getattr(self.base_model.config, "max_position_embeddings", None)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """The base model's output head: `[..., H]` to `[..., V]`."""
-        return _output_head(self.base_model)(hidden)
+        """The base model's output head, for hidden states of context tokens: `[..., H]` to `[..., V]`."""
+        return _output_head(self.base_model)(hidden.to(self.base_model.dtype))
+
+    def slot_logits(self, hidden: Tensor) -> Tensor:
+        """The student's output head, for hidden states of slots, refined or not: `[..., H]` to `[..., V]`."""
+        if self.student_copy is None:
+            return self.logits(hidden)
+        return _output_head(self.student_copy)(hidden.to(self.student_copy.dtype))
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """The base model's token embeddings: `[...]` to `[..., H]`."""
         return self.base_model.get_input_embeddings()(token_ids)
 
     def decode(self, embeddings: Tensor, position_ids: Tensor, mask: Tensor, cache: DynamicCache | None) -> Tensor:
-        """Run the decoder stack on input embeddings; the gate is as the caller left it.
+        """Run the base model's stack on input embeddings; the gate is as the caller left it.
 
         Args:
-            embeddings: `[B, T, H]`, cast to the base model's dtype.
+            embeddings: `[B, T, H]`, cast to the model's dtype.
             position_ids: `[B, T]`.
             mask: `[B, 1, T, P + T]` bool, P cached keys; always explicit, so that nothing is inferred from positions.
             cache: gets the keys and values of these T tokens appended.
@@ -190,19 +213,21 @@ class ParallelTokenPredictor(nn.Module):
         Returns:
             Last hidden states `[B, T, H]`.
         """
-        base = self.base_model
-        decoder = getattr(base, base.base_model_prefix)
-        return decoder(
-            inputs_embeds=embeddings.to(base.dtype),
-            position_ids=position_ids,
-            attention_mask=mask,
-            cache=cache,
-            use_cache=cache is not None,
-        ).last_hidden_state
+        return _run_stack(self.base_model, embeddings, position_ids, mask, cache)
+
+    def student_embed(self, token_ids: Tensor) -> Tensor:
+        """The student's embeddings of context tokens: `[...]` to `[..., H]`."""
+        return self.student_model.get_input_embeddings()(token_ids)
+
+    def student_decode(
+        self, embeddings: Tensor, position_ids: Tensor, mask: Tensor, cache: DynamicCache | None
+    ) -> Tensor:
+        """Run the student's stack, the adapter's gate as the caller left it; arguments as in `decode`."""
+        return _run_stack(self.student_model, embeddings, position_ids, mask, cache)
 
     @torch.no_grad()
     def encode(self, input_ids: Tensor, document_ids: Tensor, position_ids: Tensor, window_starts: Tensor) -> Context:
-        """One pass of the unchanged base model over packed rows (fields as in `PackedBatch`)."""
+        """One pass of the base model over packed rows, without gradients (fields as in `PackedBatch`)."""
         from transformers import DynamicCache
 
         cache = DynamicCache()
@@ -219,15 +244,31 @@ class ParallelTokenPredictor(nn.Module):
             auxiliaries: `[B, N, L]` float64 in [0, 1).
 
         Returns:
-            `[B, N, L - 1, H]`, with gradients for the adapter and the slot encoder.
+            `[B, N, L - 1, H]`, for `slot_logits`, with gradients for all that is trained.
         """
         num_windows, slots = auxiliaries.shape[1], auxiliaries.shape[2] - 1
         mask, positions = context.place_slots(slots)
         embeddings = self.slot_encoder(auxiliaries).flatten(1, 2)
-        with self.gate.open():
-            hidden = self.decode(embeddings, positions, mask, context.cache)
-        context.cache.crop(-num_windows * slots)
+        if self.config.student.encodes_context:
+            hidden = self._joint_hidden(context, embeddings, positions, mask)
+        else:
+            with self.gate.open():
+                hidden = self.decode(embeddings, positions, mask, context.cache)
+            context.cache.crop(-num_windows * slots)
         return hidden.unflatten(1, (num_windows, slots))
+
+    def _joint_hidden(self, context: Context, slots: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+        """Slots `[B, Q, H]` and the context before them in one pass of the student: gradients reach both."""
+        tokens = self.student_embed(context.input_ids)
+        # Context tokens see no slot.
+        of_context = nn.functional.pad(context_mask(context.document_ids), (0, slots.shape[1]))
+        hidden = self.student_decode(
+            torch.cat([tokens, slots.to(tokens.dtype)], dim=1),
+            torch.cat([context.position_ids, positions], dim=1),
+            torch.cat([of_context, mask], dim=2),
+            cache=None,
+        )
+        return hidden[:, tokens.shape[1] :]
 
     @property
     def refiner(self) -> Refiner | None:
@@ -293,7 +334,7 @@ class ParallelTokenPredictor(nn.Module):
         return generate(self, prompt, **options)
 
     def trainable_state(self) -> dict[str, Tensor]:
-        """Names and values of everything that is trained: the adapter and the slot encoder, no base weight."""
+        """Names and values of everything that is trained: the student and the slot encoder, no frozen weight."""
         trainable = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         return {name: value for name, value in self.state_dict().items() if name in trainable}
 
@@ -307,7 +348,7 @@ class ParallelTokenPredictor(nn.Module):
         if wrong := sorted(own.keys() ^ state.keys()):
             raise ValueError(
                 f"expected the {len(own)} weights of this predictor, found a checkpoint that differs in {wrong[:4]}: "
-                "mend predictor.lora, predictor.objective, predictor.head or predictor.refiner"
+                "mend predictor.student, predictor.lora, predictor.objective, predictor.head or predictor.refiner"
             )
         if shapes := [name for name in own if own[name].shape != state[name].shape]:
             raise ValueError(
@@ -319,6 +360,20 @@ class ParallelTokenPredictor(nn.Module):
         """Inverse of `trainable_state`; raises as `require_trainable_state`."""
         self.require_trainable_state(state)
         self.load_state_dict(state, strict=False)
+
+
+def _run_stack(
+    model: PreTrainedModel, embeddings: Tensor, position_ids: Tensor, mask: Tensor, cache: DynamicCache | None
+) -> Tensor:
+    """See `ParallelTokenPredictor.decode`."""
+    decoder = getattr(model, model.base_model_prefix)
+    return decoder(
+        inputs_embeds=embeddings.to(model.dtype),
+        position_ids=position_ids,
+        attention_mask=mask,
+        cache=cache,
+        use_cache=cache is not None,
+    ).last_hidden_state
 
 
 def _output_head(model: PreTrainedModel) -> nn.Module:

@@ -24,10 +24,11 @@ from ptp_lightning.training.windows import TeacherWindows, WindowSample, WindowS
 
 
 class DistillationModule(LightningModule):
-    """Teach gated-LoRA slots what the frozen base model will sample (Algorithm 2 of Draxler et al., ICLR 2026).
+    """Teach a student's slots what the frozen base model will sample (Algorithm 2 of Draxler et al., ICLR 2026).
 
     Every step runs the base model over the packed contexts, lets `source` fill the windows, and trains the slots on
-    them. Checkpoints hold the adapter, the slot encoder and the predictor's configuration, never a base weight.
+    them. Checkpoints hold the student (the adapter, or the trained copy), the slot encoder and the predictor's
+    configuration, never a frozen weight.
 
     Args:
         predictor: the base model and everything that is trained.
@@ -53,6 +54,12 @@ class DistillationModule(LightningModule):
         super().__init__()
         self.strict_loading = False  # base weights are not in the checkpoint
         require_sound(loss, predictor.objective.name)
+        if predictor.student.trains_base:
+            raise ValueError(
+                "expected a student beside a frozen teacher, found SharedStudent, which would change the distributions "
+                "it is to learn: set predictor.student to FullCopyStudent or GatedLoraStudent, or train without a "
+                "teacher (InverseAutoregressiveModule)"
+            )
         self.loss = loss
         self.source = source
         self.val_source = val_source
@@ -185,7 +192,7 @@ class DistillationModule(LightningModule):
         first_nll = -first.probability_of(sample.token_ids[..., 0]).log()
 
         hidden = self.predictor.slot_hidden(context, sample.auxiliaries)
-        logits = self.predictor.logits(hidden).float()
+        logits = self.predictor.slot_logits(hidden).float()
         proposed = objective.propose(logits, sample.auxiliaries[..., 1:], sampling)
         draft = torch.cat([first_tokens.unsqueeze(-1), proposed], dim=-1)
         if self.predictor.refiner is not None:
@@ -193,7 +200,7 @@ class DistillationModule(LightningModule):
 
             def propose_again(token_ids: Tensor) -> Tensor:
                 nonlocal logits
-                logits = self.predictor.logits(self.predictor.refine(context, pairs, hidden, token_ids)).float()
+                logits = self.predictor.slot_logits(self.predictor.refine(context, pairs, hidden, token_ids)).float()
                 return objective.propose(logits, sample.auxiliaries[..., 1:], sampling)
 
             draft = refine_draft(draft, self.predictor.refinement_rounds, propose_again)
@@ -225,7 +232,7 @@ def _slot_loss(
     )
     weights = sample.mask[..., positions].flatten().to(torch.float32)
     targets = SlotTargets(sample.token_ids[..., positions].flatten(), flat, weights)
-    return loss(hidden.flatten(0, 2), predictor.logits, targets)
+    return loss(hidden.flatten(0, 2), predictor.slot_logits, targets)
 
 
 def _at(distribution: TokenDistribution, position: int | slice) -> TokenDistribution:

@@ -19,6 +19,7 @@ from ptp_lightning.models.slots import (
     Objective,
     OneHotObjective,
 )
+from ptp_lightning.models.students import FullCopyStudent
 from ptp_lightning.sampling import SamplingConfig
 from ptp_lightning.training.distillation import DistillationModule, _slot_loss
 from ptp_lightning.training.windows import DatasetWindows, TeacherWindows, WindowSample, WindowSource
@@ -39,6 +40,16 @@ class TestTraining:
         expected = {name for name in before if ".lora_" in name or name.startswith("slot_encoder.")}
         assert changed == expected
         assert {name for name, parameter in module.predictor.named_parameters() if parameter.requires_grad} == expected
+
+    @by_objective
+    def test_the_whole_copy_changes_and_the_teacher_does_not(
+        self, tmp_path: Path, objective: Objective, loss: Loss
+    ) -> None:
+        module = make_module(GPT2, objective=objective, loss=loss, student=FullCopyStudent())
+        before = weights(module)
+        make_trainer(tmp_path, max_steps=3).fit(module, datamodule=tiny_data())
+        changed = {name for name, value in weights(module).items() if not torch.equal(value, before[name])}
+        assert changed == {name for name in before if name.startswith(("student_copy.", "slot_encoder."))}
 
     def test_every_optimised_parameter_gets_a_gradient(self, tmp_path: Path) -> None:
         module = make_module()

@@ -16,6 +16,7 @@ from ptp_lightning.models.slots import (
     IndependentObjective,
     Objective,
 )
+from ptp_lightning.models.students import FullCopyStudent, SharedStudent
 from ptp_lightning.sampling import SamplingConfig
 from tests.tiny_data import tiny_data
 from tests.tiny_distillation import GPT2, LLAMA, by_objective, make_module, make_trainer, weights
@@ -53,6 +54,10 @@ class TestRefusals:
         with pytest.raises(ValueError, match="NaN.*predictor.backbone.path"):
             make_module()
 
+    def test_a_teacher_that_would_be_trained(self) -> None:
+        with pytest.raises(ValueError, match="frozen teacher, found SharedStudent.*predictor.student"):
+            make_module(student=SharedStudent())
+
     @by_objective
     def test_nan_in_the_adapter(self, tmp_path: Path, objective: Objective, loss: Loss) -> None:
         module = make_module(objective=objective, loss=loss)
@@ -85,10 +90,11 @@ class TestCheckpoint:
             ({"objective": IndependentObjective()}, "predictor.objective"),
             ({"features": BinaryFeatures(4)}, "predictor.features"),
             ({"head": "linear"}, "predictor.head"),
+            ({"student": FullCopyStudent()}, "predictor.student"),
             ({"lora": LoraSettings(rank=3)}, "predictor.lora"),
             ({"lora": LoraSettings(rank=2, target_modules=["q_proj"])}, "predictor.lora"),
         ],
-        ids=["base", "sampling", "objective", "features", "head", "rank", "target_modules"],
+        ids=["base", "sampling", "objective", "features", "head", "student", "rank", "target_modules"],
     )
     def test_that_does_not_fit_is_refused(
         self, tmp_path: Path, checkpoint: str, change: dict[str, Any], message: str

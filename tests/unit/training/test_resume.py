@@ -15,6 +15,7 @@ from ptp_lightning.models.backbone import BackboneSettings
 from ptp_lightning.models.gated_lora import LoraSettings
 from ptp_lightning.models.predictor import PredictorConfig
 from ptp_lightning.models.refiner import RefinerSettings
+from ptp_lightning.models.students import FullCopyStudent
 from ptp_lightning.sampling import SamplingConfig
 from ptp_lightning.training.distillation import DistillationModule
 from ptp_lightning.training.optimization import OptimizerSettings
@@ -69,6 +70,16 @@ def distillation(optimizer: OptimizerSettings) -> DistillationModule:
     return DistillationModule(config, optimizer=optimizer)
 
 
+def full_copy(optimizer: OptimizerSettings) -> DistillationModule:
+    config = PredictorConfig(
+        BackboneSettings(from_config=MODEL),
+        sampling=SamplingConfig(temperature=0.8, top_k=8, top_p=0.9),
+        window_length=4,
+        student=FullCopyStudent(),
+    )
+    return DistillationModule(config, optimizer=optimizer)
+
+
 def pretraining(optimizer: OptimizerSettings) -> AutoregressiveModule:
     return AutoregressiveModule(BackboneSettings(from_config=MODEL), optimizer)
 
@@ -100,7 +111,7 @@ def fit(
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize("make", [distillation, pretraining])
+@pytest.mark.parametrize("make", [distillation, full_copy, pretraining])
 def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path, make: Any, optimizer: str, accumulate: int) -> None:
     options = {"accumulate_grad_batches": accumulate}
     whole, before, after = Record(), Record(cut_at_step=4), Record()

@@ -1,0 +1,98 @@
+"""Students: which network runs the slots, and which of its weights are trained.
+
+A new student is one frozen dataclass with `attach`, plus one `class_path` line of YAML.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
+
+from ptp_lightning.models.gated_lora import Gate, LoraSettings, add_gated_lora
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+
+class AttachedStudent(NamedTuple):
+    """The networks of a predictor.
+
+    Attributes:
+        language_model: the base model, which is the teacher; carries the adapter where there is one.
+        gate: lets the adapter act; nothing hangs on it where there is none.
+        copy: the network that runs the slots if it is not the base model.
+    """
+
+    language_model: PreTrainedModel | PeftModel
+    gate: Gate
+    copy: PreTrainedModel | None
+
+
+@dataclass(frozen=True)
+class Student(ABC):
+    """How the network that runs the slots comes from the base model."""
+
+    name: ClassVar[str]
+    encodes_context: ClassVar[bool]
+    """Whether the weights that are trained act on context tokens too, so that gradients flow through the context."""
+    trains_base: ClassVar[bool]
+    """Whether the base model itself is trained, so that there is no fixed teacher."""
+
+    @abstractmethod
+    def attach(self, base: PreTrainedModel, lora: LoraSettings) -> AttachedStudent:
+        """Make the networks, in eval mode, and mark what is trained by `requires_grad`; `base` is changed in place."""
+
+
+@dataclass(frozen=True)
+class GatedLoraStudent(Student):
+    """The frozen base model with low-rank adapters that act on slots alone; their size is `predictor.lora`.
+
+    Slots attend to the base model's own keys and values: one call runs teacher and student.
+    """
+
+    name: ClassVar[str] = "gated_lora"
+    encodes_context: ClassVar[bool] = False
+    trains_base: ClassVar[bool] = False
+
+    def attach(self, base: PreTrainedModel, lora: LoraSettings) -> AttachedStudent:
+        """See `Student.attach`."""
+        language_model, gate = add_gated_lora(base, lora)
+        return AttachedStudent(language_model, gate, copy=None)
+
+
+@dataclass(frozen=True)
+class FullCopyStudent(Student):
+    """A copy of the whole base model, all of it trained, that encodes the context itself (the paper's NYC students).
+
+    It starts from the base model's weights, in float32 also where those are bfloat16; tied weights stay tied. The base
+    model stays the frozen teacher. Decoding runs both, each with its own keys and values. `predictor.lora` is not read.
+    """
+
+    name: ClassVar[str] = "full_copy"
+    encodes_context: ClassVar[bool] = True
+    trains_base: ClassVar[bool] = False
+
+    def attach(self, base: PreTrainedModel, lora: LoraSettings) -> AttachedStudent:
+        """See `Student.attach`."""
+        student = copy.deepcopy(base).float().requires_grad_(True).eval()
+        return AttachedStudent(base.requires_grad_(False), Gate(), student)
+
+
+@dataclass(frozen=True)
+class SharedStudent(Student):
+    """One network, trained as a whole, for context and slots: there is no teacher beside it (teacher-free training).
+
+    It is trained in float32 and without dropout, also where its configuration has some: the auxiliaries of a token are
+    defined by what the network says, so what it says must not be blurred. `predictor.lora` is not read.
+    """
+
+    name: ClassVar[str] = "shared"
+    encodes_context: ClassVar[bool] = True
+    trains_base: ClassVar[bool] = True
+
+    def attach(self, base: PreTrainedModel, lora: LoraSettings) -> AttachedStudent:
+        """See `Student.attach`."""
+        return AttachedStudent(base.float().requires_grad_(True), Gate(), copy=None)
