@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from ptp_lightning.sampling import SamplingConfig
     from ptp_lightning.training.distillation import DistillationModule
     from ptp_lightning.training.pretraining import AutoregressiveModule
+    from ptp_lightning.training.self_training import InverseAutoregressiveModule
 
 __version__ = "0.1.0"
 
@@ -18,6 +19,7 @@ __all__ = [
     "AutoregressiveModule",
     "CorpusDataModule",
     "DistillationModule",
+    "InverseAutoregressiveModule",
     "PackedBatch",
     "ParallelTokenPredictor",
     "PredictorConfig",
@@ -32,6 +34,7 @@ _HOMES = {
     "AutoregressiveModule": "training.pretraining",
     "CorpusDataModule": "data.datamodule",
     "DistillationModule": "training.distillation",
+    "InverseAutoregressiveModule": "training.self_training",
     "PackedBatch": "data.batch",
     "ParallelTokenPredictor": "models.predictor",
     "PredictorConfig": "models.predictor",

@@ -93,7 +93,8 @@ class Context(NamedTuple):
 
     Attributes:
         hidden: `[B, S, H]`, last hidden states of the base model.
-        cache: keys and values of the context; calls may append to it, and must cut off what they appended.
+        cache: keys and values of the context; calls may append to it, and must cut off what they appended. Where they
+            carry gradients (see `encode`), calls without gradients must work on `detached`.
         input_ids: `[B, S]`.
         document_ids: `[B, S]`.
         position_ids: `[B, S]`.
@@ -108,6 +109,16 @@ class Context(NamedTuple):
     position_ids: Tensor
     window_starts: Tensor
     window_positions: Tensor
+
+    def detached(self) -> Context:
+        """The same without gradients, with tensors of its own in the cache: calls leave this one's graph alone."""
+        from transformers import DynamicCache
+
+        cache = DynamicCache()
+        for index, layer in enumerate(self.cache.layers):
+            assert layer.keys is not None and layer.values is not None, "the context has been read"
+            cache.update(layer.keys.detach(), layer.values.detach(), index)
+        return self._replace(hidden=self.hidden.detach(), cache=cache)
 
     @property
     def first_hidden(self) -> Tensor:
@@ -225,13 +236,12 @@ class ParallelTokenPredictor(nn.Module):
         """Run the student's stack, the adapter's gate as the caller left it; arguments as in `decode`."""
         return _run_stack(self.student_model, embeddings, position_ids, mask, cache)
 
-    @torch.no_grad()
     def encode(self, input_ids: Tensor, document_ids: Tensor, position_ids: Tensor, window_starts: Tensor) -> Context:
-        """One pass of the base model over packed rows, without gradients (fields as in `PackedBatch`)."""
+        """One pass of the base model over packed rows (fields as in `PackedBatch`); no gradients if it is frozen."""
         from transformers import DynamicCache
 
         cache = DynamicCache()
-        with self.gate.closed():
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.student.trains_base), self.gate.closed():
             hidden = self.decode(self.embed(input_ids), position_ids, context_mask(document_ids), cache)
         positions = position_ids.gather(1, window_starts - 1) + 1
         return Context(hidden, cache, input_ids, document_ids, position_ids, window_starts, positions)
@@ -249,7 +259,7 @@ class ParallelTokenPredictor(nn.Module):
         num_windows, slots = auxiliaries.shape[1], auxiliaries.shape[2] - 1
         mask, positions = context.place_slots(slots)
         embeddings = self.slot_encoder(auxiliaries).flatten(1, 2)
-        if self.config.student.encodes_context:
+        if self.student_copy is not None:
             hidden = self._joint_hidden(context, embeddings, positions, mask)
         else:
             with self.gate.open():

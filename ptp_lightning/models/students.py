@@ -36,8 +36,6 @@ class Student(ABC):
     """How the network that runs the slots comes from the base model."""
 
     name: ClassVar[str]
-    encodes_context: ClassVar[bool]
-    """Whether the weights that are trained act on context tokens too, so that gradients flow through the context."""
     trains_base: ClassVar[bool]
     """Whether the base model itself is trained, so that there is no fixed teacher."""
 
@@ -54,7 +52,6 @@ class GatedLoraStudent(Student):
     """
 
     name: ClassVar[str] = "gated_lora"
-    encodes_context: ClassVar[bool] = False
     trains_base: ClassVar[bool] = False
 
     def attach(self, base: PreTrainedModel, lora: LoraSettings) -> AttachedStudent:
@@ -72,7 +69,6 @@ class FullCopyStudent(Student):
     """
 
     name: ClassVar[str] = "full_copy"
-    encodes_context: ClassVar[bool] = True
     trains_base: ClassVar[bool] = False
 
     def attach(self, base: PreTrainedModel, lora: LoraSettings) -> AttachedStudent:
@@ -90,7 +86,6 @@ class SharedStudent(Student):
     """
 
     name: ClassVar[str] = "shared"
-    encodes_context: ClassVar[bool] = True
     trains_base: ClassVar[bool] = True
 
     def attach(self, base: PreTrainedModel, lora: LoraSettings) -> AttachedStudent:

@@ -3,6 +3,14 @@
 from ptp_lightning.training.distillation import DistillationModule
 from ptp_lightning.training.optimization import OptimizerSettings
 from ptp_lightning.training.pretraining import AutoregressiveModule
+from ptp_lightning.training.self_training import InverseAutoregressiveModule
 from ptp_lightning.training.windows import DatasetWindows, TeacherWindows
 
-__all__ = ["AutoregressiveModule", "DatasetWindows", "DistillationModule", "OptimizerSettings", "TeacherWindows"]
+__all__ = [
+    "AutoregressiveModule",
+    "DatasetWindows",
+    "DistillationModule",
+    "InverseAutoregressiveModule",
+    "OptimizerSettings",
+    "TeacherWindows",
+]

@@ -1,29 +1,25 @@
 """DistillationModule: a teacher's distributions and picks -> a student that predicts whole windows from auxiliaries."""
 
 import math
-import warnings
-from typing import Any
 
 import torch
-from lightning import LightningModule
-from lightning.fabric.utilities.warnings import PossibleUserWarning
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.nn import functional as F
 
 from ptp_lightning.auxiliary import pick
 from ptp_lightning.data.batch import PackedBatch
 from ptp_lightning.losses import KullbackLeibler, Loss, LossSum, SlotTargets, require_sound
-from ptp_lightning.metrics import WindowMetrics, WindowSummary, as_tags
+from ptp_lightning.metrics import WindowMetrics
 from ptp_lightning.models.predictor import Context, ParallelTokenPredictor, PredictorConfig
 from ptp_lightning.models.refiner import refine_draft
 from ptp_lightning.randomness import keyed_generator
 from ptp_lightning.sampling import TokenDistribution, require
-from ptp_lightning.training.optimization import OptimizerSettings, configure
+from ptp_lightning.training.optimization import OptimizerSettings
+from ptp_lightning.training.predictor_module import PredictorModule
 from ptp_lightning.training.windows import TeacherWindows, WindowSample, WindowSource
 
 
-class DistillationModule(LightningModule):
+class DistillationModule(PredictorModule):
     """Teach a student's slots what the frozen base model will sample (Algorithm 2 of Draxler et al., ICLR 2026).
 
     Every step runs the base model over the packed contexts, lets `source` fill the windows, and trains the slots on
@@ -51,8 +47,6 @@ class DistillationModule(LightningModule):
         first_pass_loss_weight: float = 0.5,
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        self.strict_loading = False  # base weights are not in the checkpoint
         require_sound(loss, predictor.objective.name)
         if predictor.student.trains_base:
             raise ValueError(
@@ -60,47 +54,15 @@ class DistillationModule(LightningModule):
                 "it is to learn: set predictor.student to FullCopyStudent or GatedLoraStudent, or train without a "
                 "teacher (InverseAutoregressiveModule)"
             )
+        super().__init__(predictor, optimizer)
         self.loss = loss
         self.source = source
         self.val_source = val_source
-        self.optimizer_settings = optimizer
         if not 0 <= first_pass_loss_weight < math.inf:
             raise ValueError(f"expected model.init_args.first_pass_loss_weight >= 0, found {first_pass_loss_weight}")
         self.first_pass_loss_weight = first_pass_loss_weight
         self.seed = seed
-        self.predictor = ParallelTokenPredictor(predictor)
         self.val_metrics = WindowMetrics(predictor.window_length)
-        self.val_summary: WindowSummary | None = None
-
-    def setup(self, stage: str) -> None:
-        """Compare data and model before the first step.
-
-        Raises:
-            ValueError: tokenizer, row length or window length do not fit.
-        """
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        length, limit = self.predictor.config.window_length, self.predictor.max_positions
-        vocabulary = self.predictor.base_model.config.vocab_size
-        if len(data.tokenizer) > vocabulary:
-            raise ValueError(
-                f"expected a tokenizer of at most {vocabulary} entries (the model's vocab_size), found "
-                f"{len(data.tokenizer)}: data.tokenizer must name the model of predictor.backbone.path"
-            )
-        if length > data.row_length:
-            raise ValueError(
-                f"expected windows no longer than a row, found predictor.window_length {length} > data.row_length "
-                f"{data.row_length}: lower the first or raise the second"
-            )
-        if limit is not None and data.row_length + length > limit:
-            raise ValueError(
-                f"expected data.row_length + predictor.window_length <= {limit} (the model's positions), found "
-                f"{data.row_length} + {length}: lower data.row_length"
-            )
-        self.end_of_text: int | None = data.tokenizer.eos_token_id
-
-    def on_fit_start(self) -> None:
-        """Keep Lightning from warning about the base model, which is in eval mode on purpose."""
-        warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode", category=PossibleUserWarning)
 
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
         """Loss in nats per slot, normalised by the slots of all ranks."""
@@ -135,42 +97,11 @@ class DistillationModule(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the tags of the finished validation."""
-        self._log_summary("val")
+        self._log_window_metrics("val")
 
     def on_test_epoch_end(self) -> None:
         """Log the tags of the finished test."""
-        self._log_summary("test")
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """The configured optimiser and schedule over what is trained."""
-        return configure(
-            self.optimizer_settings, self.predictor.named_parameters(), self.trainer.estimated_stepping_batches
-        )
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Replace all weights by the trained ones and say what they belong to."""
-        checkpoint["state_dict"] = {
-            f"predictor.{name}": value for name, value in self.predictor.trainable_state().items()
-        }
-        checkpoint["predictor"] = {
-            "config": self.predictor.config.to_dict(),
-            "base_fingerprint": self.predictor.base_fingerprint,
-        }
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another base model, of other sampling settings or of another adapter.
-
-        Raises:
-            ValueError: what differs, and the key that mends it.
-        """
-        from ptp_lightning.models.checkpoint import require_same_predictor
-
-        require_same_predictor(checkpoint, self.predictor)
-        state: dict[str, Tensor] = checkpoint["state_dict"]
-        self.predictor.require_trainable_state({name.removeprefix("predictor."): state[name] for name in state})
-
-    def _encode(self, batch: PackedBatch) -> Context:
-        return self.predictor.encode(batch.input_ids, batch.document_ids, batch.position_ids, batch.window_starts)
+        self._log_window_metrics("test")
 
     def _refined_loss(self, context: Context, hidden: Tensor, sample: WindowSample) -> LossSum:
         """Loss of refined slots that are told the true tokens.
@@ -180,6 +111,10 @@ class DistillationModule(LightningModule):
         pairs = self.predictor.refiner_context(context)
         refined = self.predictor.refine(context, pairs, hidden, sample.token_ids[..., :-1])
         return _slot_loss(self.loss, refined, self.predictor, sample, slice(1, None))
+
+    def _log_window_metrics(self, stage: str) -> None:
+        self._log_summary(stage, self.val_metrics.compute())
+        self.val_metrics.reset()
 
     @torch.no_grad()
     def _evaluate(self, batch: PackedBatch, generator: torch.Generator) -> None:
@@ -210,16 +145,6 @@ class DistillationModule(LightningModule):
             sample.mask,
             torch.cat([first_nll.unsqueeze(-1), nll.view_as(proposed)], dim=-1),
         )
-
-    def _log_summary(self, stage: str) -> None:
-        self.val_summary = self.val_metrics.compute()
-        self.val_metrics.reset()
-        tags = as_tags(self.val_summary, stage)
-        headline = f"{stage}/correct_tokens"
-        if headline in tags:  # there were windows
-            # The same on every rank; synchronised all the same, so that a checkpoint callback may monitor it.
-            self.log(headline, tags.pop(headline), prog_bar=True, sync_dist=True)
-        self.log_dict(tags, rank_zero_only=True)
 
 
 def _slot_loss(

@@ -121,17 +121,8 @@ class DatasetWindows(WindowSource):
     ) -> WindowSample:
         """See `WindowSource.sample`."""
         length = predictor.config.window_length
-        offset = torch.arange(length, device=batch.input_ids.device)
-        index = batch.window_starts.unsqueeze(-1) + offset  # [B, N, L], may point past the row
-        inside = index < batch.input_ids.shape[1]
-        index = index.clamp_max(batch.input_ids.shape[1] - 1)
-        token_ids, documents, completion = (
-            tensor.gather(1, index.flatten(1)).view_as(index)
-            for tensor in (batch.input_ids, batch.document_ids, batch.completion_mask)
-        )
-        own_document = batch.document_ids.gather(1, batch.window_starts).unsqueeze(-1)
-        mask = (inside & completion & (documents == own_document)).cumprod(-1).bool()
-
+        token_ids, mask = window_tokens(batch, length)
+        index = _window_index(batch, length)
         hidden_index = (index - 1).flatten(1).unsqueeze(-1).expand(-1, -1, context.hidden.shape[-1])
         hidden = context.hidden.gather(1, hidden_index).unflatten(1, index.shape[1:])
         teacher, target = predictor.config.sampling.with_target(predictor.logits(hidden))
@@ -139,6 +130,24 @@ class DatasetWindows(WindowSource):
         mask = (mask & (upper > lower)).cumprod(-1).bool()
         auxiliaries = self.strategy(lower, upper, generator)
         return WindowSample(token_ids, auxiliaries, mask, teacher, target)
+
+
+def window_tokens(batch: PackedBatch, length: int) -> tuple[Tensor, Tensor]:
+    """The text itself: token ids `[B, N, L]`, and a bool mask, true up to the end of document and completion."""
+    index = _window_index(batch, length)
+    token_ids, documents, completion = (
+        tensor.gather(1, index.flatten(1)).view_as(index)
+        for tensor in (batch.input_ids, batch.document_ids, batch.completion_mask)
+    )
+    own_document = batch.document_ids.gather(1, batch.window_starts).unsqueeze(-1)
+    inside = batch.window_starts.unsqueeze(-1) + torch.arange(length, device=index.device) < batch.input_ids.shape[1]
+    return token_ids, (inside & completion & (documents == own_document)).cumprod(-1).bool()
+
+
+def _window_index(batch: PackedBatch, length: int) -> Tensor:
+    """Row indices `[B, N, L]` of the windows' tokens; past the row, that of its last token."""
+    offset = torch.arange(length, device=batch.window_starts.device)
+    return (batch.window_starts.unsqueeze(-1) + offset).clamp_max(batch.input_ids.shape[1] - 1)
 
 
 def until_end(token_ids: Tensor, end_of_text: int | None) -> Tensor:

@@ -15,11 +15,12 @@ from ptp_lightning.models.backbone import BackboneSettings
 from ptp_lightning.models.gated_lora import LoraSettings
 from ptp_lightning.models.predictor import PredictorConfig
 from ptp_lightning.models.refiner import RefinerSettings
-from ptp_lightning.models.students import FullCopyStudent
+from ptp_lightning.models.students import FullCopyStudent, SharedStudent
 from ptp_lightning.sampling import SamplingConfig
 from ptp_lightning.training.distillation import DistillationModule
 from ptp_lightning.training.optimization import OptimizerSettings
 from ptp_lightning.training.pretraining import AutoregressiveModule
+from ptp_lightning.training.self_training import InverseAutoregressiveModule
 from tests.tiny_data import tiny_data
 
 MODEL = {
@@ -80,6 +81,11 @@ def full_copy(optimizer: OptimizerSettings) -> DistillationModule:
     return DistillationModule(config, optimizer=optimizer)
 
 
+def teacher_free(optimizer: OptimizerSettings) -> InverseAutoregressiveModule:
+    config = PredictorConfig(BackboneSettings(from_config=MODEL), window_length=4, student=SharedStudent())
+    return InverseAutoregressiveModule(config, optimizer=optimizer)
+
+
 def pretraining(optimizer: OptimizerSettings) -> AutoregressiveModule:
     return AutoregressiveModule(BackboneSettings(from_config=MODEL), optimizer)
 
@@ -111,7 +117,7 @@ def fit(
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize("make", [distillation, full_copy, pretraining])
+@pytest.mark.parametrize("make", [distillation, full_copy, teacher_free, pretraining])
 def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path, make: Any, optimizer: str, accumulate: int) -> None:
     options = {"accumulate_grad_batches": accumulate}
     whole, before, after = Record(), Record(cut_at_step=4), Record()

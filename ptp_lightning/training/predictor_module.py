@@ -1,0 +1,107 @@
+"""PredictorModule: what every LightningModule that trains a predictor does alike, checks and checkpoints above all."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from lightning import LightningModule
+from lightning.fabric.utilities.warnings import PossibleUserWarning
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+
+from ptp_lightning.data.batch import PackedBatch
+from ptp_lightning.metrics import WindowSummary, as_tags
+from ptp_lightning.models.predictor import Context, ParallelTokenPredictor, PredictorConfig
+from ptp_lightning.training.optimization import OptimizerSettings, configure
+
+
+class PredictorModule(LightningModule):
+    """A predictor in training.
+
+    Args:
+        predictor: the base model and everything that is trained.
+        optimizer: optimiser and schedule.
+
+    Attributes:
+        val_summary: of the last validation or test; the callbacks show it.
+        end_of_text: the token id that ends a text, if there is one; known after `setup`.
+    """
+
+    def __init__(self, predictor: PredictorConfig, optimizer: OptimizerSettings) -> None:
+        super().__init__()
+        self.strict_loading = False  # frozen weights are not in the checkpoint
+        self.optimizer_settings = optimizer
+        self.predictor = ParallelTokenPredictor(predictor)
+        self.val_summary: WindowSummary | None = None
+
+    def setup(self, stage: str) -> None:
+        """Compare data and model before the first step.
+
+        Raises:
+            ValueError: tokenizer, row length or window length do not fit.
+        """
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        length, limit = self.predictor.config.window_length, self.predictor.max_positions
+        vocabulary = self.predictor.base_model.config.vocab_size
+        if len(data.tokenizer) > vocabulary:
+            raise ValueError(
+                f"expected a tokenizer of at most {vocabulary} entries (the model's vocab_size), found "
+                f"{len(data.tokenizer)}: data.tokenizer must name the model of predictor.backbone.path"
+            )
+        if length > data.row_length:
+            raise ValueError(
+                f"expected windows no longer than a row, found predictor.window_length {length} > data.row_length "
+                f"{data.row_length}: lower the first or raise the second"
+            )
+        if limit is not None and data.row_length + length > limit:
+            raise ValueError(
+                f"expected data.row_length + predictor.window_length <= {limit} (the model's positions), found "
+                f"{data.row_length} + {length}: lower data.row_length"
+            )
+        self.end_of_text: int | None = data.tokenizer.eos_token_id
+
+    def on_fit_start(self) -> None:
+        """Keep Lightning from warning about the base model, which is in eval mode on purpose."""
+        warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode", category=PossibleUserWarning)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The configured optimiser and schedule over what is trained."""
+        return configure(
+            self.optimizer_settings, self.predictor.named_parameters(), self.trainer.estimated_stepping_batches
+        )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Replace all weights by the trained ones and say what they belong to."""
+        checkpoint["state_dict"] = {
+            f"predictor.{name}": value for name, value in self.predictor.trainable_state().items()
+        }
+        checkpoint["predictor"] = {
+            "config": self.predictor.config.to_dict(),
+            "base_fingerprint": self.predictor.base_fingerprint,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another base model, of other sampling settings or of another adapter.
+
+        Raises:
+            ValueError: what differs, and the key that mends it.
+        """
+        from ptp_lightning.models.checkpoint import require_same_predictor
+
+        require_same_predictor(checkpoint, self.predictor)
+        state: dict[str, Tensor] = checkpoint["state_dict"]
+        self.predictor.require_trainable_state({name.removeprefix("predictor."): state[name] for name in state})
+
+    def _encode(self, batch: PackedBatch) -> Context:
+        return self.predictor.encode(batch.input_ids, batch.document_ids, batch.position_ids, batch.window_starts)
+
+    def _log_summary(self, stage: str, summary: WindowSummary) -> None:
+        """Keep a summary for the callbacks and log its tags."""
+        self.val_summary = summary
+        tags = as_tags(summary, stage)
+        headline = f"{stage}/correct_tokens"
+        if headline in tags:  # there were windows
+            # The same on every rank; synchronised all the same, so that a checkpoint callback may monitor it.
+            self.log(headline, tags.pop(headline), prog_bar=True, sync_dist=True)
+        self.log_dict(tags, rank_zero_only=True)

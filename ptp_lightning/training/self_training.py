@@ -1,0 +1,276 @@
+"""InverseAutoregressiveModule: categorical parallel token prediction without a teacher, from data alone."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics import MeanMetric
+
+from ptp_lightning.auxiliary import UniformInInterval, token_interval
+from ptp_lightning.data.batch import PackedBatch
+from ptp_lightning.losses import CrossEntropy, LossSum, SlotTargets
+from ptp_lightning.metrics import WindowMetrics, WindowSummary
+from ptp_lightning.models.predictor import Context, ParallelTokenPredictor, PredictorConfig
+from ptp_lightning.models.slots import CategoricalObjective
+from ptp_lightning.models.window_attention import slot_mask
+from ptp_lightning.randomness import keyed_generator
+from ptp_lightning.sampling import require
+from ptp_lightning.training.optimization import OptimizerSettings
+from ptp_lightning.training.predictor_module import PredictorModule
+from ptp_lightning.training.pretraining import IGNORED_LABEL, next_token_labels
+from ptp_lightning.training.windows import TeacherWindows, window_tokens
+
+
+class InverseAuxiliaries(NamedTuple):
+    """Auxiliaries that name given tokens under the model's own predictions.
+
+    Attributes:
+        values: `[B, N, L - 1]` float64, u of every token of a window but the last, which no slot carries.
+        found: `[B, N, L - 1]` bool; false for a token of probability zero, which no u names (its value is 0).
+    """
+
+    values: Tensor
+    found: Tensor
+
+
+@torch.no_grad()
+def invert(
+    predictor: ParallelTokenPredictor,
+    context: Context,
+    token_ids: Tensor,
+    strategy: UniformInInterval,
+    generator: torch.Generator,
+) -> InverseAuxiliaries:
+    """The auxiliaries of Algorithm 3 (Draxler et al., ICLR 2026): for k = i, i + 1, ...
+
+        P_k = P_theta(. | t_<i, u_i .. u_{k-1})    and    u_k in [F_{t_k - 1}, F_{t_k}) of P_k.
+
+    P_i is the autoregressive prediction, so it costs nothing beyond the context. All windows of all rows advance
+    together, one slot per window in each of L - 2 cached calls: B x N x (L - 2) positions in all.
+
+    Args:
+        predictor: its student must be the base model itself.
+        context: of `encode`; left as it is, gradients included.
+        token_ids: `[B, N, L]`, the windows' tokens.
+        strategy: where in its interval an auxiliary lies.
+        generator: of the draws.
+    """
+    context = context.detached()
+    num_windows, length = token_ids.shape[1:]
+    sampling = predictor.config.sampling.proposal()
+    window = torch.arange(num_windows, device=token_ids.device)
+    logits = predictor.logits(context.first_hidden)
+    values: list[Tensor] = []
+    found: list[Tensor] = []
+    for offset in range(length - 1):
+        if offset > 0:
+            # The newest auxiliary of each window is fed; keys are kept step after step.
+            mask = slot_mask(
+                context.document_ids,
+                context.window_starts,
+                query_window=window,
+                query_offset=torch.full_like(window, offset - 1),
+                key_window=window.repeat(offset),
+                key_offset=torch.arange(offset, device=window.device).repeat_interleave(num_windows),
+            )
+            slots = predictor.slot_encoder(_followed_by_nothing(values[-1].unsqueeze(-1))).squeeze(-2)
+            hidden = predictor.student_decode(slots, context.window_positions + offset - 1, mask, context.cache)
+            logits = predictor.slot_logits(hidden)
+        lower, upper = token_interval(sampling.distribution(logits), token_ids[..., offset])
+        values.append(strategy(lower, upper, generator))
+        found.append(upper > lower)
+    return InverseAuxiliaries(torch.stack(values, dim=-1), torch.stack(found, dim=-1))
+
+
+class FilledWindows(NamedTuple):
+    """Windows of the data and what the slots say about them.
+
+    Attributes:
+        token_ids: `[B, N, L]`.
+        auxiliaries: `[B, N, L - 1]`, see `InverseAuxiliaries`.
+        mask: `[B, N, L]` bool, a prefix of each window: the tokens whose likelihood counts.
+        hidden: `[B, N, L - 1, H]`, of the slots, which predict the tokens 1 .. L - 1.
+    """
+
+    token_ids: Tensor
+    auxiliaries: Tensor
+    mask: Tensor
+    hidden: Tensor
+
+
+class InverseAutoregressiveModule(PredictorModule):
+    """Train one network to predict windows from auxiliaries that it infers itself (IAT, Algorithm 3).
+
+    A step reads the context once, with gradients; finds the auxiliaries of the windows' tokens without (`invert`); and
+    predicts all windows in one parallel pass with gradients, which flow through the context too. The loss is the cross
+    entropy of the slots, plus that of ordinary next-token prediction on the context: the network stays the
+    autoregressive model that decoding verifies with.
+
+    A window ends with its document, before a prompt token, and behind a token of probability zero, which no auxiliary
+    names. Such a token still counts: leaving it out would flatter the likelihood.
+
+    Validation logs `val/perplexity/position_XX` of held-out windows by the same procedure (position 00 is the
+    autoregressive model's own), `val/autoregressive_perplexity` over all tokens, and `val/correct_tokens` with its
+    accuracies as distillation does: what decoding would accept of windows that the network's own samples fill.
+
+    Args:
+        predictor: with `student: SharedStudent` and the categorical objective; `backbone.from_config` starts from
+            random weights.
+        loss: cross entropy, of slots and of next tokens.
+        strategy: where in its token's interval an auxiliary lies.
+        optimizer: optimiser and schedule.
+        autoregressive_loss_weight: of the next-token loss per token against the loss per slot; 0 leaves it out, so that
+            only the slots' view of the context trains its encoding.
+        seed: of all auxiliaries.
+
+    Raises:
+        ValueError: the student, objective, refiner or temperature has no teacher-free training; names the key.
+    """
+
+    def __init__(
+        self,
+        predictor: PredictorConfig,
+        loss: CrossEntropy = CrossEntropy(),  # noqa: B008  frozen
+        strategy: UniformInInterval = UniformInInterval(),  # noqa: B008  frozen
+        optimizer: OptimizerSettings = OptimizerSettings(),  # noqa: B008  frozen
+        autoregressive_loss_weight: float = 1.0,
+        seed: int = 0,
+    ) -> None:
+        require_teacher_free(predictor)
+        super().__init__(predictor, optimizer)
+        if not 0 <= autoregressive_loss_weight < math.inf:
+            raise ValueError(
+                f"expected model.init_args.autoregressive_loss_weight >= 0, found {autoregressive_loss_weight}"
+            )
+        self.loss = loss
+        self.strategy = strategy
+        self.autoregressive_loss_weight = autoregressive_loss_weight
+        self.seed = seed
+        self.likelihoods = WindowMetrics(predictor.window_length)
+        self.agreement = WindowMetrics(predictor.window_length)
+        self.next_token_nats = MeanMetric()
+        self.val_summary: WindowSummary | None = None
+
+    def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
+        """Loss in nats per slot, plus the weighted loss per token; each normalised by its count over all ranks."""
+        generator = keyed_generator(self.seed, "train", self.global_rank, self.global_step, batch_idx)
+        context = self._encode(batch)
+        windows = self._fill(batch, context, generator)
+        of_slots = self._loss(windows.hidden, windows.token_ids[..., 1:], windows.mask[..., 1:])
+        labels = next_token_labels(batch)
+        of_tokens = self._loss(context.hidden, labels, labels != IGNORED_LABEL)
+        counts = self.trainer.strategy.reduce(torch.stack([of_slots.count, of_tokens.count]), reduce_op="mean")
+        # DDP averages gradients over ranks, so local sums are divided by mean counts.
+        slot_nats, token_nats = torch.stack([of_slots.total, of_tokens.total]) / counts.clamp_min(1)
+        total = slot_nats + self.autoregressive_loss_weight * token_nats
+        require(
+            total.isfinite(),
+            total,
+            "the training loss must be finite: weights or gradients have overflowed (lower "
+            "optimizer.learning_rate, set trainer.gradient_clip_val, or try trainer.precision: 32-true)",
+        )
+        self.log("train/loss_nats", slot_nats.detach(), prog_bar=True)
+        self.log("train/autoregressive_loss_nats", token_nats.detach())
+        return total
+
+    def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
+        """Likelihood of held-out windows, and agreement with the network's own samples."""
+        self._evaluate(batch, keyed_generator(self.seed, "val", self.global_rank, batch_idx))
+
+    def test_step(self, batch: PackedBatch, batch_idx: int) -> None:
+        """As in validation."""
+        self._evaluate(batch, keyed_generator(self.seed, "test", self.global_rank, batch_idx))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the tags of the finished validation."""
+        self._log_metrics("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the tags of the finished test."""
+        self._log_metrics("test")
+
+    @torch.no_grad()
+    def _evaluate(self, batch: PackedBatch, generator: torch.Generator) -> None:
+        context = self._encode(batch)
+        windows = self._fill(batch, context, generator)
+        hidden = torch.cat([context.first_hidden.unsqueeze(2), windows.hidden], dim=2)
+        logits = self.predictor.slot_logits(hidden).float()
+        nll = F.cross_entropy(logits.flatten(0, 2), windows.token_ids.flatten(), reduction="none")
+        # The data's tokens are right by construction; what decoding would accept is measured below.
+        self.likelihoods.update(windows.mask, windows.mask, nll.view(windows.mask.shape))
+
+        labels = next_token_labels(batch)
+        total, count = self._loss(context.hidden, labels, labels != IGNORED_LABEL)
+        self.next_token_nats.update(total / count.clamp_min(1), count)
+
+        sample = TeacherWindows().sample(self.predictor, batch, context, generator, self.end_of_text)
+        logits = self.predictor.slot_logits(self.predictor.slot_hidden(context, sample.auxiliaries)).float()
+        objective, sampling = self.predictor.config.objective, self.predictor.config.sampling
+        proposed = objective.propose(logits, sample.auxiliaries[..., 1:], sampling)
+        self.agreement.update(torch.cat([sample.token_ids[..., :1], proposed], dim=-1) == sample.token_ids, sample.mask)
+
+    def _log_metrics(self, stage: str) -> None:
+        likelihoods = self.likelihoods.compute()
+        nats = self.next_token_nats.compute()
+        self._log_summary(
+            stage,
+            self.agreement.compute()._replace(
+                perplexity=likelihoods.perplexity, num_likelihoods=likelihoods.num_likelihoods
+            ),
+        )
+        self.log(f"{stage}/autoregressive_perplexity", nats.exp(), rank_zero_only=True)
+        for metric in (self.likelihoods, self.agreement, self.next_token_nats):
+            metric.reset()
+
+    def _fill(self, batch: PackedBatch, context: Context, generator: torch.Generator) -> FilledWindows:
+        """The data's tokens, their auxiliaries, and one parallel pass over all slots."""
+        token_ids, mask = window_tokens(batch, self.predictor.config.window_length)
+        auxiliaries = invert(self.predictor, context, token_ids, self.strategy, generator)
+        # Without an auxiliary for token k no slot can stand for it, so k is the last that is predicted.
+        mask = mask & F.pad(auxiliaries.found.cumprod(-1).bool(), (1, 0), value=True)
+        hidden = self.predictor.slot_hidden(context, _followed_by_nothing(auxiliaries.values))
+        return FilledWindows(token_ids, auxiliaries.values, mask, hidden)
+
+    def _loss(self, hidden: Tensor, token_ids: Tensor, mask: Tensor) -> LossSum:
+        """Cross entropy of hidden states `[..., H]` against tokens `[...]` where the mask is true."""
+        targets = SlotTargets(token_ids.flatten(), None, mask.flatten().to(torch.float32))
+        return self.loss(hidden.flatten(0, -2), self.predictor.slot_logits, targets)
+
+
+def require_teacher_free(config: PredictorConfig) -> None:
+    """Refuse a predictor that Algorithm 3 cannot train.
+
+    Raises:
+        ValueError: with the reason and the key that mends it.
+    """
+    if not config.student.trains_base:
+        raise ValueError(
+            "expected one network that is trained as a whole, for teacher-free training has no frozen model, found "
+            f"{type(config.student).__name__}: set predictor.student to ptp_lightning.models.SharedStudent"
+        )
+    if config.objective.name != CategoricalObjective.name:
+        raise ValueError(
+            f"expected the categorical objective, found {config.objective.name}: an auxiliary is drawn in the interval "
+            "of its token under what a slot predicts before it is told that auxiliary, so a slot that is told it "
+            "(one_hot) has nothing to draw from, and one that is told none (independent, sequential) would not notice: "
+            "set predictor.objective to ptp_lightning.models.CategoricalObjective"
+        )
+    if config.refiner.num_layers:
+        raise ValueError(
+            f"expected no refiner, found predictor.refiner.num_layers {config.refiner.num_layers}: auxiliaries are "
+            "inferred from what slots say, and only distillation trains a refiner beside them; set it to 0"
+        )
+    if config.sampling.temperature != 1:
+        raise ValueError(
+            f"expected predictor.sampling.temperature 1, found {config.sampling.temperature}: the data are what a "
+            "network at temperature 1 learns to sample, and slots that learned from data know no other; set it to 1"
+        )
+
+
+def _followed_by_nothing(auxiliaries: Tensor) -> Tensor:
+    """`[..., J]` auxiliaries that slots carry, as the `[..., J + 1]` of a window whose last token has none yet."""
+    return F.pad(auxiliaries, (0, 1))

@@ -1,0 +1,380 @@
+"""Teacher-free training: what the inferred auxiliaries are, what they cost, and what is learned from them."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ptp_lightning.auxiliary import UniformInInterval, pick, token_interval
+from ptp_lightning.data.batch import PackedBatch
+from ptp_lightning.decoding import GenerationSettings, decode_autoregressively, decode_speculatively
+from ptp_lightning.models import (
+    BackboneSettings,
+    CategoricalObjective,
+    CosineFeatures,
+    FullCopyStudent,
+    IndependentObjective,
+    OneHotObjective,
+    ParallelTokenPredictor,
+    PredictorConfig,
+    RefinerSettings,
+    SharedStudent,
+)
+from ptp_lightning.models.checkpoint import load_predictor
+from ptp_lightning.models.predictor import Context
+from ptp_lightning.models.window_attention import context_mask
+from ptp_lightning.randomness import keyed_generator
+from ptp_lightning.sampling import SamplingConfig
+from ptp_lightning.training import InverseAutoregressiveModule, OptimizerSettings
+from ptp_lightning.training.self_training import InverseAuxiliaries, invert
+from ptp_lightning.training.windows import window_tokens
+from tests.tiny_data import tiny_data, tiny_tokenizer
+from tests.tiny_distillation import GPT2, LLAMA, make_trainer, record_losses, weights
+from tests.tiny_models import TINY_MODELS, tiny_llama
+from tests.tiny_windows import DOCUMENT_IDS, POSITION_IDS, WINDOW_STARTS
+
+VOCAB_SIZE, LENGTH = 30, 5
+FULL, TRUNCATED = SamplingConfig(), SamplingConfig(top_k=12, top_p=0.9)
+
+
+@cache
+def make_predictor(
+    family: str = "llama", sampling: SamplingConfig = FULL, dtype: torch.dtype = torch.float64
+) -> ParallelTokenPredictor:
+    torch.manual_seed(1)
+    config = PredictorConfig(
+        features=CosineFeatures(4), sampling=sampling, window_length=LENGTH, student=SharedStudent()
+    )
+    predictor = ParallelTokenPredictor(config, TINY_MODELS[family](vocab_size=VOCAB_SIZE)).to(dtype)
+    for weight in predictor.slot_encoder.parameters():
+        weight.data.mul_(5)  # slots that hang on their auxiliaries clearly
+    return predictor
+
+
+@cache
+def make_batch(seed: int = 0) -> PackedBatch:
+    input_ids = torch.randint(VOCAB_SIZE, DOCUMENT_IDS.shape, generator=torch.Generator().manual_seed(seed))
+    return PackedBatch(input_ids, DOCUMENT_IDS, POSITION_IDS, WINDOW_STARTS, DOCUMENT_IDS >= 0)
+
+
+def encode(predictor: ParallelTokenPredictor, batch: PackedBatch) -> Context:
+    return predictor.encode(batch.input_ids, batch.document_ids, batch.position_ids, batch.window_starts)
+
+
+def inverted(predictor: ParallelTokenPredictor, batch: PackedBatch, seed: int = 0) -> InverseAuxiliaries:
+    token_ids, _ = window_tokens(batch, LENGTH)
+    generator = torch.Generator().manual_seed(seed)
+    return invert(predictor, encode(predictor, batch), token_ids, UniformInInterval(), generator)
+
+
+@torch.no_grad()
+def picked(predictor: ParallelTokenPredictor, batch: PackedBatch, values: Tensor) -> Tensor:
+    """`[B, N, L - 1]`, what the auxiliaries pick from the distributions of one parallel pass."""
+    context = encode(predictor, batch)
+    slots = predictor.slot_hidden(context, F.pad(values, (0, 1)))
+    hidden = torch.cat([context.first_hidden.unsqueeze(2), slots[:, :, :-1]], dim=2)
+    return pick(values, predictor.config.sampling.distribution(predictor.slot_logits(hidden)))
+
+
+def loop(predictor: ParallelTokenPredictor, batch: PackedBatch, seed: int) -> InverseAuxiliaries:
+    """Algorithm 3 window by window: a whole pass over context and slots for every token, without cache or packing."""
+    token_ids, _ = window_tokens(batch, LENGTH)
+    generator = torch.Generator().manual_seed(seed)
+    shape = batch.window_starts.shape
+    r = torch.stack([torch.rand(shape, generator=generator, dtype=torch.float64) for _ in range(LENGTH - 1)], dim=-1)
+    values, found = torch.zeros_like(r), torch.zeros_like(r, dtype=torch.bool)
+    model = predictor.base_model
+    for row, window in [(row, window) for row in range(shape[0]) for window in range(shape[1])]:
+        start = int(batch.window_starts[row, window])
+        begin = start - 1 - int(batch.position_ids[row, start - 1])
+        embeddings = model.get_input_embeddings()(batch.input_ids[row : row + 1, begin:start])
+        for place in range(LENGTH - 1):
+            if place > 0:
+                (known,) = predictor.slot_encoder.embeddings
+                slot = predictor.slot_encoder.placeholder + known(values[row, window, place - 1])
+                embeddings = torch.cat([embeddings, slot.view(1, 1, -1)], dim=1)
+            logits = model(inputs_embeds=embeddings, use_cache=False).logits[0, -1]
+            P = predictor.config.sampling.distribution(logits)
+            lower, upper = token_interval(P, token_ids[row, window, place])
+            values[row, window, place] = torch.minimum(
+                lower + r[row, window, place] * (upper - lower), upper.nextafter(lower)
+            )
+            found[row, window, place] = upper > lower
+    return InverseAuxiliaries(values, found)
+
+
+class TestInvert:
+    @pytest.mark.parametrize("sampling", [FULL, TRUNCATED], ids=["full", "truncated"])
+    @pytest.mark.parametrize("family", TINY_MODELS)
+    @torch.no_grad()
+    def test_equals_a_loop_over_windows(self, family: str, sampling: SamplingConfig) -> None:
+        predictor, batch = make_predictor(family, sampling), make_batch()
+        expected, result = loop(predictor, batch, seed=3), inverted(predictor, batch, seed=3)
+        assert torch.equal(result.found, expected.found) and result.found.any()
+        torch.testing.assert_close(result.values, expected.values, atol=1e-5, rtol=0)  # rotary angles are float32
+
+    @pytest.mark.parametrize("sampling", [FULL, TRUNCATED], ids=["full", "truncated"])
+    @pytest.mark.parametrize("family", TINY_MODELS)
+    def test_auxiliaries_decode_back_to_the_data(self, family: str, sampling: SamplingConfig) -> None:
+        """In float64 the cached steps and the parallel pass differ by far less than a draw from its interval's end."""
+        predictor = make_predictor(family, sampling)
+        for seed in range(20):
+            batch = make_batch(seed)
+            result = inverted(predictor, batch, seed)
+            token_ids, _ = window_tokens(batch, LENGTH)
+            assert torch.equal(picked(predictor, batch, result.values)[result.found], token_ids[..., :-1][result.found])
+            assert ((result.values >= 0) & (result.values < 1)).all()
+
+    def test_single_precision_decodes_back_but_for_near_ties(self) -> None:
+        """Where it does not, the draw lies closer to the end of its interval than single precision can tell.
+
+        Of 48,000 tokens of these networks one did not.
+        """
+        predictor, exact = make_predictor(dtype=torch.float32), make_predictor()
+        num_tokens = num_wrong = 0
+        for seed in range(60):
+            batch = make_batch(seed)
+            values = inverted(predictor, batch, seed).values
+            token_ids = window_tokens(batch, LENGTH)[0][..., :-1]
+            wrong = picked(predictor, batch, values) != token_ids
+            num_tokens, num_wrong = num_tokens + wrong.numel(), num_wrong + int(wrong.sum())
+            nearby = torch.stack([picked(exact, batch, (values + d).clamp(0, 1 - 1e-9)) for d in (-1e-5, 0.0, 1e-5)])
+            assert (nearby == token_ids).any(0)[wrong].all()
+        assert num_tokens == 60 * 24 and num_wrong <= 2
+
+    def test_a_token_without_probability_ends_the_window(self) -> None:
+        """Greedy truncation: of 30 tokens only the likeliest has an interval."""
+        predictor = make_predictor(sampling=SamplingConfig(top_k=1))
+        result = inverted(predictor, make_batch())
+        assert not result.found.all()
+        assert torch.equal(result.values[~result.found], torch.zeros(int((~result.found).sum())).double())
+
+    def test_cost_in_calls_and_positions(self) -> None:
+        """L - 2 calls of one slot per window; the context is not read again."""
+        predictor, batch = make_predictor(), make_batch()
+        context, token_ids = encode(predictor, batch), window_tokens(batch, LENGTH)[0]
+        calls = count_calls(predictor)
+        invert(predictor, context, token_ids, UniformInInterval(), torch.Generator().manual_seed(0))
+        assert calls() == [3] * (LENGTH - 2)
+
+    def test_leaves_context_and_graph_alone(self) -> None:
+        predictor, batch = make_predictor(), make_batch()
+        context = encode(predictor, batch)
+        before = [layer.keys for layer in context.cache.layers]  # pyright: ignore
+        result = invert(
+            predictor, context, window_tokens(batch, LENGTH)[0], UniformInInterval(), torch.Generator().manual_seed(0)
+        )
+        assert not result.values.requires_grad
+        assert all(layer.keys is kept for layer, kept in zip(context.cache.layers, before, strict=True))  # pyright: ignore
+        assert all(keys.requires_grad for keys in before)
+
+    def test_same_generator_same_auxiliaries(self) -> None:
+        first, again, other = (inverted(make_predictor(), make_batch(), seed).values for seed in (1, 1, 2))
+        assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def count_calls(predictor: ParallelTokenPredictor) -> Any:
+    """A function that gives the length of every pass of the stack since."""
+    lengths: list[int] = []
+    base = predictor.base_model
+    hook = getattr(base, base.base_model_prefix).register_forward_pre_hook(
+        lambda _, args, named: lengths.append(named["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+
+    def result() -> list[int]:
+        hook.remove()
+        return lengths
+
+    return result
+
+
+def make_module(
+    backbone: dict[str, Any] | None = LLAMA, path: str = "embedded", **options: Any
+) -> InverseAutoregressiveModule:
+    """The same weights on every call."""
+    fields = ("objective", "student", "refiner", "sampling", "window_length")
+    predictor = {key: options.pop(key) for key in fields if key in options}
+    defaults = {"features": CosineFeatures(4), "window_length": 4, "student": SharedStudent()}
+    torch.manual_seed(0)
+    return InverseAutoregressiveModule(
+        PredictorConfig(BackboneSettings(path=path, from_config=backbone), **(defaults | predictor)),
+        optimizer=OptimizerSettings(learning_rate=0.01, warmup_steps=2),
+        **options,
+    )
+
+
+class TestTraining:
+    @pytest.mark.parametrize("backbone", [LLAMA, GPT2], ids=["llama", "gpt2"])
+    def test_from_scratch_everything_is_trained(self, tmp_path: Path, backbone: dict[str, Any]) -> None:
+        module = make_module(backbone)
+        before = weights(module)
+        make_trainer(tmp_path).fit(module, datamodule=tiny_data())
+        unchanged = {name for name, value in weights(module).items() if torch.equal(value, before[name])}
+        assert not unchanged
+
+    def test_from_a_pretrained_model(self, tmp_path: Path) -> None:
+        base = tiny_llama()
+        base.save_pretrained(tmp_path / "base")
+        module = make_module(None, str(tmp_path / "base"))
+        found = module.predictor.base_model.state_dict()
+        assert all(torch.equal(found[name], value) for name, value in base.state_dict().items())
+        losses = record_losses(module)
+        make_trainer(tmp_path).fit(module, datamodule=tiny_data())
+        assert len(losses) == 2
+
+    def test_cost_of_a_step(self, tmp_path: Path) -> None:
+        """The context once, L - 2 calls of a slot per window, all L - 1 slots of all windows once."""
+        module = make_module(window_length=6)
+        calls = count_calls(module.predictor)
+        make_trainer(tmp_path, max_steps=1, limit_val_batches=0).fit(module, datamodule=tiny_data())
+        row_length, num_windows = 12, 3
+        assert calls() == [row_length] + [num_windows] * 4 + [num_windows * 5]
+
+    def test_gradient_is_that_of_fixed_auxiliaries(self) -> None:
+        """Written out: one joint pass over context and slots, its auxiliaries constants, two cross entropies."""
+        predictor, batch = make_predictor(), make_batch()
+        module = make_module()
+        module.predictor = predictor
+        reduced: Any = type("Strategy", (), {"reduce": staticmethod(lambda tensor, reduce_op: tensor)})
+        module._trainer = type("Trainer", (), {"strategy": reduced, "global_rank": 0, "global_step": 0})()  # pyright: ignore
+        module.log = lambda *args, **named: None  # pyright: ignore
+        module.autoregressive_loss_weight = 0.3
+        predictor.zero_grad()
+        loss = module.training_step(batch, 0)
+        loss.backward()
+        found = {name: weight.grad for name, weight in predictor.named_parameters()}
+
+        predictor.zero_grad()
+        token_ids, mask = window_tokens(batch, LENGTH)
+        generator = keyed_generator(0, "train", 0, 0, 0)
+        values = invert(predictor, encode(predictor, batch), token_ids, UniformInInterval(), generator).values
+        context = encode(predictor, batch)
+        slot_mask, positions = context.place_slots(LENGTH - 1)
+        slots = predictor.slot_encoder(F.pad(values, (0, 1))).flatten(1, 2)
+        of_context = F.pad(context_mask(batch.document_ids), (0, slots.shape[1]))
+        hidden = predictor.decode(
+            torch.cat([predictor.embed(batch.input_ids), slots], dim=1),
+            torch.cat([batch.position_ids, positions], dim=1),
+            torch.cat([of_context, slot_mask], dim=2),
+            cache=None,
+        )
+        log_p = predictor.logits(hidden).log_softmax(-1)
+        of_slots = log_p[:, 14:].unflatten(1, (3, LENGTH - 1)).gather(-1, token_ids[..., 1:, None]).squeeze(-1)
+        follows = (batch.document_ids[:, 1:] == batch.document_ids[:, :-1]) & (batch.document_ids[:, 1:] >= 0)
+        of_tokens = log_p[:, :13].gather(-1, batch.input_ids[:, 1:, None]).squeeze(-1)
+        expected = -of_slots[mask[..., 1:]].mean() - 0.3 * of_tokens[follows].mean()
+        expected.backward()
+        torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-6)
+        for name, weight in predictor.named_parameters():
+            torch.testing.assert_close(found[name], weight.grad, atol=1e-5, rtol=1e-4, msg=name)
+            assert weight.grad is not None and weight.grad.any()
+
+    def test_reproducible_from_the_seed(self, tmp_path: Path) -> None:
+        runs = []
+        for seed in (0, 0, 1):
+            module = make_module(seed=seed)
+            runs.append(record_losses(module))
+            make_trainer(tmp_path).fit(module, datamodule=tiny_data())
+        assert runs[0] == runs[1] != runs[2]
+
+    def test_windows_without_a_likely_token_give_no_gradient_to_slots(self, tmp_path: Path) -> None:
+        """With one token a slot can name, most windows end behind their first token; the loss stays finite."""
+        module = make_module(sampling=SamplingConfig(top_k=1))
+        losses = record_losses(module)
+        make_trainer(tmp_path).fit(module, datamodule=tiny_data())
+        assert all(loss == loss and loss < 100 for loss in losses)
+
+
+class TestValidation:
+    def test_tags(self, tmp_path: Path) -> None:
+        module = make_module()
+        metrics = make_trainer(tmp_path, limit_val_batches=1.0).validate(
+            module, datamodule=tiny_data(eval_rows=8), verbose=False
+        )[0]
+        assert {f"val/perplexity/position_{place:02d}" for place in range(4)} <= metrics.keys()
+        assert 1 <= metrics["val/correct_tokens"] <= 4 and metrics["val/accuracy/position_00"] == 1
+        assert metrics["val/autoregressive_perplexity"] > 1
+        assert module.val_summary is not None
+
+    @torch.no_grad()
+    def test_perplexities_are_those_of_the_data(self, tmp_path: Path) -> None:
+        """Position 0 is the network's own next-token likelihood at window starts, whatever the slots say."""
+        module = make_module()
+        data = tiny_data(eval_rows=2)
+        metrics = make_trainer(tmp_path).validate(module, datamodule=data, verbose=False)[0]
+        batch = next(iter(data.val_dataloader()))
+        context = encode(module.predictor, batch)
+        log_p = module.predictor.logits(context.first_hidden).log_softmax(-1)
+        nll = -log_p.gather(-1, batch.input_ids.gather(1, batch.window_starts)[..., None]).double()
+        assert metrics["val/perplexity/position_00"] == pytest.approx(float(nll.mean().exp()), rel=1e-5)
+
+        labels = batch.input_ids.roll(-1, 1)
+        follows = (batch.document_ids == batch.document_ids.roll(-1, 1)) & (batch.document_ids >= 0)
+        follows[:, -1] = False
+        nll = -module.predictor.logits(context.hidden).log_softmax(-1).gather(-1, labels[..., None])[follows]
+        assert metrics["val/autoregressive_perplexity"] == pytest.approx(float(nll.mean().exp()), rel=1e-5)
+
+    def test_a_token_that_no_auxiliary_names_counts(self, tmp_path: Path) -> None:
+        """It ends its window; leaving it out would flatter the likelihood, most of all at position 0."""
+        full, truncated = (make_module(sampling=sampling) for sampling in (FULL, SamplingConfig(top_k=1)))
+        found = [
+            make_trainer(tmp_path).validate(each, datamodule=tiny_data(), verbose=False)[0][
+                "val/perplexity/position_00"
+            ]
+            for each in (full, truncated)
+        ]
+        assert found[0] == found[1]
+
+
+class TestCheckpoint:
+    def test_generates_from_scratch_weights(self, tmp_path: Path) -> None:
+        """The whole network is in the checkpoint: its random start is not needed again."""
+        module = make_module()
+        trainer = make_trainer(tmp_path)
+        trainer.fit(module, datamodule=tiny_data())
+        trainer.save_checkpoint(tmp_path / "run.ckpt")
+        torch.manual_seed(5)
+        predictor = load_predictor(tmp_path / "run.ckpt")
+        settings = GenerationSettings(max_new_tokens=16, window_length=4)
+        prompt = torch.tensor([[3, 1, 4]])
+        text = decode_autoregressively(predictor, prompt, settings).token_ids
+        assert text == decode_autoregressively(module.predictor.eval(), prompt, settings).token_ids
+        assert decode_speculatively(predictor, prompt, settings).token_ids == text
+        assert len(predictor.generate([3, 1, 4], max_new_tokens=9, tokenizer=tiny_tokenizer()).token_ids) > 0
+
+    def test_of_another_architecture_is_refused(self, tmp_path: Path) -> None:
+        module = make_module()
+        trainer = make_trainer(tmp_path)
+        trainer.fit(module, datamodule=tiny_data())
+        trainer.save_checkpoint(tmp_path / "run.ckpt")
+        other = make_module(LLAMA | {"num_hidden_layers": 3})
+        with pytest.raises(ValueError, match="predictor.backbone.path"):
+            make_trainer(tmp_path).fit(other, datamodule=tiny_data(), ckpt_path=str(tmp_path / "run.ckpt"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"student": FullCopyStudent()}, "found FullCopyStudent: set predictor.student to .*SharedStudent"),
+        ({"objective": OneHotObjective()}, "categorical objective, found one_hot.*set predictor.objective"),
+        ({"objective": IndependentObjective()}, "found independent.*set predictor.objective"),
+        ({"refiner": RefinerSettings(num_layers=1)}, "predictor.refiner.num_layers 1"),
+        ({"sampling": SamplingConfig(temperature=0.7)}, "temperature 1, found 0.7"),
+        ({"autoregressive_loss_weight": -1.0}, "autoregressive_loss_weight >= 0, found -1"),
+        ({"autoregressive_loss_weight": float("nan")}, "autoregressive_loss_weight >= 0, found nan"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else next(iter(value)),
+)
+def test_refusals(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_module(**change)
+
+
+def test_the_objective_is_the_default() -> None:
+    assert make_module().predictor.config.objective == CategoricalObjective()
