@@ -138,6 +138,40 @@ class WindowMetrics(Metric):
         )
 
 
+class PositionMeans(Metric):
+    """Means of any quantity at each of the positions 0 .. P - 1.
+
+    Args:
+        num_positions: P; what lies beyond is not counted.
+    """
+
+    is_differentiable = False
+    full_state_update = False
+
+    totals: Tensor
+    counts: Tensor
+
+    def __init__(self, num_positions: int) -> None:
+        super().__init__()
+        self.num_positions = num_positions
+        self.add_state("totals", torch.zeros(num_positions, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("counts", torch.zeros(num_positions, dtype=torch.int64), dist_reduce_fx="sum")
+
+    @torch.no_grad()
+    def update(self, values: Tensor, positions: Tensor) -> None:
+        """Add values `[...]`, each at its position `[...]`, int64 >= 0."""
+        kept = positions < self.num_positions
+        positions = positions[kept]
+        self.totals.index_add_(0, positions, values[kept].double())
+        self.counts += torch.bincount(positions, minlength=self.num_positions)
+
+    def compute(self) -> dict[int, float]:
+        """Position to mean, over all ranks; positions without a value are left out."""
+        counts = self.counts.reshape(-1).tolist()
+        data = enumerate(zip(self.totals.reshape(-1).tolist(), counts, strict=True))
+        return {position: total / count for position, (total, count) in data if count > 0}
+
+
 def as_tags(summary: WindowSummary, prefix: str = "val") -> dict[str, float]:
     """The scalars of a summary under the names they are logged as; whatever has no data is left out.
 

@@ -1,8 +1,23 @@
-"""Corpora, packing and LightningDataModules."""
+"""Corpora, token series, packing and LightningDataModules."""
 
 from ptp_lightning.data.batch import PackedBatch
 from ptp_lightning.data.corpus import Corpus, Document, StandardLibrary, TextFiles
 from ptp_lightning.data.datamodule import CorpusDataModule
 from ptp_lightning.data.hub import HubDataset
+from ptp_lightning.data.pickups import PickUps
+from ptp_lightning.data.series import RecordedSeries, Series
+from ptp_lightning.data.series_datamodule import SeriesDataModule
 
-__all__ = ["Corpus", "CorpusDataModule", "Document", "HubDataset", "PackedBatch", "StandardLibrary", "TextFiles"]
+__all__ = [
+    "Corpus",
+    "CorpusDataModule",
+    "Document",
+    "HubDataset",
+    "PackedBatch",
+    "PickUps",
+    "RecordedSeries",
+    "Series",
+    "SeriesDataModule",
+    "StandardLibrary",
+    "TextFiles",
+]

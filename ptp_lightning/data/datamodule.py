@@ -1,16 +1,16 @@
-"""LightningDataModules: corpora as streams of packed batches that a checkpoint can rewind."""
+"""CorpusDataModule: corpora as streams of packed batches that a checkpoint can rewind."""
 
 import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lightning import LightningDataModule
 from torch.utils.data import DataLoader, IterableDataset
 
 from ptp_lightning.data.batch import PackedBatch
 from ptp_lightning.data.corpus import Corpus, Document, Split
 from ptp_lightning.data.packing import MIN_PIECE, PackedRow, collate, pack
+from ptp_lightning.data.position import PackedDataModule, require_at_least
 from ptp_lightning.pretrained import load_tokenizer
 from ptp_lightning.randomness import keyed_generator
 
@@ -110,7 +110,7 @@ class TrainingStream(IterableDataset[PackedBatch]):
             yield row
 
 
-class CorpusDataModule(LightningDataModule):
+class CorpusDataModule(PackedDataModule):
     """Packed batches of a text corpus: an endless training stream, fixed validation and test rows.
 
     Args:
@@ -136,10 +136,10 @@ class CorpusDataModule(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        least = {"row_length": (row_length, MIN_PIECE), "batch_size": (batch_size, 1)}
-        for name, (value, minimum) in (least | {"num_windows": (num_windows, 1), "eval_rows": (eval_rows, 1)}).items():
-            if value < minimum:
-                raise ValueError(f"expected data.{name} >= {minimum}, found {value}")
+        at_least_one = {"batch_size": batch_size, "num_windows": num_windows, "eval_rows": eval_rows}
+        require_at_least(
+            {"row_length": (row_length, MIN_PIECE)} | {name: (value, 1) for name, value in at_least_one.items()}
+        )
         self.corpus = corpus
         self.tokenizer_path = tokenizer
         self.row_length = row_length
@@ -148,15 +148,22 @@ class CorpusDataModule(LightningDataModule):
         self.eval_rows = eval_rows
         self.shuffle_rows = max(shuffle_rows, 1)
         self.seed = seed
-        self.tokenizer: PreTrainedTokenizerBase | None = None
-        # What the loaded checkpoint had consumed, and the trainer's step it was written at.
-        self._loaded_batches = 0
-        self._loaded_step = 0
 
     def setup(self, stage: str) -> None:
         """Load the tokenizer; data are read when a loader is asked for."""
         if self.tokenizer is None:
             self.tokenizer = load_tokenizer(self.tokenizer_path)
+
+    @property
+    def vocab_size(self) -> int:
+        """Entries of the tokenizer."""
+        return len(self._require_tokenizer())
+
+    @property
+    def end_of_text(self) -> int | None:
+        """The tokenizer's end-of-text token, which closes every document."""
+        end_of_text: Any = self._require_tokenizer().eos_token_id
+        return end_of_text
 
     def train_dataloader(self) -> DataLoader[PackedBatch]:
         """Endless batches; the stream goes on where a loaded checkpoint stopped."""
@@ -168,7 +175,7 @@ class CorpusDataModule(LightningDataModule):
             num_windows=self.num_windows,
             shuffle_rows=self.shuffle_rows,
             seed=self.seed,
-            skip_batches=self._batches_consumed,
+            skip_batches=self.batches_consumed,
         )
         return DataLoader(stream, batch_size=None)
 
@@ -180,26 +187,9 @@ class CorpusDataModule(LightningDataModule):
         """The test rows, the same on every call."""
         return self._fixed_batches("test")
 
-    def state_dict(self) -> dict[str, Any]:
-        """How far the training stream was consumed; batches that were only prefetched do not count."""
-        step = self._loaded_step if self.trainer is None else self.trainer.global_step
-        return {"batches_consumed": self._batches_consumed(), "global_step": step}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Rewind the training stream to where the checkpoint was written."""
-        self._loaded_batches = int(state_dict["batches_consumed"])
-        self._loaded_step = int(state_dict["global_step"])
-
-    def _batches_consumed(self) -> int:
-        """Batches of this rank that went into optimiser steps, over all runs that led here."""
-        if self.trainer is None:
-            return self._loaded_batches
-        steps = self.trainer.global_step - self._loaded_step
-        return self._loaded_batches + steps * self.trainer.accumulate_grad_batches
-
     def _require_tokenizer(self) -> "PreTrainedTokenizerBase":
         if self.tokenizer is None:
-            raise RuntimeError("call setup() before asking for a data loader")
+            raise RuntimeError("call setup() before asking for a data loader or the vocabulary")
         return self.tokenizer
 
     def _documents(self, split: Split) -> list[Document]:
@@ -210,11 +200,8 @@ class CorpusDataModule(LightningDataModule):
                 f"expected text in the {split} split of {self.corpus}, found {len(documents)} documents without any: "
                 "mend data.corpus (with few files, held_out: lines splits inside each file)"
             )
-        rank, world = self._rank_and_world()
+        rank, world = self.rank_and_world()
         return documents[rank::world]
-
-    def _rank_and_world(self) -> tuple[int, int]:
-        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
 
     def _fixed_batches(self, split: Split) -> DataLoader[PackedBatch]:
         documents = self._documents(split)

@@ -35,6 +35,11 @@ class PredictorModule(LightningModule):
         self.predictor = ParallelTokenPredictor(predictor)
         self.val_summary: WindowSummary | None = None
 
+    @property
+    def reads_windows_from_rows(self) -> bool:
+        """Whether windows hold the rows' own tokens, so that a row must have room for one."""
+        return True
+
     def setup(self, stage: str) -> None:
         """Compare data and model before the first step.
 
@@ -44,12 +49,13 @@ class PredictorModule(LightningModule):
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         length, limit = self.predictor.config.window_length, self.predictor.max_positions
         vocabulary = self.predictor.base_model.config.vocab_size
-        if len(data.tokenizer) > vocabulary:
+        if data.vocab_size > vocabulary:
             raise ValueError(
-                f"expected a tokenizer of at most {vocabulary} entries (the model's vocab_size), found "
-                f"{len(data.tokenizer)}: data.tokenizer must name the model of predictor.backbone.path"
+                f"expected data of at most {vocabulary} token ids (the model's vocab_size), found {data.vocab_size}: "
+                "data.tokenizer must name the model of predictor.backbone.path (a series needs one id more than it has "
+                "values)"
             )
-        if length > data.row_length:
+        if self.reads_windows_from_rows and length > data.row_length:
             raise ValueError(
                 f"expected windows no longer than a row, found predictor.window_length {length} > data.row_length "
                 f"{data.row_length}: lower the first or raise the second"
@@ -59,7 +65,7 @@ class PredictorModule(LightningModule):
                 f"expected data.row_length + predictor.window_length <= {limit} (the model's positions), found "
                 f"{data.row_length} + {length}: lower data.row_length"
             )
-        self.end_of_text: int | None = data.tokenizer.eos_token_id
+        self.end_of_text: int | None = data.end_of_text
 
     def on_fit_start(self) -> None:
         """Keep Lightning from warning about the base model, which is in eval mode on purpose."""

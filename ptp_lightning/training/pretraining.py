@@ -2,7 +2,7 @@
 
 import math
 import re
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning import LightningModule
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ptp_lightning.data.batch import PackedBatch
+from ptp_lightning.metrics import PositionMeans
 from ptp_lightning.models.backbone import BackboneSettings, load_backbone
 from ptp_lightning.models.window_attention import context_mask
 from ptp_lightning.training.optimization import OptimizerSettings, configure
@@ -38,14 +39,18 @@ def token_byte_lengths(tokens: list[str]) -> Tensor:
 class AutoregressiveModule(LightningModule):
     """Train a causal LM with cross entropy on packed rows.
 
-    Logs `train/loss_nats`, `val/loss_nats` (per token) and `val/bits_per_byte`. Checkpoints are ordinary Lightning
-    checkpoints; `on_fit_end` also writes the model as a Hugging Face folder when `output` is given.
+    Logs `train/loss_nats` and `val/loss_nats` (per token), `val/bits_per_byte` where the data have a tokenizer and
+    `val/perplexity` where they have none. Checkpoints are ordinary Lightning checkpoints; `on_fit_end` also writes the
+    model as a Hugging Face folder when `output` is given.
 
     Args:
         backbone: the network; `from_config` for a fresh one.
         optimizer: optimiser and schedule.
-        output: folder for `save_pretrained` at the end of `fit` (weights in bfloat16, with the tokenizer).
+        output: folder for `save_pretrained` at the end of `fit` (with the tokenizer, if there is one).
         compile: run the network through `torch.compile`; needs a C++ compiler, starts slower, steps faster.
+        output_dtype: number format of the weights in `output`.
+        perplexity_positions: log `val/perplexity/position_00` and so on for so many tokens of each document, counted
+            from the one after its first: the tokens of a window that starts there.
     """
 
     def __init__(
@@ -54,29 +59,38 @@ class AutoregressiveModule(LightningModule):
         optimizer: OptimizerSettings,
         output: str | None = None,
         compile: bool = False,
+        output_dtype: Literal["float32", "bfloat16"] = "bfloat16",
+        perplexity_positions: int = 0,
     ) -> None:
         super().__init__()
+        if perplexity_positions < 0:
+            raise ValueError(f"expected model.init_args.perplexity_positions >= 0, found {perplexity_positions}")
         self.optimizer_settings = optimizer
         self.output = output
+        self.output_dtype = output_dtype
+        self.perplexity = PositionMeans(perplexity_positions) if perplexity_positions else None
         self.model = load_backbone(backbone)
         self.model.requires_grad_(True).train()  # dropout included, where the network has any
         if compile:
             self.model.compile()
 
     def setup(self, stage: str) -> None:
-        """Learn how many bytes each token stands for."""
-        tokenizer = self.trainer.datamodule.tokenizer  # type: ignore[attr-defined]
+        """Compare data and model; learn how many bytes each token stands for."""
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         vocab_size = self.model.config.vocab_size
-        if len(tokenizer) > vocab_size:
+        if data.vocab_size > vocab_size:
             raise ValueError(
-                f"expected a tokenizer of at most {vocab_size} entries (the model's vocab_size), found "
-                f"{len(tokenizer)}: mend data.tokenizer or model.backbone"
+                f"expected data of at most {vocab_size} token ids (the model's vocab_size), found {data.vocab_size}: "
+                "mend data.tokenizer or model.backbone (a series needs one id more than it has values)"
             )
-        tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-        self.register_buffer("byte_lengths", token_byte_lengths(tokens).to(self.device), persistent=False)
+        self.has_bytes = data.tokenizer is not None
+        byte_lengths = torch.zeros(vocab_size, dtype=torch.int64)
+        if data.tokenizer is not None:
+            byte_lengths = token_byte_lengths(data.tokenizer.convert_ids_to_tokens(list(range(data.vocab_size))))
+        self.register_buffer("byte_lengths", byte_lengths.to(self.device), persistent=False)
 
     def _nats(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-        """Sum of -log P over the labelled tokens, and the labels."""
+        """`[B, S]`: -log P of the labels, 0 where there is none; and the labels."""
         logits = self.model(
             input_ids=batch.input_ids,
             attention_mask=context_mask(batch.document_ids),
@@ -85,14 +99,14 @@ class AutoregressiveModule(LightningModule):
         ).logits
         labels = next_token_labels(batch)
         nats = F.cross_entropy(
-            logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED_LABEL, reduction="sum"
+            logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED_LABEL, reduction="none"
         )
-        return nats, labels
+        return nats.view_as(labels), labels
 
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
         """Mean cross entropy in nats per token."""
         nats, labels = self._nats(batch)
-        loss = nats / (labels != IGNORED_LABEL).sum()
+        loss = nats.sum() / (labels != IGNORED_LABEL).sum()
         self.log("train/loss_nats", loss, prog_bar=True)
         return loss
 
@@ -105,10 +119,12 @@ class AutoregressiveModule(LightningModule):
         nats, labels = self._nats(batch)
         real = labels != IGNORED_LABEL
         num_bytes = torch.as_tensor(self.byte_lengths)[labels.clamp_min(0)].mul(real).sum()
-        self._sums += torch.stack([nats.double(), real.sum().double(), num_bytes.double()])
+        self._sums += torch.stack([nats.double().sum(), real.sum().double(), num_bytes.double()])
+        if self.perplexity is not None:
+            self.perplexity.update(nats[real], batch.position_ids[real])
 
     def on_validation_epoch_end(self) -> None:
-        """Log nats per token and bits per byte over all ranks."""
+        """Log nats per token and what follows from them, over all ranks."""
         self._log_sums("val")
 
     def on_test_epoch_start(self) -> None:
@@ -127,7 +143,15 @@ class AutoregressiveModule(LightningModule):
         nats, tokens, num_bytes = self.trainer.strategy.reduce(self._sums, reduce_op="sum")
         # The same on every rank; synchronised all the same, so that a checkpoint callback may monitor them.
         self.log(f"{stage}/loss_nats", (nats / tokens).float(), prog_bar=True, sync_dist=True)
-        self.log(f"{stage}/bits_per_byte", (nats / math.log(2) / num_bytes).float(), prog_bar=True, sync_dist=True)
+        if self.has_bytes:
+            self.log(f"{stage}/bits_per_byte", (nats / math.log(2) / num_bytes).float(), prog_bar=True, sync_dist=True)
+        else:
+            self.log(f"{stage}/perplexity", (nats / tokens).exp().float(), prog_bar=True, sync_dist=True)
+        if self.perplexity is not None:
+            means = self.perplexity.compute()
+            self.perplexity.reset()
+            tags = {f"{stage}/perplexity/position_{j:02d}": math.exp(mean) for j, mean in means.items()}
+            self.log_dict(tags, rank_zero_only=True)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The configured optimiser and schedule over all weights."""
@@ -135,13 +159,15 @@ class AutoregressiveModule(LightningModule):
         return configure(self.optimizer_settings, self.model.named_parameters(), steps)
 
     def on_fit_end(self) -> None:
-        """Write the Hugging Face folder, in bfloat16."""
+        """Write the Hugging Face folder."""
         if self.output is None or not self.trainer.is_global_zero:
             return
         if self.trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
             return
         import copy
 
-        small: Any = copy.deepcopy(self.model)
-        small.to(torch.bfloat16).save_pretrained(self.output)
-        self.trainer.datamodule.tokenizer.save_pretrained(self.output)  # type: ignore[attr-defined]
+        written: Any = copy.deepcopy(self.model)
+        written.to(getattr(torch, self.output_dtype)).save_pretrained(self.output)
+        tokenizer = self.trainer.datamodule.tokenizer  # type: ignore[attr-defined]
+        if tokenizer is not None:
+            tokenizer.save_pretrained(self.output)

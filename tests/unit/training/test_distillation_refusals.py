@@ -28,7 +28,7 @@ class TestRefusals:
             make_trainer(tmp_path).fit(make_module(window_length=13), datamodule=tiny_data())
 
     def test_tokenizer_larger_than_the_model(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match="at most 20 entries.*found 29.*data.tokenizer"):
+        with pytest.raises(ValueError, match="at most 20 token ids.*found 29.*data.tokenizer"):
             make_trainer(tmp_path).fit(make_module(LLAMA | {"vocab_size": 20}), datamodule=tiny_data())
 
     def test_row_longer_than_the_models_positions(self, tmp_path: Path) -> None:

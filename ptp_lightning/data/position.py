@@ -1,0 +1,69 @@
+"""What every data module of packed batches has: sizes that are checked, and a place in its training stream."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from lightning import LightningDataModule
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class PackedDataModule(LightningDataModule):
+    """A data module whose training stream is endless, and goes on where a loaded checkpoint stopped.
+
+    Attributes:
+        row_length: S, tokens per row.
+        tokenizer: what turned text into the ids; None where the data were never text, or before `setup`.
+    """
+
+    row_length: int
+    tokenizer: "PreTrainedTokenizerBase | None" = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        # What the loaded checkpoint had consumed, and the trainer's step it was written at.
+        self._loaded_batches = 0
+        self._loaded_step = 0
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are smaller than this; known after `setup`."""
+        raise NotImplementedError
+
+    @property
+    def end_of_text(self) -> int | None:
+        """The id that ends a text, if there is one; known after `setup`."""
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far the training stream was consumed; batches that were only prefetched do not count."""
+        step = self._loaded_step if self.trainer is None else self.trainer.global_step
+        return {"batches_consumed": self.batches_consumed(), "global_step": step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Rewind the training stream to where the checkpoint was written."""
+        self._loaded_batches = int(state_dict["batches_consumed"])
+        self._loaded_step = int(state_dict["global_step"])
+
+    def batches_consumed(self) -> int:
+        """Batches of this rank that went into optimiser steps, over all runs that led here."""
+        if self.trainer is None:
+            return self._loaded_batches
+        steps = self.trainer.global_step - self._loaded_step
+        return self._loaded_batches + steps * self.trainer.accumulate_grad_batches
+
+    def rank_and_world(self) -> tuple[int, int]:
+        """This process among how many; (0, 1) without a trainer."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+
+
+def require_at_least(sizes: Mapping[str, tuple[int, int]]) -> None:
+    """Check `{key: (value, smallest)}`.
+
+    Raises:
+        ValueError: a value is too small; names `data.{key}`.
+    """
+    for name, (value, minimum) in sizes.items():
+        if value < minimum:
+            raise ValueError(f"expected data.{name} >= {minimum}, found {value}")
