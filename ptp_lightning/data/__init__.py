@@ -4,6 +4,7 @@ from ptp_lightning.data.batch import PackedBatch
 from ptp_lightning.data.corpus import Corpus, Document, StandardLibrary, TextFiles
 from ptp_lightning.data.datamodule import CorpusDataModule
 from ptp_lightning.data.hub import HubDataset
+from ptp_lightning.data.markov import MarkovSeries
 from ptp_lightning.data.pickups import PickUps
 from ptp_lightning.data.series import RecordedSeries, Series
 from ptp_lightning.data.series_datamodule import SeriesDataModule
@@ -13,6 +14,7 @@ __all__ = [
     "CorpusDataModule",
     "Document",
     "HubDataset",
+    "MarkovSeries",
     "PackedBatch",
     "PickUps",
     "RecordedSeries",

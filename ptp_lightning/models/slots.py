@@ -21,6 +21,8 @@ class Objective(ABC):
     num_inputs: ClassVar[int]
     knows_draft: ClassVar[bool] = True
     """Whether the refiner, where there is one, is told the proposed tokens that the slots stand for."""
+    predicts_distribution: ClassVar[bool] = True
+    """Whether logits stand for the distribution of the next token, to be compared with the teacher's."""
 
     @abstractmethod
     def inputs(self, auxiliaries: Tensor) -> list[Tensor]:
@@ -37,6 +39,7 @@ class OneHotObjective(Objective):
 
     name: ClassVar[str] = "one_hot"
     num_inputs: ClassVar[int] = 2
+    predicts_distribution: ClassVar[bool] = False
 
     def inputs(self, auxiliaries: Tensor) -> list[Tensor]:
         """u_{i+j} and u_{i+j+1}."""

@@ -1,5 +1,6 @@
 """LightningModules: distillation, pretraining, and what they share."""
 
+from ptp_lightning.training.analytic_windows import AnalyticWindows
 from ptp_lightning.training.distillation import DistillationModule
 from ptp_lightning.training.optimization import OptimizerSettings
 from ptp_lightning.training.pretraining import AutoregressiveModule
@@ -7,6 +8,7 @@ from ptp_lightning.training.self_training import InverseAutoregressiveModule
 from ptp_lightning.training.windows import DatasetWindows, TeacherWindows
 
 __all__ = [
+    "AnalyticWindows",
     "AutoregressiveModule",
     "DatasetWindows",
     "DistillationModule",

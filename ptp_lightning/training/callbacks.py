@@ -29,6 +29,7 @@ CHARTS = {
         "accuracy": ["Multiline", [r"val/accuracy/position_\d+"]],
         "accuracy given a correct prefix": ["Multiline", [r"val/accuracy_given_prefix/position_\d+"]],
         "perplexity": ["Multiline", [r"val/perplexity/position_\d+"]],
+        "divergence from the teacher": ["Multiline", [r"val/kl/position_\d+"]],
     }
 }
 FIGURE_TAG = "val/correct_token_counts"

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from ptp_lightning.auxiliary import pick
 from ptp_lightning.data.batch import PackedBatch
 from ptp_lightning.losses import KullbackLeibler, Loss, LossSum, SlotTargets, require_sound
-from ptp_lightning.metrics import WindowMetrics
+from ptp_lightning.metrics import PositionMeans, WindowMetrics
 from ptp_lightning.models.predictor import Context, ParallelTokenPredictor, PredictorConfig
 from ptp_lightning.models.refiner import refine_draft
 from ptp_lightning.randomness import keyed_generator
@@ -63,6 +63,12 @@ class DistillationModule(PredictorModule):
         self.first_pass_loss_weight = first_pass_loss_weight
         self.seed = seed
         self.val_metrics = WindowMetrics(predictor.window_length)
+        self.val_divergences = PositionMeans(predictor.window_length)
+
+    @property
+    def reads_windows_from_rows(self) -> bool:
+        """Sources that sample may look beyond the end of a row."""
+        return self.source.reads_rows or self.val_source.reads_rows
 
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
         """Loss in nats per slot, normalised by the slots of all ranks."""
@@ -113,8 +119,10 @@ class DistillationModule(PredictorModule):
         return _slot_loss(self.loss, refined, self.predictor, sample, slice(1, None))
 
     def _log_window_metrics(self, stage: str) -> None:
-        self._log_summary(stage, self.val_metrics.compute())
+        divergences = {f"{stage}/kl/position_{j:02d}": mean for j, mean in self.val_divergences.compute().items()}
+        self._log_summary(stage, self.val_metrics.compute(), divergences)
         self.val_metrics.reset()
+        self.val_divergences.reset()
 
     @torch.no_grad()
     def _evaluate(self, batch: PackedBatch, generator: torch.Generator) -> None:
@@ -145,16 +153,18 @@ class DistillationModule(PredictorModule):
             sample.mask,
             torch.cat([first_nll.unsqueeze(-1), nll.view_as(proposed)], dim=-1),
         )
+        if objective.predicts_distribution:
+            target, mask = _flat_at(sample.target, slice(1, None)), sample.mask[..., 1:]
+            divergences = KullbackLeibler().per_slot(logits.flatten(0, -2), sample.token_ids[..., 1:].flatten(), target)
+            positions = torch.arange(1, self.predictor.config.window_length, device=mask.device).expand_as(mask)
+            self.val_divergences.update(divergences.view_as(mask)[mask], positions[mask])
 
 
 def _slot_loss(
     loss: Loss, hidden: Tensor, predictor: ParallelTokenPredictor, sample: WindowSample, positions: slice
 ) -> LossSum:
     """Loss of hidden states `[B, N, L - 1, H]` against L - 1 positions of the windows."""
-    target = _at(sample.target, positions)
-    flat = TokenDistribution(
-        target.probabilities.flatten(0, 2), None if target.token_ids is None else target.token_ids.flatten(0, 2)
-    )
+    flat = _flat_at(sample.target, positions)
     weights = sample.mask[..., positions].flatten().to(torch.float32)
     targets = SlotTargets(sample.token_ids[..., positions].flatten(), flat, weights)
     return loss(hidden.flatten(0, 2), predictor.slot_logits, targets)
@@ -166,3 +176,9 @@ def _at(distribution: TokenDistribution, position: int | slice) -> TokenDistribu
     return TokenDistribution(
         distribution.probabilities[..., position, :], None if token_ids is None else token_ids[..., position, :]
     )
+
+
+def _flat_at(distribution: TokenDistribution, positions: slice) -> TokenDistribution:
+    """`[B, N, L, K]` at M positions of each window, one after the other: `[B * N * M, K]`."""
+    probabilities, token_ids = _at(distribution, positions)
+    return TokenDistribution(probabilities.flatten(0, 2), None if token_ids is None else token_ids.flatten(0, 2))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from lightning import LightningModule
@@ -102,10 +104,10 @@ class PredictorModule(LightningModule):
     def _encode(self, batch: PackedBatch) -> Context:
         return self.predictor.encode(batch.input_ids, batch.document_ids, batch.position_ids, batch.window_starts)
 
-    def _log_summary(self, stage: str, summary: WindowSummary) -> None:
-        """Keep a summary for the callbacks and log its tags."""
+    def _log_summary(self, stage: str, summary: WindowSummary, more: Mapping[str, float] = MappingProxyType({})) -> None:
+        """Keep a summary for the callbacks; log its tags and some more."""
         self.val_summary = summary
-        tags = as_tags(summary, stage)
+        tags = as_tags(summary, stage) | dict(more)
         headline = f"{stage}/correct_tokens"
         if headline in tags:  # there were windows
             # The same on every rank; synchronised all the same, so that a checkpoint callback may monitor it.

@@ -6,7 +6,7 @@ teacher distributions. A new source is one class with `sample`.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,6 +38,9 @@ class WindowSample(NamedTuple):
 
 class WindowSource(ABC):
     """Fills the windows of a batch."""
+
+    reads_rows: ClassVar[bool] = False
+    """Whether windows hold the rows' own tokens."""
 
     @abstractmethod
     def sample(
@@ -98,7 +101,7 @@ class TeacherWindows(WindowSource):
         context.cache.crop(-(length - 1) * batch.num_windows)
         token_ids = torch.stack(tokens, dim=-1)
         mask = until_end(token_ids, end_of_text)
-        return WindowSample(token_ids, auxiliaries, mask, _stack(teachers), _stack(targets))
+        return WindowSample(token_ids, auxiliaries, mask, stack(teachers), stack(targets))
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,8 @@ class DatasetWindows(WindowSource):
 
     A window ends with its document, and before a token outside the teacher's truncated support, which no u picks.
     """
+
+    reads_rows: ClassVar[bool] = True
 
     strategy: UniformInInterval = field(default_factory=UniformInInterval)
 
@@ -158,7 +163,7 @@ def until_end(token_ids: Tensor, end_of_text: int | None) -> Tensor:
     return (ended - (token_ids == end_of_text).long()) == 0
 
 
-def _stack(distributions: list[TokenDistribution]) -> TokenDistribution:
+def stack(distributions: list[TokenDistribution]) -> TokenDistribution:
     """Distributions `[B, N, K]` of L positions as one `[B, N, L, K]`."""
     probabilities = torch.stack([entry.probabilities for entry in distributions], dim=2)
     ids = [entry.token_ids for entry in distributions if entry.token_ids is not None]
