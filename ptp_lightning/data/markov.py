@@ -16,10 +16,9 @@ from ptp_lightning.randomness import keyed_generator
 from ptp_lightning.sampling import TokenDistribution
 
 LARGEST_ORDER = 3
-MAX_TABLE_ENTRIES = 2**22
+MAX_HISTORIES = 2**11  # a linear system of this size is solved for every bisection
 BISECTIONS = 40
-MAX_ITERATIONS = 20_000
-STATIONARY_TOLERANCE = 1e-13  # total variation left after an iteration
+STATIONARY_TOLERANCE = 1e-10  # what a step may change of the stationary distribution, all histories together
 LARGEST_SHARPNESS = 2.0**20
 
 
@@ -55,10 +54,10 @@ class MarkovSeries(Series):
             raise ValueError(f"expected data.series.order between 1 and {LARGEST_ORDER}, found {self.order}")
         if self.vocab_size < 2:
             raise ValueError(f"expected data.series.vocab_size >= 2, found {self.vocab_size}")
-        if self.vocab_size ** (self.order + 1) > MAX_TABLE_ENTRIES:
+        if self.vocab_size**self.order > MAX_HISTORIES:
             raise ValueError(
-                f"expected at most {MAX_TABLE_ENTRIES} transition probabilities, found {self.vocab_size} to the power "
-                f"of {self.order + 1}: lower data.series.vocab_size or data.series.order"
+                f"expected at most {MAX_HISTORIES} histories, found {self.vocab_size} to the power of {self.order}: "
+                "lower data.series.vocab_size or data.series.order"
             )
         if not 0 < self.entropy <= math.log(self.vocab_size):
             raise ValueError(
@@ -123,13 +122,9 @@ class MarkovSeries(Series):
         generator = keyed_generator(self.seed, "transitions", self.order, self.vocab_size)
         scores = torch.randn(self.vocab_size**self.order, self.vocab_size, generator=generator, dtype=torch.float64)
 
-        stationary = torch.full((len(scores),), 1 / len(scores), dtype=torch.float64)
-
         def chain(sharpness: float) -> tuple[Tensor, Tensor]:
-            nonlocal stationary  # the next chain's is near
             transitions = (sharpness * scores).softmax(-1)
-            stationary = self._stationary(transitions, stationary)
-            return transitions, stationary
+            return transitions, self._stationary(transitions)
 
         def entropy(sharpness: float) -> float:
             transitions, stationary = chain(sharpness)
@@ -148,15 +143,18 @@ class MarkovSeries(Series):
                 sharp_enough = middle
         return chain(sharp_enough)
 
-    def _stationary(self, transitions: Tensor, states: Tensor) -> Tensor:
-        """The distribution `[V^order]` of histories that a step leaves as it is, sought from `states`."""
-        for _ in range(MAX_ITERATIONS):
-            # Half of the old one is kept, or a chain that goes round would never settle.
-            after = (states + self._advance(states[None], transitions)[0]) / 2
-            if float((after - states).abs().sum()) < STATIONARY_TOLERANCE:
-                return after / after.sum()
-            states = after
-        raise ValueError(_no_chain(self.entropy))
+    def _stationary(self, transitions: Tensor) -> Tensor:
+        """The distribution `[V^order]` of histories that a step leaves as it is."""
+        unchanged = torch.eye(len(transitions), dtype=torch.float64)
+        equations = (self._advance(unchanged, transitions) - unchanged).T
+        # They add up to nothing, so one of them says nothing new: in its place, all probabilities add up to 1.
+        equations[-1] = 1
+        stationary, _ = torch.linalg.solve_ex(equations, unchanged[-1])
+        stationary = stationary.clamp_min(0) / stationary.clamp_min(0).sum()
+        change = (self._advance(stationary[None], transitions)[0] - stationary).abs().sum()
+        if not change <= STATIONARY_TOLERANCE:  # or NaN
+            raise ValueError(_no_chain(self.entropy))
+        return stationary
 
     def _advance(self, states: Tensor, transitions: Tensor | None = None) -> Tensor:
         """Distributions over histories `[..., V^order]`, one token later."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ptp_lightning.metrics import WindowMetrics, WindowSummary, as_tags
+from ptp_lightning.metrics import PositionMeans, WindowMetrics, WindowSummary, as_tags
 
 
 def rows(*windows: str) -> tuple[Tensor, Tensor]:
@@ -150,3 +150,20 @@ def test_bad_input() -> None:
         WindowMetrics(4).update(correct, mask[:, :3])
     with pytest.raises(ValueError, match="hole"):
         WindowMetrics(4).update(*rows("1.11"))
+
+
+class TestPositionMeans:
+    def test_by_hand(self) -> None:
+        means = PositionMeans(3)
+        means.update(torch.tensor([1.0, 2.0, 6.0]), torch.tensor([0, 2, 2]))
+        means.update(torch.tensor([[5.0, 100.0]]), torch.tensor([[0, 3]]))  # place 3 is beyond
+        assert means.compute() == {0: 3.0, 2: 4.0}
+        means.reset()
+        assert means.compute() == {}
+
+    def test_small_terms_are_not_lost(self) -> None:
+        means = PositionMeans(1)
+        means.update(torch.tensor([2.0**26]), torch.zeros(1, dtype=torch.int64))
+        for _ in range(3):
+            means.update(torch.ones(1), torch.zeros(1, dtype=torch.int64))
+        assert means.compute() == {0: (2.0**26 + 3) / 4}
