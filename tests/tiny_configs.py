@@ -28,11 +28,17 @@ def shrink(path: Path, corpus: Path, folder: Path) -> Path:
         arguments["predictor"]["lora"] |= {"rank": 2}
     if "output" in arguments:
         arguments |= {"output": str(folder / "model"), "compile": False}
-    config["data"]["init_args"] |= {
-        "corpus": {
+    data = config["data"]["init_args"]
+    if "corpus" in data:
+        data["corpus"] = {
             "class_path": "ptp_lightning.data.TextFiles",
             "init_args": {"paths": [str(corpus)], "held_out": "lines"},
-        },
+        }
+    elif "PickUps" in data["series"]["class_path"]:
+        places = folder / "places.csv"
+        places.write_text("latitude,longitude\n" + "".join(f"{n % 7},{n % 11}\n" for n in range(4000)))
+        data["series"]["init_args"] |= {"path": str(places), "block_length": 40, "cache_dir": str(folder)}
+    data |= {
         "row_length": 32,
         "batch_size": 2,
         "num_windows": 2,

@@ -114,3 +114,12 @@ def test_the_command_of_the_readme(tmp_path: Path) -> None:
     assert "litlogger" not in (result.stdout + result.stderr).lower()
     assert "Warning" not in result.stderr
     assert "python -m ptp_lightning generate --ckpt_path" in result.stdout
+
+
+def test_a_series_needs_a_path(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    config = str(ROOT / "configs" / "nyc_teacher.yaml")
+    path = "--data.init_args.series.init_args.path"
+    assert run_main(monkeypatch, "fit", "--config", config) == 2
+    assert "path" in capsys.readouterr().err
+    assert run_main(monkeypatch, "fit", "--config", config, path, "nowhere.csv") == 2
+    assert "at nowhere.csv, found none: mend data.series.path" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The theorems in numbers: students of a Markov chain, whose conditionals are known, trained by configs/markov_*.yaml."""
+"""The theorems in numbers: students of a Markov chain with known conditionals, trained by configs/markov_*.yaml."""
 
 from __future__ import annotations
 

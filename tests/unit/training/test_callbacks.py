@@ -113,6 +113,7 @@ def test_charts_are_laid_out_by_position(run: Trainer) -> None:
         "accuracy": [r"val/accuracy/position_\d+"],
         "accuracy given a correct prefix": [r"val/accuracy_given_prefix/position_\d+"],
         "perplexity": [r"val/perplexity/position_\d+"],
+        "divergence from the teacher": [r"val/kl/position_\d+"],
     }
 
 

@@ -13,6 +13,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ptp_lightning.data.batch import PackedBatch
+from ptp_lightning.data.markov import MarkovSeries
+from ptp_lightning.data.series_datamodule import SeriesDataModule
 from ptp_lightning.models.backbone import BackboneSettings
 from ptp_lightning.training.optimization import OptimizerSettings
 from ptp_lightning.training.pretraining import AutoregressiveModule, next_token_labels, token_byte_lengths
@@ -21,10 +23,10 @@ from tests.tiny_data import Texts, tiny_data
 GPT2 = {"model_type": "gpt2", "vocab_size": 32, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32}
 
 
-def make_module(backbone: dict[str, Any] = GPT2, output: str | None = None) -> AutoregressiveModule:
+def make_module(backbone: dict[str, Any] = GPT2, output: str | None = None, **settings: Any) -> AutoregressiveModule:
     torch.manual_seed(0)
-    settings = OptimizerSettings(learning_rate=0.01, warmup_steps=1)
-    return AutoregressiveModule(BackboneSettings(from_config=backbone), settings, output=output)
+    optimizer = OptimizerSettings(learning_rate=0.01, warmup_steps=1)
+    return AutoregressiveModule(BackboneSettings(from_config=backbone), optimizer, output=output, **settings)
 
 
 def make_trainer(directory: Path, **options: Any) -> Trainer:
@@ -143,3 +145,48 @@ def test_fast_dev_run_writes_nothing(tmp_path: Path) -> None:
 def test_tokenizer_larger_than_the_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at most 20 token ids.*found 29.*data.tokenizer"):
         make_trainer(tmp_path).fit(make_module(GPT2 | {"vocab_size": 20}), datamodule=tiny_data())
+
+
+class TestSeries:
+    """Data that were never text: perplexity in place of bits per byte."""
+
+    def test_perplexity_overall_and_by_position(self, tmp_path: Path) -> None:
+        series = MarkovSeries(order=1, vocab_size=5, entropy=1.0)
+        data = SeriesDataModule(series, row_length=6, batch_size=4, eval_rows=7)
+        module = make_module(perplexity_positions=3)
+        metrics = make_trainer(tmp_path, limit_val_batches=1.0).validate(module, datamodule=data, verbose=False)[0]
+        rows = torch.nn.functional.pad(series.fixed_rows("val", 5, 7), (1, 0), value=5)
+        with torch.no_grad():
+            log_probabilities = module.model.eval()(input_ids=rows).logits.double().log_softmax(-1)
+        nats = -log_probabilities[:, :-1].gather(-1, rows[:, 1:, None]).squeeze(-1)
+        assert metrics["val/perplexity"] == pytest.approx(float(nats.mean().exp()), rel=1e-5)
+        assert metrics["val/loss_nats"] == pytest.approx(float(nats.mean()), rel=1e-5)
+        expected = {f"val/perplexity/position_{j:02d}": float(nats[:, j].mean().exp()) for j in range(3)}
+        found = {tag: value for tag, value in metrics.items() if "position" in tag}
+        assert found == pytest.approx(expected, rel=1e-5)
+        assert "val/bits_per_byte" not in metrics
+
+    def test_positions_count_within_each_document(self) -> None:
+        module = make_module(perplexity_positions=2).eval()
+        module.byte_lengths = torch.zeros(32, dtype=torch.int64)
+        module.on_validation_epoch_start()
+        module.validation_step(batch_of([5, 6, 7, 8, 9, 10, 11, 0], [0, 0, 0, 1, 1, 1, 1, -1]), 0)
+        assert module.perplexity is not None
+        assert module.perplexity.counts.tolist() == [2, 2]  # the fourth token of the second document lies beyond
+
+    def test_output_without_a_tokenizer(self, tmp_path: Path) -> None:
+        module = make_module(output=str(tmp_path / "model"), output_dtype="float32")
+        data = SeriesDataModule(MarkovSeries(), row_length=6, batch_size=4, eval_rows=4)
+        make_trainer(tmp_path).fit(module, datamodule=data)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+        assert all(torch.equal(model.state_dict()[name], value) for name, value in module.model.state_dict().items())
+        assert not list((tmp_path / "model").glob("tokenizer*"))
+
+    def test_the_beginning_needs_an_id_too(self, tmp_path: Path) -> None:
+        data = SeriesDataModule(MarkovSeries(vocab_size=5), row_length=6)
+        with pytest.raises(ValueError, match="at most 5 token ids.*found 6.*a series needs one id more"):
+            make_trainer(tmp_path).fit(make_module(GPT2 | {"vocab_size": 5}), datamodule=data)
+
+    def test_positions_are_not_negative(self) -> None:
+        with pytest.raises(ValueError, match="perplexity_positions >= 0, found -1"):
+            make_module(perplexity_positions=-1)
