@@ -104,7 +104,9 @@ class PredictorModule(LightningModule):
     def _encode(self, batch: PackedBatch) -> Context:
         return self.predictor.encode(batch.input_ids, batch.document_ids, batch.position_ids, batch.window_starts)
 
-    def _log_summary(self, stage: str, summary: WindowSummary, more: Mapping[str, float] = MappingProxyType({})) -> None:
+    def _log_summary(
+        self, stage: str, summary: WindowSummary, more: Mapping[str, float] = MappingProxyType({})
+    ) -> None:
         """Keep a summary for the callbacks; log its tags and some more."""
         self.val_summary = summary
         tags = as_tags(summary, stage) | dict(more)

@@ -18,6 +18,7 @@ from ptp_lightning.models.slots import (
 )
 from ptp_lightning.models.students import FullCopyStudent, SharedStudent
 from ptp_lightning.sampling import SamplingConfig
+from ptp_lightning.training.windows import DatasetWindows, TeacherWindows
 from tests.tiny_data import tiny_data
 from tests.tiny_distillation import GPT2, LLAMA, by_objective, make_module, make_trainer, weights
 
@@ -25,7 +26,10 @@ from tests.tiny_distillation import GPT2, LLAMA, by_objective, make_module, make
 class TestRefusals:
     def test_window_longer_than_the_row(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="predictor.window_length 13 > data.row_length 12"):
-            make_trainer(tmp_path).fit(make_module(window_length=13), datamodule=tiny_data())
+            make_trainer(tmp_path).fit(make_module(source=DatasetWindows(), window_length=13), datamodule=tiny_data())
+
+    def test_sampled_windows_may_leave_the_row(self, tmp_path: Path) -> None:
+        make_trainer(tmp_path).fit(make_module(source=TeacherWindows(), window_length=13), datamodule=tiny_data())
 
     def test_tokenizer_larger_than_the_model(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="at most 20 token ids.*found 29.*data.tokenizer"):
