@@ -52,7 +52,10 @@ def test_every_command_has_help(
             ["nowhere", "predictor.backbone.path"],
         ),
         (
-            ["fit", "--config", GATED_LORA, "--data.init_args.row_length", "8"],
+            [
+                *("fit", "--config", GATED_LORA, "--model.init_args.source", "ptp_lightning.training.DatasetWindows"),
+                *("--data.init_args.row_length", "8"),
+            ],
             ["window_length", "data.row_length", "16", "8"],
         ),
         (
