@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from ptp_lightning.sampling import SamplingConfig
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel
+    from transformers.cache_utils import DynamicLayer
 
     from ptp_lightning.decoding.generation import Generation
 
@@ -115,7 +116,7 @@ class Context(NamedTuple):
         from transformers import DynamicCache
 
         cache = DynamicCache()
-        for index, layer in enumerate(self.cache.layers):
+        for index, layer in enumerate(cast("list[DynamicLayer]", self.cache.layers)):
             assert layer.keys is not None and layer.values is not None, "the context has been read"
             cache.update(layer.keys.detach(), layer.values.detach(), index)
         return self._replace(hidden=self.hidden.detach(), cache=cache)

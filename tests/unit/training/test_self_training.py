@@ -236,12 +236,16 @@ class TestTraining:
         row_length, num_windows = 12, 3
         assert calls() == [row_length] + [num_windows] * 4 + [num_windows * 5]
 
-    def test_gradient_is_that_of_fixed_auxiliaries(self) -> None:
-        """Written out: one joint pass over context and slots, its auxiliaries constants, two cross entropies."""
+    @pytest.mark.parametrize("rest", [1, 3])
+    def test_gradient_is_that_of_fixed_auxiliaries(self, rest: int) -> None:
+        """Written out: one joint pass over context and slots, its auxiliaries constants, two cross entropies.
+
+        Where the mean count over ranks is `rest` times this rank's, its share of the loss is that much smaller.
+        """
         predictor, batch = make_predictor(), make_batch()
         module = make_module()
         module.predictor = predictor
-        reduced: Any = type("Strategy", (), {"reduce": staticmethod(lambda tensor, reduce_op: tensor)})
+        reduced: Any = type("Strategy", (), {"reduce": staticmethod(lambda tensor, reduce_op: tensor * rest)})
         module._trainer = type("Trainer", (), {"strategy": reduced, "global_rank": 0, "global_step": 0})()  # pyright: ignore
         module.log = lambda *args, **named: None  # pyright: ignore
         module.autoregressive_loss_weight = 0.3
@@ -268,7 +272,7 @@ class TestTraining:
         of_slots = log_p[:, 14:].unflatten(1, (3, LENGTH - 1)).gather(-1, token_ids[..., 1:, None]).squeeze(-1)
         follows = (batch.document_ids[:, 1:] == batch.document_ids[:, :-1]) & (batch.document_ids[:, 1:] >= 0)
         of_tokens = log_p[:, :13].gather(-1, batch.input_ids[:, 1:, None]).squeeze(-1)
-        expected = -of_slots[mask[..., 1:]].mean() - 0.3 * of_tokens[follows].mean()
+        expected = (-of_slots[mask[..., 1:]].mean() - 0.3 * of_tokens[follows].mean()) / rest
         expected.backward()
         torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-6)
         for name, weight in predictor.named_parameters():
