@@ -8,7 +8,6 @@ float64 cumulative distribution, so this holds exactly.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -59,19 +58,6 @@ def token_interval(P: TokenDistribution, token_ids: Tensor) -> tuple[Tensor, Ten
     lower = F.gather(-1, (j[..., None] - 1).clamp(min=0)).squeeze(-1).where(j > 0, 0.0)
     has_interval = found & (lower < upper)
     return lower.where(has_interval, 0.0), upper.where(has_interval, 0.0)
-
-
-@dataclass(frozen=True)
-class UniformInInterval:
-    """Strategy for the auxiliaries of given tokens: uniform in the token's interval (arXiv:2512.21323, eq. 9)."""
-
-    def __call__(self, lower: Tensor, upper: Tensor, generator: torch.Generator) -> Tensor:
-        """Draw `u = lower + r (upper - lower)`, `r ~ Uniform[0, 1)`: `[...]`, float64.
-
-        `lower <= u < upper` holds after rounding too; an empty interval gives `u = lower`.
-        """
-        r = draw_auxiliaries(lower.shape, generator, lower.device)
-        return torch.minimum(lower + r * (upper - lower), torch.nextafter(upper, lower))
 
 
 def draw_auxiliaries(shape: Sequence[int], generator: torch.Generator, device: torch.device | str) -> Tensor:

@@ -2,9 +2,11 @@
 
 from ptp_lightning.training.analytic_windows import AnalyticWindows
 from ptp_lightning.training.distillation import DistillationModule
+from ptp_lightning.training.mixture_windows import MixtureWindows
 from ptp_lightning.training.optimization import OptimizerSettings
 from ptp_lightning.training.pretraining import AutoregressiveModule
 from ptp_lightning.training.self_training import InverseAutoregressiveModule
+from ptp_lightning.training.student_windows import StudentWindows
 from ptp_lightning.training.windows import DatasetWindows, TeacherWindows
 
 __all__ = [
@@ -13,6 +15,8 @@ __all__ = [
     "DatasetWindows",
     "DistillationModule",
     "InverseAutoregressiveModule",
+    "MixtureWindows",
     "OptimizerSettings",
+    "StudentWindows",
     "TeacherWindows",
 ]

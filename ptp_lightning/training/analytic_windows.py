@@ -58,4 +58,4 @@ class AnalyticWindows(WindowSource):
             history = torch.cat([history[..., 1:], tokens[-1].unsqueeze(-1)], dim=-1)
         token_ids = torch.stack(tokens, dim=-1)
         mask = torch.ones_like(token_ids, dtype=torch.bool)
-        return WindowSample(token_ids, auxiliaries, mask, stack(teachers), stack(targets))
+        return WindowSample(token_ids, auxiliaries, mask, stack(teachers), stack(targets), token_ids)

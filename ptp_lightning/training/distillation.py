@@ -11,11 +11,12 @@ from ptp_lightning.data.batch import PackedBatch
 from ptp_lightning.losses import KullbackLeibler, Loss, LossSum, SlotTargets, require_sound
 from ptp_lightning.metrics import PositionMeans, WindowMetrics
 from ptp_lightning.models.predictor import Context, ParallelTokenPredictor, PredictorConfig
-from ptp_lightning.models.refiner import refine_draft
 from ptp_lightning.randomness import keyed_generator
 from ptp_lightning.sampling import TokenDistribution, require
 from ptp_lightning.training.optimization import OptimizerSettings
 from ptp_lightning.training.predictor_module import PredictorModule
+from ptp_lightning.training.proposals import best_of
+from ptp_lightning.training.student import propose
 from ptp_lightning.training.windows import TeacherWindows, WindowSample, WindowSource
 
 
@@ -34,6 +35,9 @@ class DistillationModule(PredictorModule):
         optimizer: optimiser and schedule.
         first_pass_loss_weight: of what the slots say before they are refined, against the loss of the refined
             prediction; without a refiner it has no meaning.
+        num_proposals: M; if there are several, a validation also proposes every window M times, keeps the proposal
+            whose auxiliaries lie closest to the centres of their intervals, and logs
+            `val/correct_tokens_best_of_{M}` (see `ptp_lightning.training.proposals`).
         seed: of all auxiliaries.
     """
 
@@ -45,6 +49,7 @@ class DistillationModule(PredictorModule):
         val_source: WindowSource = TeacherWindows(),  # noqa: B008  frozen
         optimizer: OptimizerSettings = OptimizerSettings(),  # noqa: B008  frozen
         first_pass_loss_weight: float = 0.5,
+        num_proposals: int = 1,
         seed: int = 0,
     ) -> None:
         require_sound(loss, predictor.objective.name)
@@ -61,9 +66,13 @@ class DistillationModule(PredictorModule):
         if not 0 <= first_pass_loss_weight < math.inf:
             raise ValueError(f"expected model.init_args.first_pass_loss_weight >= 0, found {first_pass_loss_weight}")
         self.first_pass_loss_weight = first_pass_loss_weight
+        if num_proposals < 1:
+            raise ValueError(f"expected model.init_args.num_proposals >= 1, found {num_proposals}")
+        self.num_proposals = num_proposals
         self.seed = seed
         self.val_metrics = WindowMetrics(predictor.window_length)
         self.val_divergences = PositionMeans(predictor.window_length)
+        self.best_of_metrics = WindowMetrics(predictor.window_length)
 
     @property
     def reads_windows_from_rows(self) -> bool:
@@ -74,7 +83,9 @@ class DistillationModule(PredictorModule):
         """Loss in nats per slot, normalised by the slots of all ranks."""
         generator = keyed_generator(self.seed, "train", self.global_rank, self.global_step, batch_idx)
         context = self._encode(batch)
-        sample = self.source.sample(self.predictor, batch, context, generator, self.end_of_text)
+        progress = min(1.0, self.global_step / self.trainer.estimated_stepping_batches)
+        source = self.source.choose(progress, generator)
+        sample = source.sample(self.predictor, batch, context, generator, self.end_of_text)
         hidden = self.predictor.slot_hidden(context, sample.auxiliaries)
         prediction = first_pass = _slot_loss(self.loss, hidden, self.predictor, sample, slice(1, None))
         total, count = first_pass
@@ -110,54 +121,49 @@ class DistillationModule(PredictorModule):
         self._log_window_metrics("test")
 
     def _refined_loss(self, context: Context, hidden: Tensor, sample: WindowSample) -> LossSum:
-        """Loss of refined slots that are told the true tokens.
+        """Loss of refined slots that are told the tokens which the teacher's distributions follow.
 
-        Only windows whose tokens so far are all right can still gain one, so these are the ones to train for.
+        Of given windows these are the true ones: only windows whose tokens so far are all right can still gain one, so
+        these are the ones to train for. Windows that the student wrote are told as they stand.
         """
         pairs = self.predictor.refiner_context(context)
-        refined = self.predictor.refine(context, pairs, hidden, sample.token_ids[..., :-1])
+        refined = self.predictor.refine(context, pairs, hidden, sample.conditioning_ids[..., :-1])
         return _slot_loss(self.loss, refined, self.predictor, sample, slice(1, None))
 
     def _log_window_metrics(self, stage: str) -> None:
-        divergences = {f"{stage}/kl/position_{j:02d}": mean for j, mean in self.val_divergences.compute().items()}
-        self._log_summary(stage, self.val_metrics.compute(), divergences)
-        self.val_metrics.reset()
-        self.val_divergences.reset()
+        more = {f"{stage}/kl/position_{j:02d}": mean for j, mean in self.val_divergences.compute().items()}
+        if self.num_proposals > 1:
+            best_of_several = self.best_of_metrics.compute()
+            if best_of_several.num_windows > 0:
+                tag = f"{stage}/correct_tokens_best_of_{self.num_proposals}"
+                more[tag] = float(best_of_several.correct_tokens)
+        self._log_summary(stage, self.val_metrics.compute(), more)
+        for metric in (self.val_metrics, self.val_divergences, self.best_of_metrics):
+            metric.reset()
 
     @torch.no_grad()
     def _evaluate(self, batch: PackedBatch, generator: torch.Generator) -> None:
         context = self._encode(batch)
         sample = self.val_source.sample(self.predictor, batch, context, generator, self.end_of_text)
-        sampling, objective = self.predictor.config.sampling, self.predictor.config.objective
         # The first token needs no slot: the base model's own distribution is what decoding picks it from.
         first = _at(sample.teacher, 0)
-        first_tokens = pick(sample.auxiliaries[..., 0], first)
         first_nll = -first.probability_of(sample.token_ids[..., 0]).log()
-
-        hidden = self.predictor.slot_hidden(context, sample.auxiliaries)
-        logits = self.predictor.slot_logits(hidden).float()
-        proposed = objective.propose(logits, sample.auxiliaries[..., 1:], sampling)
-        draft = torch.cat([first_tokens.unsqueeze(-1), proposed], dim=-1)
-        if self.predictor.refiner is not None:
-            pairs = self.predictor.refiner_context(context)
-
-            def propose_again(token_ids: Tensor) -> Tensor:
-                nonlocal logits
-                logits = self.predictor.slot_logits(self.predictor.refine(context, pairs, hidden, token_ids)).float()
-                return objective.propose(logits, sample.auxiliaries[..., 1:], sampling)
-
-            draft = refine_draft(draft, self.predictor.refinement_rounds, propose_again)
+        draft = propose(self.predictor, context, sample.auxiliaries, pick(sample.auxiliaries[..., 0], first))
+        logits = self.predictor.slot_logits(draft.hidden).float()
         nll = F.cross_entropy(logits.flatten(0, -2), sample.token_ids[..., 1:].flatten(), reduction="none")
         self.val_metrics.update(
-            draft == sample.token_ids,
+            draft.token_ids == sample.token_ids,
             sample.mask,
-            torch.cat([first_nll.unsqueeze(-1), nll.view_as(proposed)], dim=-1),
+            torch.cat([first_nll.unsqueeze(-1), nll.view_as(logits[..., 0])], dim=-1),
         )
-        if objective.predicts_distribution:
+        if self.predictor.config.objective.predicts_distribution:
             target, mask = _flat_at(sample.target, slice(1, None)), sample.mask[..., 1:]
             divergences = KullbackLeibler().per_slot(logits.flatten(0, -2), sample.token_ids[..., 1:].flatten(), target)
             positions = torch.arange(1, self.predictor.config.window_length, device=mask.device).expand_as(mask)
             self.val_divergences.update(divergences.view_as(mask)[mask], positions[mask])
+        if self.num_proposals > 1:
+            chosen = best_of(self.num_proposals, self.predictor, batch, context, generator, self.end_of_text)
+            self.best_of_metrics.update(*chosen)
 
 
 def _slot_loss(

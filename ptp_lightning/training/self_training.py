@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
 
-from ptp_lightning.auxiliary import UniformInInterval, token_interval
+from ptp_lightning.auxiliary import token_interval
+from ptp_lightning.auxiliary_strategies import RelativeStrategy, UniformInInterval
 from ptp_lightning.data.batch import PackedBatch
 from ptp_lightning.losses import CrossEntropy, LossSum, SlotTargets
 from ptp_lightning.metrics import WindowMetrics, WindowSummary
@@ -42,7 +43,7 @@ def invert(
     predictor: ParallelTokenPredictor,
     context: Context,
     token_ids: Tensor,
-    strategy: UniformInInterval,
+    strategy: RelativeStrategy,
     generator: torch.Generator,
 ) -> InverseAuxiliaries:
     """The auxiliaries of Algorithm 3 (Draxler et al., ICLR 2026): for k = i, i + 1, ...
@@ -135,7 +136,7 @@ class InverseAutoregressiveModule(PredictorModule):
         self,
         predictor: PredictorConfig,
         loss: CrossEntropy = CrossEntropy(),  # noqa: B008  frozen
-        strategy: UniformInInterval = UniformInInterval(),  # noqa: B008  frozen
+        strategy: RelativeStrategy = UniformInInterval(),  # noqa: B008  frozen
         optimizer: OptimizerSettings = OptimizerSettings(),  # noqa: B008  frozen
         autoregressive_loss_weight: float = 1.0,
         seed: int = 0,

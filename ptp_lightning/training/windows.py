@@ -1,4 +1,4 @@
-"""Where the tokens of windows come from: the dataset, or the teacher's own samples.
+"""Where the tokens of windows come from: the dataset, or the teacher's own samples. Others have files of their own.
 
 A source answers, for every window of a batch, which tokens stand in it, which auxiliaries pick them, and from which
 teacher distributions. A new source is one class with `sample`.
@@ -6,16 +6,18 @@ teacher distributions. A new source is one class with `sample`.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ptp_lightning.auxiliary import UniformInInterval, draw_auxiliaries, pick, token_interval
+from ptp_lightning.auxiliary import draw_auxiliaries, pick, token_interval
+from ptp_lightning.auxiliary_strategies import AuxiliaryStrategy, UniformInInterval
 from ptp_lightning.data.batch import PackedBatch
 from ptp_lightning.models.predictor import Context, ParallelTokenPredictor
 from ptp_lightning.models.window_attention import slot_mask
 from ptp_lightning.sampling import TokenDistribution
+from ptp_lightning.training.student import student_probe
 
 
 class WindowSample(NamedTuple):
@@ -27,6 +29,8 @@ class WindowSample(NamedTuple):
         mask: `[B, N, L]` bool, true on a prefix of each window.
         teacher: distributions `[B, N, L, K]` the tokens were picked from.
         target: distributions `[B, N, L, K]` that students learn, see `SamplingConfig.target`.
+        conditioning_ids: `[B, N, L]` int64, the tokens that stand in the windows: the distributions at k follow those
+            before k. They are `token_ids`, unless the student wrote the windows.
     """
 
     token_ids: Tensor
@@ -34,13 +38,11 @@ class WindowSample(NamedTuple):
     mask: Tensor
     teacher: TokenDistribution
     target: TokenDistribution
+    conditioning_ids: Tensor
 
 
 class WindowSource(ABC):
     """Fills the windows of a batch."""
-
-    reads_rows: ClassVar[bool] = False
-    """Whether windows hold the rows' own tokens."""
 
     @abstractmethod
     def sample(
@@ -53,6 +55,20 @@ class WindowSource(ABC):
     ) -> WindowSample:
         """Tokens, auxiliaries and teacher distributions of every window; no gradients."""
 
+    def choose(self, progress: float, generator: torch.Generator) -> "WindowSource":
+        """The source of one training step, itself unless it is a mixture.
+
+        Args:
+            progress: share of the training steps that are done, 0 .. 1.
+            generator: of the step.
+        """
+        return self
+
+    @property
+    def reads_rows(self) -> bool:
+        """Whether windows hold the rows' own tokens."""
+        return False
+
 
 @dataclass(frozen=True)
 class TeacherWindows(WindowSource):
@@ -60,7 +76,13 @@ class TeacherWindows(WindowSource):
 
     All windows of all rows advance together, in L - 1 cached calls of B x N tokens. A window ends after the
     end-of-text token.
+
+    Args:
+        strategy: draws the auxiliaries again, inside the intervals of the tokens; by default they stay as they are,
+            uniform there.
     """
+
+    strategy: AuxiliaryStrategy | None = None
 
     @torch.no_grad()
     def sample(
@@ -101,7 +123,11 @@ class TeacherWindows(WindowSource):
         context.cache.crop(-(length - 1) * batch.num_windows)
         token_ids = torch.stack(tokens, dim=-1)
         mask = until_end(token_ids, end_of_text)
-        return WindowSample(token_ids, auxiliaries, mask, stack(teachers), stack(targets))
+        teacher = stack(teachers)
+        if self.strategy is not None:
+            interval = token_interval(teacher, token_ids)
+            auxiliaries = self.strategy.draw(*interval, generator, student_probe(predictor, context, token_ids))
+        return WindowSample(token_ids, auxiliaries, mask, teacher, stack(targets), token_ids)
 
 
 @dataclass(frozen=True)
@@ -109,11 +135,17 @@ class DatasetWindows(WindowSource):
     """The text itself; auxiliaries are drawn inside the interval of each token under the teacher (eq. 9).
 
     A window ends with its document, and before a token outside the teacher's truncated support, which no u picks.
+
+    Args:
+        strategy: draws the auxiliaries.
     """
 
-    reads_rows: ClassVar[bool] = True
+    strategy: AuxiliaryStrategy = field(default_factory=UniformInInterval)
 
-    strategy: UniformInInterval = field(default_factory=UniformInInterval)
+    @property
+    def reads_rows(self) -> bool:
+        """True: the tokens come from the row."""
+        return True
 
     @torch.no_grad()
     def sample(
@@ -133,8 +165,8 @@ class DatasetWindows(WindowSource):
         teacher, target = predictor.config.sampling.with_target(predictor.logits(hidden))
         lower, upper = token_interval(teacher, token_ids)
         mask = (mask & (upper > lower)).cumprod(-1).bool()
-        auxiliaries = self.strategy(lower, upper, generator)
-        return WindowSample(token_ids, auxiliaries, mask, teacher, target)
+        auxiliaries = self.strategy.draw(lower, upper, generator, student_probe(predictor, context, token_ids))
+        return WindowSample(token_ids, auxiliaries, mask, teacher, target, token_ids)
 
 
 def window_tokens(batch: PackedBatch, length: int) -> tuple[Tensor, Tensor]:

@@ -133,7 +133,7 @@ class TestTraining:
         plain = SamplingConfig().distribution(module.predictor.logits(true_hidden(module, context, sample)))
         loss = module._refined_loss(context, hidden, sample._replace(target=plain))
         assert float(loss.total) == pytest.approx(0, abs=1e-4) and float(loss.count) == 2 * 3 * 3
-        earlier = sample._replace(token_ids=sample.token_ids.roll(1, dims=-1), target=plain)
+        earlier = sample._replace(conditioning_ids=sample.token_ids.roll(1, dims=-1), target=plain)
         assert float(module._refined_loss(context, hidden, earlier).total) > 1
 
     @pytest.mark.parametrize("weight", [0.0, 0.5])

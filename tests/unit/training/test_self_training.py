@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ptp_lightning.auxiliary import UniformInInterval, pick, token_interval
+from ptp_lightning.auxiliary import pick, token_interval
+from ptp_lightning.auxiliary_strategies import UniformInInterval
 from ptp_lightning.data.batch import PackedBatch
 from ptp_lightning.decoding import GenerationSettings, decode_autoregressively, decode_speculatively
 from ptp_lightning.models import (

@@ -11,11 +11,14 @@ import torch
 from torch import Tensor
 
 from ptp_lightning.auxiliary import draw_auxiliaries, pick
+from ptp_lightning.auxiliary_strategies import BetaInInterval, ErrorSeekingInInterval
 from ptp_lightning.data.batch import PackedBatch
 from ptp_lightning.models.auxiliary_embedding import CosineFeatures
 from ptp_lightning.models.gated_lora import LoraSettings
 from ptp_lightning.models.predictor import Context, ParallelTokenPredictor, PredictorConfig
 from ptp_lightning.sampling import SamplingConfig, TokenDistribution
+from ptp_lightning.training.mixture_windows import MixtureWindows
+from ptp_lightning.training.student_windows import StudentWindows
 from ptp_lightning.training.windows import DatasetWindows, TeacherWindows, WindowSample, WindowSource, until_end
 from tests.tiny_models import TINY_MODELS
 
@@ -55,7 +58,17 @@ def sample_from(
     return source.sample(predictor, batch, context, generator, end_of_text), context
 
 
-@pytest.mark.parametrize("source", [TeacherWindows(), DatasetWindows()], ids=lambda source: type(source).__name__)
+SOURCES: dict[str, WindowSource] = {
+    "teacher": TeacherWindows(),
+    "teacher, error-seeking": TeacherWindows(ErrorSeekingInInterval()),
+    "dataset": DatasetWindows(),
+    "dataset, Beta": DatasetWindows(BetaInInterval(0.5)),
+    "student": StudentWindows(),
+    "mixture": MixtureWindows([TeacherWindows(), DatasetWindows()], [1.0, 1.0]),
+}
+
+
+@pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES)
 class TestEverySource:
     @pytest.mark.parametrize(
         "sampling",
@@ -70,6 +83,9 @@ class TestEverySource:
             picked = pick(sample.auxiliaries, sample.teacher)
             assert torch.equal(picked[sample.mask], sample.token_ids[sample.mask])
             assert not (sample.mask[..., 1:] & ~sample.mask[..., :-1]).any(), "not a prefix"
+            assert sample.conditioning_ids.shape == sample.token_ids.shape
+            if not isinstance(source, StudentWindows):
+                assert torch.equal(sample.conditioning_ids, sample.token_ids)
 
     def test_context_cache_is_as_before(self, source: WindowSource) -> None:
         predictor = make_predictor()
@@ -85,8 +101,27 @@ class TestEverySource:
         assert torch.equal(first.auxiliaries, again.auxiliaries) and torch.equal(first.token_ids, again.token_ids)
         assert not torch.equal(first.auxiliaries, other.auxiliaries)
 
+    def test_takes_no_gradient(self, source: WindowSource) -> None:
+        sample, _ = sample_from(source, make_predictor())
+        tensors: list[Tensor | None] = [sample.auxiliaries, *sample.teacher, *sample.target]
+        assert not any(tensor.requires_grad for tensor in tensors if tensor is not None)
+
+    def test_leaves_the_modes_alone(self, source: WindowSource) -> None:
+        predictor = make_predictor().train()
+        before = {name: module.training for name, module in predictor.named_modules()}
+        sample_from(source, predictor)
+        assert {name: module.training for name, module in predictor.named_modules()} == before
+        predictor.eval()
+
 
 class TestTeacherWindows:
+    def test_a_strategy_draws_again_inside_the_intervals_of_the_same_tokens(self) -> None:
+        plain, _ = sample_from(TeacherWindows(), make_predictor())
+        again, _ = sample_from(TeacherWindows(BetaInInterval(0.5)), make_predictor())
+        assert torch.equal(again.token_ids, plain.token_ids)
+        assert not (again.auxiliaries == plain.auxiliaries).any()
+        assert torch.equal(pick(again.auxiliaries, plain.teacher), plain.token_ids)
+
     @pytest.mark.parametrize("family", TINY_MODELS)
     def test_equals_a_loop_without_cache(self, family: str) -> None:
         sample, _ = sample_from(TeacherWindows(), make_predictor(family))
@@ -192,9 +227,3 @@ class TestDatasetWindows:
     def test_ends_before_a_prompt_token(self) -> None:
         sample = self.sample([1, 2, 3, 4, 5, 6], starts=[1, 2, 3], completion_mask=[0, 0, 1, 1, 0, 1])
         assert self.seen(sample) == [[], [3, 4], [4]]
-
-
-def test_teacher_windows_take_no_gradient() -> None:
-    sample, _ = sample_from(TeacherWindows(), make_predictor())
-    tensors: list[Tensor | None] = [sample.auxiliaries, *sample.teacher]
-    assert not any(tensor.requires_grad for tensor in tensors if tensor is not None)
