@@ -4,13 +4,14 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
-from ptp_lightning.auxiliary import pick
+from ptp_lightning.auxiliary import pick, token_interval
 from ptp_lightning.models.auxiliary_embedding import AuxiliaryEmbedding
 from ptp_lightning.models.auxiliary_features import AuxiliaryFeatures
 from ptp_lightning.models.refiner import Refiner
-from ptp_lightning.sampling import SamplingConfig
+from ptp_lightning.sampling import SamplingConfig, TokenDistribution
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,19 @@ class Objective(ABC):
     @abstractmethod
     def propose(self, logits: Tensor, auxiliaries: Tensor, sampling: SamplingConfig) -> Tensor:
         """Tokens `[...]` from logits `[..., V]` and the auxiliaries `[...]` of the predicted tokens."""
+
+    @abstractmethod
+    def right_probability(
+        self, logits: Tensor, token_ids: Tensor, teacher: TokenDistribution, sampling: SamplingConfig
+    ) -> Tensor:
+        """How likely a slot proposes the reference token: `[...]`, float32 or better, without gradient.
+
+        Args:
+            logits: `[..., V]`.
+            token_ids: `[...]`, the reference tokens.
+            teacher: distributions `[..., K]` they were picked from.
+            sampling: of the predictor.
+        """
 
 
 @dataclass(frozen=True)
@@ -55,6 +69,13 @@ class OneHotObjective(Objective):
         assert token_ids is not None, "greedy distributions list their one token"
         return token_ids.squeeze(-1)
 
+    @torch.no_grad()
+    def right_probability(
+        self, logits: Tensor, token_ids: Tensor, teacher: TokenDistribution, sampling: SamplingConfig
+    ) -> Tensor:
+        """The probability that the student gives to the reference token; `teacher` and `sampling` are not read."""
+        return SamplingConfig().distribution(logits).probability_of(token_ids)
+
 
 @dataclass(frozen=True)
 class CategoricalObjective(Objective):
@@ -70,6 +91,12 @@ class CategoricalObjective(Objective):
     def propose(self, logits: Tensor, auxiliaries: Tensor, sampling: SamplingConfig) -> Tensor:
         """Inverse CDF of the predicted distribution at the predicted token's u."""
         return pick(auxiliaries, sampling.proposal().distribution(logits))
+
+    def right_probability(
+        self, logits: Tensor, token_ids: Tensor, teacher: TokenDistribution, sampling: SamplingConfig
+    ) -> Tensor:
+        """See `interval_overlap`."""
+        return interval_overlap(sampling.proposal().distribution(logits.detach()), teacher, token_ids)
 
 
 @dataclass(frozen=True)
@@ -88,6 +115,12 @@ class IndependentObjective(Objective):
         """Inverse CDF of the predicted marginal at the predicted token's u."""
         return pick(auxiliaries, sampling.proposal().distribution(logits))
 
+    def right_probability(
+        self, logits: Tensor, token_ids: Tensor, teacher: TokenDistribution, sampling: SamplingConfig
+    ) -> Tensor:
+        """See `interval_overlap`."""
+        return interval_overlap(sampling.proposal().distribution(logits.detach()), teacher, token_ids)
+
 
 @dataclass(frozen=True)
 class SequentialObjective(IndependentObjective):
@@ -98,6 +131,24 @@ class SequentialObjective(IndependentObjective):
 
     name: ClassVar[str] = "sequential"
     knows_draft: ClassVar[bool] = True
+
+
+@torch.no_grad()
+def interval_overlap(P: TokenDistribution, Q: TokenDistribution, token_ids: Tensor) -> Tensor:
+    """Chance that `Pick(u, P) == t` for u uniform among those with `Pick(u, Q) == t`: `|I_P(t) & I_Q(t)| / |I_Q(t)|`.
+
+    Args:
+        P: distributions `[..., K]`, of the proposal.
+        Q: distributions `[..., K']`, of the teacher.
+        token_ids: t, `[...]`.
+
+    Returns:
+        `[...]` float64; 0 for a token that no u picks from Q.
+    """
+    (lower_P, upper_P), (lower_Q, upper_Q) = token_interval(P, token_ids), token_interval(Q, token_ids)
+    shared = (torch.minimum(upper_P, upper_Q) - torch.maximum(lower_P, lower_Q)).clamp_min(0)
+    width = upper_Q - lower_Q
+    return torch.where(width > 0, shared / width, 0.0)
 
 
 class SlotEncoder(nn.Module):

@@ -8,7 +8,15 @@ from torch.nn import functional as F
 
 from ptp_lightning.auxiliary import pick
 from ptp_lightning.data.batch import PackedBatch
-from ptp_lightning.losses import KullbackLeibler, Loss, LossSum, SlotTargets, require_sound
+from ptp_lightning.losses import (
+    KullbackLeibler,
+    Loss,
+    LossSum,
+    PositionWeights,
+    SlotTargets,
+    UniformWeights,
+    require_sound,
+)
 from ptp_lightning.metrics import PositionMeans, WindowMetrics
 from ptp_lightning.models.predictor import Context, ParallelTokenPredictor, PredictorConfig
 from ptp_lightning.randomness import keyed_generator
@@ -17,6 +25,7 @@ from ptp_lightning.training.optimization import OptimizerSettings
 from ptp_lightning.training.predictor_module import PredictorModule
 from ptp_lightning.training.proposals import best_of
 from ptp_lightning.training.student import propose
+from ptp_lightning.training.right_probability import right_probability
 from ptp_lightning.training.windows import TeacherWindows, WindowSample, WindowSource
 
 
@@ -39,6 +48,7 @@ class DistillationModule(PredictorModule):
             whose auxiliaries lie closest to the centres of their intervals, and logs
             `val/correct_tokens_best_of_{M}` (see `ptp_lightning.training.proposals`).
         seed: of all auxiliaries.
+        position_weights: how much each slot of a window weighs in both losses.
     """
 
     def __init__(
@@ -51,6 +61,7 @@ class DistillationModule(PredictorModule):
         first_pass_loss_weight: float = 0.5,
         num_proposals: int = 1,
         seed: int = 0,
+        position_weights: PositionWeights = UniformWeights(),  # noqa: B008  frozen
     ) -> None:
         require_sound(loss, predictor.objective.name)
         if predictor.student.trains_base:
@@ -70,6 +81,7 @@ class DistillationModule(PredictorModule):
             raise ValueError(f"expected model.init_args.num_proposals >= 1, found {num_proposals}")
         self.num_proposals = num_proposals
         self.seed = seed
+        self.position_weights = position_weights
         self.val_metrics = WindowMetrics(predictor.window_length)
         self.val_divergences = PositionMeans(predictor.window_length)
         self.best_of_metrics = WindowMetrics(predictor.window_length)
@@ -80,28 +92,32 @@ class DistillationModule(PredictorModule):
         return self.source.reads_rows or self.val_source.reads_rows
 
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
-        """Loss in nats per slot, normalised by the slots of all ranks."""
+        """Loss in nats per slot, normalised by the weights of the slots of all ranks."""
         generator = keyed_generator(self.seed, "train", self.global_rank, self.global_step, batch_idx)
         context = self._encode(batch)
         progress = min(1.0, self.global_step / self.trainer.estimated_stepping_batches)
         source = self.source.choose(progress, generator)
         sample = source.sample(self.predictor, batch, context, generator, self.end_of_text)
         hidden = self.predictor.slot_hidden(context, sample.auxiliaries)
-        prediction = first_pass = _slot_loss(self.loss, hidden, self.predictor, sample, slice(1, None))
-        total, count = first_pass
+        prediction = first_pass = self._first_pass_loss(hidden, sample)
         if self.predictor.refiner is not None:
             prediction = self._refined_loss(context, hidden, sample)
-            total = prediction.total + self.first_pass_loss_weight * first_pass.total
+        # DDP averages gradients over ranks, so the local sums are divided by the mean counts. The two losses count the
+        # same slots, but their weights may depend on what the student says.
+        counts = self.trainer.strategy.reduce(torch.stack([prediction.count, first_pass.count]), reduce_op="mean")
+        mean_count, first_pass_count = torch.where(counts > 0, counts, 1.0)
+        total = prediction.total
+        if self.predictor.refiner is not None:
+            # The ratio is exactly 1 where weights do not depend on the student.
+            total = total + self.first_pass_loss_weight * (first_pass.total * (mean_count / first_pass_count))
         require(
             total.isfinite(),
             total,
             "the training loss must be finite: weights or gradients have overflowed (lower "
             "optimizer.learning_rate, set trainer.gradient_clip_val, or try trainer.precision: 32-true)",
         )
-        # DDP averages gradients over ranks, so the local sum is divided by the mean count.
-        mean_count = self.trainer.strategy.reduce(count, reduce_op="mean").clamp_min(1)
         self.log("train/loss_nats", prediction.total.detach() / mean_count, prog_bar=True)
-        self.log("train/first_pass_loss_nats", first_pass.total.detach() / mean_count)
+        self.log("train/first_pass_loss_nats", first_pass.total.detach() / first_pass_count)
         return total / mean_count
 
     def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
@@ -120,6 +136,9 @@ class DistillationModule(PredictorModule):
         """Log the tags of the finished test."""
         self._log_window_metrics("test")
 
+    def _first_pass_loss(self, hidden: Tensor, sample: WindowSample) -> LossSum:
+        return _slot_loss(self.loss, hidden, self.predictor, sample, slice(1, None), self.position_weights)
+
     def _refined_loss(self, context: Context, hidden: Tensor, sample: WindowSample) -> LossSum:
         """Loss of refined slots that are told the tokens which the teacher's distributions follow.
 
@@ -128,7 +147,7 @@ class DistillationModule(PredictorModule):
         """
         pairs = self.predictor.refiner_context(context)
         refined = self.predictor.refine(context, pairs, hidden, sample.conditioning_ids[..., :-1])
-        return _slot_loss(self.loss, refined, self.predictor, sample, slice(1, None))
+        return _slot_loss(self.loss, refined, self.predictor, sample, slice(1, None), self.position_weights)
 
     def _log_window_metrics(self, stage: str) -> None:
         more = {f"{stage}/kl/position_{j:02d}": mean for j, mean in self.val_divergences.compute().items()}
@@ -167,13 +186,20 @@ class DistillationModule(PredictorModule):
 
 
 def _slot_loss(
-    loss: Loss, hidden: Tensor, predictor: ParallelTokenPredictor, sample: WindowSample, positions: slice
+    loss: Loss,
+    hidden: Tensor,
+    predictor: ParallelTokenPredictor,
+    sample: WindowSample,
+    positions: slice,
+    position_weights: PositionWeights = UniformWeights(),  # noqa: B008  frozen
 ) -> LossSum:
     """Loss of hidden states `[B, N, L - 1, H]` against L - 1 positions of the windows."""
+    mask = sample.mask[..., positions]
     flat = _flat_at(sample.target, positions)
-    weights = sample.mask[..., positions].flatten().to(torch.float32)
-    targets = SlotTargets(sample.token_ids[..., positions].flatten(), flat, weights)
-    return loss(hidden.flatten(0, 2), predictor.slot_logits, targets)
+    targets = SlotTargets(sample.token_ids[..., positions].flatten(), flat, mask.flatten().to(torch.float32))
+    measure = right_probability(predictor, sample, positions) if position_weights.needs_right else None
+    losses = loss.of_slots(hidden.flatten(0, 2), predictor.slot_logits, targets, measure)
+    return loss.weighted_sum(losses, position_weights(mask, losses.measured_on(mask)).flatten())
 
 
 def _at(distribution: TokenDistribution, position: int | slice) -> TokenDistribution:

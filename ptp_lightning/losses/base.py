@@ -1,0 +1,207 @@
+"""Losses over the slots of windows: sums in nats and of weights, projected onto the vocabulary in chunks.
+
+A loss gets hidden states, not logits. It applies the language model head itself, `chunk_size` slots at a time, and
+recomputes each chunk's logits in the backward pass, so that the [M, V] logits of all slots never exist at once.
+Whatever else has to be known of a slot's logits is measured while they exist (`SlotMeasure`).
+
+Tensor sizes: M slots, m of them not masked, H hidden size, V vocabulary, K candidate tokens kept by the teacher's
+sampling settings.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ptp_lightning.sampling import TokenDistribution
+
+
+class LossSum(NamedTuple):
+    """A loss before normalisation, so that ranks and micro-batches can be added up exactly.
+
+    `total / count`, after adding up both, is the weighted mean over all slots: it does not change when all weights are
+    multiplied by one number.
+
+    Attributes:
+        total: scalar, float32 or better: the weighted sum over slots, in nats.
+        count: scalar of the same type: the sum of the weights; with weights 0 and 1, the number of slots.
+    """
+
+    total: Tensor
+    count: Tensor
+
+
+class SlotTargets(NamedTuple):
+    """What M slots should predict.
+
+    Attributes:
+        token_ids: [M] int64, the reference tokens; anything where the weight is 0.
+        teacher: the teacher's distributions, [M, K]; None if only the tokens are known.
+        weights: [M] float, the weight of each slot; 0 masks it.
+    """
+
+    token_ids: Tensor
+    teacher: TokenDistribution | None
+    weights: Tensor
+
+
+class SlotLosses(NamedTuple):
+    """The losses of the m slots that are not masked, each by itself.
+
+    Attributes:
+        slots: [m] int64, which of the M slots these are, in ascending order.
+        nats: [m] float32 or better, their losses, not weighted.
+        measured: [m], what was measured of their logits, without gradient; None if nothing was.
+    """
+
+    slots: Tensor
+    nats: Tensor
+    measured: Tensor | None
+
+    def measured_on(self, mask: Tensor) -> Tensor | None:
+        """`measured` in the layout `[...]` of all M slots, 0 where masked; None if nothing was."""
+        if self.measured is None:
+            return None
+        return self.measured.new_zeros(mask.numel()).index_copy(0, self.slots, self.measured).view(mask.shape)
+
+
+Head = Callable[[Tensor], Tensor]
+"""Hidden states [m, H] to logits [m, V]."""
+
+SlotMeasure = Callable[[Tensor, Tensor], Tensor]
+"""Logits [m, V] and which of the M slots they belong to, [m], to one number for each, [m]."""
+
+
+@dataclass(frozen=True)
+class Loss(ABC):
+    """A sum over slots of a term that depends on one slot's logits and its target.
+
+    A new loss is a subclass with the three class attributes and `per_slot`.
+
+    Args:
+        chunk_size: slots whose logits exist at the same time. Memory grows with `chunk_size * V`; the value and the
+            gradients do not depend on it beyond rounding.
+
+    Raises:
+        ValueError: if `chunk_size` is not positive.
+    """
+
+    chunk_size: int = 1024
+
+    needs_teacher: ClassVar[bool]
+    """Whether `SlotTargets.teacher` is read."""
+    sound_for: ClassVar[frozenset[str]]
+    """The objectives whose optimum this loss finds."""
+    unsound_because: ClassVar[Mapping[str, str]]
+    """For every other objective, the reason why not."""
+
+    def __post_init__(self) -> None:
+        if self.chunk_size < 1:
+            raise ValueError(
+                f"A loss projects at least one slot at a time, found chunk_size={self.chunk_size}. "
+                "Set `chunk_size` of the loss to a positive number."
+            )
+
+    @abstractmethod
+    def per_slot(self, logits: Tensor, token_ids: Tensor, teacher: TokenDistribution | None) -> Tensor:
+        """The loss of each slot: logits [m, V], token ids [m] and teacher [m, K] give [m], in nats.
+
+        The logits arrive in float32 or better; every slot counts.
+        """
+
+    def __call__(self, hidden: Tensor, head: Head, target: SlotTargets) -> LossSum:
+        """Sum the loss over all slots that are not masked; arguments and errors as in `of_slots`.
+
+        Returns:
+            The weighted sum in nats and the sum of weights. Without any slot both are 0 and the first still has a
+            gradient (of zeros), as distributed training expects of every rank.
+        """
+        return self.weighted_sum(self.of_slots(hidden, head, target), target.weights)
+
+    def of_slots(
+        self, hidden: Tensor, head: Head, target: SlotTargets, measure: SlotMeasure | None = None
+    ) -> SlotLosses:
+        """The loss of each slot that is not masked.
+
+        Args:
+            hidden: [M, H], the last hidden states of the slots.
+            head: the language model head, [m, H] to [m, V]; called once per chunk, and if there are several, once more
+                in the backward pass.
+            target: what the M slots should predict; of its weights, only whether they are 0 is read.
+            measure: evaluated once per chunk, without gradient, while the chunk's logits exist.
+
+        Raises:
+            ValueError: if the sizes disagree, or if the loss compares distributions and `target.teacher` is None.
+        """
+        self._check(hidden, target)
+        token_ids, teacher, weights = target
+        # Masked slots are dropped before the projection: they cost nothing, and whatever stands in them (a NaN, the
+        # token id -100) reaches neither the sum nor the gradients.
+        kept = weights.nonzero().squeeze(-1)
+        hidden, token_ids = hidden[kept], token_ids[kept]
+        if teacher is not None and self.needs_teacher:
+            teacher = _take(teacher, kept)
+        num_slots = kept.numel()
+        chunks = [slice(start, start + self.chunk_size) for start in range(0, max(num_slots, 1), self.chunk_size)]
+        measured: dict[int, Tensor] = {}  # by the first slot of the chunk; the backward pass does not measure again
+
+        def chunk_losses(chunk_hidden: Tensor, rows: slice) -> Tensor:
+            logits = head(chunk_hidden)
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            if measure is not None and rows.start not in measured:
+                with torch.no_grad():
+                    measured[rows.start] = measure(logits.detach(), kept[rows])
+            chunk_teacher = _take(teacher, rows) if teacher is not None and self.needs_teacher else None
+            return self.per_slot(logits, token_ids[rows], chunk_teacher)
+
+        if len(chunks) == 1:  # computing the logits twice would save nothing
+            nats = chunk_losses(hidden, chunks[0])
+        else:
+            nats = torch.cat(
+                [
+                    # A head has no dropout, so there is no random state to put back for the second run.
+                    checkpoint(chunk_losses, hidden[rows], rows, use_reentrant=False, preserve_rng_state=False)
+                    for rows in chunks
+                ]
+            )
+        return SlotLosses(kept, nats, torch.cat(list(measured.values())) if measured else None)
+
+    def weighted_sum(self, losses: SlotLosses, weights: Tensor) -> LossSum:
+        """Sum `losses`, each times its weight; `weights` [M] get no gradient."""
+        kept = weights.detach()[losses.slots].to(losses.nats.dtype)
+        totals = [chunk.sum() for chunk in (losses.nats * kept).split(self.chunk_size)]
+        return LossSum(total=torch.stack(totals).sum(), count=kept.sum())
+
+    def _check(self, hidden: Tensor, target: SlotTargets) -> None:
+        num_slots = hidden.shape[0]
+        if hidden.ndim != 2 or target.token_ids.shape != (num_slots,) or target.weights.shape != (num_slots,):
+            raise ValueError(
+                "Expected hidden [M, H], token_ids [M] and weights [M], found "
+                f"{list(hidden.shape)}, {list(target.token_ids.shape)} and {list(target.weights.shape)}."
+            )
+        if not self.needs_teacher:
+            return
+        if target.teacher is None:
+            raise ValueError(
+                f"{type(self).__name__} compares with the teacher's distribution, but the targets hold only tokens. "
+                "Choose a `loss` that needs no teacher (CrossEntropy), or a training module that provides one."
+            )
+        if target.teacher.probabilities.shape[:-1] != (num_slots,):
+            raise ValueError(
+                f"Expected teacher probabilities [M, K] with M = {num_slots}, "
+                f"found {list(target.teacher.probabilities.shape)}."
+            )
+
+
+def _take(distribution: TokenDistribution, rows: Tensor | slice) -> TokenDistribution:
+    token_ids = distribution.token_ids
+    return distribution._replace(
+        probabilities=distribution.probabilities[rows],
+        token_ids=None if token_ids is None else token_ids[rows],
+    )

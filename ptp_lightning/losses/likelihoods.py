@@ -1,0 +1,63 @@
+"""Losses that compare a slot's prediction with the reference token: cross entropy and binary cross entropy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ptp_lightning.losses.base import Loss
+from ptp_lightning.sampling import TokenDistribution
+
+
+@dataclass(frozen=True)
+class CrossEntropy(Loss):
+    """`-log P_theta(t_k | ...)`, the negative log-likelihood of the reference token (paper, Algorithms 2 and 3).
+
+    The loss of one-hot PTP, which it can bring to 0, and of teacher-free training. For categorical PTP and the
+    independent baseline it is an unbiased, noisier stand-in for the divergence: the reference token is a sample of
+    the teacher's distribution, so both have the same expected gradient.
+    """
+
+    needs_teacher: ClassVar[bool] = False
+    sound_for: ClassVar[frozenset[str]] = frozenset({"one_hot", "categorical", "independent", "sequential"})
+    unsound_because: ClassVar[Mapping[str, str]] = MappingProxyType({})
+
+    def per_slot(self, logits: Tensor, token_ids: Tensor, teacher: TokenDistribution | None) -> Tensor:
+        """See `Loss.per_slot`; `teacher` is not read."""
+        return F.cross_entropy(logits, token_ids, reduction="none")
+
+
+NOT_A_DISTRIBUTION = (
+    "it trains one yes-or-no decision per vocabulary entry. Where the token is not determined, the best decisions are "
+    "sigmoid(z_v) = Q_k(v), and the softmax of these logits, from which tokens are proposed, is proportional to "
+    "Q_k / (1 - Q_k) instead of Q_k"
+)
+
+
+@dataclass(frozen=True)
+class BinaryCrossEntropy(Loss):
+    """`-log s(z_t) - sum_{v != t} log(1 - s(z_v))`, s the logistic sigmoid: binary cross entropy per vocabulary entry.
+
+    The paper's second choice for one-hot PTP. Each entry of the vocabulary is a decision of its own (is the token v?),
+    so the logits z do not compete through a softmax. The proposal, their argmax, is right at the optimum also where the
+    student cannot tell the token for sure. The sum runs over all V entries; it is 0 where all decisions are certain and
+    right.
+    """
+
+    needs_teacher: ClassVar[bool] = False
+    sound_for: ClassVar[frozenset[str]] = frozenset({"one_hot"})
+    unsound_because: ClassVar[Mapping[str, str]] = MappingProxyType(
+        dict.fromkeys(("categorical", "independent", "sequential"), NOT_A_DISTRIBUTION)
+    )
+
+    def per_slot(self, logits: Tensor, token_ids: Tensor, teacher: TokenDistribution | None) -> Tensor:
+        """See `Loss.per_slot`; `teacher` is not read."""
+        reference = token_ids.unsqueeze(-1)
+        # 1 - s(z) = s(-z): every decision is a log-sigmoid of its logit with the sign of the right answer.
+        signed = (-logits).scatter(-1, reference, logits.gather(-1, reference))
+        return -F.logsigmoid(signed).sum(-1)
