@@ -10,7 +10,7 @@ import torch
 from lightning import Trainer
 from torch import Tensor
 
-from ptp_lightning.losses import CrossEntropy, KullbackLeibler, Loss
+from ptp_lightning.losses import CrossEntropy, KullbackLeibler, Loss, PositionWeights, UniformWeights
 from ptp_lightning.models.auxiliary_embedding import CosineFeatures
 from ptp_lightning.models.backbone import BackboneSettings
 from ptp_lightning.models.gated_lora import LoraSettings
@@ -56,6 +56,7 @@ def make_module(
     source: WindowSource = TeacherWindows(),  # noqa: B008  frozen
     optimizer: str = "adamw",
     base_seed: int = 0,
+    position_weights: PositionWeights = UniformWeights(),  # noqa: B008  frozen
     **predictor: Any,
 ) -> DistillationModule:
     """The same weights on every call; `predictor` are further fields of `PredictorConfig`."""
@@ -72,6 +73,7 @@ def make_module(
         loss=loss,
         source=source,
         val_source=source,
+        position_weights=position_weights,
         optimizer=OptimizerSettings(optimizer, learning_rate=0.01, warmup_steps=2),  # pyright: ignore[reportArgumentType]
     )
 

@@ -1,0 +1,239 @@
+"""The contract of every loss: values and gradients against definitions in float64, masking, chunking, memory."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ptp_lightning.losses import CrossEntropy, Loss, SlotTargets
+from ptp_lightning.sampling import SamplingConfig, TokenDistribution
+from tests.tiny_losses import H, M, V, every_loss, identity, random_logits, random_targets, reference
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@every_loss
+def test_value_and_gradient_match_the_definition(loss: type[Loss], dtype: torch.dtype) -> None:
+    target = random_targets()
+    logits = random_logits().to(dtype).requires_grad_()
+    total, count = loss()(logits, identity, target)
+    expected = (reference(loss, logits, target) * target.weights).sum()
+    (expected_grad,) = torch.autograd.grad(expected, logits)
+    (grad,) = torch.autograd.grad(total, logits)
+
+    assert total.dtype == torch.float32
+    assert count.item() == 10.5  # the sum of weights
+    torch.testing.assert_close(total.double(), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(grad, expected_grad)
+
+
+@every_loss
+@pytest.mark.parametrize("config", [SamplingConfig(order="vocabulary"), SamplingConfig(top_k=4, top_p=0.8)])
+def test_gradcheck_through_the_head(loss: type[Loss], config: SamplingConfig) -> None:
+    target = random_targets(torch.float64, config)
+    generator = torch.Generator().manual_seed(7)
+    hidden = torch.randn(M, H, generator=generator, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(V, H, generator=generator, dtype=torch.float64, requires_grad=True)
+
+    def total(hidden: Tensor, weight: Tensor) -> Tensor:
+        return loss(chunk_size=4)(hidden, lambda chunk: F.linear(chunk, weight), target).total
+
+    assert torch.autograd.gradcheck(total, (hidden, weight))
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3, 9, 10, 11])  # 10 slots count: dividing, not dividing, exact, beyond
+@every_loss
+def test_chunks_change_nothing(loss: type[Loss], chunk_size: int) -> None:
+    target = random_targets()
+    hidden = torch.randn(M, H, generator=torch.Generator().manual_seed(4))
+    results = []
+    for size in (chunk_size, 1000):
+        leaf = hidden.clone().requires_grad_()
+        head = torch.nn.Linear(H, V)
+        torch.nn.init.constant_(head.bias, 0.1)
+        torch.nn.init.eye_(head.weight)
+        total, count = loss(chunk_size=size)(leaf, head, target)
+        (total / count).backward()
+        results.append((total.detach(), count, leaf.grad, head.weight.grad, head.bias.grad))
+    for chunked, whole in zip(*results, strict=True):
+        torch.testing.assert_close(chunked, whole, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("garbage", [1e30, math.inf, math.nan])
+@every_loss
+def test_masked_slots_contribute_nothing(loss: type[Loss], garbage: float) -> None:
+    token_ids, teacher, weights = random_targets()
+    assert teacher is not None
+    masked = weights == 0
+    clean = random_logits().requires_grad_()
+    dirty = clean.detach().masked_fill(masked[:, None], garbage).requires_grad_()
+    dirty_target = SlotTargets(
+        token_ids.masked_fill(masked, -100),
+        teacher._replace(probabilities=teacher.probabilities.masked_fill(masked[:, None], math.nan)),
+        weights,
+    )
+    expected = loss()(clean, identity, SlotTargets(token_ids, teacher, weights))
+    found = loss()(dirty, identity, dirty_target)
+    assert found.total == expected.total
+    assert found.count == expected.count
+    found.total.backward()
+    expected.total.backward()
+    assert dirty.grad is not None
+    assert (dirty.grad[masked] == 0).all()
+    torch.testing.assert_close(dirty.grad, clean.grad, rtol=0, atol=0)
+
+
+@every_loss
+def test_no_slot_at_all_gives_zero_with_a_gradient(loss: type[Loss]) -> None:
+    token_ids, teacher, weights = random_targets()
+    hidden = torch.randn(M, H, requires_grad=True)
+    head = torch.nn.Linear(H, V)
+    total, count = loss()(hidden, head, SlotTargets(token_ids, teacher, torch.zeros_like(weights)))
+    total.backward()
+    assert (total.item(), count.item()) == (0, 0)
+    assert hidden.grad is not None
+    assert head.weight.grad is not None  # distributed training waits for every parameter
+    assert not hidden.grad.any()
+    assert not head.weight.grad.any()
+
+
+@every_loss
+def test_no_logits_of_all_slots_live_until_the_backward_pass(loss: type[Loss]) -> None:
+    target = random_targets()
+    hidden = torch.randn(M, H, requires_grad=True)
+    head = torch.nn.Linear(H, V)
+    seen: list[int] = []
+    saved: list[int] = []
+
+    def watched_head(chunk: Tensor) -> Tensor:
+        seen.append(len(chunk))
+        return head(chunk)
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor.untyped_storage().nbytes() // tensor.element_size())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        total = loss(chunk_size=4)(hidden, watched_head, target).total
+    assert seen == [4, 4, 2]
+    assert max(saved) <= M * H  # the hidden states themselves; not even one chunk of logits, 4 * V > M * H / 2
+    assert not any(size in (4 * V, 2 * V) for size in saved)
+    total.backward()
+    assert seen == [4, 4, 2, 2, 4, 4]  # every chunk once more, one at a time
+
+
+@every_loss
+def test_autocast_projects_in_bfloat16_and_sums_in_float32(loss: type[Loss]) -> None:
+    target = random_targets()
+    hidden = torch.randn(M, H, generator=torch.Generator().manual_seed(5), requires_grad=True)
+    head = torch.nn.Linear(H, V)
+    dtypes: list[torch.dtype] = []
+
+    def watched_head(chunk: Tensor) -> Tensor:
+        logits = head(chunk)
+        dtypes.append(logits.dtype)
+        return logits
+
+    with torch.autocast("cpu", torch.bfloat16):
+        total = loss(chunk_size=4)(hidden, watched_head, target).total
+        logits = head(hidden)
+    total.backward()  # outside of autocast, as Lightning does
+    assert set(dtypes) == {torch.bfloat16}
+    assert len(dtypes) == 6
+    assert total.dtype == torch.float32
+    torch.testing.assert_close(
+        total.double(), (reference(loss, logits, target) * target.weights).sum(), rtol=1e-6, atol=0
+    )
+
+
+@every_loss
+def test_bad_sizes(loss: type[Loss]) -> None:
+    with pytest.raises(ValueError, match="chunk_size=0"):
+        loss(chunk_size=0)
+    with pytest.raises(ValueError, match=r"\[13, 11\], \[13\] and \[12\]"):
+        loss()(random_logits(), identity, random_targets()._replace(weights=torch.ones(12)))
+    short = random_targets()
+    assert short.teacher is not None
+    short = short._replace(teacher=TokenDistribution(short.teacher.probabilities[:5]))
+    if loss.needs_teacher:
+        with pytest.raises(ValueError, match=r"M = 13, found \[5, 6\]"):
+            loss()(random_logits(), identity, short)
+
+
+@pytest.mark.parametrize(("num_slots", "head_calls"), [(4, 1), (5, 4)])
+def test_a_single_chunk_is_projected_once(num_slots: int, head_calls: int) -> None:
+    """Two chunks are projected again in the backward pass, which keeps their logits from existing at once."""
+    calls = 0
+
+    def head(chunk: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return chunk
+
+    hidden = torch.randn(num_slots, 6, requires_grad=True)
+    target = SlotTargets(torch.zeros(num_slots, dtype=torch.long), None, torch.ones(num_slots))
+    CrossEntropy(chunk_size=4)(hidden, head, target).total.backward()
+    assert calls == head_calls
+
+
+def largest_logit(logits: Tensor, slots: Tensor) -> Tensor:
+    assert not torch.is_grad_enabled()
+    return logits.amax(-1) + 100 * slots
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, 10, 1000])
+@every_loss
+def test_losses_of_slots_and_a_measure_of_their_logits(loss: type[Loss], chunk_size: int) -> None:
+    target, logits = random_targets(), random_logits()
+    losses = loss(chunk_size=chunk_size).of_slots(logits, identity, target, largest_logit)
+    kept = target.weights.nonzero().squeeze(-1)
+    assert torch.equal(losses.slots, kept)
+    torch.testing.assert_close(losses.nats.double(), reference(loss, logits, target)[kept], rtol=1e-5, atol=1e-7)
+    assert losses.measured is not None
+    assert torch.equal(losses.measured, logits[kept].amax(-1) + 100 * kept)
+    everywhere = losses.measured_on(torch.zeros(M, 1))
+    assert everywhere is not None and everywhere.shape == (M, 1)
+    assert torch.equal(everywhere[kept, 0], losses.measured) and everywhere.count_nonzero() == len(kept)
+    assert loss().of_slots(logits, identity, target).measured_on(torch.zeros(M)) is None
+
+
+@pytest.mark.parametrize("num_kept", [0, 1, 10])
+@every_loss
+def test_a_measure_sees_every_slot_once_and_leaves_the_loss_alone(loss: type[Loss], num_kept: int) -> None:
+    token_ids, teacher, weights = random_targets()
+    weights = weights * (weights.cumsum(0) <= num_kept)
+    target = SlotTargets(token_ids, teacher, weights)
+    seen: list[int] = []
+
+    def measure(logits: Tensor, slots: Tensor) -> Tensor:
+        seen.extend(slots.tolist())
+        return logits.detach().sum(-1)
+
+    gradients, totals = [], []
+    for measured in (None, measure):
+        hidden = torch.randn(M, H, generator=torch.Generator().manual_seed(4), requires_grad=True)
+        weight = torch.randn(V, H, generator=torch.Generator().manual_seed(5))
+        scorer = loss(chunk_size=4)
+        losses = scorer.of_slots(hidden, lambda chunk, weight=weight: F.linear(chunk, weight), target, measured)
+        totals.append(scorer.weighted_sum(losses, weights).total)
+        totals[-1].backward()
+        gradients.append(hidden.grad)
+    assert seen == weights.nonzero().squeeze(-1).tolist()  # not again in the backward pass
+    assert torch.equal(totals[0], totals[1]) and torch.equal(gradients[0], gradients[1])
+
+
+def test_weights_may_come_after_the_losses() -> None:
+    target, logits = random_targets(), random_logits()
+    scorer = CrossEntropy(chunk_size=4)
+    losses = scorer.of_slots(logits, identity, target)
+    weights = torch.linspace(0, 1, M, requires_grad=True)
+    total, count = scorer.weighted_sum(losses, weights)
+    kept = target.weights != 0
+    torch.testing.assert_close(
+        total.double(), (reference(CrossEntropy, logits, target) * weights.detach())[kept].sum(), rtol=1e-6, atol=0
+    )
+    torch.testing.assert_close(count, weights.detach()[kept].sum())
+    assert not total.requires_grad  # weights get no gradient
