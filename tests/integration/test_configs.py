@@ -7,6 +7,18 @@ import pytest
 import yaml
 
 from ptp_lightning.cli import main
+from ptp_lightning.losses import (
+    AcceptedLengthWeights,
+    BinaryCrossEntropy,
+    GeometricWeights,
+    JensenShannon,
+    Loss,
+    PositionWeights,
+    ReverseKullbackLeibler,
+    TotalVariation,
+    UniformWeights,
+)
+from ptp_lightning.training import DistillationModule
 from tests.tiny_configs import CORPUS_LINE, shrink
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -41,3 +53,46 @@ def test_the_papers_settings(name: str, rank: int) -> None:
     assert (sampling["temperature"], sampling["top_k"], sampling["top_p"]) == (0.7, 50, 0.9)
     assert (arguments["optimizer"]["learning_rate"], arguments["optimizer"]["warmup_steps"]) == (1e-4, 1000)
     assert config["data"]["init_args"]["num_windows"] == 128
+
+
+@pytest.mark.parametrize(
+    ("objective", "loss", "options", "weights"),
+    [
+        ("OneHotObjective", BinaryCrossEntropy(), [], AcceptedLengthWeights()),
+        ("CategoricalObjective", ReverseKullbackLeibler(floor=1e-4), ["loss.init_args.floor=1e-4"], UniformWeights()),
+        ("CategoricalObjective", JensenShannon(), [], AcceptedLengthWeights()),
+        (
+            "CategoricalObjective",
+            TotalVariation(chunk_size=7),
+            ["position_weights.init_args.decay=0.8"],
+            GeometricWeights(decay=0.8),
+        ),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_losses_and_position_weights_are_named_by_class_path(
+    objective: str,
+    loss: Loss,
+    options: list[str],
+    weights: PositionWeights,
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = next(path for path in CONFIGS if path.stem == "gated_lora")
+    choices = [
+        f"predictor.objective=ptp_lightning.models.{objective}",
+        f"loss=ptp_lightning.losses.{type(loss).__name__}",
+        f"loss.init_args.chunk_size={loss.chunk_size}",
+        f"position_weights=ptp_lightning.losses.{type(weights).__name__}",
+        *options,
+    ]
+    trained: list[DistillationModule] = []
+    monkeypatch.setattr(DistillationModule, "on_train_end", lambda module: trained.append(module))
+    monkeypatch.chdir(tmp_path)
+    config = ["--config", str(shrink(path, corpus, tmp_path))]
+    overrides = [f"--model.init_args.{choice}" for choice in choices]
+    monkeypatch.setattr(sys, "argv", ["ptp_lightning", "fit", *config, *overrides])
+    main()
+    (module,) = trained
+    assert (module.loss, module.position_weights) == (loss, weights)
