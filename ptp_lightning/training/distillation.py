@@ -24,8 +24,8 @@ from ptp_lightning.sampling import TokenDistribution, require
 from ptp_lightning.training.optimization import OptimizerSettings
 from ptp_lightning.training.predictor_module import PredictorModule
 from ptp_lightning.training.proposals import best_of
-from ptp_lightning.training.student import propose
 from ptp_lightning.training.right_probability import right_probability
+from ptp_lightning.training.student import propose
 from ptp_lightning.training.windows import TeacherWindows, WindowSample, WindowSource
 
 

@@ -156,7 +156,10 @@ def test_ranks_share_one_mean(monkeypatch: pytest.MonkeyPatch, weights: Position
     sums.append([LossSum(torch.tensor(0.0), torch.tensor(0.0)), LossSum(torch.tensor(0.0), torch.tensor(0.0))])
     means = torch.tensor([0.125, 0.25])  # of the counts over both ranks
     module._trainer = SimpleNamespace(  # pyright: ignore[reportAttributeAccessIssue]
-        strategy=SimpleNamespace(reduce=lambda counts, reduce_op: means), global_rank=0, global_step=0
+        strategy=SimpleNamespace(reduce=lambda counts, reduce_op: means),
+        global_rank=0,
+        global_step=0,
+        estimated_stepping_batches=1,
     )
     module.end_of_text = None
     module.log = lambda *_, **__: None
