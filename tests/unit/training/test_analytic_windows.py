@@ -83,12 +83,12 @@ def test_divergence_against_a_float64_reference(tmp_path: Path) -> None:
     object.__setattr__(
         module.predictor.config.objective,
         "propose",
-        lambda given, *rest: (logits.append(given.double()), propose(given, *rest))[1],
+        lambda given, *rest: (logits.append(given.double().view(4, 2, 3, -1)), propose(given, *rest))[1],
     )
     object.__setattr__(module.val_source, "sample", lambda *rest: (samples.append(sample(*rest)), samples[-1])[1])
     trainer = make_trainer(tmp_path, limit_val_batches=1.0)
     metrics = trainer.validate(module, datamodule=data, verbose=False)[0]
-    P = torch.cat(logits[1::4]).log_softmax(-1)  # of the last of each batch's passes: a first one and three refined
+    P = torch.cat(logits[3::4]).log_softmax(-1)  # of the last of each batch's passes: a first one and three refined
     Q = torch.cat([TokenDistribution(*found.target).probabilities for found in samples])[:, :, 1:].double()
     expected = (Q * (Q.clamp_min(1e-300).log() - P)).sum(-1).mean((0, 1))
     assert [metrics[f"val/kl/position_{j:02d}"] for j in (1, 2, 3)] == pytest.approx(expected.tolist(), rel=1e-5)
