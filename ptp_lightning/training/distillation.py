@@ -150,7 +150,9 @@ class DistillationModule(PredictorModule):
         return _slot_loss(self.loss, refined, self.predictor, sample, slice(1, None), self.position_weights)
 
     def _log_window_metrics(self, stage: str) -> None:
-        more = {f"{stage}/kl/position_{j:02d}": mean for j, mean in self.val_divergences.compute().items()}
+        more: dict[str, float] = {}
+        if self.predictor.config.objective.predicts_distribution:
+            more |= {f"{stage}/kl/position_{j:02d}": mean for j, mean in self.val_divergences.compute().items()}
         if self.num_proposals > 1:
             best_of_several = self.best_of_metrics.compute()
             if best_of_several.num_windows > 0:

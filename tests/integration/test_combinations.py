@@ -1,0 +1,179 @@
+"""Every choice that the README names, by YAML alone: two training steps and a validation, and the same once more."""
+
+import re
+import sys
+from importlib import import_module
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from ptp_lightning.auxiliary_strategies import AuxiliaryStrategy
+from ptp_lightning.cli import main
+from ptp_lightning.losses import Loss, PositionWeights
+from ptp_lightning.models.auxiliary_features import AuxiliaryFeatures
+from ptp_lightning.models.slots import Objective
+from ptp_lightning.models.students import Student
+from ptp_lightning.training.windows import WindowSource
+from tests.tiny_configs import CORPUS_LINE, shrink
+
+ROOT = Path(__file__).parents[2]
+GATED_LORA = ROOT / "configs" / "gated_lora.yaml"
+
+Choice = tuple[str, dict[str, Any]]
+"""A class by its name, and its arguments."""
+
+LOSSES: dict[str, list[str]] = {
+    "OneHotObjective": ["CrossEntropy", "BinaryCrossEntropy"],
+    "CategoricalObjective": [
+        *("KullbackLeibler", "ReverseKullbackLeibler", "JensenShannon", "TotalVariation", "CrossEntropy"),
+    ],
+    "IndependentObjective": ["KullbackLeibler", "CrossEntropy"],
+    "SequentialObjective": ["KullbackLeibler", "CrossEntropy"],
+}
+FEATURES = [
+    *("RawFloatFeatures", "BinaryFeatures", "FloatBitFeatures", "ArithmeticFeatures", "ThresholdFeatures"),
+    *("CosineFeatures", "FourierFeatures", "SawtoothFeatures", "LinearInterpolationFeatures", "RoundingFeatures"),
+    *("MultiscaleHatFeatures", "ScaleFreeCosineFeatures"),
+]
+STRATEGIES: list[Choice] = [
+    ("UniformInInterval", {}),
+    ("BetaInInterval", {"b": 0.5}),
+    ("ErrorSeekingInInterval", {"strength": 0.5}),
+]
+STUDENTS = ["GatedLoraStudent", "FullCopyStudent"]
+WEIGHTS: list[Choice] = [("UniformWeights", {}), ("GeometricWeights", {"decay": 0.8}), ("AcceptedLengthWeights", {})]
+
+
+def as_yaml(package: str, choice: Choice) -> dict[str, Any]:
+    name, arguments = choice
+    return {"class_path": f"ptp_lightning.{package}.{name}", "init_args": arguments}
+
+
+def sources() -> list[dict[str, Any]]:
+    drawn = [{"strategy": as_yaml("auxiliary_strategies", strategy)} for strategy in STRATEGIES]
+    of_data = [as_yaml("training", ("DatasetWindows", arguments)) for arguments in drawn]
+    of_teacher = [as_yaml("training", ("TeacherWindows", arguments)) for arguments in [{}, *drawn]]
+    of_student = as_yaml("training", ("StudentWindows", {}))
+    mixture = {"sources": [of_data[0], of_student], "start": [1.0, 0.0], "end": [0.0, 1.0], "until": 0.5}
+    return [*of_teacher, *of_data, of_student, as_yaml("training", ("MixtureWindows", mixture))]
+
+
+def combinations() -> list[dict[str, Any]]:
+    """As many runs as the longest list has entries, and every entry of every list in one of them."""
+    pairs = [(objective, loss) for objective, losses in LOSSES.items() for loss in losses]
+    number = max(len(pairs), 2 * len(FEATURES), len(sources()))
+    columns = (cycle(pairs), cycle(FEATURES), cycle(sources()), cycle(STUDENTS), cycle(WEIGHTS))
+    rows = list(zip(*columns, range(number), strict=False))
+    return [
+        {
+            "predictor": {
+                "objective": as_yaml("models", (objective, {})),
+                "features": as_yaml("models", (features, {})),
+                "head": "linear" if index < len(FEATURES) else "mlp",
+                "student": as_yaml("models", (student, {})),
+                "refiner": {"num_layers": index % 2, "rounds": 2},
+            },
+            "loss": as_yaml("losses", (loss, {})),
+            "source": source,
+            "position_weights": as_yaml("losses", weights),
+        }
+        for (objective, loss), features, source, student, weights, index in rows
+    ]
+
+
+def named(combination: dict[str, Any]) -> str:
+    """For pytest: the classes of a combination, without the words that all of a kind share."""
+    names = re.findall(r"\.(\w+)'", str(combination))
+    words = "Objective|Features|Windows|Student$|InInterval|Weights"
+    return "-".join(dict.fromkeys(re.sub(words, "", name) for name in names))
+
+
+@pytest.fixture
+def configuration(tmp_path: Path) -> Path:
+    """configs/gated_lora.yaml, shrunken, with a logger and a checkpoint after two steps."""
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text(CORPUS_LINE * 400)
+    path = shrink(GATED_LORA, corpus, tmp_path)
+    config = yaml.safe_load(path.read_text())
+    config["trainer"] |= {"fast_dev_run": False, "max_steps": 2, "val_check_interval": 2, "num_sanity_val_steps": 0}
+    config["trainer"]["callbacks"] = [
+        {
+            "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+            "init_args": {"save_last": True, "save_top_k": 0, "every_n_train_steps": 2},
+        }
+    ]
+    config["trainer"] |= {"enable_progress_bar": False, "log_every_n_steps": 1}
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def fit(configuration: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Train in `folder`; returns the folder of the run's logs."""
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["ptp_lightning", "fit", "--config", str(configuration)])
+    main()
+    return folder / "runs" / "gated_lora" / "version_0"
+
+
+def changed(configuration: Path, combination: dict[str, Any]) -> Path:
+    config = yaml.safe_load(configuration.read_text())
+    arguments = config["model"]["init_args"]
+    arguments["predictor"] |= combination["predictor"]
+    arguments |= {name: value for name, value in combination.items() if name != "predictor"}
+    configuration.write_text(yaml.safe_dump(config))
+    return configuration
+
+
+def final_weights(run: Path) -> dict[str, Any]:
+    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+
+
+@pytest.mark.parametrize("combination", combinations(), ids=named)
+def test_two_steps(
+    combination: dict[str, Any], configuration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = final_weights(fit(changed(configuration, combination), tmp_path / "run", monkeypatch))
+    assert weights and all(bool(value.isfinite().all()) for value in weights.values() if value.is_floating_point())
+
+
+@pytest.mark.parametrize("combination", [combinations()[3], combinations()[6], combinations()[8]], ids=named)
+def test_a_run_is_reproduced_by_the_configuration_it_saved(
+    combination: dict[str, Any], configuration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = fit(changed(configuration, combination), tmp_path / "first", monkeypatch)
+    second = fit(first / "config.yaml", tmp_path / "second", monkeypatch)
+    expected, found = final_weights(first), final_weights(second)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "package", "tried"),
+    [
+        (Objective, "models", LOSSES),
+        (AuxiliaryFeatures, "models", FEATURES),
+        (Student, "models", [*STUDENTS, "SharedStudent"]),  # the last one is teacher-free
+        (Loss, "losses", {loss for losses in LOSSES.values() for loss in losses}),
+        (PositionWeights, "losses", [name for name, _ in WEIGHTS]),
+        (AuxiliaryStrategy, "auxiliary_strategies", [name for name, _ in STRATEGIES]),
+        (
+            WindowSource,
+            "training",
+            [*{source["class_path"].rpartition(".")[2] for source in sources()}, "AnalyticWindows"],  # a known chain's
+        ),
+    ],
+    ids=lambda value: value.__name__ if isinstance(value, type) else None,
+)
+def test_nothing_is_left_out(kind: type, package: str, tried: Any) -> None:
+    """What can be chosen is tried here and named in the README."""
+    module = import_module(f"ptp_lightning.{package}")
+    classes = [value for value in vars(module).values() if isinstance(value, type) and issubclass(value, kind)]
+    concrete = {value.__name__ for value in classes if not getattr(value, "__abstractmethods__", None)}
+    assert concrete == set(tried)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert not [name for name in concrete if f"`{name}`" not in readme]
