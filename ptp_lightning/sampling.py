@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-Order = Literal["vocabulary", "descending"]
+Order = Literal["vocabulary", "descending", "embedding"]
 
 SMALLEST_TEMPERATURE = 1e-6  # below this, logit differences overflow float32; exactly 0 is greedy
 MASS_UNITS = 2.0**52  # the cumulative distribution counts probability in whole units of 2^-52
@@ -88,8 +88,10 @@ class SamplingConfig:
         top_p: of these, renormalised, keep a token if the ones ranked before it have less than this mass together.
             The first always stays.
         order: how the cumulative distribution runs through the kept tokens: by rank ("descending") or by token id
-            ("vocabulary", the cumulative distribution of the paper). By token id, estimates of a distribution agree
-            with it on more tokens: two near-tied tokens that swap ranks swap their places by rank, and nothing by id.
+            ("vocabulary", the cumulative distribution of the paper), or with similar tokens side by side
+            ("embedding", a fixed permutation that a `Sampler` adds, see `ptp_lightning.models.token_order`). In a fixed
+            order, estimates of a distribution agree with it on more tokens: two near-tied tokens that swap ranks swap
+            their places by rank, and nothing by id.
 
     Raises:
         ValueError: for a value out of range; names the key.
@@ -124,35 +126,52 @@ class SamplingConfig:
         """Settings for student logits: they were trained on `target`, so the temperature must not act again."""
         return replace(self, temperature=1.0 if self.temperature > 0 else 0.0)
 
-    def with_target(self, logits: Tensor) -> tuple[TokenDistribution, TokenDistribution]:
-        """`distribution(logits)` and `target().distribution(logits)`, ranking the tokens once."""
+    def told(self, auxiliaries: Tensor) -> Tensor:
+        """What slots are told of `auxiliaries`: greedy decoding ignores u, so one that names a likely token."""
+        if self.temperature > 0:
+            return auxiliaries
+        # By rank, u = 0 is the most likely token; in a fixed order, the middle is a fair guess.
+        return torch.full_like(auxiliaries, 0.0 if self.order == "descending" else 0.5)
+
+    def with_target(
+        self, logits: Tensor, token_places: Tensor | None = None
+    ) -> tuple[TokenDistribution, TokenDistribution]:
+        """`distribution(...)` and `target().distribution(...)` of the same arguments, ranking the tokens once."""
         if self.top_p == 1 or self.temperature == 0:
-            distribution = self.distribution(logits)
+            distribution = self.distribution(logits, token_places)
             return distribution, distribution
         scores, token_ids = self._candidates(logits, _peak(logits))
-        return self._listed(self._keep_top_p(scores), token_ids, logits), self._listed(scores, token_ids, logits)
+        return (
+            self._listed(self._keep_top_p(scores), token_ids, logits, token_places),
+            self._listed(scores, token_ids, logits, token_places),
+        )
 
-    def distribution(self, logits: Tensor) -> TokenDistribution:
+    def distribution(self, logits: Tensor, token_places: Tensor | None = None) -> TokenDistribution:
         """The distribution to sample from, in float32 (float64 for float64 logits); differentiable in the logits.
 
         Args:
             logits: `[..., V]`, any float dtype; -inf is a token of probability zero.
+            token_places: `[V]` int64, the place of each token in the order "embedding"; the other orders need none.
 
         Returns:
             Candidates `[..., K]`, K = min(top_k, V), or K = 1 if greedy. In vocabulary order with K = V,
             `token_ids` is None.
 
         Raises:
-            ValueError: if a row holds NaN or +inf, or nothing but -inf.
+            ValueError: if a row holds NaN or +inf, or nothing but -inf; if the order needs `token_places` of V tokens.
         """
         peak = _peak(logits)
         if self.temperature == 0:
             token_ids = logits.argmax(-1, keepdim=True)  # the first, hence the lowest id, among equals
             return TokenDistribution(torch.ones_like(peak, dtype=_compute_dtype(logits)), token_ids)
-        if self.order == "vocabulary" and self._num_candidates(logits) == logits.shape[-1] and self.top_p == 1:
-            return TokenDistribution(self._scores(logits, peak).softmax(-1))
+        if self.top_p == 1 and self._num_candidates(logits) == logits.shape[-1] and self.order != "descending":
+            probabilities = self._scores(logits, peak).softmax(-1)
+            if self.order == "vocabulary":
+                return TokenDistribution(probabilities)
+            token_ids = self._required(token_places, logits).argsort()
+            return TokenDistribution(probabilities[..., token_ids], token_ids.expand(logits.shape))
         scores, token_ids = self._candidates(logits, peak)
-        return self._listed(self._keep_top_p(scores), token_ids, logits)
+        return self._listed(self._keep_top_p(scores), token_ids, logits, token_places)
 
     def _num_candidates(self, logits: Tensor) -> int:
         return min(self.top_k or logits.shape[-1], logits.shape[-1])
@@ -162,14 +181,28 @@ class SamplingConfig:
         token_ids = rank(logits.detach(), self._num_candidates(logits))
         return self._scores(logits.gather(-1, token_ids), peak), token_ids
 
-    def _listed(self, scores: Tensor, token_ids: Tensor, logits: Tensor) -> TokenDistribution:
+    def _listed(
+        self, scores: Tensor, token_ids: Tensor, logits: Tensor, token_places: Tensor | None
+    ) -> TokenDistribution:
         """Scores and ids `[..., K]` in rank order, as a distribution in the configured order."""
         probabilities = scores.softmax(-1)
         if self.order == "descending":
             return TokenDistribution(probabilities, token_ids)
-        token_ids, by_token_id = token_ids.sort(-1)
-        probabilities = probabilities.gather(-1, by_token_id)
-        return TokenDistribution(probabilities, None if token_ids.shape[-1] == logits.shape[-1] else token_ids)
+        if self.order == "vocabulary":
+            token_ids, in_order = token_ids.sort(-1)
+            implied = token_ids.shape[-1] == logits.shape[-1]
+            return TokenDistribution(probabilities.gather(-1, in_order), None if implied else token_ids)
+        in_order = self._required(token_places, logits)[token_ids].argsort(-1)
+        return TokenDistribution(probabilities.gather(-1, in_order), token_ids.gather(-1, in_order))
+
+    def _required(self, token_places: Tensor | None, logits: Tensor) -> Tensor:
+        if token_places is None or token_places.shape != logits.shape[-1:]:
+            found = "none" if token_places is None else f"{len(token_places)} places"
+            raise ValueError(
+                f"order {self.order!r} needs the places of {logits.shape[-1]} tokens, found {found}: take the sampler "
+                "of a predictor that was trained with predictor.sampling.order: embedding"
+            )
+        return token_places
 
     def _scores(self, logits: Tensor, peak: Tensor) -> Tensor:
         # Subtracting the peak first keeps a low temperature from overflowing.
@@ -183,6 +216,31 @@ class SamplingConfig:
         units = TokenDistribution(scores.softmax(-1)).cumulative_units()
         before = torch.nn.functional.pad(units[..., :-1], (1, 0))
         return scores.masked_fill(before >= self.top_p * units[..., -1:], -math.inf)
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Sampling settings together with the permutation that the order "embedding" runs through.
+
+    Args:
+        settings: how logits become a distribution.
+        token_places: `[V]` int64, the place of each token; None where the order needs none.
+    """
+
+    settings: SamplingConfig
+    token_places: Tensor | None = None
+
+    def proposal(self) -> Sampler:
+        """For student logits, see `SamplingConfig.proposal`."""
+        return replace(self, settings=self.settings.proposal())
+
+    def distribution(self, logits: Tensor) -> TokenDistribution:
+        """See `SamplingConfig.distribution`."""
+        return self.settings.distribution(logits, self.token_places)
+
+    def with_target(self, logits: Tensor) -> tuple[TokenDistribution, TokenDistribution]:
+        """See `SamplingConfig.with_target`."""
+        return self.settings.with_target(logits, self.token_places)
 
 
 def _peak(logits: Tensor) -> Tensor:

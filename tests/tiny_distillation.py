@@ -57,6 +57,7 @@ def make_module(
     optimizer: str = "adamw",
     base_seed: int = 0,
     position_weights: PositionWeights = UniformWeights(),  # noqa: B008  frozen
+    val_sampling: tuple[SamplingConfig, ...] = (),
     **predictor: Any,
 ) -> DistillationModule:
     """The same weights on every call; `predictor` are further fields of `PredictorConfig`."""
@@ -74,6 +75,7 @@ def make_module(
         source=source,
         val_source=source,
         position_weights=position_weights,
+        val_sampling=val_sampling,
         optimizer=OptimizerSettings(optimizer, learning_rate=0.01, warmup_steps=2),  # pyright: ignore[reportArgumentType]
     )
 

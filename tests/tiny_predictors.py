@@ -18,6 +18,7 @@ from ptp_lightning.models import (
     SequentialObjective,
     SharedStudent,
 )
+from ptp_lightning.models.conditioning import SamplingRange
 from ptp_lightning.models.slots import Objective
 from ptp_lightning.models.students import Student
 from ptp_lightning.sampling import SamplingConfig
@@ -48,6 +49,7 @@ def tiny_predictor(
     dtype: torch.dtype = torch.float32,
     sharpness: float = 2.0,
     student: str = "gated_lora",
+    sampling_range: SamplingRange | None = None,
     **model: Any,
 ) -> ParallelTokenPredictor:
     """In eval mode; `sharpness` as in `sharpen`; `model` are further arguments of the builder in TINY_MODELS."""
@@ -59,6 +61,7 @@ def tiny_predictor(
         window_length=window_length,
         refiner=RefinerSettings(num_layers=1, rounds=2),
         student=STUDENTS[student],
+        sampling_range=sampling_range,
     )
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(1)
@@ -69,6 +72,6 @@ def tiny_predictor(
                 parameter.normal_(std=0.1)
             elif name.startswith("student_copy"):
                 parameter += 0.05 * torch.randn_like(parameter)
-            elif "refiner" in name and not parameter.any():
+            elif ("refiner" in name or "settings" in name) and not parameter.any():
                 parameter.normal_(std=0.2)
     return predictor.eval()

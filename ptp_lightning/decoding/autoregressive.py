@@ -37,12 +37,12 @@ def decode_autoregressively(
     """
     require_room(predictor, prompt_ids.shape[1], settings)
     auxiliaries = settings.auxiliaries(prompt_ids.device)
-    context = CachedContext(predictor)
+    context = CachedContext(predictor, settings.sampling)
     output = VerifiedOutput(settings, on_tokens)
     newest = prompt_ids
     while output.finished is None:
         k = len(output.token_ids)
         hidden = context.read(newest)[:, -1:]
-        newest = pick(auxiliaries[:, k : k + 1], settings.sampling.distribution(predictor.logits(hidden)))
+        newest = pick(auxiliaries[:, k : k + 1], context.sampling.distribution(predictor.logits(hidden)))
         output.commit(newest[0].tolist())
     return Decoded(output.token_ids, context.num_calls, output.finished, correct_per_cycle=[])

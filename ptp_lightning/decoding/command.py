@@ -44,10 +44,12 @@ def run(args: Sequence[str]) -> None:
     predictor = load_predictor(options.ckpt_path)
     tokenizer = tokenizer_of(predictor)
     sampling = replace(predictor.config.sampling, **given)
-    if sampling != predictor.config.sampling and options.decoder == "speculative":
+    config = predictor.config
+    if not config.is_trained_for(sampling) and options.decoder == "speculative":
+        trained_for = _describe(config.sampling) if config.sampling_range is None else config.sampling_range
         print(
-            f"note: the adapter was trained for {_describe(predictor.config.sampling)}; with {_describe(sampling)} the "
-            "text is exact all the same, but fewer tokens per call may be accepted",
+            f"note: the adapter was trained for {trained_for}; with {_describe(sampling)} the text is exact all the "
+            "same, but fewer tokens per call may be accepted",
             file=sys.stderr,
         )
     for number, prompt in enumerate(prompts, start=1):

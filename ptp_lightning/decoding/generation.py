@@ -105,23 +105,26 @@ class CachedContext:
 
     Args:
         predictor: the network.
+        sampling: settings of the text.
 
     Attributes:
+        sampling: the same, with the predictor's token order.
         length: tokens in the cache; the next one read has this position id.
         num_calls: forward passes so far, those of a student's copy included.
     """
 
-    def __init__(self, predictor: ParallelTokenPredictor) -> None:
+    def __init__(self, predictor: ParallelTokenPredictor, sampling: SamplingConfig) -> None:
         from transformers import DynamicCache
 
         self.predictor = predictor
+        self.sampling = predictor.sampler(sampling)
         self.cache = DynamicCache()
         self.length = 0
         self.num_calls = 0
         # What the refiner has not read yet; it does so when a draft needs it.
         self._unrefined: list[tuple[Tensor, Tensor]] = []
         self._pairs = None if predictor.refiner is None else RefinerContext(predictor.refiner)
-        self._copy = None if predictor.student_copy is None else StudentContext(predictor)
+        self._copy = None if predictor.student_copy is None else StudentContext(predictor, sampling)
 
     def read(self, token_ids: Tensor, auxiliaries: Tensor | None = None) -> Tensor:
         """Append tokens to the context, and look ahead through slots, which leave no trace in it.
@@ -144,7 +147,7 @@ class CachedContext:
             # Of a base model in bfloat16, hidden states are widened here and rounded back before its head.
             return torch.cat([hidden, self._copy.look_ahead(auxiliaries)], dim=1)
         num_slots = auxiliaries.shape[1] - 1
-        slots = self.predictor.slot_encoder(auxiliaries).to(embeddings.dtype)
+        slots = self.predictor.embed_slots(auxiliaries, self.sampling.settings).to(embeddings.dtype)
         with self.predictor.gate.open(suffix=num_slots):
             hidden = self._call(torch.cat([embeddings, slots], dim=1))
         self._crop(num_slots)
@@ -175,7 +178,8 @@ class CachedContext:
             self._unrefined.clear()
             self._pairs.read(unread, embeddings, *_following(self._pairs.length, unread))
         embeddings = self.predictor.embed_draft(token_ids)
-        return self._pairs.refine(hidden, embeddings, *_following(self._pairs.length, hidden))
+        told = self.predictor.refiner_told(self.sampling.settings)
+        return self._pairs.refine(hidden, embeddings, *_following(self._pairs.length, hidden), told)
 
     def _keep_for_refiner(self, hidden: Tensor, embeddings: Tensor) -> None:
         if self._pairs is not None:
@@ -208,11 +212,13 @@ class StudentContext:
 
     Args:
         predictor: whose student is a copy.
+        sampling: settings of the text.
     """
 
-    def __init__(self, predictor: ParallelTokenPredictor) -> None:
+    def __init__(self, predictor: ParallelTokenPredictor, sampling: SamplingConfig) -> None:
         from transformers import DynamicCache
 
+        self._sampling = sampling
         self._predictor = predictor
         self._cache = DynamicCache()
         self._length = 0
@@ -239,7 +245,8 @@ class StudentContext:
         num_slots = auxiliaries.shape[1] - 1
         tokens = self._predictor.student_embed(torch.cat(self._unread, dim=1))
         self._unread.clear()
-        embeddings = torch.cat([tokens, self._predictor.slot_encoder(auxiliaries).to(tokens.dtype)], dim=1)
+        slots = self._predictor.embed_slots(auxiliaries, self._sampling)
+        embeddings = torch.cat([tokens, slots.to(tokens.dtype)], dim=1)
         position_ids, mask = _following(self._length, embeddings)
         hidden = self._predictor.student_decode(embeddings, position_ids, mask, self._cache)
         self._cache.crop(-num_slots)

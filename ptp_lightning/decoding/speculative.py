@@ -24,7 +24,7 @@ from ptp_lightning.decoding.generation import (
 from ptp_lightning.models.predictor import ParallelTokenPredictor
 from ptp_lightning.models.refiner import refine_draft
 from ptp_lightning.models.slots import Objective
-from ptp_lightning.sampling import SamplingConfig
+from ptp_lightning.sampling import Sampler
 
 
 class Proposer(Protocol):
@@ -54,7 +54,7 @@ class StudentProposer:
     """
 
     objective: Objective
-    sampling: SamplingConfig
+    sampling: Sampler
 
     def __call__(self, slot_logits: Tensor, auxiliaries: Tensor, start: int) -> Tensor:
         """See `Proposer`."""
@@ -92,11 +92,10 @@ def decode_speculatively(
         ValueError: the prompt is empty, or too long for `max_new_tokens` more.
     """
     require_room(predictor, prompt_ids.shape[1], settings)
-    if proposer is None:
-        proposer = StudentProposer(predictor.config.objective, settings.sampling)
     auxiliaries = settings.auxiliaries(prompt_ids.device)
-    told = _told_auxiliaries(auxiliaries, settings.sampling)
-    context = CachedContext(predictor)
+    context = CachedContext(predictor, settings.sampling)
+    if proposer is None:
+        proposer = StudentProposer(predictor.config.objective, context.sampling)
     output = VerifiedOutput(settings, on_tokens)
     correct_per_cycle: list[int] = []
 
@@ -107,16 +106,16 @@ def decode_speculatively(
         window = slice(start, start + length)
 
         # Propose.
-        hidden = context.read(unread, told[:, window])[:, -length:]
-        first = pick(auxiliaries[:, start : start + 1], settings.sampling.distribution(predictor.logits(hidden[:, :1])))
-        draft = _draft(context, first, hidden[:, 1:], told[:, start + 1 : start + length], proposer, start + 1)
+        hidden = context.read(unread, auxiliaries[:, window])[:, -length:]
+        first = pick(auxiliaries[:, start : start + 1], context.sampling.distribution(predictor.logits(hidden[:, :1])))
+        draft = _draft(context, first, hidden[:, 1:], auxiliaries[:, start + 1 : start + length], proposer, start + 1)
         if output.remaining == 1:
             output.commit(draft[0].tolist())
             correct_per_cycle.append(1)
             break
 
         # Verify: picks[j] is what the base model says after draft[j].
-        distribution = settings.sampling.distribution(predictor.logits(context.read(draft)))
+        distribution = context.sampling.distribution(predictor.logits(context.read(draft)))
         picks = pick(auxiliaries[:, start + 1 : start + length + 1], distribution)
         correct = 1 + (draft[:, 1:] == picks[:, :-1]).cumprod(dim=1).sum(dim=1, keepdim=True)
 
@@ -143,11 +142,3 @@ def _draft(
 
     draft = torch.cat([first, proposer(predictor.slot_logits(slots), auxiliaries, start)], dim=1)
     return refine_draft(draft, predictor.refinement_rounds, propose_again)
-
-
-def _told_auxiliaries(auxiliaries: Tensor, sampling: SamplingConfig) -> Tensor:
-    """What slots are told. Greedy decoding ignores u, so they are told one that names a likely token."""
-    if sampling.temperature > 0:
-        return auxiliaries
-    # u = 0 is the most likely token where the distribution runs by rank; by token id, the middle is a fair guess.
-    return torch.full_like(auxiliaries, 0.0 if sampling.order == "descending" else 0.5)

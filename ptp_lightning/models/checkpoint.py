@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ptp_lightning.models.backbone import BackboneSettings
 from ptp_lightning.models.model_card import model_card
-from ptp_lightning.models.predictor import ParallelTokenPredictor, PredictorConfig
+from ptp_lightning.models.predictor import TOKEN_PLACES, ParallelTokenPredictor, PredictorConfig
 from ptp_lightning.models.students import GatedLoraStudent
 from ptp_lightning.pretrained import PATH_KEY, clear_errors, embedded_folder, few, listing
 
@@ -96,7 +96,8 @@ def build_predictor(stored: StoredPredictor, backbone: BackboneSettings | None =
         config = PredictorConfig.from_dict(stored.config)
     except ValueError as error:
         raise ValueError(f"{stored.path}: {error}") from error
-    predictor = ParallelTokenPredictor(config if backbone is None else replace(config, backbone=backbone))
+    config = config if backbone is None else replace(config, backbone=backbone)
+    predictor = ParallelTokenPredictor(config, token_places=_stored_order(stored, config))
     if predictor.base_fingerprint != stored.base_fingerprint:
         raise ValueError(
             f"expected the base model that {stored.path} was trained on (fingerprint {stored.base_fingerprint[:12]}), "
@@ -132,7 +133,10 @@ def save_predictor(
     """
     _require_adapter(predictor.config)
     target = require_free_folder(folder, overwrite=overwrite)
-    state = {name: value.detach().to("cpu", dtype).contiguous() for name, value in predictor.trainable_state().items()}
+    state = {
+        name: value.detach().to("cpu", dtype if value.is_floating_point() else None).contiguous()
+        for name, value in predictor.trainable_state().items()
+    }
     about = {
         "format_version": FORMAT_VERSION,
         "package_version": _package_version(),
@@ -246,6 +250,18 @@ def _adapter_name(stored: str) -> str:
     """PEFT leaves the adapter's name out of the names of weights: `..lora_A.weight` is `..lora_A.default.weight`."""
     module, _, parameter = stored.rpartition(".")
     return f"{ADAPTER_PREFIX}{module}.{ADAPTER_NAME}.{parameter}"
+
+
+def _stored_order(stored: StoredPredictor, config: PredictorConfig) -> Tensor | None:
+    """Places in the order "embedding", so that they are not computed again."""
+    if config.sampling.order != "embedding":
+        return None
+    if TOKEN_PLACES not in stored.state:
+        raise ValueError(
+            f"{stored.path}: expected the token order of predictor.sampling.order 'embedding', found none stored: "
+            f"mend {CHECKPOINT_KEY}"
+        )
+    return stored.state[TOKEN_PLACES]
 
 
 def _save_adapter(predictor: ParallelTokenPredictor, state: dict[str, Tensor], folder: Path) -> None:

@@ -68,6 +68,7 @@ def model_card(config: PredictorConfig, base_fingerprint: str, name: str, traini
         "Window length": f"{config.window_length} tokens, the first exact, {config.window_length - 1} from slots",
         "Sampling": f"temperature {sampling.temperature}, top-k {sampling.top_k or 'off'}, top-p {sampling.top_p}, "
         f"{sampling.order} order",
+        "Trained for": "these settings alone" if config.sampling_range is None else f"`{config.sampling_range}`",
         "Refiner": _refiner(config),
         "LoRA": f"rank {config.lora.rank}, alpha {config.lora.alpha}, on `{config.lora.target_modules}`",
     } | {_label(tag): _number(value) for tag, value in training.items()}

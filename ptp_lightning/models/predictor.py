@@ -12,12 +12,16 @@ from torch import Tensor, nn
 
 from ptp_lightning.models.auxiliary_features import AuxiliaryFeatures, CosineFeatures
 from ptp_lightning.models.backbone import BackboneSettings, architecture_fingerprint, fingerprint, load_backbone
+from ptp_lightning.models.conditioning import SamplingRange, SettingsEmbedding
 from ptp_lightning.models.gated_lora import LoraSettings
 from ptp_lightning.models.refiner import Refiner, RefinerContext, RefinerSettings
 from ptp_lightning.models.slots import CategoricalObjective, Objective, SlotEncoder
 from ptp_lightning.models.students import GatedLoraStudent, Student
+from ptp_lightning.models.token_order import require_permutation, similar_tokens_together
 from ptp_lightning.models.window_attention import context_mask, slot_mask
-from ptp_lightning.sampling import SamplingConfig
+from ptp_lightning.sampling import Sampler, SamplingConfig
+
+TOKEN_PLACES = "slot_encoder.token_places"
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel
@@ -40,6 +44,10 @@ class PredictorConfig:
         window_length: L, tokens predicted in one call; the first is exact, L - 1 come from slots.
         refiner: layers after the stack that are told the slots' tokens (see `Refiner`); none by default.
         student: which network runs the slots, and what of it is trained: adapters, a copy, or the base model itself.
+        sampling_range: train for all of these settings and tell slots which one is in use; by default `sampling` alone.
+
+    Raises:
+        ValueError: windows have no slots, or `sampling` is not one of the settings to be trained for.
     """
 
     backbone: BackboneSettings = field(default_factory=BackboneSettings)
@@ -51,13 +59,24 @@ class PredictorConfig:
     window_length: int = 16
     refiner: RefinerSettings = field(default_factory=RefinerSettings)
     student: Student = field(default_factory=GatedLoraStudent)
+    sampling_range: SamplingRange | None = None
 
     def __post_init__(self) -> None:
-        """Refuse a window without slots."""
         if self.window_length < 2:
             raise ValueError(
                 f"expected predictor.window_length >= 2 (the first token needs no slot), found {self.window_length}"
             )
+        if not self.is_trained_for(self.sampling):
+            raise ValueError(
+                f"expected predictor.sampling, the settings that are used by default, within predictor.sampling_range, "
+                f"found {self.sampling} outside {self.sampling_range}: widen the range"
+            )
+
+    def is_trained_for(self, sampling: SamplingConfig) -> bool:
+        """Whether slots learn these settings."""
+        if self.sampling_range is None:
+            return sampling == self.sampling
+        return sampling.order == self.sampling.order and self.sampling_range.covers(sampling)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `from_dict` and YAML files understand."""
@@ -101,6 +120,7 @@ class Context(NamedTuple):
         position_ids: `[B, S]`.
         window_starts: `[B, N]`.
         window_positions: `[B, N]`, position id of each window's first token.
+        sampling: what the windows' tokens are picked from, and slots are told.
     """
 
     hidden: Tensor
@@ -110,6 +130,7 @@ class Context(NamedTuple):
     position_ids: Tensor
     window_starts: Tensor
     window_positions: Tensor
+    sampling: Sampler
 
     def detached(self) -> Context:
         """The same without gradients, with tensors of its own in the cache: calls leave this one's graph alone."""
@@ -156,9 +177,12 @@ class ParallelTokenPredictor(nn.Module):
     Args:
         config: see `PredictorConfig`.
         backbone: the loaded base model, when the caller has it already; else it is loaded from `config.backbone`.
+        token_places: `[V]`, of the order "embedding", when it is stored already; else it is computed if needed.
     """
 
-    def __init__(self, config: PredictorConfig, backbone: PreTrainedModel | None = None) -> None:
+    def __init__(
+        self, config: PredictorConfig, backbone: PreTrainedModel | None = None, token_places: Tensor | None = None
+    ) -> None:
         super().__init__()
         self.config = config
         backbone = load_backbone(config.backbone) if backbone is None else backbone
@@ -169,6 +193,14 @@ class ParallelTokenPredictor(nn.Module):
         self.slot_encoder = SlotEncoder(config.objective, config.features, config.head, table)
         if config.refiner.num_layers:
             self.slot_encoder.refiner = Refiner(backbone.config, config.refiner)
+        if config.sampling_range is not None:
+            self.slot_encoder.settings = SettingsEmbedding(*table.shape)
+            if config.refiner.num_layers:
+                self.slot_encoder.refiner_settings = SettingsEmbedding(*table.shape)
+        if config.sampling.order == "embedding":
+            places = similar_tokens_together(table) if token_places is None else token_places.clone()
+            require_permutation(places, len(table))
+            self.slot_encoder.token_places = places
         self.language_model, self.gate, self.student_copy = config.student.attach(backbone, config.lora)
         self.train()
 
@@ -237,15 +269,46 @@ class ParallelTokenPredictor(nn.Module):
         """Run the student's stack, the adapter's gate as the caller left it; arguments as in `decode`."""
         return _run_stack(self.student_model, embeddings, position_ids, mask, cache)
 
-    def encode(self, input_ids: Tensor, document_ids: Tensor, position_ids: Tensor, window_starts: Tensor) -> Context:
-        """One pass of the base model over packed rows (fields as in `PackedBatch`); no gradients if it is frozen."""
+    def sampler(self, sampling: SamplingConfig | None = None) -> Sampler:
+        """These settings, by default the predictor's own, with the token order of this predictor.
+
+        Raises:
+            ValueError: the predictor was not trained in the order "embedding", so it has no table of it.
+        """
+        sampling = self.config.sampling if sampling is None else sampling
+        if sampling.order == "embedding" and self.slot_encoder.token_places is None:
+            raise ValueError(
+                f"expected the order of predictor.sampling, {self.config.sampling.order!r}, found 'embedding', which "
+                "is stored with predictors that were trained in it: mend sampling.order"
+            )
+        return Sampler(sampling, self.slot_encoder.token_places if sampling.order == "embedding" else None)
+
+    def embed_slots(self, auxiliaries: Tensor, sampling: SamplingConfig) -> Tensor:
+        """Input embeddings of slots: `[..., L]` float64 in [0, 1) to `[..., L - 1, H]`."""
+        slots = self.slot_encoder(sampling.told(auxiliaries))
+        settings = self.slot_encoder.settings
+        return slots if settings is None else slots + settings(sampling)
+
+    def encode(
+        self,
+        input_ids: Tensor,
+        document_ids: Tensor,
+        position_ids: Tensor,
+        window_starts: Tensor,
+        sampling: SamplingConfig | None = None,
+    ) -> Context:
+        """One pass of the base model over packed rows (fields as in `PackedBatch`); no gradients if it is frozen.
+
+        The settings, by default the predictor's own, do not act on it: they are kept for the windows.
+        """
         from transformers import DynamicCache
 
         cache = DynamicCache()
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.student.trains_base), self.gate.closed():
             hidden = self.decode(self.embed(input_ids), position_ids, context_mask(document_ids), cache)
         positions = position_ids.gather(1, window_starts - 1) + 1
-        return Context(hidden, cache, input_ids, document_ids, position_ids, window_starts, positions)
+        sampler = self.sampler(sampling)
+        return Context(hidden, cache, input_ids, document_ids, position_ids, window_starts, positions, sampler)
 
     def slot_hidden(self, context: Context, auxiliaries: Tensor) -> Tensor:
         """Hidden states that predict the tokens 1 .. L - 1 of each window.
@@ -259,7 +322,7 @@ class ParallelTokenPredictor(nn.Module):
         """
         num_windows, slots = auxiliaries.shape[1], auxiliaries.shape[2] - 1
         mask, positions = context.place_slots(slots)
-        embeddings = self.slot_encoder(auxiliaries).flatten(1, 2)
+        embeddings = self.embed_slots(auxiliaries, context.sampling.settings).flatten(1, 2)
         if self.student_copy is not None:
             hidden = self._joint_hidden(context, embeddings, positions, mask)
         else:
@@ -308,7 +371,13 @@ class ParallelTokenPredictor(nn.Module):
         """
         mask, positions = context.place_slots(hidden.shape[2])
         tokens = self.embed_draft(token_ids).flatten(1, 2)
-        return pairs.refine(hidden.flatten(1, 2), tokens, positions, mask).view_as(hidden)
+        told = self.refiner_told(context.sampling.settings)
+        return pairs.refine(hidden.flatten(1, 2), tokens, positions, mask, told).view_as(hidden)
+
+    def refiner_told(self, sampling: SamplingConfig) -> Tensor | None:
+        """What the refiner is told of the settings, `[H]`; nothing if it is trained for one setting alone."""
+        settings = self.slot_encoder.refiner_settings
+        return None if settings is None else settings(sampling)
 
     def embed_draft(self, token_ids: Tensor) -> Tensor:
         """What the refiner is told of the slots' tokens: `[...]` to `[..., H]`."""
@@ -345,27 +414,33 @@ class ParallelTokenPredictor(nn.Module):
         return generate(self, prompt, **options)
 
     def trainable_state(self) -> dict[str, Tensor]:
-        """Names and values of everything that is trained: the student and the slot encoder, no frozen weight."""
-        trainable = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        """Names and values of everything that is trained: the student and the slot encoder, no frozen weight.
+
+        The token order belongs to it where there is one: what slots have learned is worth nothing in another.
+        """
+        trainable = {name for name, parameter in self.named_parameters() if parameter.requires_grad} | {TOKEN_PLACES}
         return {name: value for name, value in self.state_dict().items() if name in trainable}
 
     def require_trainable_state(self, state: dict[str, Tensor]) -> None:
         """Refuse weights that are not those of this predictor.
 
         Raises:
-            ValueError: a weight is missing, unknown or of another shape.
+            ValueError: a weight is missing, unknown or of another shape, or the token order is none.
         """
         own = self.trainable_state()
         if wrong := sorted(own.keys() ^ state.keys()):
             raise ValueError(
                 f"expected the {len(own)} weights of this predictor, found a checkpoint that differs in {wrong[:4]}: "
-                "mend predictor.student, predictor.lora, predictor.objective, predictor.head or predictor.refiner"
+                "mend predictor.student, predictor.lora, predictor.objective, predictor.head, predictor.refiner, "
+                "predictor.sampling_range or predictor.sampling.order"
             )
         if shapes := [name for name in own if own[name].shape != state[name].shape]:
             raise ValueError(
                 f"expected {shapes[0]} of shape {list(own[shapes[0]].shape)}, found {list(state[shapes[0]].shape)}: "
                 "mend predictor.lora.rank, predictor.features or predictor.refiner"
             )
+        if TOKEN_PLACES in state:
+            require_permutation(state[TOKEN_PLACES], len(own[TOKEN_PLACES]))
 
     def load_trainable_state(self, state: dict[str, Tensor]) -> None:
         """Inverse of `trainable_state`; raises as `require_trainable_state`."""

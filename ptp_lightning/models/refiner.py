@@ -93,7 +93,13 @@ class Refiner(nn.Module):
             nn.init.zeros_(layer.mlp.down_proj.weight)
 
     def forward(
-        self, hidden: Tensor, token_embeddings: Tensor, position_ids: Tensor, mask: Tensor, cache: DynamicCache
+        self,
+        hidden: Tensor,
+        token_embeddings: Tensor,
+        position_ids: Tensor,
+        mask: Tensor,
+        cache: DynamicCache,
+        told: Tensor | None = None,
     ) -> Tensor:
         """Refine hidden states.
 
@@ -103,12 +109,13 @@ class Refiner(nn.Module):
             position_ids: `[B, T]`.
             mask: `[B, 1, T, P + T]` bool, P cached pairs.
             cache: gets the keys and values of these T pairs appended.
+            told: `[H]`, added to every pair once it is joined.
 
         Returns:
             `[B, T, H]` in the dtype of `hidden`, for the base model's output head.
         """
         pairs = torch.cat([_normalized(hidden, self.join), _normalized(token_embeddings, self.join)], dim=-1)
-        stream = self.join(pairs)
+        stream = self.join(pairs) if told is None else self.join(pairs) + told
         position_embeddings = self.rotary(stream, position_ids)
         for layer in self.layers:
             stream = layer(stream, attention_mask=mask, cache=cache, position_embeddings=position_embeddings)
@@ -137,9 +144,16 @@ class RefinerContext:
         self._refiner(hidden, token_embeddings, position_ids, mask, self._cache)
         self.length += hidden.shape[1]
 
-    def refine(self, hidden: Tensor, token_embeddings: Tensor, position_ids: Tensor, mask: Tensor) -> Tensor:
+    def refine(
+        self,
+        hidden: Tensor,
+        token_embeddings: Tensor,
+        position_ids: Tensor,
+        mask: Tensor,
+        told: Tensor | None = None,
+    ) -> Tensor:
         """Refined hidden states of slots, which leave no trace; see `Refiner.forward`."""
-        refined = self._refiner(hidden, token_embeddings, position_ids, mask, self._cache)
+        refined = self._refiner(hidden, token_embeddings, position_ids, mask, self._cache, told)
         self._cache.crop(-hidden.shape[1])
         return refined
 

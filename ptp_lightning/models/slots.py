@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from ptp_lightning.auxiliary import pick, token_interval
 from ptp_lightning.models.auxiliary_embedding import AuxiliaryEmbedding
 from ptp_lightning.models.auxiliary_features import AuxiliaryFeatures
+from ptp_lightning.models.conditioning import SettingsEmbedding
 from ptp_lightning.models.refiner import Refiner
-from ptp_lightning.sampling import SamplingConfig, TokenDistribution
+from ptp_lightning.sampling import Sampler, SamplingConfig, TokenDistribution
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,12 @@ class Objective(ABC):
         """Split `[..., L]` into the `num_inputs` auxiliaries of each of the L - 1 slots, `[..., L - 1]` each."""
 
     @abstractmethod
-    def propose(self, logits: Tensor, auxiliaries: Tensor, sampling: SamplingConfig) -> Tensor:
+    def propose(self, logits: Tensor, auxiliaries: Tensor, sampling: Sampler) -> Tensor:
         """Tokens `[...]` from logits `[..., V]` and the auxiliaries `[...]` of the predicted tokens."""
 
     @abstractmethod
     def right_probability(
-        self, logits: Tensor, token_ids: Tensor, teacher: TokenDistribution, sampling: SamplingConfig
+        self, logits: Tensor, token_ids: Tensor, teacher: TokenDistribution, sampling: Sampler
     ) -> Tensor:
         """How likely a slot proposes the reference token: `[...]`, float32 or better, without gradient.
 
@@ -43,7 +44,7 @@ class Objective(ABC):
             logits: `[..., V]`.
             token_ids: `[...]`, the reference tokens.
             teacher: distributions `[..., K]` they were picked from.
-            sampling: of the predictor.
+            sampling: of the windows.
         """
 
 
@@ -59,7 +60,7 @@ class OneHotObjective(Objective):
         """u_{i+j} and u_{i+j+1}."""
         return [auxiliaries[..., :-1], auxiliaries[..., 1:]]
 
-    def propose(self, logits: Tensor, auxiliaries: Tensor, sampling: SamplingConfig) -> Tensor:
+    def propose(self, logits: Tensor, auxiliaries: Tensor, sampling: Sampler) -> Tensor:
         """The most likely token.
 
         Raises:
@@ -71,7 +72,7 @@ class OneHotObjective(Objective):
 
     @torch.no_grad()
     def right_probability(
-        self, logits: Tensor, token_ids: Tensor, teacher: TokenDistribution, sampling: SamplingConfig
+        self, logits: Tensor, token_ids: Tensor, teacher: TokenDistribution, sampling: Sampler
     ) -> Tensor:
         """The probability that the student gives to the reference token; `teacher` and `sampling` are not read."""
         return SamplingConfig().distribution(logits).probability_of(token_ids)
@@ -88,12 +89,12 @@ class CategoricalObjective(Objective):
         """u_{i+j}."""
         return [auxiliaries[..., :-1]]
 
-    def propose(self, logits: Tensor, auxiliaries: Tensor, sampling: SamplingConfig) -> Tensor:
+    def propose(self, logits: Tensor, auxiliaries: Tensor, sampling: Sampler) -> Tensor:
         """Inverse CDF of the predicted distribution at the predicted token's u."""
         return pick(auxiliaries, sampling.proposal().distribution(logits))
 
     def right_probability(
-        self, logits: Tensor, token_ids: Tensor, teacher: TokenDistribution, sampling: SamplingConfig
+        self, logits: Tensor, token_ids: Tensor, teacher: TokenDistribution, sampling: Sampler
     ) -> Tensor:
         """See `interval_overlap`."""
         return interval_overlap(sampling.proposal().distribution(logits.detach()), teacher, token_ids)
@@ -111,12 +112,12 @@ class IndependentObjective(Objective):
         """Nothing."""
         return []
 
-    def propose(self, logits: Tensor, auxiliaries: Tensor, sampling: SamplingConfig) -> Tensor:
+    def propose(self, logits: Tensor, auxiliaries: Tensor, sampling: Sampler) -> Tensor:
         """Inverse CDF of the predicted marginal at the predicted token's u."""
         return pick(auxiliaries, sampling.proposal().distribution(logits))
 
     def right_probability(
-        self, logits: Tensor, token_ids: Tensor, teacher: TokenDistribution, sampling: SamplingConfig
+        self, logits: Tensor, token_ids: Tensor, teacher: TokenDistribution, sampling: Sampler
     ) -> Tensor:
         """See `interval_overlap`."""
         return interval_overlap(sampling.proposal().distribution(logits.detach()), teacher, token_ids)
@@ -165,6 +166,9 @@ class SlotEncoder(nn.Module):
 
     Attributes:
         refiner: what else slots learn, after the stack; set by the predictor, which knows the base model.
+        settings: tells slots the sampling settings, of a predictor that is trained for several; likewise.
+        refiner_settings: tells the refiner's slots.
+        token_places: `[V]` int64, places in the order "embedding" if slots are trained in it (see `Sampler`); likewise.
     """
 
     def __init__(
@@ -184,6 +188,10 @@ class SlotEncoder(nn.Module):
             AuxiliaryEmbedding(features, head, table.shape[1], scale) for _ in range(objective.num_inputs)
         )
         self.refiner: Refiner | None = None
+        self.settings: SettingsEmbedding | None = None
+        self.refiner_settings: SettingsEmbedding | None = None
+        self.token_places: Tensor | None
+        self.register_buffer("token_places", None)
 
     def forward(self, auxiliaries: Tensor) -> Tensor:
         """Map auxiliaries `[..., L]` to `[..., L - 1, H]`."""

@@ -1,9 +1,10 @@
 """DistillationModule: a teacher's distributions and picks -> a student that predicts whole windows from auxiliaries."""
 
 import math
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ptp_lightning.auxiliary import pick
@@ -17,10 +18,10 @@ from ptp_lightning.losses import (
     UniformWeights,
     require_sound,
 )
-from ptp_lightning.metrics import PositionMeans, WindowMetrics
+from ptp_lightning.metrics import PositionMeans, WindowMetrics, as_tags
 from ptp_lightning.models.predictor import Context, ParallelTokenPredictor, PredictorConfig
 from ptp_lightning.randomness import keyed_generator
-from ptp_lightning.sampling import TokenDistribution, require
+from ptp_lightning.sampling import Sampler, SamplingConfig, TokenDistribution, require
 from ptp_lightning.training.optimization import OptimizerSettings
 from ptp_lightning.training.predictor_module import PredictorModule
 from ptp_lightning.training.proposals import best_of
@@ -49,6 +50,8 @@ class DistillationModule(PredictorModule):
             `val/correct_tokens_best_of_{M}` (see `ptp_lightning.training.proposals`).
         seed: of all auxiliaries.
         position_weights: how much each slot of a window weighs in both losses.
+        val_sampling: further settings to validate, with the same auxiliaries; `predictor.sampling` always is. What they
+            give is logged as `val/correct_tokens/temperature_0.50`, see `sampling_label`.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class DistillationModule(PredictorModule):
         num_proposals: int = 1,
         seed: int = 0,
         position_weights: PositionWeights = UniformWeights(),  # noqa: B008  frozen
+        val_sampling: tuple[SamplingConfig, ...] = (),
     ) -> None:
         require_sound(loss, predictor.objective.name)
         if predictor.student.trains_base:
@@ -82,6 +86,10 @@ class DistillationModule(PredictorModule):
         self.num_proposals = num_proposals
         self.seed = seed
         self.position_weights = position_weights
+        self.val_sampling = {sampling_label(sampling, predictor.sampling): sampling for sampling in val_sampling}
+        if len(self.val_sampling) < len(val_sampling):
+            raise ValueError(f"expected different settings in model.init_args.val_sampling, found {val_sampling}")
+        self.val_sampling_metrics = nn.ModuleList(WindowMetrics(predictor.window_length) for _ in val_sampling)
         self.val_metrics = WindowMetrics(predictor.window_length)
         self.val_divergences = PositionMeans(predictor.window_length)
         self.best_of_metrics = WindowMetrics(predictor.window_length)
@@ -94,12 +102,12 @@ class DistillationModule(PredictorModule):
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
         """Loss in nats per slot, normalised by the weights of the slots of all ranks."""
         generator = keyed_generator(self.seed, "train", self.global_rank, self.global_step, batch_idx)
-        context = self._encode(batch)
+        context = self._encode(batch, self._training_settings(batch_idx))
         progress = min(1.0, self.global_step / self.trainer.estimated_stepping_batches)
         source = self.source.choose(progress, generator)
         sample = source.sample(self.predictor, batch, context, generator, self.end_of_text)
         hidden = self.predictor.slot_hidden(context, sample.auxiliaries)
-        prediction = first_pass = self._first_pass_loss(hidden, sample)
+        prediction = first_pass = self._first_pass_loss(context, hidden, sample)
         if self.predictor.refiner is not None:
             prediction = self._refined_loss(context, hidden, sample)
         # DDP averages gradients over ranks, so the local sums are divided by the mean counts. The two losses count the
@@ -122,11 +130,11 @@ class DistillationModule(PredictorModule):
 
     def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
         """Propose every window and compare with the teacher's picks for the same auxiliaries."""
-        self._evaluate(batch, keyed_generator(self.seed, "val", self.global_rank, batch_idx))
+        self._evaluate(batch, "val", self.global_rank, batch_idx)
 
     def test_step(self, batch: PackedBatch, batch_idx: int) -> None:
         """As in validation."""
-        self._evaluate(batch, keyed_generator(self.seed, "test", self.global_rank, batch_idx))
+        self._evaluate(batch, "test", self.global_rank, batch_idx)
 
     def on_validation_epoch_end(self) -> None:
         """Log the tags of the finished validation."""
@@ -136,8 +144,17 @@ class DistillationModule(PredictorModule):
         """Log the tags of the finished test."""
         self._log_window_metrics("test")
 
-    def _first_pass_loss(self, hidden: Tensor, sample: WindowSample) -> LossSum:
-        return _slot_loss(self.loss, hidden, self.predictor, sample, slice(1, None), self.position_weights)
+    def _training_settings(self, batch_idx: int) -> SamplingConfig:
+        """Settings of this batch; every rank and micro-batch draws its own, so that a step averages over several."""
+        config = self.predictor.config
+        if config.sampling_range is None:
+            return config.sampling
+        generator = keyed_generator(self.seed, "sampling", self.global_rank, self.global_step, batch_idx)
+        return config.sampling_range.draw(config.sampling, generator)
+
+    def _first_pass_loss(self, context: Context, hidden: Tensor, sample: WindowSample) -> LossSum:
+        weights = self.position_weights
+        return _slot_loss(self.loss, hidden, self.predictor, sample, slice(1, None), weights, context.sampling)
 
     def _refined_loss(self, context: Context, hidden: Tensor, sample: WindowSample) -> LossSum:
         """Loss of refined slots that are told the tokens which the teacher's distributions follow.
@@ -147,7 +164,8 @@ class DistillationModule(PredictorModule):
         """
         pairs = self.predictor.refiner_context(context)
         refined = self.predictor.refine(context, pairs, hidden, sample.conditioning_ids[..., :-1])
-        return _slot_loss(self.loss, refined, self.predictor, sample, slice(1, None), self.position_weights)
+        weights = self.position_weights
+        return _slot_loss(self.loss, refined, self.predictor, sample, slice(1, None), weights, context.sampling)
 
     def _log_window_metrics(self, stage: str) -> None:
         more: dict[str, float] = {}
@@ -158,25 +176,24 @@ class DistillationModule(PredictorModule):
             if best_of_several.num_windows > 0:
                 tag = f"{stage}/correct_tokens_best_of_{self.num_proposals}"
                 more[tag] = float(best_of_several.correct_tokens)
+        for label, metrics in self._metrics_by_label().items():
+            tags = as_tags(metrics.compute(), stage)
+            names = (f"{stage}/correct_tokens", f"{stage}/correct_tokens_standard_error")
+            more |= {f"{name}/{label}": tags[name] for name in names if name in tags}
+            metrics.reset()
         self._log_summary(stage, self.val_metrics.compute(), more)
         for metric in (self.val_metrics, self.val_divergences, self.best_of_metrics):
             metric.reset()
 
+    def _metrics_by_label(self) -> dict[str, WindowMetrics]:
+        """Of the further settings to validate."""
+        return dict(zip(self.val_sampling, cast("list[WindowMetrics]", self.val_sampling_metrics), strict=True))
+
     @torch.no_grad()
-    def _evaluate(self, batch: PackedBatch, generator: torch.Generator) -> None:
+    def _evaluate(self, batch: PackedBatch, *keys: int | str) -> None:
         context = self._encode(batch)
-        sample = self.val_source.sample(self.predictor, batch, context, generator, self.end_of_text)
-        # The first token needs no slot: the base model's own distribution is what decoding picks it from.
-        first = _at(sample.teacher, 0)
-        first_nll = -first.probability_of(sample.token_ids[..., 0]).log()
-        draft = propose(self.predictor, context, sample.auxiliaries, pick(sample.auxiliaries[..., 0], first))
-        logits = self.predictor.slot_logits(draft.hidden).float()
-        nll = F.cross_entropy(logits.flatten(0, -2), sample.token_ids[..., 1:].flatten(), reduction="none")
-        self.val_metrics.update(
-            draft.token_ids == sample.token_ids,
-            sample.mask,
-            torch.cat([first_nll.unsqueeze(-1), nll.view_as(logits[..., 0])], dim=-1),
-        )
+        generator = keyed_generator(self.seed, *keys)
+        sample, logits = self._measure(batch, context, generator, self.val_metrics)
         if self.predictor.config.objective.predicts_distribution:
             target, mask = _flat_at(sample.target, slice(1, None)), sample.mask[..., 1:]
             divergences = KullbackLeibler().per_slot(logits.flatten(0, -2), sample.token_ids[..., 1:].flatten(), target)
@@ -185,6 +202,46 @@ class DistillationModule(PredictorModule):
         if self.num_proposals > 1:
             chosen = best_of(self.num_proposals, self.predictor, batch, context, generator, self.end_of_text)
             self.best_of_metrics.update(*chosen)
+        for label, metrics in self._metrics_by_label().items():
+            sampler = self.predictor.sampler(self.val_sampling[label])
+            self._measure(batch, context._replace(sampling=sampler), keyed_generator(self.seed, *keys), metrics)
+
+    def _measure(
+        self, batch: PackedBatch, context: Context, generator: torch.Generator, metrics: WindowMetrics
+    ) -> tuple[WindowSample, Tensor]:
+        """Windows under the settings of the context, and the student's logits `[B, N, L - 1, V]` for them."""
+        sample = self.val_source.sample(self.predictor, batch, context, generator, self.end_of_text)
+        # The first token needs no slot: the base model's own distribution is what decoding picks it from.
+        first = _at(sample.teacher, 0)
+        first_nll = -first.probability_of(sample.token_ids[..., 0]).log()
+        draft = propose(self.predictor, context, sample.auxiliaries, pick(sample.auxiliaries[..., 0], first))
+        logits = self.predictor.slot_logits(draft.hidden).float()
+        nll = F.cross_entropy(logits.flatten(0, -2), sample.token_ids[..., 1:].flatten(), reduction="none")
+        metrics.update(
+            draft.token_ids == sample.token_ids,
+            sample.mask,
+            torch.cat([first_nll.unsqueeze(-1), nll.view_as(logits[..., 0])], dim=-1),
+        )
+        return sample, logits
+
+
+def sampling_label(sampling: SamplingConfig, usual: SamplingConfig) -> str:
+    """A name for settings: the temperature, and what else is not as usual, `temperature_0.50_top_k_20`.
+
+    Raises:
+        ValueError: the order is not the usual one, in which the slots were trained.
+    """
+    if sampling.order != usual.order:
+        raise ValueError(
+            f"expected the order of predictor.sampling, {usual.order!r}, in model.init_args.val_sampling, found "
+            f"{sampling.order!r}"
+        )
+    others = [
+        f"_{name}_{getattr(sampling, name)}"
+        for name in ("top_k", "top_p")
+        if getattr(sampling, name) != getattr(usual, name)
+    ]
+    return f"temperature_{sampling.temperature:.2f}" + "".join(others)
 
 
 def _slot_loss(
@@ -194,12 +251,18 @@ def _slot_loss(
     sample: WindowSample,
     positions: slice,
     position_weights: PositionWeights = UniformWeights(),  # noqa: B008  frozen
+    sampling: Sampler | None = None,
 ) -> LossSum:
-    """Loss of hidden states `[B, N, L - 1, H]` against L - 1 positions of the windows."""
+    """Loss of hidden states `[B, N, L - 1, H]` against L - 1 positions of the windows.
+
+    `sampling`, by default the predictor's own, is what proposals are made with.
+    """
     mask = sample.mask[..., positions]
     flat = _flat_at(sample.target, positions)
     targets = SlotTargets(sample.token_ids[..., positions].flatten(), flat, mask.flatten().to(torch.float32))
-    measure = right_probability(predictor, sample, positions) if position_weights.needs_right else None
+    measure = None
+    if position_weights.needs_right:
+        measure = right_probability(predictor, sample, positions, sampling or predictor.sampler())
     losses = loss.of_slots(hidden.flatten(0, 2), predictor.slot_logits, targets, measure)
     return loss.weighted_sum(losses, position_weights(mask, losses.measured_on(mask)).flatten())
 

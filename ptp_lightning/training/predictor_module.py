@@ -15,6 +15,7 @@ from torch import Tensor
 from ptp_lightning.data.batch import PackedBatch
 from ptp_lightning.metrics import WindowSummary, as_tags
 from ptp_lightning.models.predictor import Context, ParallelTokenPredictor, PredictorConfig
+from ptp_lightning.sampling import SamplingConfig
 from ptp_lightning.training.optimization import OptimizerSettings, configure
 
 
@@ -101,8 +102,10 @@ class PredictorModule(LightningModule):
         state: dict[str, Tensor] = checkpoint["state_dict"]
         self.predictor.require_trainable_state({name.removeprefix("predictor."): state[name] for name in state})
 
-    def _encode(self, batch: PackedBatch) -> Context:
-        return self.predictor.encode(batch.input_ids, batch.document_ids, batch.position_ids, batch.window_starts)
+    def _encode(self, batch: PackedBatch, sampling: SamplingConfig | None = None) -> Context:
+        return self.predictor.encode(
+            batch.input_ids, batch.document_ids, batch.position_ids, batch.window_starts, sampling
+        )
 
     def _log_summary(
         self, stage: str, summary: WindowSummary, more: Mapping[str, float] = MappingProxyType({})

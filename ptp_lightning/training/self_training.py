@@ -62,7 +62,7 @@ def invert(
     """
     context = context.detached()
     num_windows, length = token_ids.shape[1:]
-    sampling = predictor.config.sampling.proposal()
+    sampling = context.sampling.proposal()
     window = torch.arange(num_windows, device=token_ids.device)
     logits = predictor.logits(context.first_hidden)
     values: list[Tensor] = []
@@ -78,7 +78,7 @@ def invert(
                 key_window=window.repeat(offset),
                 key_offset=torch.arange(offset, device=window.device).repeat_interleave(num_windows),
             )
-            slots = predictor.slot_encoder(_followed_by_nothing(values[-1].unsqueeze(-1))).squeeze(-2)
+            slots = predictor.embed_slots(_followed_by_nothing(values[-1].unsqueeze(-1)), sampling.settings).squeeze(-2)
             hidden = predictor.student_decode(slots, context.window_positions + offset - 1, mask, context.cache)
             logits = predictor.slot_logits(hidden)
         lower, upper = token_interval(sampling.distribution(logits), token_ids[..., offset])
@@ -210,8 +210,8 @@ class InverseAutoregressiveModule(PredictorModule):
 
         sample = TeacherWindows().sample(self.predictor, batch, context, generator, self.end_of_text)
         logits = self.predictor.slot_logits(self.predictor.slot_hidden(context, sample.auxiliaries)).float()
-        objective, sampling = self.predictor.config.objective, self.predictor.config.sampling
-        proposed = objective.propose(logits, sample.auxiliaries[..., 1:], sampling)
+        objective = self.predictor.config.objective
+        proposed = objective.propose(logits, sample.auxiliaries[..., 1:], context.sampling)
         self.agreement.update(torch.cat([sample.token_ids[..., :1], proposed], dim=-1) == sample.token_ids, sample.mask)
 
     def _log_metrics(self, stage: str) -> None:
@@ -269,6 +269,11 @@ def require_teacher_free(config: PredictorConfig) -> None:
         raise ValueError(
             f"expected predictor.sampling.temperature 1, found {config.sampling.temperature}: the data are what a "
             "network at temperature 1 learns to sample, and slots that learned from data know no other; set it to 1"
+        )
+    if config.sampling_range is not None:
+        raise ValueError(
+            f"expected no predictor.sampling_range, found {config.sampling_range}: slots that learned from data know "
+            "temperature 1 alone; set it to null"
         )
 
 

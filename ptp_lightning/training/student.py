@@ -47,7 +47,7 @@ def propose(
         auxiliaries: `[B, N, L]` float64 in [0, 1).
         first_token_ids: `[B, N]`, the base model's own picks.
     """
-    objective, sampling = predictor.config.objective, predictor.config.sampling
+    objective, sampling = predictor.config.objective, context.sampling
 
     def picks(states: Tensor) -> Tensor:
         chunks = _by_chunk(
@@ -84,7 +84,7 @@ def student_probe(predictor: ParallelTokenPredictor, context: Context, token_ids
     """
 
     def answer(hidden: Tensor, u: Tensor, tokens: Tensor) -> StudentAnswer:
-        objective, sampling = predictor.config.objective, predictor.config.sampling
+        objective, sampling = predictor.config.objective, context.sampling
         logits = predictor.slot_logits(hidden).float()
         correct = objective.propose(logits, u, sampling) == tokens
         if not objective.predicts_distribution:
@@ -131,7 +131,7 @@ def distributions_along(
         `SamplingConfig.with_target` at every position, `[B, N, L, K]` each: that at k follows the tokens before k.
     """
     num_windows, read = token_ids.shape[1], token_ids.shape[2] - 1
-    sampling = predictor.config.sampling
+    sampling = context.sampling
     mask, positions = context.place_slots(read)
     with predictor.gate.closed():
         embeddings = predictor.embed(token_ids[..., :-1]).flatten(1, 2)

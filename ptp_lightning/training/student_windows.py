@@ -42,7 +42,7 @@ class StudentWindows(WindowSource):
         """See `WindowSource.sample`."""
         shape = (*batch.window_starts.shape, predictor.config.window_length)
         auxiliaries = draw_auxiliaries(shape, generator, batch.input_ids.device)
-        first = predictor.config.sampling.distribution(predictor.logits(context.first_hidden))
+        first = context.sampling.distribution(predictor.logits(context.first_hidden))
         draft = propose(predictor, context, auxiliaries, pick(auxiliaries[..., 0], first)).token_ids
         teacher, target = distributions_along(predictor, context, draft)
         return WindowSample(

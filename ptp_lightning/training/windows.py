@@ -116,7 +116,7 @@ class TeacherWindows(WindowSource):
                     )
                     positions = context.window_positions + offset - 1
                     hidden = predictor.decode(predictor.embed(tokens[-1]), positions, mask, context.cache)
-                teacher, target = predictor.config.sampling.with_target(predictor.logits(hidden))
+                teacher, target = context.sampling.with_target(predictor.logits(hidden))
                 teachers.append(teacher)
                 targets.append(target)
                 tokens.append(pick(auxiliaries[..., offset], teacher))
@@ -162,7 +162,7 @@ class DatasetWindows(WindowSource):
         index = _window_index(batch, length)
         hidden_index = (index - 1).flatten(1).unsqueeze(-1).expand(-1, -1, context.hidden.shape[-1])
         hidden = context.hidden.gather(1, hidden_index).unflatten(1, index.shape[1:])
-        teacher, target = predictor.config.sampling.with_target(predictor.logits(hidden))
+        teacher, target = context.sampling.with_target(predictor.logits(hidden))
         lower, upper = token_interval(teacher, token_ids)
         mask = (mask & (upper > lower)).cumprod(-1).bool()
         auxiliaries = self.strategy.draw(lower, upper, generator, student_probe(predictor, context, token_ids))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ptp_lightning.auxiliary import draw_auxiliaries, pick, token_interval
 from ptp_lightning.auxiliary_strategies import UniformInInterval
-from ptp_lightning.sampling import SamplingConfig, TokenDistribution
+from ptp_lightning.sampling import Sampler, SamplingConfig, TokenDistribution
 from tests.goodness_of_fit import chi_square, chi_square_bound
 
 INF = math.inf
@@ -82,14 +82,28 @@ def test_pick_and_token_interval_are_inverse(logits: Tensor, config: SamplingCon
     assert logits[token] > -INF
 
 
-@pytest.mark.parametrize("order", ["descending", "vocabulary"])
+@given(
+    logits=tied_logits(), top_k=st.none() | st.integers(1, 12), top_p=st.sampled_from([0.5, 0.9, 1.0]), data=st.data()
+)
+@settings(deadline=None, max_examples=300)
+def test_pick_and_token_interval_are_inverse_in_any_fixed_order(
+    logits: Tensor, top_k: int | None, top_p: float, data: st.DataObject
+):
+    places = torch.tensor(data.draw(st.permutations(range(len(logits)))))
+    P = Sampler(SamplingConfig(0.7, top_k, top_p, "embedding"), places).distribution(logits)
+    assert_inverse(P)
+    assert (places[all_ids(P)].diff() > 0).all()
+
+
+@pytest.mark.parametrize("order", ["descending", "vocabulary", "embedding"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_inverse_over_150k_entries(dtype: torch.dtype, order):
     logits = torch.randn(4, 150_000, generator=generator()).to(dtype)  # bfloat16: some hundred distinct values
     logits[1] = 0.0  # all tied
     logits[2] *= 10  # most entries far below one part in 2^53
     logits[3, 77_777] = 1e4  # one-hot
-    P = SamplingConfig(order=order).distribution(logits)
+    places = torch.randperm(150_000, generator=generator())
+    P = Sampler(SamplingConfig(order=order), places).distribution(logits)
     for u in (*EDGES, *draw_auxiliaries((20,), generator(), "cpu").tolist()):
         u_rows = torch.full((4,), u, dtype=torch.float64)
         tokens = pick(u_rows, P)
@@ -100,7 +114,8 @@ def test_inverse_over_150k_entries(dtype: torch.dtype, order):
             assert torch.equal(pick(edge, P), tokens)
         assert tokens[3] == 77_777
     largest = torch.full((4,), LARGEST_FLOAT64, dtype=torch.float64)
-    assert pick(largest, P)[1] == 149_999  # among equals both orders end with the highest id
+    # Among equals, rank and vocabulary order end with the highest id.
+    assert pick(largest, P)[1] == (places.argmax() if order == "embedding" else 149_999)
 
 
 def naive_inverse_cdf(u: float, probabilities: list[float]) -> int:

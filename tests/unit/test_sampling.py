@@ -1,6 +1,7 @@
 """Logits to distributions: ties, truncation, order, and what must not depend on the batch."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from ptp_lightning.auxiliary import pick
-from ptp_lightning.sampling import Order, SamplingConfig, TokenDistribution, rank
+from ptp_lightning.sampling import Order, Sampler, SamplingConfig, TokenDistribution, rank
 
 INF = math.inf
 FLOAT_DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -97,6 +98,49 @@ def test_orders_list_the_same_tokens_differently():
     assert vocabulary.token_ids.tolist() == [0, 2, 3]
     torch.testing.assert_close(descending.probabilities, torch.tensor([0.625, 0.25, 0.125]))
     torch.testing.assert_close(vocabulary.probabilities, torch.tensor([0.25, 0.125, 0.625]))
+
+
+@pytest.mark.parametrize("top_k", [3, None])
+@pytest.mark.parametrize("top_p", [0.99, 1.0])
+def test_embedding_order_runs_through_the_given_places(top_k: int | None, top_p: float):
+    logits = torch.tensor([0.25, 0.001, 0.125, 0.624]).log()
+    sampler = Sampler(SamplingConfig(top_k=top_k, top_p=top_p, order="embedding"), torch.tensor([2, 1, 3, 0]))
+    P = sampler.distribution(logits)
+    assert P.token_ids is not None
+    assert P.token_ids.tolist() == [3, 0, 2] if top_k else [3, 1, 0, 2]
+    kept = P.probabilities[P.probabilities > 0]
+    weights = torch.tensor([0.624, 0.25, 0.125] if len(kept) == 3 else [0.624, 0.001, 0.25, 0.125])
+    assert len(kept) == (4 if top_k is None and top_p == 1 else 3)
+    torch.testing.assert_close(kept, weights / weights.sum())
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(50, 0.9), (None, 0.9), (50, 1.0), (None, 1.0)])
+def test_embedding_order_is_vocabulary_order_after_renaming_the_tokens(top_k: int | None, top_p: float):
+    logits = tie_free_logits(3, 5, 60)
+    places = torch.randperm(60, generator=torch.Generator().manual_seed(1))
+    found = Sampler(SamplingConfig(0.7, top_k, top_p, "embedding"), places).distribution(logits)
+    renamed = SamplingConfig(0.7, top_k, top_p, "vocabulary").distribution(logits[..., places.argsort()])
+    torch.testing.assert_close(found.probabilities, renamed.probabilities)
+    by_place = torch.arange(60).expand(3, 5, 60) if renamed.token_ids is None else renamed.token_ids
+    assert found.token_ids is not None
+    assert torch.equal(places[found.token_ids], by_place)
+
+
+@pytest.mark.parametrize("top_k", [3, None])
+@pytest.mark.parametrize("top_p", [0.9, 1.0])
+@pytest.mark.parametrize(("places", "found"), [(None, "none"), (torch.arange(5), "5 places")])
+def test_embedding_order_without_its_places_raises(places: Tensor | None, found: str, top_k: int | None, top_p: float):
+    sampler = Sampler(SamplingConfig(top_k=top_k, top_p=top_p, order="embedding"), places)
+    for apply in (sampler.distribution, sampler.with_target):
+        with pytest.raises(ValueError, match=f"needs the places of 4 tokens, found {found}:.*sampling.order"):
+            apply(tie_free_logits(2, 4))
+
+
+@pytest.mark.parametrize("order", ["descending", "vocabulary", "embedding"])
+def test_only_greedy_slots_are_told_another_u(order: Order):
+    u = torch.tensor([0.25, 0.75], dtype=torch.float64)
+    assert SamplingConfig(0.7, order=order).told(u) is u
+    assert SamplingConfig(0.0, order=order).told(u).tolist() == [0.0 if order == "descending" else 0.5] * 2
 
 
 @pytest.mark.parametrize("top_p", [0.6, 1.0])
@@ -240,14 +284,16 @@ def test_targets_leave_top_p_to_proposals_and_these_leave_the_temperature_to_tar
     assert SamplingConfig(0.0, 50, 0.9).proposal() == SamplingConfig(0.0, 50, 0.9)
 
 
-@pytest.mark.parametrize("order", ["descending", "vocabulary"])
+@pytest.mark.parametrize("order", ["descending", "vocabulary", "embedding"])
 def test_a_student_that_meets_its_target_proposes_what_the_teacher_picks(order: Order) -> None:
     """Students learn the distribution before top-p cuts it; the proposal cuts, and must cut in the same place."""
-    sampling = SamplingConfig(temperature=0.7, top_k=50, top_p=0.9, order=order)
+    config = SamplingConfig(temperature=0.7, top_k=50, top_p=0.9, order=order)
+    places = torch.randperm(300, generator=torch.Generator().manual_seed(2)) if order == "embedding" else None
+    sampling = Sampler(config, places)
     logits = 3 * torch.randn(500, 300, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     teacher, target = sampling.with_target(logits)
     assert all(map(torch.equal, teacher, sampling.distribution(logits)))  # pyright: ignore
-    assert all(map(torch.equal, target, sampling.target().distribution(logits)))  # pyright: ignore
+    assert all(map(torch.equal, target, replace(sampling, settings=config.target()).distribution(logits)))  # pyright: ignore
     assert (teacher.probabilities > 0).sum() < (target.probabilities > 0).sum() == 500 * 50
 
     student = torch.full_like(logits, -torch.inf).scatter(-1, target.token_ids, target.probabilities.log())  # pyright: ignore

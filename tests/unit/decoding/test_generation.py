@@ -15,7 +15,7 @@ U = torch.tensor([[0.05, 0.35, 0.65, 0.95]], dtype=torch.float64)
 def test_context_tokens_of_a_propose_call_keep_their_bits(dtype: torch.dtype) -> None:
     """Slots stand in the same call with the gate open, and are refined; the tokens before them must not notice."""
     predictor = tiny_predictor(dtype=dtype)
-    context = CachedContext(predictor)
+    context = CachedContext(predictor, predictor.config.sampling)
     hidden = context.read(INPUT_IDS, U)
     decoder = predictor.base_model.get_submodule(predictor.base_model.base_model_prefix)
     mask = torch.ones(10, 10, dtype=torch.bool).tril()[None, None]

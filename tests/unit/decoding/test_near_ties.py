@@ -11,7 +11,7 @@ from torch import Tensor
 from ptp_lightning.auxiliary import pick
 from ptp_lightning.decoding import GenerationSettings, decode_autoregressively, decode_speculatively
 from ptp_lightning.models.predictor import ParallelTokenPredictor
-from ptp_lightning.sampling import SamplingConfig
+from ptp_lightning.sampling import Sampler, SamplingConfig
 from tests.tiny_predictors import tiny_predictor
 
 VOCABULARY = 32
@@ -32,15 +32,16 @@ def reference_with_logits(
     return text, torch.cat(seen, dim=1)
 
 
-def is_near_tie(logits: Tensor, u: Tensor, token_id: int, sampling: SamplingConfig, rounding: float) -> bool:
+def is_near_tie(logits: Tensor, u: Tensor, token_id: int, sampling: Sampler, rounding: float) -> bool:
     """Whether changing no logit `[V]` by more than `rounding` can make u pick `token_id`."""
     vocabulary = logits.shape[-1]
     generator = torch.Generator().manual_seed(0)
     rank = logits.float().argsort(descending=True).argsort()
     tilts = torch.where(rank < torch.arange(vocabulary)[:, None], 1.0, -1.0)  # the best m up, the others down
-    by_token_id = torch.where(torch.arange(vocabulary) < torch.arange(vocabulary)[:, None], 1.0, -1.0)
+    places = torch.arange(vocabulary) if sampling.token_places is None else sampling.token_places
+    by_place = torch.where(places < torch.arange(vocabulary)[:, None], 1.0, -1.0)
     any_signs = torch.randint(0, 2, (4096, vocabulary), generator=generator) * 2.0 - 1
-    changes = torch.cat([tilts, -tilts, by_token_id, -by_token_id, any_signs]) * rounding
+    changes = torch.cat([tilts, -tilts, by_place, -by_place, any_signs]) * rounding
     picks = pick(u.expand(len(changes)), sampling.distribution(logits.float() + changes))
     return bool((picks == token_id).any())
 
@@ -63,15 +64,15 @@ def deviation_rate(
         if place is not None:  # what follows has another context
             num_deviations += 1
             u = settings.auxiliaries(PROMPT.device)[0, place]
-            assert is_near_tie(logits[0, place], u, found[place], sampling, rounding), (seed, place)
+            assert is_near_tie(logits[0, place], u, found[place], predictor.sampler(sampling), rounding), (seed, place)
     return num_deviations / num_tokens
 
 
-@pytest.mark.parametrize("order", ["descending", "vocabulary"])
+@pytest.mark.parametrize("order", ["descending", "vocabulary", "embedding"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_bfloat16_deviates_at_near_ties_only(family: str, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    predictor = tiny_predictor(family, vocab_size=VOCABULARY, dtype=torch.bfloat16)
     sampling = SamplingConfig(temperature=0.7, top_k=50, top_p=0.9, order=order)  # pyright: ignore[reportArgumentType]
+    predictor = tiny_predictor(family, sampling=sampling, vocab_size=VOCABULARY, dtype=torch.bfloat16)
     rate = deviation_rate(predictor, sampling, 20, ROUNDING, monkeypatch)
     print(f"bfloat16, {family}, {order} order: {rate:.2%} of tokens deviate")
 
@@ -82,14 +83,15 @@ def test_a_near_tie_is_told_from_a_wrong_token(monkeypatch: pytest.MonkeyPatch) 
     settings = GenerationSettings(SamplingConfig(), 24)
     text, logits = reference_with_logits(predictor, settings, monkeypatch)
     u = settings.auxiliaries(PROMPT.device)[0]
+    sampler = predictor.sampler(settings.sampling)
     explained = [
-        is_near_tie(logits[0, k], u[k], other, settings.sampling, ROUNDING)
+        is_near_tie(logits[0, k], u[k], other, sampler, ROUNDING)
         for k, token_id in list(enumerate(text))[::4]
         for other in range(VOCABULARY)
         if other != token_id
     ]
     assert sum(explained) < 0.1 * len(explained)
-    assert is_near_tie(logits[0, 0], u[0], text[0], settings.sampling, ROUNDING)
+    assert is_near_tie(logits[0, 0], u[0], text[0], sampler, ROUNDING)
 
 
 def test_samples_follow_the_base_models_distribution() -> None:

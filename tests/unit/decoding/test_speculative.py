@@ -17,6 +17,7 @@ from ptp_lightning.decoding import (
     decode_autoregressively,
     decode_speculatively,
 )
+from ptp_lightning.models.conditioning import SamplingRange
 from ptp_lightning.models.predictor import ParallelTokenPredictor
 from ptp_lightning.sampling import SamplingConfig
 from tests.tiny_predictors import OBJECTIVES, tiny_predictor
@@ -30,6 +31,8 @@ SAMPLING = {
     "truncated by token id": SamplingConfig(temperature=0.7, top_k=50, top_p=0.9, order="vocabulary"),
     "full": SamplingConfig(),
     "full by token id": SamplingConfig(order="vocabulary"),
+    "truncated by embedding": SamplingConfig(temperature=0.7, top_k=50, top_p=0.9, order="embedding"),
+    "full by embedding": SamplingConfig(order="embedding"),
 }
 FAMILIES = ["llama", "qwen2", "gpt2", "gpt_neox"]
 
@@ -52,8 +55,18 @@ class ForcedDraft:
 
 @cache
 def small(family: str = "llama", objective: str = "categorical") -> ParallelTokenPredictor:
-    """Decoding changes nothing in a predictor, so tests share them."""
-    return tiny_predictor(family, objective, vocab_size=VOCABULARY)
+    """Decoding changes nothing in a predictor, so tests share them. They know all orders."""
+    return tiny_predictor(family, objective, SamplingConfig(order="embedding"), vocab_size=VOCABULARY)
+
+
+@cache
+def conditioned(objective: str = "categorical", student: str = "gated_lora") -> ParallelTokenPredictor:
+    """Trained for many settings, in the order "embedding"."""
+    sampling_range = SamplingRange(0.3, 1.2, 0.1, (50, None), (0.9, 1.0))
+    order = SamplingConfig(order="embedding")
+    return tiny_predictor(
+        "llama", objective, order, vocab_size=VOCABULARY, sampling_range=sampling_range, student=student
+    )
 
 
 def reference(predictor: ParallelTokenPredictor, settings: GenerationSettings, prompt: Tensor = PROMPT) -> list[int]:
@@ -87,6 +100,52 @@ def test_text_is_the_reference_text(family: str, objective: str, sampling: str) 
     for seed, max_new_tokens in enumerate((24, 21)):
         settings = GenerationSettings(SAMPLING[sampling], max_new_tokens, seed, window_length=6)
         assert accelerated(predictor, settings).token_ids == reference(predictor, settings)
+
+
+@pytest.mark.parametrize("sampling", [*SAMPLING, "hot"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_text_of_a_predictor_for_many_settings_is_the_reference_text(objective: str, sampling: str) -> None:
+    """Whatever the slots are told of the settings: inside the range they were trained for, or outside."""
+    predictor = conditioned(objective)
+    config = SamplingConfig(2.0, top_k=3) if sampling == "hot" else SAMPLING[sampling]
+    settings = GenerationSettings(config, 21, window_length=6)
+    assert accelerated(predictor, settings).token_ids == reference(predictor, settings)
+
+
+@pytest.mark.parametrize("student", ["gated_lora", "full_copy"])
+def test_slots_and_refiner_are_told_the_settings_of_the_text(student: str) -> None:
+    predictor = conditioned(student=student)
+    seen: list[SamplingConfig] = []
+    modules = (predictor.slot_encoder.settings, predictor.slot_encoder.refiner_settings)
+    hooks = [module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])) for module in modules if module]
+    settings = GenerationSettings(SamplingConfig(0.5, top_k=7, top_p=0.8), 9, window_length=4)
+    accelerated(predictor, settings)
+    for hook in hooks:
+        hook.remove()
+    assert len(hooks) == 2 and len(seen) > 4
+    assert set(seen) == {settings.sampling}
+
+
+def test_drafts_depend_on_the_settings_the_slots_are_told() -> None:
+    """The proposals for one text, whose settings are the same: only what the slots are told differs."""
+    predictor = conditioned()
+    settings = GenerationSettings(SamplingConfig(0.7), 24, window_length=6)
+    drafts: list[list[Tensor]] = []
+    for told in (SamplingConfig(0.7), SamplingConfig(1.2), SamplingConfig(0.7)):
+        drafts.append([])
+
+        def remember(slot_logits: Tensor, auxiliaries: Tensor, start: int) -> Tensor:
+            drafts[-1].append(slot_logits)
+            return torch.zeros_like(auxiliaries, dtype=torch.long)
+
+        modules = (predictor.slot_encoder.settings, predictor.slot_encoder.refiner_settings)
+        hooks = [m.register_forward_pre_hook(lambda _, inputs, told=told: (told,)) for m in modules if m]
+        accelerated(predictor, settings, proposer=remember)
+        for hook in hooks:
+            hook.remove()
+    first, other, again = drafts
+    assert all(map(torch.equal, first, again))
+    assert not any(map(torch.equal, first, other))
 
 
 def test_drafts_of_the_tested_students_are_both_right_and_wrong() -> None:
@@ -249,19 +308,15 @@ class TestSlots:
         rounds = predictor.refinement_rounds  # a window of two slots cannot use more than two
         assert [len(passes) for passes in drafts.values()] == [1 + rounds, 1 + rounds, 1 + rounds, 1 + min(rounds, 2)]
 
-    @pytest.mark.parametrize(("order", "told"), [("descending", 0.0), ("vocabulary", 0.5)])
+    @pytest.mark.parametrize(("order", "told"), [("descending", 0.0), ("vocabulary", 0.5), ("embedding", 0.5)])
     def test_greedy_slots_are_told_a_likely_u(self, order: str, told: float) -> None:
         predictor = small()
         settings = GenerationSettings(SamplingConfig(temperature=0, order=order), 6, window_length=4)  # pyright: ignore[reportArgumentType]
-        text = reference(predictor, settings)
         seen: list[float] = []
-
-        def remember(slot_logits: Tensor, auxiliaries: Tensor, start: int) -> Tensor:
-            seen.extend(auxiliaries[0].tolist())
-            return torch.tensor([text[start : start + auxiliaries.shape[1]]])
-
-        accelerated(predictor, settings, proposer=remember)
-        assert seen == [told] * 3 * (1 + predictor.refinement_rounds)
+        hook = predictor.slot_encoder.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs[0][0].tolist()))
+        accelerated(predictor, settings, proposer=ForcedDraft(reference(predictor, settings), 1.0))
+        hook.remove()
+        assert seen == [told] * 4
 
 
 def test_the_decoder_leaves_the_gate_closed_after_an_error() -> None:

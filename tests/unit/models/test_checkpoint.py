@@ -28,6 +28,7 @@ from ptp_lightning.models import (
     RefinerSettings,
     checkpoint,
 )
+from ptp_lightning.models import predictor as predictor_module
 from ptp_lightning.models.auxiliary_features import AuxiliaryFeatures
 from ptp_lightning.models.checkpoint import (
     ADAPTER_FILE,
@@ -39,6 +40,7 @@ from ptp_lightning.models.checkpoint import (
     require_same_predictor,
     save_predictor,
 )
+from ptp_lightning.models.conditioning import SamplingRange
 from ptp_lightning.sampling import SamplingConfig
 from tests.tiny_models import tiny_gpt2, tiny_llama
 from tests.tiny_predictors import OBJECTIVES
@@ -72,7 +74,8 @@ def trained(base: Path | str, **config: Any) -> ParallelTokenPredictor:
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for weight in predictor.trainable_state().values():
-            weight.copy_(torch.randn(weight.shape, generator=generator) * 0.2)
+            if weight.is_floating_point():  # not the token order
+                weight.copy_(torch.randn(weight.shape, generator=generator) * 0.2)
     return predictor
 
 
@@ -178,6 +181,70 @@ class TestRoundTrip:
             load_predictor()
         exported.rename(exported.with_name("embedded_adapter moved"))
         assert load_predictor().config.window_length == 4
+
+
+class TestOrderAndRange:
+    """What else slots are bound to: the token order they learned in, and the settings they are told."""
+
+    BY_EMBEDDING = replace(SAMPLING, order="embedding")
+    RANGE = SamplingRange(0.5, 1.0, 0.1, (5, None), (0.9,))
+
+    def test_come_back(self, base: Path, tmp_path: Path) -> None:
+        before = trained(base, sampling=self.BY_EMBEDDING, sampling_range=self.RANGE)
+        before.save_pretrained(tmp_path / "export", dtype=torch.bfloat16)
+        after = load_predictor(tmp_path / "export")
+        assert after.config == before.config
+        places = after.slot_encoder.token_places
+        assert places is not None and places.dtype == torch.int64
+        assert torch.equal(places, before.sampler().token_places)  # pyright: ignore[reportArgumentType]
+        trained(base, sampling=self.BY_EMBEDDING, sampling_range=self.RANGE).save_pretrained(tmp_path / "exact")
+        assert torch.equal(slot_logits(load_predictor(tmp_path / "exact")), slot_logits(before))
+
+    def test_the_stored_order_is_used_whatever_this_machine_would_compute(
+        self, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        before = trained(base, sampling=self.BY_EMBEDDING)
+        assert before.slot_encoder.token_places is not None
+        other = before.slot_encoder.token_places.flip(0).clone()
+        before.slot_encoder.token_places.copy_(other)
+        before.save_pretrained(tmp_path / "export")
+        monkeypatch.setattr(predictor_module, "similar_tokens_together", lambda table: pytest.fail("computed"))
+        after = load_predictor(tmp_path / "export")
+        assert torch.equal(after.sampler().token_places, other)  # pyright: ignore[reportArgumentType]
+
+    @pytest.mark.parametrize(
+        ("places", "message"),
+        [
+            (None, "expected the token order of predictor.sampling.order 'embedding', found none"),
+            (torch.zeros(64, dtype=torch.int64), "a permutation of 0 .. 63, found 64 numbers"),
+            (torch.arange(63), "a permutation of 0 .. 63, found 63 numbers"),
+        ],
+        ids=["missing", "no permutation", "of another vocabulary"],
+    )
+    def test_a_broken_order_is_refused(self, base: Path, tmp_path: Path, places: Tensor | None, message: str) -> None:
+        trained(base, sampling=self.BY_EMBEDDING).save_pretrained(tmp_path / "export")
+        weights = load_file(tmp_path / "export" / SLOT_ENCODER_FILE)
+        del weights["token_places"]
+        save_file(
+            weights if places is None else weights | {"token_places": places}, tmp_path / "export" / SLOT_ENCODER_FILE
+        )
+        with pytest.raises(ValueError, match=message):
+            load_predictor(tmp_path / "export")
+
+    @pytest.mark.parametrize(
+        ("change", "key"), [({"sampling": BY_EMBEDDING}, "order"), ({"sampling_range": RANGE}, "range")]
+    )
+    def test_weights_of_another_kind_are_refused(self, base: Path, change: dict[str, Any], key: str) -> None:
+        plain, other = trained(base), trained(base, **change)
+        for predictor, state in ((plain, other.trainable_state()), (other, plain.trainable_state())):
+            with pytest.raises(ValueError, match=f"found a checkpoint that differs in .*mend .*{key}"):
+                predictor.load_trainable_state(state)
+
+    def test_card(self, base: Path, tmp_path: Path) -> None:
+        trained(base, sampling=self.BY_EMBEDDING, sampling_range=self.RANGE).save_pretrained(tmp_path / "export")
+        card = (tmp_path / "export" / "README.md").read_text()
+        assert "embedding order" in card
+        assert "| Trained for | `SamplingRange(min_temperature=0.5, max_temperature=1.0," in card
 
 
 class TestBaseModel:

@@ -29,8 +29,8 @@ def sample_with(sampling: SamplingConfig, seed: int = 0) -> WindowSample:
     places = torch.arange(6).expand_as(rows)
     batch = PackedBatch(rows, torch.zeros_like(rows), places, torch.tensor(STARTS), places >= 1)
     base_model = SimpleNamespace(config=SimpleNamespace(vocab_size=7))
-    predictor: Any = SimpleNamespace(config=SimpleNamespace(window_length=3, sampling=sampling), base_model=base_model)
-    context: Any = None
+    predictor: Any = SimpleNamespace(config=SimpleNamespace(window_length=3), base_model=base_model)
+    context: Any = SimpleNamespace(sampling=sampling)
     return AnalyticWindows(SERIES).sample(predictor, batch, context, torch.Generator().manual_seed(seed), None)
 
 

@@ -28,6 +28,7 @@ from ptp_lightning.models import (
     SharedStudent,
 )
 from ptp_lightning.models.checkpoint import load_predictor
+from ptp_lightning.models.conditioning import SamplingRange
 from ptp_lightning.models.predictor import Context
 from ptp_lightning.models.window_attention import context_mask
 from ptp_lightning.randomness import keyed_generator
@@ -199,7 +200,7 @@ def make_module(
     backbone: dict[str, Any] | None = LLAMA, path: str = "embedded", **options: Any
 ) -> InverseAutoregressiveModule:
     """The same weights on every call."""
-    fields = ("objective", "student", "refiner", "sampling", "window_length")
+    fields = ("objective", "student", "refiner", "sampling", "sampling_range", "window_length")
     predictor = {key: options.pop(key) for key in fields if key in options}
     defaults = {"features": CosineFeatures(4), "window_length": 4, "student": SharedStudent()}
     torch.manual_seed(0)
@@ -370,6 +371,7 @@ class TestCheckpoint:
         ({"objective": OneHotObjective()}, "categorical objective, found one_hot.*set predictor.objective"),
         ({"objective": IndependentObjective()}, "found independent.*set predictor.objective"),
         ({"refiner": RefinerSettings(num_layers=1)}, "predictor.refiner.num_layers 1"),
+        ({"sampling_range": SamplingRange(top_k=(None,), top_p=(1.0,))}, "no predictor.sampling_range, found"),
         ({"sampling": SamplingConfig(temperature=0.7)}, "temperature 1, found 0.7"),
         ({"autoregressive_loss_weight": -1.0}, "autoregressive_loss_weight >= 0, found -1"),
         ({"autoregressive_loss_weight": float("nan")}, "autoregressive_loss_weight >= 0, found nan"),

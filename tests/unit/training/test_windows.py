@@ -72,8 +72,15 @@ SOURCES: dict[str, WindowSource] = {
 class TestEverySource:
     @pytest.mark.parametrize(
         "sampling",
-        [SAMPLING, SamplingConfig(), SamplingConfig(order="vocabulary"), SamplingConfig(temperature=0)],
-        ids=["truncated", "full", "vocabulary order", "greedy"],
+        [
+            SAMPLING,
+            SamplingConfig(),
+            SamplingConfig(order="vocabulary"),
+            SamplingConfig(temperature=0.8, top_k=12, top_p=0.9, order="embedding"),
+            SamplingConfig(order="embedding"),
+            SamplingConfig(temperature=0),
+        ],
+        ids=["truncated", "full", "vocabulary order", "embedding order, truncated", "embedding order", "greedy"],
     )
     def test_auxiliaries_pick_the_tokens(self, source: WindowSource, sampling: SamplingConfig) -> None:
         for seed in range(5):
@@ -181,10 +188,10 @@ class TestDatasetWindows:
         for step in (1, 2):
             logits.scatter_(2, ((token_ids + step) % 10).unsqueeze(-1), 0.0)
         predictor: Any = SimpleNamespace(
-            config=SimpleNamespace(window_length=4, sampling=SamplingConfig(order="vocabulary")),
+            config=SimpleNamespace(window_length=4),
             logits=lambda hidden: hidden,
         )
-        context: Any = SimpleNamespace(hidden=logits)
+        context: Any = SimpleNamespace(hidden=logits, sampling=SamplingConfig(order="vocabulary"))
         batch = PackedBatch(token_ids, documents, torch.empty(0), torch.tensor([starts]), completion)
         return DatasetWindows().sample(predictor, batch, context, torch.Generator().manual_seed(0), None)
 
