@@ -52,7 +52,7 @@ class PickUps(RecordedSeries):
     these settings.
 
     Args:
-        path: the CSV file, with a header; `.gz` files are unpacked on the way.
+        path: the CSV file, with a header, which has to be given; `.gz` files are unpacked on the way.
         num_clusters: neighbourhoods, which is the vocabulary.
         seed: of k-means.
         fitted_share: share of the events that centres are fitted to; 1 for ordinary k-means.
@@ -63,7 +63,7 @@ class PickUps(RecordedSeries):
         cache_dir: folder of the cache; by default `ptp_lightning` in the user's cache folder.
     """
 
-    path: str
+    path: str = ""
     num_clusters: int = 25
     seed: int = 0
     fitted_share: float = 0.94
@@ -75,6 +75,11 @@ class PickUps(RecordedSeries):
 
     def __post_init__(self) -> None:
         """Refuse a file that does not exist and sizes that make no series, before any work starts."""
+        if not self.path:  # a default, so that this message is the one that is seen
+            raise ValueError(
+                "expected a CSV file with latitudes and longitudes, found no path: set data.series.path, on the "
+                "command line --data.init_args.series.init_args.path FILE"
+            )
         if not Path(self.path).is_file():
             raise FileNotFoundError(
                 f"expected a CSV file with latitudes and longitudes at {self.path}, found none: mend data.series.path"
