@@ -44,7 +44,7 @@ class MarkovSeries(Series):
     """
 
     order: int = 1
-    vocab_size: int = 5  # pyright: ignore[reportIncompatibleMethodOverride]  # a field is a property too
+    vocab_size: int = 5
     entropy: float = 1.0
     seed: int = 0
 

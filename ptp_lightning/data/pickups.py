@@ -201,7 +201,8 @@ def cluster(coordinates: np.ndarray, num_clusters: int, seed: int, fitted_share:
         raise ValueError(
             f"expected at least {num_clusters} different places, found {num_places}: lower data.series.num_clusters"
         )
-    model = KMeans(num_clusters, random_state=seed, n_init=RESTARTS).fit(fitted)
+    model = KMeans(num_clusters, random_state=seed, n_init=RESTARTS)  # pyright: ignore[reportArgumentType]
+    model.fit(fitted)
     order = tour(model.cluster_centers_)
     number_of = np.argsort(order)  # its inverse: old number to new one
     centres = model.cluster_centers_[order] / _degrees_of_equal_length(coordinates)
