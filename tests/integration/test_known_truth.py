@@ -27,10 +27,13 @@ def run(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, *options: str)
     return {tag: events.Scalars(tag)[-1].value for tag in events.Tags()["scalars"]}
 
 
-@pytest.mark.parametrize("order", [1, 2])
-def test_categorical_learns_the_conditionals(order: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("order", "steps"), [(1, 600), (2, 3000)])
+def test_categorical_learns_the_conditionals(
+    order: int, steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Theorem 2: from u alone, without the tokens between, to within 0.01 nats at every position."""
     options = ["--data.init_args.series.init_args.order", str(order), "--data.init_args.min_context", str(order)]
+    options += ["--trainer.max_steps", str(steps)]
     found = run("markov_categorical", tmp_path, monkeypatch, *options)
     divergences = [found[f"val/kl/position_{j:02d}"] for j in (1, 2, 3)]
     assert max(divergences) < 0.01, divergences

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from ptp_lightning.auxiliary import pick
 from ptp_lightning.data.batch import PackedBatch
@@ -78,17 +79,24 @@ def test_divergence_against_a_float64_reference(tmp_path: Path) -> None:
     """The logged numbers are sum Q log(Q / P), averaged over the windows of all batches."""
     module = make_module(source=AnalyticWindows(SERIES), sampling=SamplingConfig())
     data = SeriesDataModule(SERIES, row_length=6, batch_size=4, num_windows=2, eval_rows=8)
-    logits, samples = [], []
-    propose, sample = module.predictor.config.objective.propose, module.val_source.sample
-    object.__setattr__(
-        module.predictor.config.objective,
-        "propose",
-        lambda given, *rest: (logits.append(given.double().view(4, 2, 3, -1)), propose(given, *rest))[1],
-    )
-    object.__setattr__(module.val_source, "sample", lambda *rest: (samples.append(sample(*rest)), samples[-1])[1])
+    samples: list[WindowSample] = []
+    logits: list[Tensor] = []  # of each batch, the last that are asked for: those of the refined slots
+    sample, slot_logits = module.val_source.sample, module.predictor.slot_logits
+
+    def record_sample(*arguments: Any) -> WindowSample:
+        samples.append(sample(*arguments))
+        logits.append(torch.empty(0))
+        return samples[-1]
+
+    def record_logits(hidden: Tensor) -> Tensor:
+        logits[-1] = slot_logits(hidden)
+        return logits[-1]
+
+    object.__setattr__(module.val_source, "sample", record_sample)
+    module.predictor.slot_logits = record_logits
     trainer = make_trainer(tmp_path, limit_val_batches=1.0)
     metrics = trainer.validate(module, datamodule=data, verbose=False)[0]
-    P = torch.cat(logits[3::4]).log_softmax(-1)  # of the last of each batch's passes: a first one and three refined
+    P = torch.cat(logits).double().log_softmax(-1)
     Q = torch.cat([TokenDistribution(*found.target).probabilities for found in samples])[:, :, 1:].double()
     expected = (Q * (Q.clamp_min(1e-300).log() - P)).sum(-1).mean((0, 1))
     assert [metrics[f"val/kl/position_{j:02d}"] for j in (1, 2, 3)] == pytest.approx(expected.tolist(), rel=1e-5)
