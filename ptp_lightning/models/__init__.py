@@ -15,6 +15,7 @@ from ptp_lightning.models.auxiliary_features import (
     ThresholdFeatures,
 )
 from ptp_lightning.models.backbone import BackboneSettings
+from ptp_lightning.models.conditioning import SamplingRange
 from ptp_lightning.models.gated_lora import LoraSettings
 from ptp_lightning.models.predictor import ParallelTokenPredictor, PredictorConfig
 from ptp_lightning.models.refiner import RefinerSettings
@@ -46,6 +47,7 @@ __all__ = [
     "RawFloatFeatures",
     "RefinerSettings",
     "RoundingFeatures",
+    "SamplingRange",
     "SawtoothFeatures",
     "ScaleFreeCosineFeatures",
     "SequentialObjective",

@@ -1,6 +1,7 @@
 """DistillationModule: a teacher's distributions and picks -> a student that predicts whole windows from auxiliaries."""
 
 import math
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -50,8 +51,8 @@ class DistillationModule(PredictorModule):
             `val/correct_tokens_best_of_{M}` (see `ptp_lightning.training.proposals`).
         seed: of all auxiliaries.
         position_weights: how much each slot of a window weighs in both losses.
-        val_sampling: further settings to validate, with the same auxiliaries; `predictor.sampling` always is. What they
-            give is logged as `val/correct_tokens/temperature_0.50`, see `sampling_label`.
+        val_sampling: further settings to validate, with the same auxiliaries; `predictor.sampling` always is, and its
+            order is theirs. What they give is logged as `val/correct_tokens/temperature_0.50`, see `sampling_label`.
     """
 
     def __init__(
@@ -86,7 +87,10 @@ class DistillationModule(PredictorModule):
         self.num_proposals = num_proposals
         self.seed = seed
         self.position_weights = position_weights
-        self.val_sampling = {sampling_label(sampling, predictor.sampling): sampling for sampling in val_sampling}
+        usual = predictor.sampling
+        self.val_sampling = {
+            sampling_label(sampling, usual): replace(sampling, order=usual.order) for sampling in val_sampling
+        }
         if len(self.val_sampling) < len(val_sampling):
             raise ValueError(f"expected different settings in model.init_args.val_sampling, found {val_sampling}")
         self.val_sampling_metrics = nn.ModuleList(WindowMetrics(predictor.window_length) for _ in val_sampling)
@@ -226,16 +230,7 @@ class DistillationModule(PredictorModule):
 
 
 def sampling_label(sampling: SamplingConfig, usual: SamplingConfig) -> str:
-    """A name for settings: the temperature, and what else is not as usual, `temperature_0.50_top_k_20`.
-
-    Raises:
-        ValueError: the order is not the usual one, in which the slots were trained.
-    """
-    if sampling.order != usual.order:
-        raise ValueError(
-            f"expected the order of predictor.sampling, {usual.order!r}, in model.init_args.val_sampling, found "
-            f"{sampling.order!r}"
-        )
+    """A name for settings: the temperature, and what else is not as usual, `temperature_0.50_top_k_20`."""
     others = [
         f"_{name}_{getattr(sampling, name)}"
         for name in ("top_k", "top_p")

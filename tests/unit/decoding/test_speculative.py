@@ -115,15 +115,18 @@ def test_text_of_a_predictor_for_many_settings_is_the_reference_text(objective: 
 @pytest.mark.parametrize("student", ["gated_lora", "full_copy"])
 def test_slots_and_refiner_are_told_the_settings_of_the_text(student: str) -> None:
     predictor = conditioned(student=student)
-    seen: list[SamplingConfig] = []
-    modules = (predictor.slot_encoder.settings, predictor.slot_encoder.refiner_settings)
-    hooks = [module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])) for module in modules if module]
+    seen: dict[str, set[SamplingConfig]] = {"settings": set(), "refiner_settings": set()}
+    hooks = [
+        predictor.slot_encoder.get_submodule(name).register_forward_pre_hook(
+            lambda _, inputs, heard=heard: heard.add(inputs[0])
+        )
+        for name, heard in seen.items()
+    ]
     settings = GenerationSettings(SamplingConfig(0.5, top_k=7, top_p=0.8), 9, window_length=4)
-    accelerated(predictor, settings)
+    decode_speculatively(predictor, PROMPT, settings)
     for hook in hooks:
         hook.remove()
-    assert len(hooks) == 2 and len(seen) > 4
-    assert set(seen) == {settings.sampling}
+    assert seen == {"settings": {settings.sampling}, "refiner_settings": {settings.sampling}}
 
 
 def test_drafts_depend_on_the_settings_the_slots_are_told() -> None:

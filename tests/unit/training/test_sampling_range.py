@@ -149,9 +149,9 @@ class TestValidation:
         with pytest.raises(ValueError, match="different settings in model.init_args.val_sampling"):
             make_module(val_sampling=(USUAL, USUAL))
 
-    def test_another_order_is_refused(self) -> None:
-        with pytest.raises(ValueError, match="'vocabulary', in model.init_args.val_sampling, found 'descending'"):
-            make_module(val_sampling=(replace(USUAL, order="descending"),))
+    def test_their_order_is_the_usual_one(self) -> None:
+        module = make_module(sampling=replace(USUAL, order="embedding"), val_sampling=(SamplingConfig(0.5),))
+        assert [sampling.order for sampling in module.val_sampling.values()] == ["embedding"]
 
 
 def test_greedy_windows_tell_slots_the_u_that_decoding_tells() -> None:
