@@ -45,6 +45,8 @@ STRATEGIES: list[Choice] = [
     ("ErrorSeekingInInterval", {"strength": 0.5}),
 ]
 STUDENTS = ["GatedLoraStudent", "FullCopyStudent"]
+ORDERS = ["vocabulary", "descending", "embedding"]
+RANGE = {"min_temperature": 0.5, "max_temperature": 0.9, "top_k": [5, 50]}
 WEIGHTS: list[Choice] = [("UniformWeights", {}), ("GeometricWeights", {"decay": 0.8}), ("AcceptedLengthWeights", {})]
 
 
@@ -66,8 +68,8 @@ def combinations() -> list[dict[str, Any]]:
     """As many runs as the longest list has entries, and every entry of every list in one of them."""
     pairs = [(objective, loss) for objective, losses in LOSSES.items() for loss in losses]
     number = max(len(pairs), 2 * len(FEATURES), len(sources()))
-    columns = (cycle(pairs), cycle(FEATURES), cycle(sources()), cycle(STUDENTS), cycle(WEIGHTS))
-    rows = list(zip(*columns, range(number), strict=False))
+    columns = (pairs, FEATURES, sources(), STUDENTS, WEIGHTS, ORDERS)
+    rows = list(zip(*map(cycle, columns), range(number), strict=False))
     return [
         {
             "predictor": {
@@ -75,13 +77,17 @@ def combinations() -> list[dict[str, Any]]:
                 "features": as_yaml("models", (features, {})),
                 "head": "linear" if index < len(FEATURES) else "mlp",
                 "student": as_yaml("models", (student, {})),
-                "refiner": {"num_layers": index % 2, "rounds": 2},
+                # The divisors keep these apart from the lists of two and three entries.
+                "refiner": {"num_layers": index // 2 % 2, "rounds": 2},
+                "sampling": {"temperature": 0.7, "top_k": 50, "top_p": 0.9, "order": order},
+                "sampling_range": RANGE if index // 3 % 2 else None,
             },
             "loss": as_yaml("losses", (loss, {})),
             "source": source,
             "position_weights": as_yaml("losses", weights),
+            "num_proposals": 1 + index // 4 % 2,
         }
-        for (objective, loss), features, source, student, weights, index in rows
+        for (objective, loss), features, source, student, weights, order, index in rows
     ]
 
 
