@@ -14,7 +14,7 @@ from ptp_lightning.auxiliary import token_interval
 from ptp_lightning.auxiliary_strategies import RelativeStrategy, UniformInInterval
 from ptp_lightning.data.batch import PackedBatch
 from ptp_lightning.losses import CrossEntropy, LossSum, SlotTargets
-from ptp_lightning.metrics import WindowMetrics, WindowSummary
+from ptp_lightning.metrics import PositionMeans, WindowMetrics, WindowSummary
 from ptp_lightning.models.predictor import Context, ParallelTokenPredictor, PredictorConfig
 from ptp_lightning.models.slots import CategoricalObjective
 from ptp_lightning.models.window_attention import slot_mask
@@ -23,7 +23,7 @@ from ptp_lightning.sampling import require
 from ptp_lightning.training.optimization import OptimizerSettings
 from ptp_lightning.training.predictor_module import PredictorModule
 from ptp_lightning.training.pretraining import IGNORED_LABEL, next_token_labels
-from ptp_lightning.training.windows import TeacherWindows, window_tokens
+from ptp_lightning.training.windows import TeacherWindows, hidden_before_tokens, window_tokens
 
 
 class InverseAuxiliaries(NamedTuple):
@@ -115,8 +115,10 @@ class InverseAutoregressiveModule(PredictorModule):
     names. Such a token still counts: leaving it out would flatter the likelihood.
 
     Validation logs `val/perplexity/position_XX` of held-out windows by the same procedure (position 00 is the
-    autoregressive model's own), `val/autoregressive_perplexity` over all tokens, and `val/correct_tokens` with its
-    accuracies as distillation does: what decoding would accept of windows that the network's own samples fill.
+    autoregressive model's own); beside it `val/autoregressive_perplexity/position_XX`, what the network says of these
+    tokens when it reads all tokens before them; `val/autoregressive_perplexity` over all tokens; and
+    `val/correct_tokens` with its accuracies as distillation does: what decoding would accept of windows that the
+    network's own samples fill.
 
     Args:
         predictor: with `student: SharedStudent` and the categorical objective; `backbone.from_config` starts from
@@ -152,6 +154,7 @@ class InverseAutoregressiveModule(PredictorModule):
         self.autoregressive_loss_weight = autoregressive_loss_weight
         self.seed = seed
         self.likelihoods = WindowMetrics(predictor.window_length)
+        self.reference_nats = PositionMeans(predictor.window_length)
         self.agreement = WindowMetrics(predictor.window_length)
         self.next_token_nats = MeanMetric()
         self.val_summary: WindowSummary | None = None
@@ -204,6 +207,12 @@ class InverseAutoregressiveModule(PredictorModule):
         # The data's tokens are right by construction; what decoding would accept is measured below.
         self.likelihoods.update(windows.mask, windows.mask, nll.view(windows.mask.shape))
 
+        length = windows.mask.shape[-1]
+        logits = self.predictor.logits(hidden_before_tokens(batch, context, length)).float()
+        nll = F.cross_entropy(logits.flatten(0, 2), windows.token_ids.flatten(), reduction="none")
+        positions = torch.arange(length, device=nll.device).expand_as(windows.mask)
+        self.reference_nats.update(nll.view_as(positions)[windows.mask], positions[windows.mask])
+
         labels = next_token_labels(batch)
         total, count = self._loss(context.hidden, labels, labels != IGNORED_LABEL)
         self.next_token_nats.update(total / count.clamp_min(1), count)
@@ -217,14 +226,19 @@ class InverseAutoregressiveModule(PredictorModule):
     def _log_metrics(self, stage: str) -> None:
         likelihoods = self.likelihoods.compute()
         nats = self.next_token_nats.compute()
+        reference = {
+            f"{stage}/autoregressive_perplexity/position_{j:02d}": math.exp(mean)
+            for j, mean in self.reference_nats.compute().items()
+        }
         self._log_summary(
             stage,
             self.agreement.compute()._replace(
                 perplexity=likelihoods.perplexity, num_likelihoods=likelihoods.num_likelihoods
             ),
+            reference,
         )
         self.log(f"{stage}/autoregressive_perplexity", nats.exp(), rank_zero_only=True)
-        for metric in (self.likelihoods, self.agreement, self.next_token_nats):
+        for metric in (self.likelihoods, self.reference_nats, self.agreement, self.next_token_nats):
             metric.reset()
 
     def _fill(self, batch: PackedBatch, context: Context, generator: torch.Generator) -> FilledWindows:

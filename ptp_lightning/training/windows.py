@@ -159,10 +159,7 @@ class DatasetWindows(WindowSource):
         """See `WindowSource.sample`."""
         length = predictor.config.window_length
         token_ids, mask = window_tokens(batch, length)
-        index = _window_index(batch, length)
-        hidden_index = (index - 1).flatten(1).unsqueeze(-1).expand(-1, -1, context.hidden.shape[-1])
-        hidden = context.hidden.gather(1, hidden_index).unflatten(1, index.shape[1:])
-        teacher, target = context.sampling.with_target(predictor.logits(hidden))
+        teacher, target = context.sampling.with_target(predictor.logits(hidden_before_tokens(batch, context, length)))
         lower, upper = token_interval(teacher, token_ids)
         mask = (mask & (upper > lower)).cumprod(-1).bool()
         auxiliaries = self.strategy.draw(lower, upper, generator, student_probe(predictor, context, token_ids))
@@ -179,6 +176,13 @@ def window_tokens(batch: PackedBatch, length: int) -> tuple[Tensor, Tensor]:
     own_document = batch.document_ids.gather(1, batch.window_starts).unsqueeze(-1)
     inside = batch.window_starts.unsqueeze(-1) + torch.arange(length, device=index.device) < batch.input_ids.shape[1]
     return token_ids, (inside & completion & (documents == own_document)).cumprod(-1).bool()
+
+
+def hidden_before_tokens(batch: PackedBatch, context: Context, length: int) -> Tensor:
+    """`[B, N, L, H]`, the base model's last hidden states that predict the text's own tokens in each window."""
+    index = _window_index(batch, length) - 1
+    of_hidden = index.flatten(1).unsqueeze(-1).expand(-1, -1, context.hidden.shape[-1])
+    return context.hidden.gather(1, of_hidden).unflatten(1, index.shape[1:])
 
 
 def _window_index(batch: PackedBatch, length: int) -> Tensor:

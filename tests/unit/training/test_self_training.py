@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -325,6 +326,27 @@ class TestValidation:
         follows[:, -1] = False
         nll = -module.predictor.logits(context.hidden).log_softmax(-1).gather(-1, labels[..., None])[follows]
         assert metrics["val/autoregressive_perplexity"] == pytest.approx(float(nll.mean().exp()), rel=1e-5)
+
+    @torch.no_grad()
+    def test_the_reference_reads_the_very_same_tokens(self, tmp_path: Path) -> None:
+        """By position, what the network says of a window's token when it knows all tokens before it; a plain loop."""
+        module = make_module()
+        data = tiny_data(eval_rows=2)
+        metrics = make_trainer(tmp_path).validate(module, datamodule=data, verbose=False)[0]
+        batch = next(iter(data.val_dataloader()))
+        log_p = module.predictor.logits(encode(module.predictor, batch).hidden).log_softmax(-1).double()
+        nats: dict[int, list[float]] = {}
+        for row, starts in enumerate(batch.window_starts.tolist()):
+            for start in starts:
+                for offset in range(4):
+                    place = start + offset
+                    if place == 12 or batch.document_ids[row, place] != batch.document_ids[row, start]:
+                        break
+                    token = int(batch.input_ids[row, place])
+                    nats.setdefault(offset, []).append(-float(log_p[row, place - 1, token]))
+        for offset, values in nats.items():
+            expected = math.exp(sum(values) / len(values))
+            assert metrics[f"val/autoregressive_perplexity/position_{offset:02d}"] == pytest.approx(expected, rel=1e-5)
 
     def test_a_token_that_no_auxiliary_names_counts(self, tmp_path: Path) -> None:
         """It ends its window; leaving it out would flatter the likelihood, most of all at position 0."""
