@@ -1,0 +1,11 @@
+"""Tests run in as many processes as there are cores, one thread each: the networks are tiny, and threads only wait."""
+
+import os
+
+import pytest
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """In a worker, before torch is imported there; programs that tests start inherit it."""
+    if hasattr(config, "workerinput"):
+        os.environ["OMP_NUM_THREADS"] = "1"
