@@ -166,6 +166,24 @@ class Context(NamedTuple):
         )
         return mask, self.window_positions[:, window] + offset
 
+    def place_next(self, offset: int) -> tuple[Tensor, Tensor]:
+        """One more place in each window, after `offset` places that were read in as many calls and stay in the cache.
+
+        Returns:
+            Attention mask `[B, 1, N, S + N * (offset + 1)]` and position ids `[B, N]`.
+        """
+        num_windows, device = self.window_starts.shape[1], self.window_starts.device
+        window = torch.arange(num_windows, device=device)
+        mask = slot_mask(
+            self.document_ids,
+            self.window_starts,
+            query_window=window,
+            query_offset=torch.full_like(window, offset),
+            key_window=window.repeat(offset + 1),
+            key_offset=torch.arange(offset + 1, device=device).repeat_interleave(num_windows),
+        )
+        return mask, self.window_positions + offset
+
 
 class ParallelTokenPredictor(nn.Module):
     """Predicts a window of dependent tokens in one forward pass of a causal LM.

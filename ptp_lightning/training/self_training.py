@@ -17,7 +17,6 @@ from ptp_lightning.losses import CrossEntropy, LossSum, SlotTargets
 from ptp_lightning.metrics import PositionMeans, WindowMetrics, WindowSummary
 from ptp_lightning.models.predictor import Context, ParallelTokenPredictor, PredictorConfig
 from ptp_lightning.models.slots import CategoricalObjective
-from ptp_lightning.models.window_attention import slot_mask
 from ptp_lightning.randomness import keyed_generator
 from ptp_lightning.sampling import require
 from ptp_lightning.training.optimization import OptimizerSettings
@@ -61,25 +60,16 @@ def invert(
         generator: of the draws.
     """
     context = context.detached()
-    num_windows, length = token_ids.shape[1:]
+    length = token_ids.shape[2]
     sampling = context.sampling.proposal()
-    window = torch.arange(num_windows, device=token_ids.device)
     logits = predictor.logits(context.first_hidden)
     values: list[Tensor] = []
     found: list[Tensor] = []
     for offset in range(length - 1):
         if offset > 0:
-            # The newest auxiliary of each window is fed; keys are kept step after step.
-            mask = slot_mask(
-                context.document_ids,
-                context.window_starts,
-                query_window=window,
-                query_offset=torch.full_like(window, offset - 1),
-                key_window=window.repeat(offset),
-                key_offset=torch.arange(offset, device=window.device).repeat_interleave(num_windows),
-            )
+            mask, positions = context.place_next(offset - 1)  # of the newest auxiliary of each window
             slots = predictor.embed_slots(_followed_by_nothing(values[-1].unsqueeze(-1)), sampling.settings).squeeze(-2)
-            hidden = predictor.student_decode(slots, context.window_positions + offset - 1, mask, context.cache)
+            hidden = predictor.student_decode(slots, positions, mask, context.cache)
             logits = predictor.slot_logits(hidden)
         lower, upper = token_interval(sampling.distribution(logits), token_ids[..., offset])
         values.append(strategy(lower, upper, generator))

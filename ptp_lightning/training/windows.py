@@ -15,7 +15,6 @@ from ptp_lightning.auxiliary import draw_auxiliaries, pick, token_interval
 from ptp_lightning.auxiliary_strategies import AuxiliaryStrategy, UniformInInterval
 from ptp_lightning.data.batch import PackedBatch
 from ptp_lightning.models.predictor import Context, ParallelTokenPredictor
-from ptp_lightning.models.window_attention import slot_mask
 from ptp_lightning.sampling import TokenDistribution
 from ptp_lightning.training.student import student_probe
 
@@ -97,7 +96,6 @@ class TeacherWindows(WindowSource):
         length = predictor.config.window_length
         shape = (*batch.window_starts.shape, length)
         auxiliaries = draw_auxiliaries(shape, generator, batch.input_ids.device)
-        window = torch.arange(batch.num_windows, device=batch.input_ids.device)
         hidden = context.first_hidden
         tokens: list[Tensor] = []
         teachers: list[TokenDistribution] = []
@@ -105,16 +103,7 @@ class TeacherWindows(WindowSource):
         with predictor.gate.closed():
             for offset in range(length):
                 if offset > 0:
-                    # The newest token of each window is fed; keys are kept step after step.
-                    mask = slot_mask(
-                        batch.document_ids,
-                        batch.window_starts,
-                        query_window=window,
-                        query_offset=torch.full_like(window, offset - 1),
-                        key_window=window.repeat(offset),
-                        key_offset=torch.arange(offset, device=window.device).repeat_interleave(batch.num_windows),
-                    )
-                    positions = context.window_positions + offset - 1
+                    mask, positions = context.place_next(offset - 1)  # of the newest token of each window
                     hidden = predictor.decode(predictor.embed(tokens[-1]), positions, mask, context.cache)
                 teacher, target = context.sampling.with_target(predictor.logits(hidden))
                 teachers.append(teacher)
