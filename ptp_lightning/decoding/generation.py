@@ -123,7 +123,8 @@ class CachedContext:
         self.num_calls = 0
         # What the refiner has not read yet; it does so when a draft needs it.
         self._unrefined: list[tuple[Tensor, Tensor]] = []
-        self._pairs = None if predictor.refiner is None else RefinerContext(predictor.refiner)
+        refiner = predictor.refiner
+        self._pairs = None if refiner is None else RefinerContext(refiner, predictor.lower_layers)
         self._copy = None if predictor.student_copy is None else StudentContext(predictor, sampling)
 
     def read(self, token_ids: Tensor, auxiliaries: Tensor | None = None) -> Tensor:

@@ -200,6 +200,11 @@ def require_same_predictor(checkpoint: dict[str, Any], predictor: ParallelTokenP
                 f"expected predictor.{key} as configured, {getattr(own, key)}, found a checkpoint trained with "
                 f"{getattr(trained, key)}: change predictor.{key} to the checkpoint's, or train anew"
             )
+    if trained.refiner.base_layers != own.refiner.base_layers:  # it has no weights that would tell
+        raise ValueError(
+            f"expected predictor.refiner.base_layers as configured, {own.refiner.base_layers}, found a checkpoint "
+            f"trained with {trained.refiner.base_layers}: change it to the checkpoint's, or train anew"
+        )
 
 
 def _require_adapter(config: PredictorConfig) -> None:

@@ -14,6 +14,7 @@ from ptp_lightning.models.auxiliary_features import AuxiliaryFeatures, CosineFea
 from ptp_lightning.models.backbone import BackboneSettings, architecture_fingerprint, fingerprint, load_backbone
 from ptp_lightning.models.conditioning import SamplingRange, SettingsEmbedding
 from ptp_lightning.models.gated_lora import LoraSettings
+from ptp_lightning.models.lower_layers import LowerLayers
 from ptp_lightning.models.refiner import Refiner, RefinerContext, RefinerSettings
 from ptp_lightning.models.slots import CategoricalObjective, Objective, SlotEncoder
 from ptp_lightning.models.students import GatedLoraStudent, Student
@@ -220,6 +221,7 @@ class ParallelTokenPredictor(nn.Module):
             require_permutation(places, len(table))
             self.slot_encoder.token_places = places
         self.language_model, self.gate, self.student_copy = config.student.attach(backbone, config.lora)
+        _ = self.lower_layers  # raises now if the base model has none of this kind
         self.train()
 
     def train(self, mode: bool = True) -> Self:
@@ -370,7 +372,7 @@ class ParallelTokenPredictor(nn.Module):
     def refiner_context(self, context: Context) -> RefinerContext:
         """The pairs of the context for `refine`; a graph is kept, since the refiner's keys and values are trained."""
         assert self.refiner is not None, "checked by the caller"
-        pairs = RefinerContext(self.refiner)
+        pairs = RefinerContext(self.refiner, self.lower_layers)
         tokens = self.embed(context.input_ids)
         pairs.read(context.hidden, tokens, context.position_ids, context_mask(context.document_ids))
         return pairs
@@ -391,6 +393,12 @@ class ParallelTokenPredictor(nn.Module):
         tokens = self.embed_draft(token_ids).flatten(1, 2)
         told = self.refiner_told(context.sampling.settings)
         return pairs.refine(hidden.flatten(1, 2), tokens, positions, mask, told).view_as(hidden)
+
+    @property
+    def lower_layers(self) -> LowerLayers | None:
+        """What reads tokens before the refiner is told them; None where it gets embeddings."""
+        depth = self.config.refiner.base_layers
+        return LowerLayers(self.base_model, depth, self.gate) if depth else None
 
     def refiner_told(self, sampling: SamplingConfig) -> Tensor | None:
         """What the refiner is told of the settings, `[H]`; nothing if it is trained for one setting alone."""

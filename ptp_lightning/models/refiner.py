@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
+from ptp_lightning.models.lower_layers import LowerLayers
+
 if TYPE_CHECKING:
     from transformers import DynamicCache, PretrainedConfig
 
@@ -32,7 +34,10 @@ class RefinerSettings:
         num_layers: decoder layers, of the base model's width and number of heads; 0 for no refiner.
         intermediate_size: width of their MLPs, by default three times the model's.
         rounds: how often a draft is refined. Round k lets token k + 1 know all tokens before it as they will stand, so
-            more than window_length - 1 change nothing. A round costs `num_layers` layers and a head on slots alone.
+            more than window_length - 1 change nothing. A round costs `num_layers` + `base_layers` layers and a head on
+            slots alone.
+        base_layers: first layers of the base model that read the tokens, so that slots are told what these layers make
+            of them instead of bare embeddings (see `LowerLayers`).
 
     Raises:
         ValueError: a value is out of range; names the key.
@@ -41,12 +46,18 @@ class RefinerSettings:
     num_layers: int = 0
     intermediate_size: int | None = None
     rounds: int = 3
+    base_layers: int = 0
 
     def __post_init__(self) -> None:
-        for name, minimum in (("num_layers", 0), ("intermediate_size", 1), ("rounds", 1)):
+        for name, minimum in (("num_layers", 0), ("intermediate_size", 1), ("rounds", 1), ("base_layers", 0)):
             value = getattr(self, name)
             if value is not None and value < minimum:
                 raise ValueError(f"expected predictor.refiner.{name} >= {minimum}, found {value}")
+        if self.base_layers and not self.num_layers:
+            raise ValueError(
+                "expected predictor.refiner.num_layers >= 1 beside predictor.refiner.base_layers "
+                f"{self.base_layers}, found 0: without a refiner nobody is told what they say"
+            )
 
 
 class Refiner(nn.Module):
@@ -127,21 +138,25 @@ class RefinerContext:
 
     Args:
         refiner: the layers.
+        lower_layers: read the tokens first, with keys and values of their own; None to take embeddings as they are.
 
     Attributes:
         length: number of pairs per row.
     """
 
-    def __init__(self, refiner: Refiner) -> None:
+    def __init__(self, refiner: Refiner, lower_layers: LowerLayers | None) -> None:
         from transformers import DynamicCache
 
         self.length = 0
         self._refiner = refiner
         self._cache = DynamicCache()
+        self._lower_layers = lower_layers
+        self._lower_cache = DynamicCache()
 
     def read(self, hidden: Tensor, token_embeddings: Tensor, position_ids: Tensor, mask: Tensor) -> None:
         """Append the pairs of context tokens; arguments as in `Refiner.forward`."""
-        self._refiner(hidden, token_embeddings, position_ids, mask, self._cache)
+        tokens = self._read_tokens(token_embeddings, position_ids, mask)
+        self._refiner(hidden, tokens, position_ids, mask, self._cache)
         self.length += hidden.shape[1]
 
     def refine(
@@ -153,9 +168,18 @@ class RefinerContext:
         told: Tensor | None = None,
     ) -> Tensor:
         """Refined hidden states of slots, which leave no trace; see `Refiner.forward`."""
-        refined = self._refiner(hidden, token_embeddings, position_ids, mask, self._cache, told)
-        self._cache.crop(-hidden.shape[1])
+        num_slots = hidden.shape[1]
+        tokens = self._read_tokens(token_embeddings, position_ids, mask)
+        if self._lower_layers is not None:
+            self._lower_cache.crop(-num_slots)
+        refined = self._refiner(hidden, tokens, position_ids, mask, self._cache, told)
+        self._cache.crop(-num_slots)
         return refined
+
+    def _read_tokens(self, embeddings: Tensor, position_ids: Tensor, mask: Tensor) -> Tensor:
+        if self._lower_layers is None:
+            return embeddings
+        return self._lower_layers(embeddings, position_ids, mask, self._lower_cache)
 
 
 def refine_draft(draft: Tensor, rounds: int, propose: Callable[[Tensor], Tensor]) -> Tensor:

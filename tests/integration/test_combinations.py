@@ -78,7 +78,7 @@ def combinations() -> list[dict[str, Any]]:
                 "head": "linear" if index < len(FEATURES) else "mlp",
                 "student": as_yaml("models", (student, {})),
                 # The divisors keep these apart from the lists of two and three entries.
-                "refiner": {"num_layers": index // 2 % 2, "rounds": 2},
+                "refiner": {"num_layers": index // 2 % 2, "rounds": 2, "base_layers": index // 2 % 2 * (index % 3)},
                 "sampling": {"temperature": 0.7, "top_k": 50, "top_p": 0.9, "order": order},
                 "sampling_range": RANGE if index // 3 % 2 else None,
             },

@@ -31,14 +31,14 @@ NOT_TOLD: list[Objective] = [IndependentObjective()]
 
 @cache
 def make_predictor(
-    family: str = "llama", objective: Objective = TOLD[0], trained: bool = True
+    family: str = "llama", objective: Objective = TOLD[0], trained: bool = True, base_layers: int = 0
 ) -> ParallelTokenPredictor:
     torch.manual_seed(1)
     config = PredictorConfig(
         objective=objective,
         lora=LoraSettings(rank=4),
         window_length=WINDOW_LENGTH,
-        refiner=RefinerSettings(num_layers=2),
+        refiner=RefinerSettings(num_layers=2, base_layers=base_layers),
     )
     predictor = ParallelTokenPredictor(config, TINY_MODELS[family](vocab_size=VOCAB_SIZE)).double().eval()
     if trained:
@@ -71,16 +71,17 @@ def slot_hidden(predictor: ParallelTokenPredictor) -> Tensor:
     return predictor.slot_hidden(context, auxiliaries)
 
 
+@pytest.mark.parametrize("base_layers", [0, 1])
 @pytest.mark.parametrize("family", TINY_MODELS)
 class TestWhatASlotHears:
-    def test_nothing_before_training(self, family: str) -> None:
-        predictor = make_predictor(family, trained=False)
+    def test_nothing_before_training(self, family: str, base_layers: int) -> None:
+        predictor = make_predictor(family, trained=False, base_layers=base_layers)
         input_ids, _, tokens = inputs()
         hidden = slot_hidden(predictor)
         assert torch.equal(refined(predictor, input_ids, hidden, tokens), hidden)
 
-    def test_tokens_of_its_own_window_up_to_its_own(self, family: str) -> None:
-        predictor = make_predictor(family)
+    def test_tokens_of_its_own_window_up_to_its_own(self, family: str, base_layers: int) -> None:
+        predictor = make_predictor(family, base_layers=base_layers)
         input_ids, _, tokens = inputs()
         hidden = slot_hidden(predictor)
         before = refined(predictor, input_ids, hidden, tokens)
@@ -93,8 +94,8 @@ class TestWhatASlotHears:
                 expected = {(row, window, slot) for slot in range(place, WINDOW_LENGTH - 1)}
                 assert slots_that_differ(before, after) == expected, (row, window, place)
 
-    def test_the_context_before_its_window_alone(self, family: str) -> None:
-        predictor = make_predictor(family)
+    def test_the_context_before_its_window_alone(self, family: str, base_layers: int) -> None:
+        predictor = make_predictor(family, base_layers=base_layers)
         input_ids, _, tokens = inputs()
         hidden = slot_hidden(predictor)  # as it was, so that only the refiner's own view of the context is tested
         before = refined(predictor, input_ids, hidden, tokens)
@@ -105,9 +106,9 @@ class TestWhatASlotHears:
             expected = slots_that_see(row, place, WINDOW_LENGTH - 1)
             assert slots_that_differ(before, after) == expected, (row, place)
 
-    def test_the_same_as_in_a_window_of_its_own(self, family: str) -> None:
+    def test_the_same_as_in_a_window_of_its_own(self, family: str, base_layers: int) -> None:
         """One row, one window, nothing but its context, hence no packing, no other window and no padding."""
-        predictor = make_predictor(family)
+        predictor = make_predictor(family, base_layers=base_layers)
         input_ids, auxiliaries, tokens = inputs()
         packed = refined(predictor, input_ids, slot_hidden(predictor), tokens)
         for row, window in [(row, window) for row in range(2) for window in range(WINDOW_STARTS.shape[1])]:
@@ -201,11 +202,21 @@ class TestRounds:
 
 
 class TestRefusals:
-    @pytest.mark.parametrize(("key", "minimum"), [("num_layers", 0), ("intermediate_size", 1), ("rounds", 1)])
+    @pytest.mark.parametrize(
+        ("key", "minimum"), [("num_layers", 0), ("intermediate_size", 1), ("rounds", 1), ("base_layers", 0)]
+    )
     def test_sizes_out_of_range(self, key: str, minimum: int) -> None:
         values: dict[str, Any] = {key: minimum - 1}
         with pytest.raises(ValueError, match=f"predictor.refiner.{key} >= {minimum}, found {minimum - 1}"):
             RefinerSettings(**values)
+
+    def test_more_base_layers_than_there_are(self) -> None:
+        with pytest.raises(ValueError, match="predictor.refiner.base_layers <= 2 .*found 3"):
+            make_predictor(base_layers=3)
+
+    def test_base_layers_without_a_refiner(self) -> None:
+        with pytest.raises(ValueError, match="num_layers >= 1 beside predictor.refiner.base_layers 1, found 0"):
+            RefinerSettings(base_layers=1)
 
     def test_heads_of_odd_width(self) -> None:
         with pytest.raises(ValueError, match="found 15 and 3: set predictor.refiner.num_layers to 0"):

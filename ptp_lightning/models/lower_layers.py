@@ -1,0 +1,78 @@
+"""The base model's first layers, run on known tokens: what can be said of a drafted token for a part of a call.
+
+They are frozen and pretrained, so a token arrives with what the base model itself knows of it in its context, which a
+layer that starts from an embedding would have to learn anew.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor, nn
+
+from ptp_lightning.models.gated_lora import Gate
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache, PreTrainedModel
+
+
+class LowerLayers:
+    """A view of a causal LM's first layers and its last norm; it owns no weights and is no module of its own.
+
+    Args:
+        model: the base model, with its adapter where it has one.
+        num_layers: how many, at least one.
+        gate: of the adapter, which never acts here.
+
+    Raises:
+        ValueError: the model has fewer layers, or keeps them in a way that is not known.
+    """
+
+    def __init__(self, model: PreTrainedModel, num_layers: int, gate: Gate) -> None:
+        decoder: nn.Module = getattr(model, model.base_model_prefix)
+        depth = cast(int, model.config.num_hidden_layers)
+        if num_layers > depth:
+            raise ValueError(
+                f"expected predictor.refiner.base_layers <= {depth} (the base model's layers), found {num_layers}"
+            )
+        stacks = [
+            name for name, part in decoder.named_children() if isinstance(part, nn.ModuleList) and len(part) == depth
+        ]
+        if len(stacks) != 1:
+            raise ValueError(
+                f"expected one list of {depth} layers in {type(decoder).__name__}, found {len(stacks)}: set "
+                "predictor.refiner.base_layers to 0"
+            )
+        # A shallow copy with fewer entries in the one list runs the model's own forward, masks and positions included.
+        shallow = copy.copy(decoder)
+        layers = cast(nn.ModuleList, decoder.get_submodule(stacks[0]))
+        shallow._modules = decoder._modules | {stacks[0]: nn.ModuleList(list(layers)[:num_layers])}
+        shallow.config = copy.copy(model.config)
+        shallow.config.num_hidden_layers = num_layers
+        self._decoder = shallow
+        self._dtype = model.dtype
+        self._gate = gate
+
+    @torch.no_grad()
+    def __call__(self, embeddings: Tensor, position_ids: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
+        """Hidden states of tokens after these layers and the last norm.
+
+        Args:
+            embeddings: `[B, T, H]`, of the tokens.
+            position_ids: `[B, T]`.
+            mask: `[B, 1, T, P + T]` bool, P cached keys.
+            cache: of these layers alone; gets the keys and values of these T tokens appended.
+
+        Returns:
+            `[B, T, H]`.
+        """
+        with self._gate.closed():
+            return self._decoder(
+                inputs_embeds=embeddings.to(self._dtype),
+                position_ids=position_ids,
+                attention_mask=mask,
+                cache=cache,
+                use_cache=True,
+            ).last_hidden_state
