@@ -7,6 +7,7 @@ layer that starts from an embedding would have to learn anew.
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -49,6 +50,7 @@ class LowerLayers:
         shallow = copy.copy(decoder)
         layers = cast(nn.ModuleList, decoder.get_submodule(stacks[0]))
         shallow._modules = decoder._modules | {stacks[0]: nn.ModuleList(list(layers)[:num_layers])}
+        shallow._forward_hooks, shallow._forward_pre_hooks = OrderedDict(), OrderedDict()  # not for this part of a call
         shallow.config = copy.copy(model.config)
         shallow.config.num_hidden_layers = num_layers
         self._decoder = shallow
