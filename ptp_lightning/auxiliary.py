@@ -37,6 +37,35 @@ def pick(u: Tensor, P: TokenDistribution) -> Tensor:
 
 
 @torch.no_grad()
+def likely_pick(u: Tensor, P: TokenDistribution, error: float) -> Tensor:
+    """The token that u most likely names if P is an estimate whose cumulative distribution F may be off.
+
+    With an F that is off by a normal error of standard deviation `error` (but exact where it is 0 and 1), u falls into
+    the interval of token j with probability `Phi((F_j - u) / error) - Phi((F_{j-1} - u) / error)`: of two intervals
+    that are as near to u, the wider one is the better guess. An error of 0 is `pick`.
+
+    Args:
+        u: auxiliaries `[...]` in [0, 1), in the leading shape of P.
+        P: distributions `[..., K]`.
+        error: standard deviation, in units of probability.
+
+    Returns:
+        Token ids `[...]`, int64; never a token of probability zero.
+
+    Raises:
+        ValueError: as `pick`.
+    """
+    if error == 0:
+        return pick(u, P)
+    _require_leading_shape("u", u, P)
+    require((u >= 0) & (u < 1), u, "auxiliaries u must lie in [0, 1)")
+    F = P.cdf()
+    below = torch.special.ndtr((F - u.double().unsqueeze(-1)) / error).where(F < 1, 1.0).where(F > 0, 0.0)
+    j = torch.diff(below, dim=-1, prepend=torch.zeros_like(below[..., :1])).argmax(-1, keepdim=True)
+    return (j if P.token_ids is None else P.token_ids.gather(-1, j)).squeeze(-1)
+
+
+@torch.no_grad()
 def token_interval(P: TokenDistribution, token_ids: Tensor) -> tuple[Tensor, Tensor]:
     """The auxiliaries that pick a given token: `[F_{t-1}, F_t)` (arXiv:2512.21323, eq. 9).
 

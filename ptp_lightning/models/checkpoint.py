@@ -194,7 +194,12 @@ def require_same_predictor(checkpoint: dict[str, Any], predictor: ParallelTokenP
             f"base weights ({stored['config']['backbone']['path']!r}): mend {PATH_KEY} or {CHECKPOINT_KEY}"
         )
     own, trained = predictor.config, PredictorConfig.from_dict(stored["config"])
-    for key in ("student", "sampling", "objective", "features"):
+    if type(trained.objective) is not type(own.objective):  # how it proposes may change after training
+        raise ValueError(
+            f"expected predictor.objective as configured, {own.objective}, found a checkpoint trained with "
+            f"{trained.objective}: change predictor.objective to the checkpoint's, or train anew"
+        )
+    for key in ("student", "sampling", "features"):
         if getattr(trained, key) != getattr(own, key):
             raise ValueError(
                 f"expected predictor.{key} as configured, {getattr(own, key)}, found a checkpoint trained with "

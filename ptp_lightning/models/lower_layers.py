@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +47,7 @@ class LowerLayers:
                 "predictor.refiner.base_layers to 0"
             )
         # A shallow copy with fewer entries in the one list runs the model's own forward, masks and positions included.
-        shallow = copy.copy(decoder)
+        shallow: Any = copy.copy(decoder)
         layers = cast(nn.ModuleList, decoder.get_submodule(stacks[0]))
         shallow._modules = decoder._modules | {stacks[0]: nn.ModuleList(list(layers)[:num_layers])}
         shallow._forward_hooks, shallow._forward_pre_hooks = OrderedDict(), OrderedDict()  # not for this part of a call

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ptp_lightning.auxiliary import pick, token_interval
+from ptp_lightning.auxiliary import likely_pick, token_interval
 from ptp_lightning.models.auxiliary_embedding import AuxiliaryEmbedding
 from ptp_lightning.models.auxiliary_features import AuxiliaryFeatures
 from ptp_lightning.models.conditioning import SettingsEmbedding
@@ -79,7 +79,36 @@ class OneHotObjective(Objective):
 
 
 @dataclass(frozen=True)
-class CategoricalObjective(Objective):
+class PickingObjective(Objective):
+    """A slot predicts a distribution, and the proposal is what u picks from it.
+
+    Args:
+        cdf_error: how far the predicted cumulative distribution is taken to be off (see `likely_pick`). Proposals alone
+            depend on it, not what is learned; 0 is the paper's `Pick(u_k, P_k)`.
+
+    Raises:
+        ValueError: the error is negative.
+    """
+
+    cdf_error: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.cdf_error >= 0:
+            raise ValueError(f"expected predictor.objective.init_args.cdf_error >= 0, found {self.cdf_error}")
+
+    def propose(self, logits: Tensor, auxiliaries: Tensor, sampling: Sampler) -> Tensor:
+        """Inverse CDF of the predicted distribution at the predicted token's u."""
+        return likely_pick(auxiliaries, sampling.proposal().distribution(logits), self.cdf_error)
+
+    def right_probability(
+        self, logits: Tensor, token_ids: Tensor, teacher: TokenDistribution, sampling: Sampler
+    ) -> Tensor:
+        """See `interval_overlap`; as if `cdf_error` were 0."""
+        return interval_overlap(sampling.proposal().distribution(logits.detach()), teacher, token_ids)
+
+
+@dataclass(frozen=True)
+class CategoricalObjective(PickingObjective):
     """C-PTP (Theorem 2): a slot carries the u of its own place; proposes Pick(u_k, P_k) for the token it predicts."""
 
     name: ClassVar[str] = "categorical"
@@ -89,19 +118,9 @@ class CategoricalObjective(Objective):
         """u_{i+j}."""
         return [auxiliaries[..., :-1]]
 
-    def propose(self, logits: Tensor, auxiliaries: Tensor, sampling: Sampler) -> Tensor:
-        """Inverse CDF of the predicted distribution at the predicted token's u."""
-        return pick(auxiliaries, sampling.proposal().distribution(logits))
-
-    def right_probability(
-        self, logits: Tensor, token_ids: Tensor, teacher: TokenDistribution, sampling: Sampler
-    ) -> Tensor:
-        """See `interval_overlap`."""
-        return interval_overlap(sampling.proposal().distribution(logits.detach()), teacher, token_ids)
-
 
 @dataclass(frozen=True)
-class IndependentObjective(Objective):
+class IndependentObjective(PickingObjective):
     """MTP, the baseline: a slot carries nothing, so it can only learn marginals; scored like C-PTP with the same u."""
 
     name: ClassVar[str] = "independent"
@@ -111,16 +130,6 @@ class IndependentObjective(Objective):
     def inputs(self, auxiliaries: Tensor) -> list[Tensor]:
         """Nothing."""
         return []
-
-    def propose(self, logits: Tensor, auxiliaries: Tensor, sampling: Sampler) -> Tensor:
-        """Inverse CDF of the predicted marginal at the predicted token's u."""
-        return pick(auxiliaries, sampling.proposal().distribution(logits))
-
-    def right_probability(
-        self, logits: Tensor, token_ids: Tensor, teacher: TokenDistribution, sampling: Sampler
-    ) -> Tensor:
-        """See `interval_overlap`."""
-        return interval_overlap(sampling.proposal().distribution(logits.detach()), teacher, token_ids)
 
 
 @dataclass(frozen=True)

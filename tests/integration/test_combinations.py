@@ -73,7 +73,7 @@ def combinations() -> list[dict[str, Any]]:
     return [
         {
             "predictor": {
-                "objective": as_yaml("models", (objective, {})),
+                "objective": as_yaml("models", (objective, {"cdf_error": 0.1} if objective.startswith("Cat") else {})),
                 "features": as_yaml("models", (features, {})),
                 "head": "linear" if index < len(FEATURES) else "mlp",
                 "student": as_yaml("models", (student, {})),

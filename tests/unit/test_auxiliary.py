@@ -1,5 +1,6 @@
 """pick and token_interval: inverse to each other, exact at the edges, and true to the distribution."""
 
+import itertools
 import math
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ptp_lightning.auxiliary import draw_auxiliaries, pick, token_interval
+from ptp_lightning.auxiliary import draw_auxiliaries, likely_pick, pick, token_interval
 from ptp_lightning.auxiliary_strategies import UniformInInterval
 from ptp_lightning.sampling import Sampler, SamplingConfig, TokenDistribution
 from tests.goodness_of_fit import chi_square, chi_square_bound
@@ -241,3 +242,50 @@ def test_auxiliaries_are_float64_and_repeat_with_the_seed():
     assert ((first >= 0) & (first < 1)).all()
     state = generator(7)
     assert not torch.equal(*(draw_auxiliaries((500,), state, "cpu") for _ in range(2)))  # the state moves on
+
+
+class TestLikelyPick:
+    P = TokenDistribution(torch.tensor([0.2, 0.0, 0.01, 0.79]), torch.tensor([7, 3, 5, 4]))
+
+    @pytest.mark.parametrize(
+        ("u", "error", "expected"),
+        [
+            (0.205, 0.0, 5),  # its own narrow interval
+            (0.205, 0.001, 5),  # five standard deviations away from either end
+            (0.205, 0.05, 4),  # more likely a miss: both neighbours are as near, one is wider
+            (0.19, 0.05, 7),
+            (0.0, 0.05, 7),  # nothing lies below 0
+        ],
+    )
+    def test_by_hand(self, u: float, error: float, expected: int) -> None:
+        P = repeat(self.P, 1)
+        assert likely_pick(torch.tensor([u], dtype=torch.float64), P, error).tolist() == [expected]
+
+    @given(st.lists(st.floats(0, 1), min_size=1, max_size=6), st.floats(0, LARGEST_FLOAT64), st.floats(1e-4, 2))
+    def test_against_a_loop(self, weights: list[float], u: float, error: float) -> None:
+        if sum(weights) < 1e-3:
+            weights[0] = 1.0
+        P = TokenDistribution(torch.tensor(weights, dtype=torch.float64) / sum(weights))
+        F = [0.0, *P.cdf().tolist()]
+
+        def phi(edge: float) -> float:
+            inside = 0.5 * math.erfc((u - edge) / error / math.sqrt(2))
+            return 0.0 if edge == 0 else 1.0 if edge == 1 else inside
+
+        scores = [phi(right) - phi(left) for left, right in itertools.pairwise(F)]
+        found = int(likely_pick(torch.tensor([u], dtype=torch.float64), repeat(P, 1), error))
+        assert scores[found] >= max(scores) - 1e-12
+        assert P.probabilities[found] > 0
+
+    @given(st.lists(st.floats(0.01, 1), min_size=1, max_size=6), st.floats(0, 1, exclude_max=True))
+    def test_a_tiny_error_changes_nothing_inside_an_interval(self, weights: list[float], place: float) -> None:
+        P = TokenDistribution(torch.tensor(weights, dtype=torch.float64) / sum(weights))
+        rows = repeat(P, len(weights))
+        lower, upper = token_interval(rows, torch.arange(len(weights)))
+        u = lower + (0.1 + 0.8 * place) * (upper - lower)
+        assert torch.equal(likely_pick(u, rows, 1e-6), pick(u, rows))
+
+    @pytest.mark.parametrize("u", [-0.1, 1.0, math.nan])
+    def test_u_outside(self, u: float) -> None:
+        with pytest.raises(ValueError, match="must lie in"):
+            likely_pick(torch.tensor([u]), repeat(self.P, 1), 0.1)
