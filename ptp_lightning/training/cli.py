@@ -60,4 +60,4 @@ def silence_library_noise() -> None:
 
 
 def _is_no_advertisement(record: logging.LogRecord) -> bool:
-    return "litlogger" not in record.getMessage()
+    return not any(product in record.getMessage() for product in ("litlogger", "litmodels"))
