@@ -7,7 +7,8 @@ if TYPE_CHECKING:
     from ptp_lightning.auxiliary import pick, token_interval
     from ptp_lightning.data.batch import PackedBatch
     from ptp_lightning.data.datamodule import CorpusDataModule
-    from ptp_lightning.models.predictor import ParallelTokenPredictor, PredictorConfig
+    from ptp_lightning.models.predictor import ParallelTokenPredictor
+    from ptp_lightning.models.predictor_config import PredictorConfig
     from ptp_lightning.sampling import SamplingConfig
     from ptp_lightning.training.distillation import DistillationModule
     from ptp_lightning.training.pretraining import AutoregressiveModule
@@ -37,7 +38,7 @@ _HOMES = {
     "InverseAutoregressiveModule": "training.self_training",
     "PackedBatch": "data.batch",
     "ParallelTokenPredictor": "models.predictor",
-    "PredictorConfig": "models.predictor",
+    "PredictorConfig": "models.predictor_config",
     "SamplingConfig": "sampling",
     "pick": "auxiliary",
     "token_interval": "auxiliary",

@@ -1,15 +1,14 @@
 """How far chance may go: bounds that a true distribution exceeds once in a million draws."""
 
-import math
-
-import torch
+from scipy import stats
 from torch import Tensor
+
+CHANCE = 1e-6
 
 
 def chi_square_bound(degrees_of_freedom: int) -> float:
-    """For `sum (counts - expected)^2 / expected` (Wilson and Hilferty's approximation)."""
-    spread = 2 / (9 * degrees_of_freedom)
-    return degrees_of_freedom * (1 - spread + 4.753 * math.sqrt(spread)) ** 3
+    """For `chi_square`."""
+    return float(stats.chi2.isf(CHANCE, degrees_of_freedom))
 
 
 def chi_square(counts: Tensor, probabilities: Tensor) -> float:
@@ -19,17 +18,10 @@ def chi_square(counts: Tensor, probabilities: Tensor) -> float:
 
 
 def kolmogorov_distance(cdf_values: Tensor) -> float:
-    """The largest gap between the empirical distribution and the true one.
-
-    Args:
-        cdf_values: `[n]`, the true cumulative distribution at each draw.
-    """
-    ordered = cdf_values.sort().values
-    n = len(ordered)
-    steps = torch.arange(n + 1, dtype=torch.float64) / n
-    return float(torch.maximum((ordered - steps[:-1]).abs(), (ordered - steps[1:]).abs()).max())
+    """The largest gap between the empirical distribution and the true one, whose values at the n draws are given."""
+    return float(stats.kstest(cdf_values.numpy(), "uniform").statistic)
 
 
 def kolmogorov_bound(n: int) -> float:
-    """For `kolmogorov_distance` of n draws (the inequality of Dvoretzky, Kiefer, Wolfowitz and Massart)."""
-    return math.sqrt(math.log(2e6) / (2 * n))
+    """For `kolmogorov_distance` of n draws."""
+    return float(stats.kstwo.isf(CHANCE, n))

@@ -11,10 +11,10 @@ from lightning import Trainer
 from torch import Tensor
 
 from ptp_lightning.losses import CrossEntropy, KullbackLeibler, Loss, PositionWeights, UniformWeights
-from ptp_lightning.models.auxiliary_embedding import CosineFeatures
 from ptp_lightning.models.backbone import BackboneSettings
+from ptp_lightning.models.continuous_features import CosineFeatures
 from ptp_lightning.models.gated_lora import LoraSettings
-from ptp_lightning.models.predictor import PredictorConfig
+from ptp_lightning.models.predictor_config import PredictorConfig
 from ptp_lightning.models.refiner import RefinerSettings
 from ptp_lightning.models.slots import (
     CategoricalObjective,

@@ -5,12 +5,12 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import IterableDataset
 
 from ptp_lightning.data.batch import PackedBatch
 from ptp_lightning.data.corpus import Corpus, Document, Split
+from ptp_lightning.data.packed_datamodule import PackedDataModule, require_at_least
 from ptp_lightning.data.packing import MIN_PIECE, PackedRow, collate, pack
-from ptp_lightning.data.position import PackedDataModule, require_at_least
 from ptp_lightning.pretrained import load_tokenizer
 from ptp_lightning.randomness import keyed_generator
 
@@ -165,9 +165,9 @@ class CorpusDataModule(PackedDataModule):
         end_of_text: Any = self._require_tokenizer().eos_token_id
         return end_of_text
 
-    def train_dataloader(self) -> DataLoader[PackedBatch]:
-        """Endless batches; the stream goes on where a loaded checkpoint stopped."""
-        stream = TrainingStream(
+    def training_stream(self) -> IterableDataset[PackedBatch]:
+        """See `PackedDataModule.training_stream`."""
+        return TrainingStream(
             self._documents("train"),
             self._require_tokenizer(),
             row_length=self.row_length,
@@ -177,15 +177,6 @@ class CorpusDataModule(PackedDataModule):
             seed=self.seed,
             skip_batches=self.batches_consumed,
         )
-        return DataLoader(stream, batch_size=None)
-
-    def val_dataloader(self) -> DataLoader[PackedBatch]:
-        """The validation rows, the same on every call."""
-        return self._fixed_batches("val")
-
-    def test_dataloader(self) -> DataLoader[PackedBatch]:
-        """The test rows, the same on every call."""
-        return self._fixed_batches("test")
 
     def _require_tokenizer(self) -> "PreTrainedTokenizerBase":
         if self.tokenizer is None:
@@ -203,7 +194,8 @@ class CorpusDataModule(PackedDataModule):
         rank, world = self.rank_and_world()
         return documents[rank::world]
 
-    def _fixed_batches(self, split: Split) -> DataLoader[PackedBatch]:
+    def fixed_batches(self, split: Split) -> list[PackedBatch]:
+        """See `PackedDataModule.fixed_batches`."""
         documents = self._documents(split)
         rows = list(pack(tokenized(documents, self._require_tokenizer()), self.row_length))
         if not rows:
@@ -211,8 +203,7 @@ class CorpusDataModule(PackedDataModule):
         count = min(self.eval_rows, len(rows))
         rows = [rows[index * len(rows) // count] for index in range(count)]
         generator = keyed_generator(self.seed, split)
-        batches = [
+        return [
             collate(rows[begin : begin + self.batch_size], self.num_windows, generator)
             for begin in range(0, count, self.batch_size)
         ]
-        return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]  # a list is a map-style dataset

@@ -5,12 +5,12 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import IterableDataset
 
 from ptp_lightning.data.batch import PackedBatch
 from ptp_lightning.data.corpus import Split
+from ptp_lightning.data.packed_datamodule import PackedDataModule, require_at_least
 from ptp_lightning.data.packing import MIN_PIECE, draw_window_starts
-from ptp_lightning.data.position import PackedDataModule, require_at_least
 from ptp_lightning.data.series import RowSampler, Series
 from ptp_lightning.randomness import keyed_generator
 
@@ -117,32 +117,23 @@ class SeriesDataModule(PackedDataModule):
         """None: a series does not end."""
         return None
 
-    def train_dataloader(self) -> DataLoader[PackedBatch]:
-        """Endless batches; the stream goes on where a loaded checkpoint stopped."""
+    def training_stream(self) -> IterableDataset[PackedBatch]:
+        """See `PackedDataModule.training_stream`."""
         rank, _ = self.rank_and_world()
-        stream = SeriesStream(
+        return SeriesStream(
             self.series.row_sampler("train", self.row_length - 1),
             self._collate,
             self.batch_size,
             keys=(self.seed, "train", rank),
             skip_batches=self.batches_consumed,
         )
-        return DataLoader(stream, batch_size=None)
 
-    def val_dataloader(self) -> DataLoader[PackedBatch]:
-        """The validation rows, the same on every call."""
-        return self._fixed_batches("val")
-
-    def test_dataloader(self) -> DataLoader[PackedBatch]:
-        """The test rows, the same on every call."""
-        return self._fixed_batches("test")
-
-    def _fixed_batches(self, split: Split) -> DataLoader[PackedBatch]:
+    def fixed_batches(self, split: Split) -> list[PackedBatch]:
+        """See `PackedDataModule.fixed_batches`."""
         rank, world = self.rank_and_world()
         rows = self.series.fixed_rows(split, self.row_length - 1, self.eval_rows)
         generator = keyed_generator(self.seed, split, rank)
-        batches = [self._collate(part, generator) for part in rows[rank::world].split(self.batch_size)]
-        return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]  # a list is a map-style dataset
+        return [self._collate(part, generator) for part in rows[rank::world].split(self.batch_size)]
 
     def _collate(self, rows: Tensor, generator: torch.Generator) -> PackedBatch:
         """Put the beginning before rows `[B, S - 1]` and draw windows."""

@@ -1,29 +1,32 @@
 """Networks: backbones, gated LoRA, auxiliary embeddings, and the predictor they make up."""
 
-from ptp_lightning.models.auxiliary_features import (
-    ArithmeticFeatures,
-    BinaryFeatures,
+from ptp_lightning.models.backbone import BackboneSettings
+from ptp_lightning.models.conditioning import SamplingRange
+from ptp_lightning.models.continuous_features import (
     CosineFeatures,
-    FloatBitFeatures,
     FourierFeatures,
     LinearInterpolationFeatures,
     MultiscaleHatFeatures,
     RawFloatFeatures,
-    RoundingFeatures,
     SawtoothFeatures,
     ScaleFreeCosineFeatures,
-    ThresholdFeatures,
 )
-from ptp_lightning.models.backbone import BackboneSettings
-from ptp_lightning.models.conditioning import SamplingRange
 from ptp_lightning.models.gated_lora import LoraSettings
-from ptp_lightning.models.predictor import ParallelTokenPredictor, PredictorConfig
+from ptp_lightning.models.predictor import ParallelTokenPredictor
+from ptp_lightning.models.predictor_config import PredictorConfig
 from ptp_lightning.models.refiner import RefinerSettings
 from ptp_lightning.models.slots import (
     CategoricalObjective,
     IndependentObjective,
     OneHotObjective,
     SequentialObjective,
+)
+from ptp_lightning.models.stepped_features import (
+    ArithmeticFeatures,
+    BinaryFeatures,
+    FloatBitFeatures,
+    RoundingFeatures,
+    ThresholdFeatures,
 )
 from ptp_lightning.models.students import FullCopyStudent, GatedLoraStudent, SharedStudent
 

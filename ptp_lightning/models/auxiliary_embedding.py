@@ -5,9 +5,11 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from ptp_lightning.models.auxiliary_features import AuxiliaryFeatures, BinaryFeatures, CosineFeatures
+from ptp_lightning.models.auxiliary_features import AuxiliaryFeatures
+from ptp_lightning.models.continuous_features import CosineFeatures
+from ptp_lightning.models.stepped_features import BinaryFeatures
 
-__all__ = [  # adapters name their features by the `class_path`s of this module
+__all__ = [  # the first adapters name their features by `class_path`s of this module
     "AuxiliaryEmbedding",
     "AuxiliaryFeatures",
     "BinaryFeatures",

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from ptp_lightning.models.backbone import BackboneSettings
 from ptp_lightning.models.model_card import model_card
-from ptp_lightning.models.predictor import TOKEN_PLACES, ParallelTokenPredictor, PredictorConfig
+from ptp_lightning.models.predictor import TOKEN_PLACES, ParallelTokenPredictor
+from ptp_lightning.models.predictor_config import PredictorConfig
 from ptp_lightning.models.students import GatedLoraStudent
 from ptp_lightning.pretrained import PATH_KEY, clear_errors, embedded_folder, few, listing
 

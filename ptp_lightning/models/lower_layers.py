@@ -54,7 +54,7 @@ class LowerLayers:
         shallow.config = copy.copy(model.config)
         shallow.config.num_hidden_layers = num_layers
         self._decoder = shallow
-        self._dtype = model.dtype
+        self._model = model
         self._gate = gate
 
     @torch.no_grad()
@@ -72,7 +72,7 @@ class LowerLayers:
         """
         with self._gate.closed():
             return self._decoder(
-                inputs_embeds=embeddings.to(self._dtype),
+                inputs_embeds=embeddings.to(self._model.dtype),
                 position_ids=position_ids,
                 attention_mask=mask,
                 cache=cache,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from ptp_lightning.models.predictor import PredictorConfig
+from ptp_lightning.models.predictor_config import PredictorConfig
 
 TITLES = {
     "categorical": "categorical (C-PTP): a slot predicts a distribution, and the token's auxiliary picks from it",

@@ -3,187 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, cast
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from ptp_lightning.models.auxiliary_features import AuxiliaryFeatures, CosineFeatures
 from ptp_lightning.models.backbone import BackboneSettings, architecture_fingerprint, fingerprint, load_backbone
-from ptp_lightning.models.conditioning import SamplingRange, SettingsEmbedding
-from ptp_lightning.models.gated_lora import LoraSettings
+from ptp_lightning.models.conditioning import SettingsEmbedding
+from ptp_lightning.models.context import Context
 from ptp_lightning.models.lower_layers import LowerLayers
-from ptp_lightning.models.refiner import Refiner, RefinerContext, RefinerSettings
-from ptp_lightning.models.slots import CategoricalObjective, Objective, SlotEncoder
-from ptp_lightning.models.students import GatedLoraStudent, Student
+from ptp_lightning.models.predictor_config import PredictorConfig
+from ptp_lightning.models.refiner import Refiner, RefinerContext
+from ptp_lightning.models.slots import SlotEncoder
 from ptp_lightning.models.token_order import require_permutation, similar_tokens_together
-from ptp_lightning.models.window_attention import context_mask, slot_mask
+from ptp_lightning.models.window_attention import context_mask
 from ptp_lightning.sampling import Sampler, SamplingConfig
 
 TOKEN_PLACES = "slot_encoder.token_places"
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel
-    from transformers.cache_utils import DynamicLayer
 
     from ptp_lightning.decoding.generation import Generation
-
-
-@dataclass(frozen=True)
-class PredictorConfig:
-    """Everything that makes a predictor, apart from trained weights.
-
-    Args:
-        backbone: the base model, which is the teacher too.
-        objective: what slots carry and propose.
-        features: features of an auxiliary.
-        head: the trained map from features to the model's embedding space.
-        lora: size of the adapter, where the student has one.
-        sampling: the distribution of the base model that is imitated; intervals and targets are defined by it.
-        window_length: L, tokens predicted in one call; the first is exact, L - 1 come from slots.
-        refiner: layers after the stack that are told the slots' tokens (see `Refiner`); none by default.
-        student: which network runs the slots, and what of it is trained: adapters, a copy, or the base model itself.
-        sampling_range: train for all of these settings and tell slots which one is in use; by default `sampling` alone.
-
-    Raises:
-        ValueError: windows have no slots, or `sampling` is not one of the settings to be trained for.
-    """
-
-    backbone: BackboneSettings = field(default_factory=BackboneSettings)
-    objective: Objective = field(default_factory=CategoricalObjective)
-    features: AuxiliaryFeatures = field(default_factory=CosineFeatures)
-    head: Literal["linear", "mlp"] = "mlp"
-    lora: LoraSettings = field(default_factory=LoraSettings)
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    window_length: int = 16
-    refiner: RefinerSettings = field(default_factory=RefinerSettings)
-    student: Student = field(default_factory=GatedLoraStudent)
-    sampling_range: SamplingRange | None = None
-
-    def __post_init__(self) -> None:
-        if self.window_length < 2:
-            raise ValueError(
-                f"expected predictor.window_length >= 2 (the first token needs no slot), found {self.window_length}"
-            )
-        if not self.is_trained_for(self.sampling):
-            raise ValueError(
-                f"expected predictor.sampling, the settings that are used by default, within predictor.sampling_range, "
-                f"found {self.sampling} outside {self.sampling_range}: widen the range"
-            )
-
-    def is_trained_for(self, sampling: SamplingConfig) -> bool:
-        """Whether slots learn these settings."""
-        if self.sampling_range is None:
-            return sampling == self.sampling
-        return sampling.order == self.sampling.order and self.sampling_range.covers(sampling)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data that `from_dict` and YAML files understand."""
-        return asdict(self) | {
-            name: {"class_path": f"{type(value).__module__}.{type(value).__qualname__}", "init_args": asdict(value)}
-            for name, value in (
-                ("objective", self.objective),
-                ("features", self.features),
-                ("student", self.student),
-            )
-        }
-
-    @classmethod
-    def from_dict(cls, plain: dict[str, Any]) -> PredictorConfig:
-        """Inverse of `to_dict`.
-
-        Raises:
-            ValueError: unknown keys or values of the wrong type.
-        """
-        from jsonargparse import ArgumentParser
-
-        parser = ArgumentParser(exit_on_error=False)
-        parser.add_class_arguments(cls, "predictor")
-        try:
-            return parser.instantiate(parser.parse_object({"predictor": plain}))["predictor"]
-        except Exception as error:  # jsonargparse raises ArgumentError, TypeError or ValueError by cause
-            raise ValueError(
-                f"expected the configuration of a predictor, found one that does not fit: {error}"
-            ) from error
-
-
-class Context(NamedTuple):
-    """A batch of contexts after their forward pass.
-
-    Attributes:
-        hidden: `[B, S, H]`, last hidden states of the base model.
-        cache: keys and values of the context; calls may append to it, and must cut off what they appended. Where they
-            carry gradients (see `encode`), calls without gradients must work on `detached`.
-        input_ids: `[B, S]`.
-        document_ids: `[B, S]`.
-        position_ids: `[B, S]`.
-        window_starts: `[B, N]`.
-        window_positions: `[B, N]`, position id of each window's first token.
-        sampling: what the windows' tokens are picked from, and slots are told.
-    """
-
-    hidden: Tensor
-    cache: DynamicCache
-    input_ids: Tensor
-    document_ids: Tensor
-    position_ids: Tensor
-    window_starts: Tensor
-    window_positions: Tensor
-    sampling: Sampler
-
-    def detached(self) -> Context:
-        """The same without gradients, with tensors of its own in the cache: calls leave this one's graph alone."""
-        from transformers import DynamicCache
-
-        cache = DynamicCache()
-        for index, layer in enumerate(cast("list[DynamicLayer]", self.cache.layers)):
-            assert layer.keys is not None and layer.values is not None, "the context has been read"
-            cache.update(layer.keys.detach(), layer.values.detach(), index)
-        return self._replace(hidden=self.hidden.detach(), cache=cache)
-
-    @property
-    def first_hidden(self) -> Tensor:
-        """`[B, N, H]`, hidden states that predict each window's first token."""
-        return _gather(self.hidden, self.window_starts - 1)
-
-    def place_slots(self, slots: int) -> tuple[Tensor, Tensor]:
-        """J slots in each window, window after window.
-
-        Returns:
-            Attention mask `[B, 1, N * J, S + N * J]` and position ids `[B, N * J]`.
-        """
-        num_windows, device = self.window_starts.shape[1], self.window_starts.device
-        window = torch.arange(num_windows, device=device).repeat_interleave(slots)
-        offset = torch.arange(slots, device=device).repeat(num_windows)
-        mask = slot_mask(
-            self.document_ids,
-            self.window_starts,
-            query_window=window,
-            query_offset=offset,
-            key_window=window,
-            key_offset=offset,
-        )
-        return mask, self.window_positions[:, window] + offset
-
-    def place_next(self, offset: int) -> tuple[Tensor, Tensor]:
-        """One more place in each window, after `offset` places that were read in as many calls and stay in the cache.
-
-        Returns:
-            Attention mask `[B, 1, N, S + N * (offset + 1)]` and position ids `[B, N]`.
-        """
-        num_windows, device = self.window_starts.shape[1], self.window_starts.device
-        window = torch.arange(num_windows, device=device)
-        mask = slot_mask(
-            self.document_ids,
-            self.window_starts,
-            query_window=window,
-            query_offset=torch.full_like(window, offset),
-            key_window=window.repeat(offset + 1),
-            key_offset=torch.arange(offset + 1, device=device).repeat_interleave(num_windows),
-        )
-        return mask, self.window_positions + offset
 
 
 class ParallelTokenPredictor(nn.Module):
@@ -197,6 +39,9 @@ class ParallelTokenPredictor(nn.Module):
         config: see `PredictorConfig`.
         backbone: the loaded base model, when the caller has it already; else it is loaded from `config.backbone`.
         token_places: `[V]`, of the order "embedding", when it is stored already; else it is computed if needed.
+
+    Attributes:
+        lower_layers: read tokens before the refiner is told them; None where it gets embeddings.
     """
 
     def __init__(
@@ -221,7 +66,8 @@ class ParallelTokenPredictor(nn.Module):
             require_permutation(places, len(table))
             self.slot_encoder.token_places = places
         self.language_model, self.gate, self.student_copy = config.student.attach(backbone, config.lora)
-        _ = self.lower_layers  # raises now if the base model has none of this kind
+        depth = config.refiner.base_layers
+        self.lower_layers = LowerLayers(self.base_model, depth, self.gate) if depth else None
         self.train()
 
     def train(self, mode: bool = True) -> Self:
@@ -394,12 +240,6 @@ class ParallelTokenPredictor(nn.Module):
         told = self.refiner_told(context.sampling.settings)
         return pairs.refine(hidden.flatten(1, 2), tokens, positions, mask, told).view_as(hidden)
 
-    @property
-    def lower_layers(self) -> LowerLayers | None:
-        """What reads tokens before the refiner is told them; None where it gets embeddings."""
-        depth = self.config.refiner.base_layers
-        return LowerLayers(self.base_model, depth, self.gate) if depth else None
-
     def refiner_told(self, sampling: SamplingConfig) -> Tensor | None:
         """What the refiner is told of the settings, `[H]`; nothing if it is trained for one setting alone."""
         settings = self.slot_encoder.refiner_settings
@@ -496,11 +336,6 @@ def _output_head(model: PreTrainedModel) -> nn.Module:
             "predictor.backbone.path"
         )
     return head
-
-
-def _gather(states: Tensor, index: Tensor) -> Tensor:
-    """`[B, S, H]` at row indices `[B, N]`: `[B, N, H]`."""
-    return states.gather(1, index.unsqueeze(-1).expand(-1, -1, states.shape[-1]))
 
 
 @torch.no_grad()

@@ -8,7 +8,8 @@ from torch import Tensor
 from ptp_lightning.auxiliary import draw_auxiliaries, pick
 from ptp_lightning.data.batch import PackedBatch
 from ptp_lightning.data.markov import MarkovSeries
-from ptp_lightning.models.predictor import Context, ParallelTokenPredictor
+from ptp_lightning.models.context import Context
+from ptp_lightning.models.predictor import ParallelTokenPredictor
 from ptp_lightning.sampling import TokenDistribution
 from ptp_lightning.training.windows import WindowSample, WindowSource, stack
 

@@ -20,7 +20,8 @@ from ptp_lightning.losses import (
     require_sound,
 )
 from ptp_lightning.metrics import PositionMeans, WindowMetrics, as_tags
-from ptp_lightning.models.predictor import Context, ParallelTokenPredictor, PredictorConfig
+from ptp_lightning.models.context import Context
+from ptp_lightning.models.predictor_config import PredictorConfig
 from ptp_lightning.randomness import keyed_generator
 from ptp_lightning.sampling import Sampler, SamplingConfig, TokenDistribution, require
 from ptp_lightning.training.optimization import OptimizerSettings
@@ -29,6 +30,8 @@ from ptp_lightning.training.proposals import best_of
 from ptp_lightning.training.right_probability import right_probability
 from ptp_lightning.training.student import propose
 from ptp_lightning.training.windows import TeacherWindows, WindowSample, WindowSource
+
+SLOTS = slice(1, None)  # positions of a window that slots predict
 
 
 class DistillationModule(PredictorModule):
@@ -114,10 +117,8 @@ class DistillationModule(PredictorModule):
         prediction = first_pass = self._first_pass_loss(context, hidden, sample)
         if self.predictor.refiner is not None:
             prediction = self._refined_loss(context, hidden, sample)
-        # DDP averages gradients over ranks, so the local sums are divided by the mean counts. The two losses count the
-        # same slots, but their weights may depend on what the student says.
-        counts = self.trainer.strategy.reduce(torch.stack([prediction.count, first_pass.count]), reduce_op="mean")
-        mean_count, first_pass_count = torch.where(counts > 0, counts, 1.0)
+        # Both losses count the same slots, but weights may depend on what the student says.
+        mean_count, first_pass_count = self._mean_counts(prediction.count, first_pass.count)
         total = prediction.total
         if self.predictor.refiner is not None:
             # The ratio is exactly 1 where weights do not depend on the student.
@@ -157,8 +158,7 @@ class DistillationModule(PredictorModule):
         return config.sampling_range.draw(config.sampling, generator)
 
     def _first_pass_loss(self, context: Context, hidden: Tensor, sample: WindowSample) -> LossSum:
-        weights = self.position_weights
-        return _slot_loss(self.loss, hidden, self.predictor, sample, slice(1, None), weights, context.sampling)
+        return self._slot_loss(hidden, sample, context.sampling)
 
     def _refined_loss(self, context: Context, hidden: Tensor, sample: WindowSample) -> LossSum:
         """Loss of refined slots that are told the tokens which the teacher's distributions follow.
@@ -168,8 +168,16 @@ class DistillationModule(PredictorModule):
         """
         pairs = self.predictor.refiner_context(context)
         refined = self.predictor.refine(context, pairs, hidden, sample.conditioning_ids[..., :-1])
-        weights = self.position_weights
-        return _slot_loss(self.loss, refined, self.predictor, sample, slice(1, None), weights, context.sampling)
+        return self._slot_loss(refined, sample, context.sampling)
+
+    def _slot_loss(self, hidden: Tensor, sample: WindowSample, sampling: Sampler) -> LossSum:
+        """Loss of the slots' hidden states `[B, N, L - 1, H]`; `sampling` is what their proposals are made with."""
+        mask = sample.mask[..., 1:]
+        flat = _flat_at(sample.target, SLOTS)
+        targets = SlotTargets(sample.token_ids[..., 1:].flatten(), flat, mask.flatten().to(torch.float32))
+        measure = right_probability(self.predictor, sample, sampling) if self.position_weights.needs_right else None
+        losses = self.loss.of_slots(hidden.flatten(0, 2), self.predictor.slot_logits, targets, measure)
+        return self.loss.weighted_sum(losses, self.position_weights(mask, losses.measured_on(mask)).flatten())
 
     def _log_window_metrics(self, stage: str) -> None:
         more: dict[str, float] = {}
@@ -199,7 +207,7 @@ class DistillationModule(PredictorModule):
         generator = keyed_generator(self.seed, *keys)
         sample, logits = self._measure(batch, context, generator, self.val_metrics)
         if self.predictor.config.objective.predicts_distribution:
-            target, mask = _flat_at(sample.target, slice(1, None)), sample.mask[..., 1:]
+            target, mask = _flat_at(sample.target, SLOTS), sample.mask[..., 1:]
             divergences = KullbackLeibler().per_slot(logits.flatten(0, -2), sample.token_ids[..., 1:].flatten(), target)
             positions = torch.arange(1, self.predictor.config.window_length, device=mask.device).expand_as(mask)
             self.val_divergences.update(divergences.view_as(mask)[mask], positions[mask])
@@ -237,29 +245,6 @@ def sampling_label(sampling: SamplingConfig, usual: SamplingConfig) -> str:
         if getattr(sampling, name) != getattr(usual, name)
     ]
     return f"temperature_{sampling.temperature:.2f}" + "".join(others)
-
-
-def _slot_loss(
-    loss: Loss,
-    hidden: Tensor,
-    predictor: ParallelTokenPredictor,
-    sample: WindowSample,
-    positions: slice,
-    position_weights: PositionWeights = UniformWeights(),  # noqa: B008  frozen
-    sampling: Sampler | None = None,
-) -> LossSum:
-    """Loss of hidden states `[B, N, L - 1, H]` against L - 1 positions of the windows.
-
-    `sampling`, by default the predictor's own, is what proposals are made with.
-    """
-    mask = sample.mask[..., positions]
-    flat = _flat_at(sample.target, positions)
-    targets = SlotTargets(sample.token_ids[..., positions].flatten(), flat, mask.flatten().to(torch.float32))
-    measure = None
-    if position_weights.needs_right:
-        measure = right_probability(predictor, sample, positions, sampling or predictor.sampler())
-    losses = loss.of_slots(hidden.flatten(0, 2), predictor.slot_logits, targets, measure)
-    return loss.weighted_sum(losses, position_weights(mask, losses.measured_on(mask)).flatten())
 
 
 def _at(distribution: TokenDistribution, position: int | slice) -> TokenDistribution:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from ptp_lightning.data.batch import PackedBatch
-from ptp_lightning.models.predictor import Context, ParallelTokenPredictor
+from ptp_lightning.models.context import Context
+from ptp_lightning.models.predictor import ParallelTokenPredictor
 from ptp_lightning.training.windows import WindowSample, WindowSource
 
 

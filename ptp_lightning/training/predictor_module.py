@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from lightning import LightningModule
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -14,7 +15,9 @@ from torch import Tensor
 
 from ptp_lightning.data.batch import PackedBatch
 from ptp_lightning.metrics import WindowSummary, as_tags
-from ptp_lightning.models.predictor import Context, ParallelTokenPredictor, PredictorConfig
+from ptp_lightning.models.context import Context
+from ptp_lightning.models.predictor import ParallelTokenPredictor
+from ptp_lightning.models.predictor_config import PredictorConfig
 from ptp_lightning.sampling import SamplingConfig
 from ptp_lightning.training.optimization import OptimizerSettings, configure
 
@@ -106,6 +109,14 @@ class PredictorModule(LightningModule):
         return self.predictor.encode(
             batch.input_ids, batch.document_ids, batch.position_ids, batch.window_starts, sampling
         )
+
+    def _mean_counts(self, *counts: Tensor) -> Tensor:
+        """Means over ranks of what sums are divided by, one a count; 1 for a mean of 0.
+
+        DDP averages gradients over ranks, so a local sum over a mean count gives the mean over all of them.
+        """
+        means = self.trainer.strategy.reduce(torch.stack(counts), reduce_op="mean")
+        return torch.where(means > 0, means, 1.0)
 
     def _log_summary(
         self, stage: str, summary: WindowSummary, more: Mapping[str, float] = MappingProxyType({})

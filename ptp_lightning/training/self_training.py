@@ -15,7 +15,9 @@ from ptp_lightning.auxiliary_strategies import RelativeStrategy, UniformInInterv
 from ptp_lightning.data.batch import PackedBatch
 from ptp_lightning.losses import CrossEntropy, LossSum, SlotTargets
 from ptp_lightning.metrics import PositionMeans, WindowMetrics, WindowSummary
-from ptp_lightning.models.predictor import Context, ParallelTokenPredictor, PredictorConfig
+from ptp_lightning.models.context import Context
+from ptp_lightning.models.predictor import ParallelTokenPredictor
+from ptp_lightning.models.predictor_config import PredictorConfig
 from ptp_lightning.models.slots import CategoricalObjective
 from ptp_lightning.randomness import keyed_generator
 from ptp_lightning.sampling import require
@@ -157,9 +159,9 @@ class InverseAutoregressiveModule(PredictorModule):
         of_slots = self._loss(windows.hidden, windows.token_ids[..., 1:], windows.mask[..., 1:])
         labels = next_token_labels(batch)
         of_tokens = self._loss(context.hidden, labels, labels != IGNORED_LABEL)
-        counts = self.trainer.strategy.reduce(torch.stack([of_slots.count, of_tokens.count]), reduce_op="mean")
-        # DDP averages gradients over ranks, so local sums are divided by mean counts.
-        slot_nats, token_nats = torch.stack([of_slots.total, of_tokens.total]) / counts.clamp_min(1)
+        slot_nats, token_nats = torch.stack([of_slots.total, of_tokens.total]) / self._mean_counts(
+            of_slots.count, of_tokens.count
+        )
         total = slot_nats + self.autoregressive_loss_weight * token_nats
         require(
             total.isfinite(),

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ptp_lightning.auxiliary import token_interval
 from ptp_lightning.auxiliary_strategies import StudentAnswer, StudentProbe
-from ptp_lightning.models.predictor import Context, ParallelTokenPredictor
+from ptp_lightning.models.context import Context
+from ptp_lightning.models.predictor import ParallelTokenPredictor
 from ptp_lightning.models.refiner import refine_draft
 from ptp_lightning.sampling import TokenDistribution
 

@@ -6,7 +6,8 @@ import torch
 
 from ptp_lightning.auxiliary import draw_auxiliaries, pick
 from ptp_lightning.data.batch import PackedBatch
-from ptp_lightning.models.predictor import Context, ParallelTokenPredictor
+from ptp_lightning.models.context import Context
+from ptp_lightning.models.predictor import ParallelTokenPredictor
 from ptp_lightning.training.student import distributions_along, propose
 from ptp_lightning.training.windows import WindowSample, WindowSource, until_end
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from ptp_lightning.auxiliary import draw_auxiliaries, pick, token_interval
 from ptp_lightning.auxiliary_strategies import AuxiliaryStrategy, UniformInInterval
 from ptp_lightning.data.batch import PackedBatch
-from ptp_lightning.models.predictor import Context, ParallelTokenPredictor
+from ptp_lightning.models.context import Context
+from ptp_lightning.models.predictor import ParallelTokenPredictor
 from ptp_lightning.sampling import TokenDistribution
 from ptp_lightning.training.student import student_probe
 

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from ptp_lightning.data.batch import PackedBatch
-from ptp_lightning.models.auxiliary_embedding import CosineFeatures
+from ptp_lightning.models.context import Context
+from ptp_lightning.models.continuous_features import CosineFeatures
 from ptp_lightning.models.gated_lora import LoraSettings
-from ptp_lightning.models.predictor import Context, ParallelTokenPredictor, PredictorConfig
+from ptp_lightning.models.predictor import ParallelTokenPredictor
+from ptp_lightning.models.predictor_config import PredictorConfig
 from ptp_lightning.models.slots import CategoricalObjective, IndependentObjective, OneHotObjective
 from ptp_lightning.models.window_attention import context_mask, slot_mask
 from tests.tiny_models import TINY_MODELS

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from ptp_lightning.models.auxiliary_embedding import AuxiliaryEmbedding
-from ptp_lightning.models.auxiliary_features import AuxiliaryFeatures, BinaryFeatures, RawFloatFeatures
+from ptp_lightning.models.auxiliary_features import AuxiliaryFeatures
+from ptp_lightning.models.continuous_features import RawFloatFeatures
+from ptp_lightning.models.stepped_features import BinaryFeatures
 from tests.unit.models.test_auxiliary_features import ALL, uniform
 
 HIDDEN_SIZE = 512

@@ -1,5 +1,6 @@
 """Features of u: formulas in exact arithmetic, one contract for all classes, and the resolution that each states."""
 
+import inspect
 import json
 import math
 from collections.abc import Callable
@@ -133,7 +134,13 @@ each = pytest.mark.parametrize("features", ALL, ids=repr)
 
 def test_every_class_is_under_contract() -> None:
     exported = {getattr(ptp_lightning.models, name) for name in ptp_lightning.models.__all__ if "Features" in name}
-    assert exported == {type(features) for features in ALL} == set(AuxiliaryFeatures.__subclasses__())
+    assert exported == {type(features) for features in ALL} == set(concrete(AuxiliaryFeatures))
+
+
+def concrete(kind: type) -> list[type]:
+    """Classes at any depth below a kind that are no kinds themselves."""
+    below = kind.__subclasses__()
+    return [cls for cls in below if not inspect.isabstract(cls)] + [deep for cls in below for deep in concrete(cls)]
 
 
 # --------------------------------------------------------------------------------------------- contract

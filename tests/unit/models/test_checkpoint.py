@@ -15,7 +15,6 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from ptp_lightning.models import (
@@ -24,11 +23,8 @@ from ptp_lightning.models import (
     CosineFeatures,
     LoraSettings,
     ParallelTokenPredictor,
-    PredictorConfig,
-    RefinerSettings,
     checkpoint,
 )
-from ptp_lightning.models import predictor as predictor_module
 from ptp_lightning.models.auxiliary_features import AuxiliaryFeatures
 from ptp_lightning.models.checkpoint import (
     ADAPTER_FILE,
@@ -37,23 +33,11 @@ from ptp_lightning.models.checkpoint import (
     SLOT_ENCODER_FILE,
     load_predictor,
     read_predictor,
-    require_same_predictor,
     save_predictor,
 )
-from ptp_lightning.models.conditioning import SamplingRange
-from ptp_lightning.sampling import SamplingConfig
+from tests.stored_predictors import SAMPLING, slot_logits, trained
 from tests.tiny_models import tiny_gpt2, tiny_llama
 from tests.tiny_predictors import OBJECTIVES
-
-SAMPLING = SamplingConfig(temperature=0.7, top_k=5, top_p=0.9, order="vocabulary")
-REFINER = RefinerSettings(num_layers=2, intermediate_size=24, rounds=2)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("base")
-    tiny_llama().save_pretrained(path)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -65,28 +49,6 @@ def other_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model.get_output_embeddings().weight[0, 0] += 1
     model.save_pretrained(path)
     return path
-
-
-def trained(base: Path | str, **config: Any) -> ParallelTokenPredictor:
-    """Every trained weight is random, so that none can be lost unnoticed."""
-    settings = {"window_length": 4, "lora": LoraSettings(rank=2), "sampling": SAMPLING, "refiner": REFINER} | config
-    predictor = ParallelTokenPredictor(PredictorConfig(BackboneSettings(path=str(base)), **settings)).eval()
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for weight in predictor.trainable_state().values():
-            if weight.is_floating_point():  # not the token order
-                weight.copy_(torch.randn(weight.shape, generator=generator) * 0.2)
-    return predictor
-
-
-@torch.no_grad()
-def slot_logits(predictor: ParallelTokenPredictor) -> Tensor:
-    ids = torch.tensor([[3, 1, 4, 1, 5]])
-    context = predictor.encode(ids, torch.zeros_like(ids), torch.arange(5)[None], torch.tensor([[2, 5]]))
-    auxiliaries = torch.arange(1, 9, dtype=torch.float64).reshape(1, 2, 4) / 10
-    hidden = predictor.slot_hidden(context, auxiliaries)
-    refined = predictor.refine(context, predictor.refiner_context(context), hidden, ids[:, None, :3].expand(1, 2, 3))
-    return predictor.logits(torch.cat([hidden, refined]))
 
 
 @pytest.fixture
@@ -183,70 +145,6 @@ class TestRoundTrip:
         assert load_predictor().config.window_length == 4
 
 
-class TestOrderAndRange:
-    """What else slots are bound to: the token order they learned in, and the settings they are told."""
-
-    BY_EMBEDDING = replace(SAMPLING, order="embedding")
-    RANGE = SamplingRange(0.5, 1.0, 0.1, (5, None), (0.9,))
-
-    def test_come_back(self, base: Path, tmp_path: Path) -> None:
-        before = trained(base, sampling=self.BY_EMBEDDING, sampling_range=self.RANGE)
-        before.save_pretrained(tmp_path / "export", dtype=torch.bfloat16)
-        after = load_predictor(tmp_path / "export")
-        assert after.config == before.config
-        places = after.slot_encoder.token_places
-        assert places is not None and places.dtype == torch.int64
-        assert torch.equal(places, before.sampler().token_places)  # pyright: ignore[reportArgumentType]
-        trained(base, sampling=self.BY_EMBEDDING, sampling_range=self.RANGE).save_pretrained(tmp_path / "exact")
-        assert torch.equal(slot_logits(load_predictor(tmp_path / "exact")), slot_logits(before))
-
-    def test_the_stored_order_is_used_whatever_this_machine_would_compute(
-        self, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        before = trained(base, sampling=self.BY_EMBEDDING)
-        assert before.slot_encoder.token_places is not None
-        other = before.slot_encoder.token_places.flip(0).clone()
-        before.slot_encoder.token_places.copy_(other)
-        before.save_pretrained(tmp_path / "export")
-        monkeypatch.setattr(predictor_module, "similar_tokens_together", lambda table: pytest.fail("computed"))
-        after = load_predictor(tmp_path / "export")
-        assert torch.equal(after.sampler().token_places, other)  # pyright: ignore[reportArgumentType]
-
-    @pytest.mark.parametrize(
-        ("places", "message"),
-        [
-            (None, "expected the token order of predictor.sampling.order 'embedding', found none"),
-            (torch.zeros(64, dtype=torch.int64), "a permutation of 0 .. 63, found 64 numbers"),
-            (torch.arange(63), "a permutation of 0 .. 63, found 63 numbers"),
-        ],
-        ids=["missing", "no permutation", "of another vocabulary"],
-    )
-    def test_a_broken_order_is_refused(self, base: Path, tmp_path: Path, places: Tensor | None, message: str) -> None:
-        trained(base, sampling=self.BY_EMBEDDING).save_pretrained(tmp_path / "export")
-        weights = load_file(tmp_path / "export" / SLOT_ENCODER_FILE)
-        del weights["token_places"]
-        save_file(
-            weights if places is None else weights | {"token_places": places}, tmp_path / "export" / SLOT_ENCODER_FILE
-        )
-        with pytest.raises(ValueError, match=message):
-            load_predictor(tmp_path / "export")
-
-    @pytest.mark.parametrize(
-        ("change", "key"), [({"sampling": BY_EMBEDDING}, "order"), ({"sampling_range": RANGE}, "range")]
-    )
-    def test_weights_of_another_kind_are_refused(self, base: Path, change: dict[str, Any], key: str) -> None:
-        plain, other = trained(base), trained(base, **change)
-        for predictor, state in ((plain, other.trainable_state()), (other, plain.trainable_state())):
-            with pytest.raises(ValueError, match=f"found a checkpoint that differs in .*mend .*{key}"):
-                predictor.load_trainable_state(state)
-
-    def test_card(self, base: Path, tmp_path: Path) -> None:
-        trained(base, sampling=self.BY_EMBEDDING, sampling_range=self.RANGE).save_pretrained(tmp_path / "export")
-        card = (tmp_path / "export" / "README.md").read_text()
-        assert "embedding order" in card
-        assert "| Trained for | `SamplingRange(min_temperature=0.5, max_temperature=1.0," in card
-
-
 class TestBaseModel:
     def test_another_one_is_refused(self, exported: Path, base: Path, other_base: Path) -> None:
         moved = BackboneSettings(path=str(other_base))
@@ -337,17 +235,6 @@ class TestCheckpointFile:
         with pytest.raises(ValueError, match=r"last\.ckpt cannot be read"):
             load_predictor(tmp_path / "last.ckpt")
         assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("features", [CosineFeatures(num_frequencies=3), BinaryFeatures(bits=5)])
-def test_features_keep_the_names_of_older_adapters(base: Path, features: AuxiliaryFeatures) -> None:
-    """They once stood in `auxiliary_embedding`; a configuration of today goes on from there."""
-    predictor = trained(base, features=features)
-    config = predictor.config.to_dict()
-    config["features"]["class_path"] = f"ptp_lightning.models.auxiliary_embedding.{type(features).__name__}"
-    assert PredictorConfig.from_dict(config) == predictor.config
-    stored = {"config": config, "base_fingerprint": predictor.base_fingerprint}
-    require_same_predictor({"predictor": stored}, predictor)
 
 
 class Payload:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ptp_lightning.losses import KullbackLeibler, Loss
 from ptp_lightning.models.backbone import BackboneSettings
+from ptp_lightning.models.context import Context
 from ptp_lightning.models.gated_lora import LoraSettings
-from ptp_lightning.models.predictor import Context, PredictorConfig
+from ptp_lightning.models.predictor_config import PredictorConfig
 from ptp_lightning.models.refiner import RefinerContext, RefinerSettings
 from ptp_lightning.models.slots import (
     Objective,
@@ -21,7 +22,7 @@ from ptp_lightning.models.slots import (
 )
 from ptp_lightning.models.students import FullCopyStudent
 from ptp_lightning.sampling import SamplingConfig
-from ptp_lightning.training.distillation import DistillationModule, _slot_loss
+from ptp_lightning.training.distillation import DistillationModule
 from ptp_lightning.training.windows import DatasetWindows, TeacherWindows, WindowSample, WindowSource
 from tests.tiny_data import tiny_data
 from tests.tiny_distillation import GPT2, LLAMA, by_objective, make_module, make_trainer, record_losses, weights
@@ -74,7 +75,7 @@ class TestTraining:
 
         def nats() -> Tensor:
             hidden = module.predictor.slot_hidden(context, sample.auxiliaries)
-            total, count = _slot_loss(module.loss, hidden, module.predictor, sample, slice(1, None))
+            total, count = module._slot_loss(hidden, sample, module.predictor.sampler())
             return total / count
 
         before = nats()
@@ -94,14 +95,14 @@ class TestTraining:
         logits = module.predictor.logits(torch.cat([hidden[:, :, :1], hidden], dim=2)).detach()
         same = sample._replace(target=SamplingConfig().distribution(logits))
 
-        total, count = _slot_loss(module.loss, hidden, module.predictor, same, slice(1, None))
+        total, count = module._slot_loss(hidden, same, module.predictor.sampler())
         total.backward()
 
         assert float(total.detach()) == 0.0 and float(count) == 2 * 3 * 3
         assert hidden.grad is not None
         torch.testing.assert_close(hidden.grad, torch.zeros_like(hidden), atol=1e-6, rtol=0)
         # The same slots against the teacher's real distributions are not at the optimum.
-        other, _ = _slot_loss(module.loss, hidden, module.predictor, sample, slice(1, None))
+        other, _ = module._slot_loss(hidden, sample, module.predictor.sampler())
         assert float(other.detach()) > 0
 
     def test_masked_slots_do_not_count(self) -> None:
@@ -113,7 +114,7 @@ class TestTraining:
         mask[1, 1] = False
         hidden = module.predictor.slot_hidden(context, sample.auxiliaries)
         masked = sample._replace(mask=mask)
-        _, count = _slot_loss(module.loss, hidden, module.predictor, masked, slice(1, None))
+        _, count = module._slot_loss(hidden, masked, module.predictor.sampler())
         assert float(count) == 2 * 3 * 3 - 2 - 3
 
     @pytest.mark.parametrize("weight", [-0.1, float("nan"), float("inf")])

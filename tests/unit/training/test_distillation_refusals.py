@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from ptp_lightning.losses import Loss
-from ptp_lightning.models.auxiliary_embedding import BinaryFeatures
 from ptp_lightning.models.backbone import BackboneSettings
 from ptp_lightning.models.gated_lora import LoraSettings
 from ptp_lightning.models.slots import (
     IndependentObjective,
     Objective,
 )
+from ptp_lightning.models.stepped_features import BinaryFeatures
 from ptp_lightning.models.students import FullCopyStudent, SharedStudent
 from ptp_lightning.sampling import SamplingConfig
 from ptp_lightning.training.windows import DatasetWindows, TeacherWindows

@@ -27,8 +27,7 @@ from ptp_lightning.losses import (
 )
 from ptp_lightning.models.slots import CategoricalObjective, Objective, OneHotObjective
 from ptp_lightning.sampling import TokenDistribution
-from ptp_lightning.training import distillation
-from ptp_lightning.training.distillation import DistillationModule, _slot_loss
+from ptp_lightning.training.distillation import DistillationModule
 from ptp_lightning.training.windows import TeacherWindows, WindowSample
 from tests.tiny_data import tiny_data
 from tests.tiny_distillation import by_objective, make_module, make_trainer, record_losses
@@ -62,7 +61,7 @@ def nats_by_slot(module: DistillationModule, sample: WindowSample, hidden: Tenso
         only = torch.zeros_like(sample.mask)
         only[place[0], place[1], place[2] + 1] = True
         single = sample._replace(mask=only)
-        nats[tuple(place)] = float(_slot_loss(module.loss, hidden, module.predictor, single, slice(1, None)).total)
+        nats[tuple(place)] = float(module._slot_loss(hidden, single, module.predictor.sampler()).total)
     return nats
 
 
@@ -96,9 +95,12 @@ def weights_by_hand(weights: PositionWeights, mask: Tensor, right: Tensor) -> Te
 def test_the_loss_is_the_weighted_sum(
     objective: Objective, loss: Loss, weights: PositionWeights, chunk_size: int
 ) -> None:
-    module = make_module(objective=objective, loss=type(loss)(chunk_size=chunk_size))
+    module, weighing = (
+        make_module(objective=objective, loss=type(loss)(chunk_size=chunk_size), position_weights=each)
+        for each in (UniformWeights(), weights)
+    )
     sample, hidden = windows(module)
-    total, count = _slot_loss(module.loss, hidden, module.predictor, sample, slice(1, None), weights)
+    total, count = weighing._slot_loss(hidden, sample, module.predictor.sampler())
     right = counted_right(module, sample, hidden)
     expected = weights_by_hand(weights, sample.mask[..., 1:], right)
     assert float(count) == pytest.approx(float(expected.sum()), abs=0.05 if weights.needs_right else 1e-6)
@@ -113,11 +115,10 @@ def test_weights_get_no_gradient() -> None:
     module = make_module()
     sample, hidden = windows(module)
     weighted = hidden.clone().requires_grad_()
-    _slot_loss(
-        module.loss, weighted, module.predictor, sample, slice(1, None), AcceptedLengthWeights()
-    ).total.backward()
+    weighing = make_module(position_weights=AcceptedLengthWeights())
+    weighing._slot_loss(weighted, sample, module.predictor.sampler()).total.backward()
     plain = hidden.clone().requires_grad_()
-    _slot_loss(module.loss, plain, module.predictor, sample, slice(1, None)).total.backward()
+    module._slot_loss(plain, sample, module.predictor.sampler()).total.backward()
     assert weighted.grad is not None and plain.grad is not None
     mask = sample.mask[..., 1:]
     ratio = weighted.grad[mask] / plain.grad[mask]  # [kept, H]: one number per slot, its weight
@@ -197,7 +198,7 @@ def test_every_loss_trains_with_every_weight(
 
 def test_teachers_of_all_slots_are_not_copied() -> None:
     """The measure reads the teacher of the slots it is asked for, in the numbering of the mask."""
-    module = make_module()
+    module = make_module(loss=KullbackLeibler(chunk_size=4), position_weights=AcceptedLengthWeights())
     sample, hidden = windows(module)
     seen: list[TokenDistribution] = []
     objective = module.predictor.config.objective
@@ -209,8 +210,7 @@ def test_teachers_of_all_slots_are_not_copied() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(objective), "right_probability", watch)
-        scorer = KullbackLeibler(chunk_size=4)
-        distillation._slot_loss(scorer, hidden, module.predictor, sample, slice(1, None), AcceptedLengthWeights())
+        module._slot_loss(hidden, sample, module.predictor.sampler())
     kept = sample.teacher.probabilities[..., 1:, :][sample.mask[..., 1:]]
     assert torch.equal(torch.cat([teacher.probabilities for teacher in seen]), kept)
     assert max(len(teacher.probabilities) for teacher in seen) == 4

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ptp_lightning.models.backbone import BackboneSettings
 from ptp_lightning.models.gated_lora import LoraSettings
-from ptp_lightning.models.predictor import PredictorConfig
+from ptp_lightning.models.predictor_config import PredictorConfig
 from ptp_lightning.models.refiner import RefinerSettings
 from ptp_lightning.models.students import FullCopyStudent, SharedStudent
 from ptp_lightning.sampling import SamplingConfig

@@ -30,7 +30,7 @@ from ptp_lightning.models import (
 )
 from ptp_lightning.models.checkpoint import load_predictor
 from ptp_lightning.models.conditioning import SamplingRange
-from ptp_lightning.models.predictor import Context
+from ptp_lightning.models.context import Context
 from ptp_lightning.models.window_attention import context_mask
 from ptp_lightning.randomness import keyed_generator
 from ptp_lightning.sampling import SamplingConfig

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ptp_lightning.auxiliary import draw_auxiliaries, pick, token_interval
+from ptp_lightning.models.context import Context
 from ptp_lightning.models.gated_lora import LoraSettings
-from ptp_lightning.models.predictor import Context
 from ptp_lightning.models.refiner import RefinerSettings
 from ptp_lightning.models.students import FullCopyStudent, GatedLoraStudent, Student
 from ptp_lightning.sampling import SamplingConfig

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ptp_lightning.auxiliary import draw_auxiliaries, pick
 from ptp_lightning.losses import CrossEntropy, KullbackLeibler
-from ptp_lightning.models.predictor import Context, ParallelTokenPredictor
+from ptp_lightning.models.context import Context
+from ptp_lightning.models.predictor import ParallelTokenPredictor
 from ptp_lightning.models.slots import Objective
 from ptp_lightning.sampling import SamplingConfig
 from ptp_lightning.training.student import propose

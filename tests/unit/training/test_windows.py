@@ -13,9 +13,11 @@ from torch import Tensor
 from ptp_lightning.auxiliary import draw_auxiliaries, pick
 from ptp_lightning.auxiliary_strategies import BetaInInterval, ErrorSeekingInInterval
 from ptp_lightning.data.batch import PackedBatch
-from ptp_lightning.models.auxiliary_embedding import CosineFeatures
+from ptp_lightning.models.context import Context
+from ptp_lightning.models.continuous_features import CosineFeatures
 from ptp_lightning.models.gated_lora import LoraSettings
-from ptp_lightning.models.predictor import Context, ParallelTokenPredictor, PredictorConfig
+from ptp_lightning.models.predictor import ParallelTokenPredictor
+from ptp_lightning.models.predictor_config import PredictorConfig
 from ptp_lightning.sampling import SamplingConfig, TokenDistribution
 from ptp_lightning.training.mixture_windows import MixtureWindows
 from ptp_lightning.training.student_windows import StudentWindows

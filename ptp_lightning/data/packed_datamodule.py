@@ -1,15 +1,20 @@
-"""What every data module of packed batches has: sizes that are checked, and a place in its training stream."""
+"""PackedDataModule: what every data module of packed batches has, its loaders and its place in the training stream."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from lightning import LightningDataModule
+from torch.utils.data import DataLoader, IterableDataset
+
+from ptp_lightning.data.batch import PackedBatch
+from ptp_lightning.data.corpus import Split
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class PackedDataModule(LightningDataModule):
+class PackedDataModule(LightningDataModule, ABC):
     """A data module whose training stream is endless, and goes on where a loaded checkpoint stopped.
 
     Attributes:
@@ -27,14 +32,38 @@ class PackedDataModule(LightningDataModule):
         self._loaded_step = 0
 
     @property
+    @abstractmethod
     def vocab_size(self) -> int:
         """Token ids are smaller than this; known after `setup`."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def end_of_text(self) -> int | None:
         """The id that ends a text, if there is one; known after `setup`."""
-        raise NotImplementedError
+
+    @abstractmethod
+    def training_stream(self) -> IterableDataset[PackedBatch]:
+        """Endless batches of this rank, from number `batches_consumed` on."""
+
+    @abstractmethod
+    def fixed_batches(self, split: Split) -> list[PackedBatch]:
+        """This rank's batches of the validation or test split, the same on every call."""
+
+    def train_dataloader(self) -> DataLoader[PackedBatch]:
+        """Endless batches; the stream goes on where a loaded checkpoint stopped."""
+        return DataLoader(self.training_stream(), batch_size=None)
+
+    def val_dataloader(self) -> DataLoader[PackedBatch]:
+        """The validation rows, the same on every call."""
+        return self._fixed_loader("val")
+
+    def test_dataloader(self) -> DataLoader[PackedBatch]:
+        """The test rows, the same on every call."""
+        return self._fixed_loader("test")
+
+    def _fixed_loader(self, split: Split) -> DataLoader[PackedBatch]:
+        batches: Any = self.fixed_batches(split)  # a list is a map-style dataset, which the stubs do not know
+        return DataLoader(batches, batch_size=None)
 
     def state_dict(self) -> dict[str, Any]:
         """How far the training stream was consumed; batches that were only prefetched do not count."""

@@ -1,0 +1,115 @@
+"""What trained slots are bound to besides their weights: order, range, base layers, and the names of their classes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ptp_lightning.models import BinaryFeatures, CosineFeatures, OneHotObjective, PredictorConfig
+from ptp_lightning.models import predictor as predictor_module
+from ptp_lightning.models.auxiliary_features import AuxiliaryFeatures
+from ptp_lightning.models.checkpoint import SLOT_ENCODER_FILE, load_predictor, require_same_predictor
+from ptp_lightning.models.conditioning import SamplingRange
+from ptp_lightning.models.students import FullCopyStudent
+from tests.stored_predictors import REFINER, SAMPLING, slot_logits, trained
+
+
+class TestOrderAndRange:
+    """What else slots are bound to: the token order they learned in, and the settings they are told."""
+
+    BY_EMBEDDING = replace(SAMPLING, order="embedding")
+    RANGE = SamplingRange(0.5, 1.0, 0.1, (5, None), (0.9,))
+
+    def test_come_back(self, base: Path, tmp_path: Path) -> None:
+        before = trained(base, sampling=self.BY_EMBEDDING, sampling_range=self.RANGE)
+        before.save_pretrained(tmp_path / "export", dtype=torch.bfloat16)
+        after = load_predictor(tmp_path / "export")
+        assert after.config == before.config
+        places = after.slot_encoder.token_places
+        assert places is not None and places.dtype == torch.int64
+        assert torch.equal(places, before.sampler().token_places)  # pyright: ignore[reportArgumentType]
+        trained(base, sampling=self.BY_EMBEDDING, sampling_range=self.RANGE).save_pretrained(tmp_path / "exact")
+        assert torch.equal(slot_logits(load_predictor(tmp_path / "exact")), slot_logits(before))
+
+    def test_the_stored_order_is_used_whatever_this_machine_would_compute(
+        self, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        before = trained(base, sampling=self.BY_EMBEDDING)
+        assert before.slot_encoder.token_places is not None
+        other = before.slot_encoder.token_places.flip(0).clone()
+        before.slot_encoder.token_places.copy_(other)
+        before.save_pretrained(tmp_path / "export")
+        monkeypatch.setattr(predictor_module, "similar_tokens_together", lambda table: pytest.fail("computed"))
+        after = load_predictor(tmp_path / "export")
+        assert torch.equal(after.sampler().token_places, other)  # pyright: ignore[reportArgumentType]
+
+    @pytest.mark.parametrize(
+        ("places", "message"),
+        [
+            (None, "expected the token order of predictor.sampling.order 'embedding', found none"),
+            (torch.zeros(64, dtype=torch.int64), "a permutation of 0 .. 63, found 64 numbers"),
+            (torch.arange(63), "a permutation of 0 .. 63, found 63 numbers"),
+        ],
+        ids=["missing", "no permutation", "of another vocabulary"],
+    )
+    def test_a_broken_order_is_refused(self, base: Path, tmp_path: Path, places: Tensor | None, message: str) -> None:
+        trained(base, sampling=self.BY_EMBEDDING).save_pretrained(tmp_path / "export")
+        weights = load_file(tmp_path / "export" / SLOT_ENCODER_FILE)
+        del weights["token_places"]
+        save_file(
+            weights if places is None else weights | {"token_places": places}, tmp_path / "export" / SLOT_ENCODER_FILE
+        )
+        with pytest.raises(ValueError, match=message):
+            load_predictor(tmp_path / "export")
+
+    @pytest.mark.parametrize(
+        ("change", "key"), [({"sampling": BY_EMBEDDING}, "order"), ({"sampling_range": RANGE}, "range")]
+    )
+    def test_weights_of_another_kind_are_refused(self, base: Path, change: dict[str, Any], key: str) -> None:
+        plain, other = trained(base), trained(base, **change)
+        for predictor, state in ((plain, other.trainable_state()), (other, plain.trainable_state())):
+            with pytest.raises(ValueError, match=f"found a checkpoint that differs in .*mend .*{key}"):
+                predictor.load_trainable_state(state)
+
+    def test_card(self, base: Path, tmp_path: Path) -> None:
+        trained(base, sampling=self.BY_EMBEDDING, sampling_range=self.RANGE).save_pretrained(tmp_path / "export")
+        card = (tmp_path / "export" / "README.md").read_text()
+        assert "embedding order" in card
+        assert "| Trained for | `SamplingRange(min_temperature=0.5, max_temperature=1.0," in card
+
+
+@pytest.mark.parametrize("features", [CosineFeatures(num_frequencies=3), BinaryFeatures(bits=5)])
+def test_features_keep_the_names_of_older_adapters(base: Path, features: AuxiliaryFeatures) -> None:
+    """They once stood in `auxiliary_embedding`; a configuration of today goes on from there."""
+    predictor = trained(base, features=features)
+    config = predictor.config.to_dict()
+    config["features"]["class_path"] = f"ptp_lightning.models.auxiliary_embedding.{type(features).__name__}"
+    assert PredictorConfig.from_dict(config) == predictor.config
+    stored = {"config": config, "base_fingerprint": predictor.base_fingerprint}
+    require_same_predictor({"predictor": stored}, predictor)
+
+
+def test_classes_are_stored_by_their_public_names() -> None:
+    """Files may be moved; what was stored before goes on to load."""
+    config = PredictorConfig(objective=OneHotObjective(), features=BinaryFeatures(), student=FullCopyStudent())
+    plain = config.to_dict()
+    assert [plain[key]["class_path"] for key in ("objective", "features", "student")] == [
+        *("ptp_lightning.models.OneHotObjective", "ptp_lightning.models.BinaryFeatures"),
+        "ptp_lightning.models.FullCopyStudent",
+    ]
+    assert PredictorConfig.from_dict(plain) == config
+
+
+def test_base_layers_have_no_weights_but_must_agree(base: Path) -> None:
+    """A refiner that learned from what one layer says of a token cannot read what none says."""
+    with_one, without = (trained(base, refiner=replace(REFINER, base_layers=number)) for number in (1, 0))
+    stored = {"config": with_one.config.to_dict(), "base_fingerprint": with_one.base_fingerprint}
+    require_same_predictor({"predictor": stored}, with_one)
+    with pytest.raises(ValueError, match="refiner.base_layers as configured, 0, found a checkpoint .* with 1"):
+        require_same_predictor({"predictor": stored}, without)
