@@ -10,73 +10,20 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
 
-from ptp_lightning.auxiliary import token_interval
 from ptp_lightning.auxiliary_strategies import RelativeStrategy, UniformInInterval
 from ptp_lightning.data.batch import PackedBatch
 from ptp_lightning.losses import CrossEntropy, LossSum, SlotTargets
 from ptp_lightning.metrics import PositionMeans, WindowMetrics, WindowSummary
 from ptp_lightning.models.context import Context
-from ptp_lightning.models.predictor import ParallelTokenPredictor
 from ptp_lightning.models.predictor_config import PredictorConfig
 from ptp_lightning.models.slots import CategoricalObjective
 from ptp_lightning.randomness import keyed_generator
 from ptp_lightning.sampling import require
+from ptp_lightning.training.inversion import followed_by_nothing, invert
 from ptp_lightning.training.optimization import OptimizerSettings
 from ptp_lightning.training.predictor_module import PredictorModule
 from ptp_lightning.training.pretraining import IGNORED_LABEL, next_token_labels
 from ptp_lightning.training.windows import TeacherWindows, hidden_before_tokens, window_tokens
-
-
-class InverseAuxiliaries(NamedTuple):
-    """Auxiliaries that name given tokens under the model's own predictions.
-
-    Attributes:
-        values: `[B, N, L - 1]` float64, u of every token of a window but the last, which no slot carries.
-        found: `[B, N, L - 1]` bool; false for a token of probability zero, which no u names (its value is 0).
-    """
-
-    values: Tensor
-    found: Tensor
-
-
-@torch.no_grad()
-def invert(
-    predictor: ParallelTokenPredictor,
-    context: Context,
-    token_ids: Tensor,
-    strategy: RelativeStrategy,
-    generator: torch.Generator,
-) -> InverseAuxiliaries:
-    """The auxiliaries of Algorithm 3 (Draxler et al., ICLR 2026): for k = i, i + 1, ...
-
-        P_k = P_theta(. | t_<i, u_i .. u_{k-1})    and    u_k in [F_{t_k - 1}, F_{t_k}) of P_k.
-
-    P_i is the autoregressive prediction, so it costs nothing beyond the context. All windows of all rows advance
-    together, one slot per window in each of L - 2 cached calls: B x N x (L - 2) positions in all.
-
-    Args:
-        predictor: its student must be the base model itself.
-        context: of `encode`; left as it is, gradients included.
-        token_ids: `[B, N, L]`, the windows' tokens.
-        strategy: where in its interval an auxiliary lies.
-        generator: of the draws.
-    """
-    context = context.detached()
-    length = token_ids.shape[2]
-    sampling = context.sampling.proposal()
-    logits = predictor.logits(context.first_hidden)
-    values: list[Tensor] = []
-    found: list[Tensor] = []
-    for offset in range(length - 1):
-        if offset > 0:
-            mask, positions = context.place_next(offset - 1)  # of the newest auxiliary of each window
-            slots = predictor.embed_slots(_followed_by_nothing(values[-1].unsqueeze(-1)), sampling.settings).squeeze(-2)
-            hidden = predictor.student_decode(slots, positions, mask, context.cache)
-            logits = predictor.slot_logits(hidden)
-        lower, upper = token_interval(sampling.distribution(logits), token_ids[..., offset])
-        values.append(strategy(lower, upper, generator))
-        found.append(upper > lower)
-    return InverseAuxiliaries(torch.stack(values, dim=-1), torch.stack(found, dim=-1))
 
 
 class FilledWindows(NamedTuple):
@@ -239,7 +186,7 @@ class InverseAutoregressiveModule(PredictorModule):
         auxiliaries = invert(self.predictor, context, token_ids, self.strategy, generator)
         # Without an auxiliary for token k no slot can stand for it, so k is the last that is predicted.
         mask = mask & F.pad(auxiliaries.found.cumprod(-1).bool(), (1, 0), value=True)
-        hidden = self.predictor.slot_hidden(context, _followed_by_nothing(auxiliaries.values))
+        hidden = self.predictor.slot_hidden(context, followed_by_nothing(auxiliaries.values))
         return FilledWindows(token_ids, auxiliaries.values, mask, hidden)
 
     def _loss(self, hidden: Tensor, token_ids: Tensor, mask: Tensor) -> LossSum:
@@ -281,8 +228,3 @@ def require_teacher_free(config: PredictorConfig) -> None:
             f"expected no predictor.sampling_range, found {config.sampling_range}: slots that learned from data know "
             "temperature 1 alone; set it to null"
         )
-
-
-def _followed_by_nothing(auxiliaries: Tensor) -> Tensor:
-    """`[..., J]` auxiliaries that slots carry, as the `[..., J + 1]` of a window whose last token has none yet."""
-    return F.pad(auxiliaries, (0, 1))
