@@ -6,15 +6,6 @@ from typing import Literal
 from torch import Tensor, nn
 
 from ptp_lightning.models.auxiliary_features import AuxiliaryFeatures
-from ptp_lightning.models.continuous_features import CosineFeatures
-from ptp_lightning.models.stepped_features import BinaryFeatures
-
-__all__ = [  # the first adapters name their features by `class_path`s of this module
-    "AuxiliaryEmbedding",
-    "AuxiliaryFeatures",
-    "BinaryFeatures",
-    "CosineFeatures",
-]
 
 SILU_GAIN = 1.7  # SiLU of a unit normal has a root mean square of 0.6
 

@@ -75,7 +75,7 @@ class PredictorConfig:
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> PredictorConfig:
-        """Inverse of `to_dict`.
+        """Inverse of `to_dict`; also of data that name our classes by files where they stand or stood.
 
         Raises:
             ValueError: unknown keys or values of the wrong type.
@@ -85,6 +85,7 @@ class PredictorConfig:
         parser = ArgumentParser(exit_on_error=False)
         parser.add_class_arguments(cls, "predictor")
         try:
+            plain = {key: _with_public_name(value) for key, value in plain.items()}
             return parser.instantiate(parser.parse_object({"predictor": plain}))["predictor"]
         except Exception as error:  # jsonargparse raises ArgumentError, TypeError or ValueError by cause
             raise ValueError(
@@ -93,6 +94,18 @@ class PredictorConfig:
 
 
 def _class_path(chosen: type) -> str:
-    """As configurations name the class: our own by their public home, which stays when files are moved."""
-    ours = chosen.__module__.startswith(f"{PUBLIC_HOME}.")
-    return f"{PUBLIC_HOME if ours else chosen.__module__}.{chosen.__qualname__}"
+    """As configurations name the class."""
+    return _public_name(f"{chosen.__module__}.{chosen.__qualname__}")
+
+
+def _with_public_name(entry: object) -> object:
+    """An entry of the plain data, whose class is renamed if it names one."""
+    if isinstance(entry, dict) and "class_path" in entry:
+        return entry | {"class_path": _public_name(entry["class_path"])}
+    return entry
+
+
+def _public_name(class_path: str) -> str:
+    """Our own classes by their public home, which stays when files are moved; others as they are."""
+    ours = class_path.startswith(f"{PUBLIC_HOME}.")
+    return f"{PUBLIC_HOME}.{class_path.rpartition('.')[2]}" if ours else class_path

@@ -19,6 +19,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from ptp_lightning.data.packed_datamodule import PackedDataModule
 from ptp_lightning.metrics import WindowSummary, as_tags
 
 if TYPE_CHECKING:
@@ -141,7 +142,7 @@ class RunSummary(Callback):
         if checkpoint is None:
             return
         _print_line("Checkpoint", checkpoint)
-        if self.last is not None:
+        if self.last is not None and is_text(trainer):
             command = f"python -m ptp_lightning generate --ckpt_path {shlex.quote(checkpoint)} --prompt "
             _print_line("Next", command + '"def "')
 
@@ -152,6 +153,12 @@ def val_summary(trainer: Trainer, pl_module: LightningModule) -> WindowSummary |
         return None
     summary = getattr(pl_module, "val_summary", None)
     return summary if isinstance(summary, WindowSummary) else None
+
+
+def is_text(trainer: Trainer) -> bool:
+    """Whether a trained model can be given a prompt: a series of other things has no tokenizer."""
+    data: object = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+    return not isinstance(data, PackedDataModule) or data.tokenizer is not None
 
 
 def tensorboard_loggers(trainer: Trainer) -> list[TensorBoardLogger]:

@@ -84,12 +84,13 @@ class TestOrderAndRange:
         assert "| Trained for | `SamplingRange(min_temperature=0.5, max_temperature=1.0," in card
 
 
+@pytest.mark.parametrize("home", ["auxiliary_embedding", "auxiliary_features", "continuous_features"])
 @pytest.mark.parametrize("features", [CosineFeatures(num_frequencies=3), BinaryFeatures(bits=5)])
-def test_features_keep_the_names_of_older_adapters(base: Path, features: AuxiliaryFeatures) -> None:
-    """They once stood in `auxiliary_embedding`; a configuration of today goes on from there."""
+def test_features_keep_the_names_of_older_adapters(base: Path, features: AuxiliaryFeatures, home: str) -> None:
+    """They once stood in other files; a configuration of today goes on from there."""
     predictor = trained(base, features=features)
     config = predictor.config.to_dict()
-    config["features"]["class_path"] = f"ptp_lightning.models.auxiliary_embedding.{type(features).__name__}"
+    config["features"]["class_path"] = f"ptp_lightning.models.{home}.{type(features).__name__}"
     assert PredictorConfig.from_dict(config) == predictor.config
     stored = {"config": config, "base_fingerprint": predictor.base_fingerprint}
     require_same_predictor({"predictor": stored}, predictor)

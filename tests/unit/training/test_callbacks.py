@@ -17,8 +17,10 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData  # pyr
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from ptp_lightning.data import MarkovSeries, SeriesDataModule
 from ptp_lightning.metrics import WindowMetrics, WindowSummary, as_tags
 from ptp_lightning.training.callbacks import FinalMetrics, PositionCharts, RunSummary
+from tests.tiny_data import tiny_data
 
 # One validation batch a list of windows; the model gets better with every validation.
 VALIDATIONS = [("100", "000"), ("110", "100"), ("111", "110")]
@@ -147,6 +149,20 @@ def test_the_summary_says_what_came_out_and_what_comes_next(capsys: pytest.Captu
     assert f"Checkpoint {checkpoint}" in lines
     assert f'Next python -m ptp_lightning generate --ckpt_path {checkpoint} --prompt "def "' in lines
     assert Path(checkpoint).is_file()
+
+
+@pytest.mark.parametrize("has_tokenizer", [True, False])
+def test_only_text_is_continued_from_a_prompt(
+    has_tokenizer: bool, run: Trainer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run.datamodule = tiny_data() if has_tokenizer else SeriesDataModule(MarkovSeries())  # pyright: ignore[reportAttributeAccessIssue]
+    summary = next(callback for callback in run.callbacks if isinstance(callback, RunSummary))  # pyright: ignore[reportAttributeAccessIssue]
+    capsys.readouterr()
+    summary.complete = True
+    summary.teardown(run, run.lightning_module, "fit")
+    printed = capsys.readouterr().out
+    assert "Checkpoint " in printed
+    assert ("Next " in printed) == has_tokenizer
 
 
 def test_long_paths_with_blanks_and_brackets_can_be_copied(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
