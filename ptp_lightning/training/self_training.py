@@ -12,7 +12,7 @@ from torchmetrics import MeanMetric
 
 from ptp_lightning.auxiliary_strategies import RelativeStrategy, UniformInInterval
 from ptp_lightning.data.batch import PackedBatch
-from ptp_lightning.losses import CrossEntropy, LossSum, SlotTargets
+from ptp_lightning.losses import CrossEntropy, Loss, LossSum, SlotTargets, require_sound
 from ptp_lightning.metrics import PositionMeans, WindowMetrics, WindowSummary
 from ptp_lightning.models.context import Context
 from ptp_lightning.models.predictor_config import PredictorConfig
@@ -65,6 +65,9 @@ class InverseAutoregressiveModule(PredictorModule):
         loss: cross entropy, of slots and of next tokens.
         strategy: where in its token's interval an auxiliary lies.
         optimizer: optimiser and schedule.
+        slot_loss: compares slots with the network's own next-token distributions along the data, which get no gradient;
+            by default `loss` compares them with the data's tokens, as in the paper. Both have the same optimum, and
+            distributions say in one window what takes many sampled tokens.
         autoregressive_loss_weight: of the next-token loss per token against the loss per slot; 0 leaves it out, so that
             only the slots' view of the context trains its encoding.
         seed: of all auxiliaries.
@@ -81,14 +84,23 @@ class InverseAutoregressiveModule(PredictorModule):
         optimizer: OptimizerSettings = OptimizerSettings(),  # noqa: B008  frozen
         autoregressive_loss_weight: float = 1.0,
         seed: int = 0,
+        slot_loss: Loss | None = None,
     ) -> None:
         require_teacher_free(predictor)
+        if slot_loss is not None:
+            require_sound(slot_loss, predictor.objective.name)
+            if slot_loss.needs_teacher and autoregressive_loss_weight == 0:
+                raise ValueError(
+                    "expected model.init_args.autoregressive_loss_weight > 0 beside model.init_args.slot_loss "
+                    f"{type(slot_loss).__name__}, found 0: slots would learn predictions that nothing trains"
+                )
         super().__init__(predictor, optimizer)
         if not 0 <= autoregressive_loss_weight < math.inf:
             raise ValueError(
                 f"expected model.init_args.autoregressive_loss_weight >= 0, found {autoregressive_loss_weight}"
             )
         self.loss = loss
+        self.slot_loss = slot_loss
         self.strategy = strategy
         self.autoregressive_loss_weight = autoregressive_loss_weight
         self.seed = seed
@@ -103,7 +115,7 @@ class InverseAutoregressiveModule(PredictorModule):
         generator = keyed_generator(self.seed, "train", self.global_rank, self.global_step, batch_idx)
         context = self._encode(batch)
         windows = self._fill(batch, context, generator)
-        of_slots = self._loss(windows.hidden, windows.token_ids[..., 1:], windows.mask[..., 1:])
+        of_slots = self._slot_loss(batch, context, windows)
         labels = next_token_labels(batch)
         of_tokens = self._loss(context.hidden, labels, labels != IGNORED_LABEL)
         slot_nats, token_nats = torch.stack([of_slots.total, of_tokens.total]) / self._mean_counts(
@@ -188,6 +200,16 @@ class InverseAutoregressiveModule(PredictorModule):
         mask = mask & F.pad(auxiliaries.found.cumprod(-1).bool(), (1, 0), value=True)
         hidden = self.predictor.slot_hidden(context, followed_by_nothing(auxiliaries.values))
         return FilledWindows(token_ids, auxiliaries.values, mask, hidden)
+
+    def _slot_loss(self, batch: PackedBatch, context: Context, windows: FilledWindows) -> LossSum:
+        token_ids, mask = windows.token_ids[..., 1:], windows.mask[..., 1:]
+        if self.slot_loss is None:
+            return self._loss(windows.hidden, token_ids, mask)
+        with torch.no_grad():
+            told_tokens = hidden_before_tokens(batch, context, windows.mask.shape[-1])[..., 1:, :].flatten(0, 2)
+            target = context.sampling.with_target(self.predictor.logits(told_tokens))[1]
+        targets = SlotTargets(token_ids.flatten(), target, mask.flatten().to(torch.float32))
+        return self.slot_loss(windows.hidden.flatten(0, 2), self.predictor.slot_logits, targets)
 
     def _loss(self, hidden: Tensor, token_ids: Tensor, mask: Tensor) -> LossSum:
         """Cross entropy of hidden states `[..., H]` against tokens `[...]` where the mask is true."""

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from ptp_lightning.auxiliary_strategies import UniformInInterval
 from ptp_lightning.decoding import GenerationSettings, decode_autoregressively, decode_speculatively
+from ptp_lightning.losses import BinaryCrossEntropy, KullbackLeibler
 from ptp_lightning.models import (
     BackboneSettings,
     CategoricalObjective,
@@ -86,9 +87,12 @@ class TestTraining:
         row_length, num_windows = 12, 3
         assert calls() == [row_length] + [num_windows] * 4 + [num_windows * 5]
 
+    @pytest.mark.parametrize("slot_loss", [None, KullbackLeibler()], ids=["data", "own"])
     @pytest.mark.parametrize("rest", [1, 3])
-    def test_gradient_is_that_of_fixed_auxiliaries(self, rest: int) -> None:
+    def test_gradient_is_that_of_fixed_auxiliaries(self, rest: int, slot_loss: KullbackLeibler | None) -> None:
         """Written out: one joint pass over context and slots, its auxiliaries constants, two cross entropies.
+
+        Or, of the slots, the divergence from the network's own predictions, which are constants too.
 
         Where the mean count over ranks is `rest` times this rank's, its share of the loss is that much smaller.
         """
@@ -99,6 +103,7 @@ class TestTraining:
         module._trainer = type("Trainer", (), {"strategy": reduced, "global_rank": 0, "global_step": 0})()  # pyright: ignore
         module.log = lambda *args, **named: None  # pyright: ignore
         module.autoregressive_loss_weight = 0.3
+        module.slot_loss = slot_loss
         predictor.zero_grad()
         loss = module.training_step(batch, 0)
         loss.backward()
@@ -119,7 +124,13 @@ class TestTraining:
             cache=None,
         )
         log_p = predictor.logits(hidden).log_softmax(-1)
-        of_slots = log_p[:, 14:].unflatten(1, (3, LENGTH - 1)).gather(-1, token_ids[..., 1:, None]).squeeze(-1)
+        of_slots = log_p[:, 14:].unflatten(1, (3, LENGTH - 1))
+        if slot_loss is None:
+            of_slots = of_slots.gather(-1, token_ids[..., 1:, None]).squeeze(-1)
+        else:
+            places = (batch.window_starts[..., None] + torch.arange(LENGTH - 1)).clamp_max(13)
+            own = torch.stack([row[at] for row, at in zip(log_p[:, :14].detach(), places, strict=True)])
+            of_slots = (own.exp() * (of_slots - own)).sum(-1)
         follows = (batch.document_ids[:, 1:] == batch.document_ids[:, :-1]) & (batch.document_ids[:, 1:] >= 0)
         of_tokens = log_p[:, :13].gather(-1, batch.input_ids[:, 1:, None]).squeeze(-1)
         expected = (-of_slots[mask[..., 1:]].mean() - 0.3 * of_tokens[follows].mean()) / rest
@@ -244,8 +255,10 @@ class TestCheckpoint:
         ({"sampling": SamplingConfig(temperature=0.7)}, "temperature 1, found 0.7"),
         ({"autoregressive_loss_weight": -1.0}, "autoregressive_loss_weight >= 0, found -1"),
         ({"autoregressive_loss_weight": float("nan")}, "autoregressive_loss_weight >= 0, found nan"),
+        ({"slot_loss": BinaryCrossEntropy()}, "not a sound loss for the categorical objective"),
+        ({"autoregressive_loss_weight": 0.0, "slot_loss": KullbackLeibler()}, "slot_loss KullbackLeibler, found 0"),
     ],
-    ids=lambda value: None if isinstance(value, str) else next(iter(value)),
+    ids=lambda value: None if isinstance(value, str) else "-".join(value),
 )
 def test_refusals(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
