@@ -30,24 +30,10 @@ def pick(u: Tensor, P: TokenDistribution) -> Tensor:
         ValueError: if u is outside [0, 1), NaN, or not in the leading shape of P.
     """
     _require_leading_shape("u", u, P)
-    return _picked(u[..., None], P).squeeze(-1)
-
-
-@torch.no_grad()
-def pick_each(u: Tensor, P: TokenDistribution) -> Tensor:
-    """The tokens that each u names in each distribution.
-
-    Args:
-        u: auxiliaries `[G]` in [0, 1), any float dtype.
-        P: distributions `[..., K]`.
-
-    Returns:
-        Token ids `[..., G]`, int64.
-
-    Raises:
-        ValueError: if u is outside [0, 1) or NaN.
-    """
-    return _picked(u.expand(*P.probabilities.shape[:-1], -1), P)
+    require((u >= 0) & (u < 1), u, "auxiliaries u must lie in [0, 1)")
+    F = P.cdf()
+    j = torch.searchsorted(F, u.double()[..., None].contiguous(), right=True)
+    return (j if P.token_ids is None else P.token_ids.gather(-1, j)).squeeze(-1)
 
 
 @torch.no_grad()
@@ -109,13 +95,6 @@ def draw_auxiliaries(shape: Sequence[int], generator: torch.Generator, device: t
     Drawn where the generator lives and then moved, so a CPU generator gives the same numbers to every device.
     """
     return torch.rand(tuple(shape), generator=generator, device=generator.device, dtype=torch.float64).to(device)
-
-
-def _picked(u: Tensor, P: TokenDistribution) -> Tensor:
-    """Inverse cumulative distributions `[..., K]` at `[..., G]` auxiliaries: token ids `[..., G]`."""
-    require((u >= 0) & (u < 1), u, "auxiliaries u must lie in [0, 1)")
-    j = torch.searchsorted(P.cdf(), u.double().contiguous(), right=True)
-    return j if P.token_ids is None else P.token_ids.gather(-1, j)
 
 
 def _require_leading_shape(name: str, tensor: Tensor, P: TokenDistribution) -> None:

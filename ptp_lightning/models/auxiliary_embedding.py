@@ -3,7 +3,6 @@
 import math
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from ptp_lightning.models.auxiliary_features import AuxiliaryFeatures
@@ -40,20 +39,3 @@ class AuxiliaryEmbedding(nn.Module):
         """Map `[...]` float64 to `[..., H]` in the head's dtype."""
         weight: Tensor = next(self.head.parameters())
         return self.head(self.features(auxiliaries).to(weight.dtype))
-
-    @torch.no_grad()
-    def fit(self, auxiliaries: Tensor, embeddings: Tensor) -> None:
-        """Set a linear head to the smallest least-squares solution.
-
-        Args:
-            auxiliaries: `[G]` float64 in [0, 1).
-            embeddings: `[G, H]`, what they should be mapped to.
-
-        Raises:
-            ValueError: the head is not linear.
-        """
-        if len(self.head) > 1:
-            raise ValueError("expected predictor.head: linear, which can be fitted, found mlp")
-        features, targets = (part.to("cpu", torch.float64) for part in (self.features(auxiliaries), embeddings))
-        weight: Tensor = next(self.head.parameters())
-        weight.copy_(torch.linalg.lstsq(features, targets, driver="gelsd").solution.T)

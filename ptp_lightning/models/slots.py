@@ -208,17 +208,3 @@ class SlotEncoder(nn.Module):
         for embedding, carried in zip(self.embeddings, self.objective.inputs(auxiliaries), strict=True):
             slots = slots + embedding(carried)
         return slots
-
-    @torch.no_grad()
-    def start_at(self, auxiliaries: Tensor, slots: Tensor) -> None:
-        """Set the embedding of the auxiliary of a slot's own place, the first that it carries.
-
-        Args:
-            auxiliaries: `[G]` float64 in [0, 1).
-            slots: `[G, H]`, what slots that carry these should amount to; met as closely as the features allow.
-
-        Raises:
-            ValueError: the head is not linear.
-        """
-        embedding: AuxiliaryEmbedding = self.embeddings[0]  # pyright: ignore[reportAssignmentType]
-        embedding.fit(auxiliaries, slots - self.placeholder)

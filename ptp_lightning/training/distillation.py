@@ -29,7 +29,6 @@ from ptp_lightning.training.predictor_module import PredictorModule
 from ptp_lightning.training.proposals import best_of
 from ptp_lightning.training.right_probability import right_probability
 from ptp_lightning.training.student import propose
-from ptp_lightning.training.warm_start import start_warm
 from ptp_lightning.training.windows import TeacherWindows, WindowSample, WindowSource
 
 SLOTS = slice(1, None)  # positions of a window that slots predict
@@ -55,8 +54,6 @@ class DistillationModule(PredictorModule):
             `val/correct_tokens_best_of_{M}` (see `ptp_lightning.training.proposals`).
         seed: of all auxiliaries.
         position_weights: how much each slot of a window weighs in both losses.
-        warm_start: begin with slots that carry the embedding of the token which their u picks most often (see
-            `ptp_lightning.training.warm_start`); needs `predictor.head: linear`.
         val_sampling: further settings to validate, with the same auxiliaries; `predictor.sampling` always is, and its
             order is theirs. What they give is logged as `val/correct_tokens/temperature_0.50`, see `sampling_label`.
     """
@@ -73,7 +70,6 @@ class DistillationModule(PredictorModule):
         seed: int = 0,
         position_weights: PositionWeights = UniformWeights(),  # noqa: B008  frozen
         val_sampling: tuple[SamplingConfig, ...] = (),
-        warm_start: bool = False,
     ) -> None:
         require_sound(loss, predictor.objective.name)
         if predictor.student.trains_base:
@@ -94,8 +90,6 @@ class DistillationModule(PredictorModule):
         self.num_proposals = num_proposals
         self.seed = seed
         self.position_weights = position_weights
-        if warm_start:
-            start_warm(self.predictor)
         usual = predictor.sampling
         self.val_sampling = {
             sampling_label(sampling, usual): replace(sampling, order=usual.order) for sampling in val_sampling

@@ -18,7 +18,7 @@ from ptp_lightning.models.context import Context
 from ptp_lightning.models.predictor_config import PredictorConfig
 from ptp_lightning.models.slots import CategoricalObjective
 from ptp_lightning.randomness import keyed_generator
-from ptp_lightning.sampling import require
+from ptp_lightning.sampling import TokenDistribution, require
 from ptp_lightning.training.inversion import followed_by_nothing, invert
 from ptp_lightning.training.optimization import OptimizerSettings
 from ptp_lightning.training.predictor_module import PredictorModule
@@ -62,18 +62,18 @@ class InverseAutoregressiveModule(PredictorModule):
     Args:
         predictor: with `student: SharedStudent` and the categorical objective; `backbone.from_config` starts from
             random weights.
-        loss: cross entropy, of slots and of next tokens.
+        loss: cross entropy, of next tokens, and of slots by default.
         strategy: where in its token's interval an auxiliary lies.
         optimizer: optimiser and schedule.
-        slot_loss: compares slots with the network's own next-token distributions along the data, which get no gradient;
-            by default `loss` compares them with the data's tokens, as in the paper. Both have the same optimum, and
-            distributions say in one window what takes many sampled tokens.
         autoregressive_loss_weight: of the next-token loss per token against the loss per slot; 0 leaves it out, so that
             only the slots' view of the context trains its encoding.
         seed: of all auxiliaries.
+        slot_loss: of slots. One that needs a teacher compares them with the network's own next-token distributions
+            along the data, which get no gradient; `loss`, the default, compares them with the data's tokens, as in the
+            paper. Both have the same optimum, and a distribution says at once what takes many sampled tokens.
 
     Raises:
-        ValueError: the student, objective, refiner or temperature has no teacher-free training; names the key.
+        ValueError: the student, objective, loss, refiner or temperature has no teacher-free training; names the key.
     """
 
     def __init__(
@@ -87,18 +87,18 @@ class InverseAutoregressiveModule(PredictorModule):
         slot_loss: Loss | None = None,
     ) -> None:
         require_teacher_free(predictor)
-        if slot_loss is not None:
-            require_sound(slot_loss, predictor.objective.name)
-            if slot_loss.needs_teacher and autoregressive_loss_weight == 0:
-                raise ValueError(
-                    "expected model.init_args.autoregressive_loss_weight > 0 beside model.init_args.slot_loss "
-                    f"{type(slot_loss).__name__}, found 0: slots would learn predictions that nothing trains"
-                )
-        super().__init__(predictor, optimizer)
+        slot_loss = loss if slot_loss is None else slot_loss
+        require_sound(slot_loss, predictor.objective.name)
         if not 0 <= autoregressive_loss_weight < math.inf:
             raise ValueError(
                 f"expected model.init_args.autoregressive_loss_weight >= 0, found {autoregressive_loss_weight}"
             )
+        if slot_loss.needs_teacher and autoregressive_loss_weight == 0:
+            raise ValueError(
+                "expected model.init_args.autoregressive_loss_weight > 0 beside model.init_args.slot_loss "
+                f"{type(slot_loss).__name__}, found 0: slots would learn predictions that nothing trains"
+            )
+        super().__init__(predictor, optimizer)
         self.loss = loss
         self.slot_loss = slot_loss
         self.strategy = strategy
@@ -117,7 +117,7 @@ class InverseAutoregressiveModule(PredictorModule):
         windows = self._fill(batch, context, generator)
         of_slots = self._slot_loss(batch, context, windows)
         labels = next_token_labels(batch)
-        of_tokens = self._loss(context.hidden, labels, labels != IGNORED_LABEL)
+        of_tokens = self._sum(self.loss, context.hidden, labels, labels != IGNORED_LABEL)
         slot_nats, token_nats = torch.stack([of_slots.total, of_tokens.total]) / self._mean_counts(
             of_slots.count, of_tokens.count
         )
@@ -165,7 +165,7 @@ class InverseAutoregressiveModule(PredictorModule):
         self.reference_nats.update(nll.view_as(positions)[windows.mask], positions[windows.mask])
 
         labels = next_token_labels(batch)
-        total, count = self._loss(context.hidden, labels, labels != IGNORED_LABEL)
+        total, count = self._sum(self.loss, context.hidden, labels, labels != IGNORED_LABEL)
         self.next_token_nats.update(total / count.clamp_min(1), count)
 
         sample = TeacherWindows().sample(self.predictor, batch, context, generator, self.end_of_text)
@@ -202,19 +202,21 @@ class InverseAutoregressiveModule(PredictorModule):
         return FilledWindows(token_ids, auxiliaries.values, mask, hidden)
 
     def _slot_loss(self, batch: PackedBatch, context: Context, windows: FilledWindows) -> LossSum:
-        token_ids, mask = windows.token_ids[..., 1:], windows.mask[..., 1:]
-        if self.slot_loss is None:
-            return self._loss(windows.hidden, token_ids, mask)
-        with torch.no_grad():
-            told_tokens = hidden_before_tokens(batch, context, windows.mask.shape[-1])[..., 1:, :].flatten(0, 2)
-            target = context.sampling.with_target(self.predictor.logits(told_tokens))[1]
-        targets = SlotTargets(token_ids.flatten(), target, mask.flatten().to(torch.float32))
-        return self.slot_loss(windows.hidden.flatten(0, 2), self.predictor.slot_logits, targets)
+        own = self._own_predictions(batch, context) if self.slot_loss.needs_teacher else None
+        return self._sum(self.slot_loss, windows.hidden, windows.token_ids[..., 1:], windows.mask[..., 1:], own)
 
-    def _loss(self, hidden: Tensor, token_ids: Tensor, mask: Tensor) -> LossSum:
-        """Cross entropy of hidden states `[..., H]` against tokens `[...]` where the mask is true."""
-        targets = SlotTargets(token_ids.flatten(), None, mask.flatten().to(torch.float32))
-        return self.loss(hidden.flatten(0, -2), self.predictor.slot_logits, targets)
+    @torch.no_grad()
+    def _own_predictions(self, batch: PackedBatch, context: Context) -> TokenDistribution:
+        """What the network says of the slots' tokens when it reads the tokens before them: `[B * N * (L - 1), K]`."""
+        hidden = hidden_before_tokens(batch, context, self.predictor.config.window_length)[..., 1:, :]
+        return context.sampling.with_target(self.predictor.logits(hidden.flatten(0, 2)))[1]
+
+    def _sum(
+        self, loss: Loss, hidden: Tensor, token_ids: Tensor, mask: Tensor, teacher: TokenDistribution | None = None
+    ) -> LossSum:
+        """A loss of hidden states `[..., H]` that stand before tokens `[...]`, where the mask is true."""
+        targets = SlotTargets(token_ids.flatten(), teacher, mask.flatten().to(torch.float32))
+        return loss(hidden.flatten(0, -2), self.predictor.slot_logits, targets)
 
 
 def require_teacher_free(config: PredictorConfig) -> None:

@@ -86,7 +86,6 @@ def combinations() -> list[dict[str, Any]]:
             "source": source,
             "position_weights": as_yaml("losses", weights),
             "num_proposals": 1 + index // 4 % 2,
-            "warm_start": index < len(FEATURES) and objective in ("OneHotObjective", "CategoricalObjective"),
         }
         for (objective, loss), features, source, student, weights, order, index in rows
     ]

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from typing import Literal
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ptp_lightning.auxiliary import draw_auxiliaries, likely_pick, pick, pick_each, token_interval
+from ptp_lightning.auxiliary import draw_auxiliaries, likely_pick, pick, token_interval
 from ptp_lightning.auxiliary_strategies import UniformInInterval
 from ptp_lightning.sampling import Sampler, SamplingConfig, TokenDistribution
 from tests.goodness_of_fit import chi_square, chi_square_bound
@@ -152,14 +151,6 @@ def test_pick_by_hand():
     assert pick(u, repeat(P, 6)).tolist() == [1, 1, 3, 3, 4, 4]  # F_j > u: a boundary belongs to the next token
     listed = TokenDistribution(P.probabilities, torch.tensor([9, 8, 7, 6, 5, 4]))
     assert pick(u, repeat(listed, 6)).tolist() == [8, 8, 6, 6, 5, 5]
-
-
-@pytest.mark.parametrize("order", ["vocabulary", "descending"])
-def test_pick_each_is_pick_for_every_pair(order: Literal["vocabulary", "descending"]):
-    P = SamplingConfig(top_k=5, order=order).distribution(torch.randn(2, 3, 11, generator=generator()))
-    u = torch.rand(7, dtype=torch.float64, generator=generator(1))
-    one_by_one = [pick(value.expand(2, 3), P) for value in u]
-    assert torch.equal(pick_each(u, P), torch.stack(one_by_one, dim=-1))
 
 
 def test_token_interval_by_hand():

@@ -5,11 +5,7 @@ import torch
 
 from ptp_lightning.models.auxiliary_embedding import AuxiliaryEmbedding
 from ptp_lightning.models.auxiliary_features import AuxiliaryFeatures
-from ptp_lightning.models.continuous_features import (
-    LinearInterpolationFeatures,
-    MultiscaleHatFeatures,
-    RawFloatFeatures,
-)
+from ptp_lightning.models.continuous_features import RawFloatFeatures
 from ptp_lightning.models.stepped_features import BinaryFeatures
 from tests.unit.models.test_auxiliary_features import ALL, uniform
 
@@ -65,33 +61,3 @@ def test_mlp_head_is_not_linear_in_its_features() -> None:
     u = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
     low, middle, high = AuxiliaryEmbedding(RawFloatFeatures(), "mlp", 8, scale=1.0)(u)
     assert not torch.allclose((low + high) / 2, middle, atol=1e-3)
-
-
-class TestFit:
-    def test_meets_what_the_features_can_say(self) -> None:
-        u = uniform(64)
-        target = torch.stack([3 * u - 1, -u, 0.5 - u], dim=-1).float()
-        embedding = AuxiliaryEmbedding(LinearInterpolationFeatures(1), "linear", 3, scale=1.0)
-        embedding.fit(u, target)
-        torch.testing.assert_close(embedding(u), target, atol=1e-5, rtol=1e-5)
-
-    def test_misses_the_rest_by_least_squares(self) -> None:
-        """One feature, f = (u - 1/2) sqrt(12): the weight is sum(f y) / sum(f f)."""
-        u = torch.tensor([0.0, 0.5], dtype=torch.float64)
-        embedding = AuxiliaryEmbedding(RawFloatFeatures(), "linear", 1, scale=1.0)
-        embedding.fit(u, torch.tensor([[1.0], [7.0]]))
-        (weight,) = embedding.parameters()
-        assert weight.item() == pytest.approx(-1 / 3**0.5)
-
-    def test_grids_that_say_the_same_share_the_weight(self) -> None:
-        """The smallest of many solutions is taken: two equal grids get half each."""
-        u = uniform(64)
-        embedding = AuxiliaryEmbedding(MultiscaleHatFeatures((2, 2)), "linear", 1, scale=1.0)
-        embedding.fit(u, u.float().unsqueeze(-1))
-        (weight,) = embedding.parameters()
-        torch.testing.assert_close(weight[:, :3], weight[:, 3:])
-
-    def test_an_mlp_is_refused(self) -> None:
-        embedding = AuxiliaryEmbedding(RawFloatFeatures(), "mlp", 1, scale=1.0)
-        with pytest.raises(ValueError, match="predictor.head: linear"):
-            embedding.fit(torch.zeros(1, dtype=torch.float64), torch.zeros(1, 1))

@@ -103,7 +103,7 @@ class TestTraining:
         module._trainer = type("Trainer", (), {"strategy": reduced, "global_rank": 0, "global_step": 0})()  # pyright: ignore
         module.log = lambda *args, **named: None  # pyright: ignore
         module.autoregressive_loss_weight = 0.3
-        module.slot_loss = slot_loss
+        module.slot_loss = slot_loss or module.loss
         predictor.zero_grad()
         loss = module.training_step(batch, 0)
         loss.backward()
