@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from ptp_lightning.models.decoder_stack import decoder_stack
 from ptp_lightning.models.gated_lora import Gate
 
 if TYPE_CHECKING:
@@ -32,24 +33,10 @@ class LowerLayers:
     """
 
     def __init__(self, model: PreTrainedModel, num_layers: int, gate: Gate) -> None:
-        decoder: nn.Module = getattr(model, model.base_model_prefix)
-        depth = cast(int, model.config.num_hidden_layers)
-        if num_layers > depth:
-            raise ValueError(
-                f"expected predictor.refiner.base_layers <= {depth} (the base model's layers), found {num_layers}"
-            )
-        stacks = [
-            name for name, part in decoder.named_children() if isinstance(part, nn.ModuleList) and len(part) == depth
-        ]
-        if len(stacks) != 1:
-            raise ValueError(
-                f"expected one list of {depth} layers in {type(decoder).__name__}, found {len(stacks)}: set "
-                "predictor.refiner.base_layers to 0"
-            )
+        decoder, name, layers = decoder_stack(model, num_layers, "predictor.refiner.base_layers")
         # A shallow copy with fewer entries in the one list runs the model's own forward, masks and positions included.
         shallow: Any = copy.copy(decoder)
-        layers = cast(nn.ModuleList, decoder.get_submodule(stacks[0]))
-        shallow._modules = decoder._modules | {stacks[0]: nn.ModuleList(list(layers)[:num_layers])}
+        shallow._modules = decoder._modules | {name: nn.ModuleList(list(layers)[:num_layers])}
         shallow._forward_hooks, shallow._forward_pre_hooks = OrderedDict(), OrderedDict()  # not for this part of a call
         shallow.config = copy.copy(model.config)
         shallow.config.num_hidden_layers = num_layers

@@ -56,7 +56,7 @@ class ParallelTokenPredictor(nn.Module):
         _require_plain_head(backbone)
         self.slot_encoder = SlotEncoder(config.objective, config.features, config.head, table)
         if config.refiner.num_layers:
-            self.slot_encoder.refiner = Refiner(backbone.config, config.refiner)
+            self.slot_encoder.refiner = Refiner(backbone, config.refiner)
         if config.sampling_range is not None:
             self.slot_encoder.settings = SettingsEmbedding(*table.shape)
             if config.refiner.num_layers:

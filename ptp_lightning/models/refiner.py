@@ -12,18 +12,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from ptp_lightning.models.lower_layers import LowerLayers
+from ptp_lightning.models.refiner_layers import last_layers, new_layers, stream_scale
 
 if TYPE_CHECKING:
-    from transformers import DynamicCache, PretrainedConfig
+    from transformers import DynamicCache, PreTrainedModel
 
 RMS_EPSILON = 1e-6
-DEFAULT_EXPANSION = 3  # width of the MLPs in units of the model's width
+HIDDEN_SHARE = 1 / 3  # of hidden states in what copied layers read at first; the rest is what is known of the token
 
 
 @dataclass(frozen=True)
@@ -32,21 +33,24 @@ class RefinerSettings:
 
     Args:
         num_layers: decoder layers, of the base model's width and number of heads; 0 for no refiner.
-        intermediate_size: width of their MLPs, by default three times the model's.
+        intermediate_size: width of their MLPs, by default three times the model's; of new layers only.
         rounds: how often a draft is refined. Round k lets token k + 1 know all tokens before it as they will stand, so
             more than window_length - 1 change nothing. A round costs `num_layers` + `base_layers` layers and a head on
             slots alone.
         base_layers: first layers of the base model that read the tokens, so that slots are told what these layers make
             of them instead of bare embeddings (see `LowerLayers`).
+        start: `random` for new layers, or `last_layers` for copies of the base model's last ones, which can already
+            tell from a context what comes next, and learn in far fewer steps.
 
     Raises:
-        ValueError: a value is out of range; names the key.
+        ValueError: a value is out of range, or two contradict each other; names the key.
     """
 
     num_layers: int = 0
     intermediate_size: int | None = None
     rounds: int = 3
     base_layers: int = 0
+    start: Literal["random", "last_layers"] = "random"
 
     def __post_init__(self) -> None:
         for name, minimum in (("num_layers", 0), ("intermediate_size", 1), ("rounds", 1), ("base_layers", 0)):
@@ -58,50 +62,50 @@ class RefinerSettings:
                 "expected predictor.refiner.num_layers >= 1 beside predictor.refiner.base_layers "
                 f"{self.base_layers}, found 0: without a refiner nobody is told what they say"
             )
+        if self.start not in ("random", "last_layers"):
+            raise ValueError(f"expected predictor.refiner.start random or last_layers, found {self.start!r}")
+        if self.start == "last_layers" and (self.num_layers == 0 or self.intermediate_size is not None):
+            raise ValueError(
+                "expected predictor.refiner.num_layers >= 1 and no intermediate_size beside predictor.refiner.start "
+                f"last_layers, whose size is the base model's, found {self.num_layers} and {self.intermediate_size}"
+            )
 
 
 class Refiner(nn.Module):
     """Decoder layers over pairs of a last hidden state and the token at its place.
 
     Args:
-        base: configuration of the base model.
-        settings: size.
+        model: the base model.
+        settings: size and start.
 
     Raises:
-        ValueError: heads of this size cannot be rotated.
+        ValueError: new layers cannot have heads of the base model's size, or copied ones do not fit in here.
     """
 
-    def __init__(self, base: PretrainedConfig, settings: RefinerSettings) -> None:
+    def __init__(self, model: PreTrainedModel, settings: RefinerSettings) -> None:
         super().__init__()
-        from transformers import LlamaConfig
-        from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
-
-        hidden_size, num_heads = cast(int, base.hidden_size), cast(int, base.num_attention_heads)
-        if hidden_size % (2 * num_heads):
-            raise ValueError(
-                f"expected a base model whose width is an even multiple of its heads, found {hidden_size} and "
-                f"{num_heads}: set predictor.refiner.num_layers to 0"
-            )
-        config = LlamaConfig(
-            hidden_size=hidden_size,
-            intermediate_size=settings.intermediate_size or DEFAULT_EXPANSION * hidden_size,
-            num_hidden_layers=settings.num_layers,
-            num_attention_heads=num_heads,
-            attn_implementation="sdpa",  # pyright: ignore[reportCallIssue]  taken by every configuration
-        )
+        hidden_size = cast(int, model.config.hidden_size)
         self.join = nn.Linear(2 * hidden_size, hidden_size, bias=False)
-        layers = [LlamaDecoderLayer(config, index) for index in range(settings.num_layers)]
+        copied = settings.start == "last_layers"
+        if copied:
+            layers, self.rotary = last_layers(model, settings.num_layers)
+        else:
+            layers, self.rotary = new_layers(model.config, settings.num_layers, settings.intermediate_size)
         self.layers = nn.ModuleList(layers)
-        self.rotary = LlamaRotaryEmbedding(config)
         self.out = nn.Linear(hidden_size, hidden_size, bias=False)
-        for parameter in self.parameters():
-            if parameter.ndim == 2:
-                nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+        if copied:
+            scale = stream_scale(model, settings.num_layers)
+            shares = [HIDDEN_SHARE * torch.eye(hidden_size), (1 - HIDDEN_SHARE) * torch.eye(hidden_size)]
+            self.join.weight.data = scale * torch.cat(shares, dim=1)
+        else:
+            for parameter in self.parameters():
+                if parameter.ndim == 2:
+                    nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+            for layer in cast("list[Any]", layers):
+                nn.init.zeros_(layer.self_attn.o_proj.weight)
+                nn.init.zeros_(layer.mlp.down_proj.weight)
         # What is added to a residual stream starts at zero: an untrained refiner changes nothing.
         nn.init.zeros_(self.out.weight)
-        for layer in layers:
-            nn.init.zeros_(layer.self_attn.o_proj.weight)
-            nn.init.zeros_(layer.mlp.down_proj.weight)
 
     def forward(
         self,

@@ -78,7 +78,7 @@ def combinations() -> list[dict[str, Any]]:
                 "head": "linear" if index < len(FEATURES) else "mlp",
                 "student": as_yaml("models", (student, {})),
                 # The divisors keep these apart from the lists of two and three entries.
-                "refiner": {"num_layers": index // 2 % 2, "rounds": 2, "base_layers": index // 2 % 2 * (index % 3)},
+                "refiner": refiner(index) if index // 2 % 2 else {"num_layers": 0},
                 "sampling": {"temperature": 0.7, "top_k": 50, "top_p": 0.9, "order": order},
                 "sampling_range": RANGE if index // 3 % 2 else None,
             },
@@ -89,6 +89,12 @@ def combinations() -> list[dict[str, Any]]:
         }
         for (objective, loss), features, source, student, weights, order, index in rows
     ]
+
+
+def refiner(index: int) -> dict[str, Any]:
+    """Starts and numbers of base layers in all pairs; the divisors as below."""
+    start = "last_layers" if index // 4 % 2 else "random"
+    return {"num_layers": 1, "rounds": 2, "base_layers": index % 3, "start": start}
 
 
 def named(combination: dict[str, Any]) -> str:
