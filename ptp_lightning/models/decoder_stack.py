@@ -18,13 +18,14 @@ class DecoderStack(NamedTuple):
     layers: nn.ModuleList
 
 
-def decoder_stack(model: PreTrainedModel, num_layers: int, key: str) -> DecoderStack:
+def decoder_stack(model: PreTrainedModel, num_layers: int, key: str, instead: str) -> DecoderStack:
     """Find the layers of which some are wanted.
 
     Args:
         model: a causal LM.
         num_layers: how many are wanted.
         key: of the configuration that asks for them, for errors.
+        instead: what to do where the layers are not found, likewise.
 
     Raises:
         ValueError: the model has fewer, or keeps them in a way that is not known.
@@ -40,6 +41,6 @@ def decoder_stack(model: PreTrainedModel, num_layers: int, key: str) -> DecoderS
     ]
     if len(stacks) != 1:
         raise ValueError(
-            f"expected one list of {depth} layers in {type(decoder).__name__}, found {len(stacks)}: mend {key}"
+            f"expected one list of {depth} layers in {type(decoder).__name__}, found {len(stacks)}: {instead}"
         )
     return DecoderStack(decoder, *stacks[0])

@@ -33,7 +33,9 @@ class LowerLayers:
     """
 
     def __init__(self, model: PreTrainedModel, num_layers: int, gate: Gate) -> None:
-        decoder, name, layers = decoder_stack(model, num_layers, "predictor.refiner.base_layers")
+        decoder, name, layers = decoder_stack(
+            model, num_layers, "predictor.refiner.base_layers", "set predictor.refiner.base_layers to 0"
+        )
         # A shallow copy with fewer entries in the one list runs the model's own forward, masks and positions included.
         shallow: Any = copy.copy(decoder)
         shallow._modules = decoder._modules | {name: nn.ModuleList(list(layers)[:num_layers])}

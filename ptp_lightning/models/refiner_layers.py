@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 DEFAULT_EXPANSION = 3  # width of new MLPs in units of the model's width
 LAYER_ARGUMENTS = {"attention_mask", "cache", "position_embeddings"}
 """What decoder layers are called with in here, as transformers calls those of Llama, Mistral, Qwen and their kin."""
-MAX_PROBED = 64
+MAX_PROBED = 64  # tokens whose stream is measured
 
 
 def new_layers(
@@ -53,12 +53,12 @@ def last_layers(model: PreTrainedModel, num_layers: int) -> tuple[list[nn.Module
     Raises:
         ValueError: the base model has fewer layers, or calls them in another way.
     """
-    decoder, _, layers = decoder_stack(model, num_layers, "predictor.refiner.num_layers")
+    new_instead = "set predictor.refiner.start to random"
+    decoder, _, layers = decoder_stack(model, num_layers, "predictor.refiner.num_layers", new_instead)
     rotary: nn.Module | None = getattr(decoder, "rotary_emb", None)
     if rotary is None or not set(inspect.signature(layers[-1].forward).parameters) >= LAYER_ARGUMENTS:
         raise ValueError(
-            f"expected layers that are called as Llama's are, found {type(layers[-1]).__name__}: set "
-            "predictor.refiner.start to random"
+            f"expected layers that are called as Llama's are, found {type(layers[-1]).__name__}: {new_instead}"
         )
     copies: list[nn.Module] = [copy.deepcopy(layer) for layer in list(layers)[-num_layers:]]
     for index, layer in enumerate(copies):

@@ -92,7 +92,7 @@ def combinations() -> list[dict[str, Any]]:
 
 
 def refiner(index: int) -> dict[str, Any]:
-    """Starts and numbers of base layers in all pairs; the divisors as below."""
+    """Starts and numbers of base layers in all pairs; for the divisors see `combinations`."""
     start = "last_layers" if index // 4 % 2 else "random"
     return {"num_layers": 1, "rounds": 2, "base_layers": index % 3, "start": start}
 

@@ -289,6 +289,21 @@ class TestRefusals:
         with pytest.raises(ValueError, match="called as Llama's are, found GPT.*set predictor.refiner.start to random"):
             make_predictor(family, start="last_layers")
 
+    @pytest.mark.parametrize(
+        ("settings", "instead"),
+        [
+            (RefinerSettings(1, start="last_layers"), "set predictor.refiner.start to random"),
+            (RefinerSettings(1, base_layers=1), "set predictor.refiner.base_layers to 0"),
+        ],
+    )
+    def test_layers_that_are_not_found(self, settings: RefinerSettings, instead: str) -> None:
+        """Two lists of the same length: which are the layers?"""
+        model = TINY_MODELS["llama"]()
+        decoder: Any = model.get_decoder()
+        decoder.others = torch.nn.ModuleList([torch.nn.Identity(), torch.nn.Identity()])
+        with pytest.raises(ValueError, match=f"one list of 2 layers in LlamaModel, found 2: {instead}"):
+            ParallelTokenPredictor(PredictorConfig(lora=LoraSettings(rank=2), refiner=settings), model)
+
     def test_more_last_layers_than_there_are(self) -> None:
         with pytest.raises(ValueError, match="predictor.refiner.num_layers <= 2 .*found 3"):
             Refiner(TINY_MODELS["llama"](), RefinerSettings(num_layers=3, start="last_layers"))
