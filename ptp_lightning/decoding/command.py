@@ -9,16 +9,20 @@ from argparse import ArgumentError
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ptp_lightning.decoding.generation import Generation, GenerationSettings
-from ptp_lightning.decoding.text import DecoderName, encode_prompt, end_of_text_ids, generate, tokenizer_of
+from ptp_lightning.decoding.slot_allocation import correct_lengths, expected_tokens
+from ptp_lightning.decoding.slot_budget import best_budget, measure_costs
+from ptp_lightning.decoding.text import DecoderName, encode_prompt, end_of_text_ids, generate_batch, tokenizer_of
 from ptp_lightning.models.checkpoint import load_predictor
+from ptp_lightning.models.predictor import ParallelTokenPredictor
 from ptp_lightning.sampling import SamplingConfig
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
+MILLISECONDS_PER_SECOND = 1000
 SAMPLING_OPTIONS = ("temperature", "top_k", "top_p")
 
 
@@ -38,6 +42,10 @@ def run(args: Sequence[str]) -> None:
     prompts = _prompts(options.prompt, options.prompts)
     given = {name: options[name] for name in SAMPLING_OPTIONS if options[name] is not None}
     lengths = {"max_new_tokens": options.max_new_tokens, "window_length": options.window_length}
+    if options.slot_budget != "auto":
+        lengths["slot_budget"] = options.slot_budget
+    if options.batch_size < 1:
+        raise ValueError(f"expected --batch_size >= 1, found {options.batch_size}")
     settings = GenerationSettings(  # before the model is loaded: what is out of range is said at once
         SamplingConfig(**given), seed=options.seed, **{name: n for name, n in lengths.items() if n is not None}
     )
@@ -45,7 +53,7 @@ def run(args: Sequence[str]) -> None:
     tokenizer = tokenizer_of(predictor)
     sampling = replace(predictor.config.sampling, **given)
     config = predictor.config
-    if not config.is_trained_for(sampling) and options.decoder == "speculative":
+    if not config.is_trained_for(sampling) and options.decoder != "autoregressive":
         trained_for = _describe(config.sampling) if config.sampling_range is None else config.sampling_range
         print(
             f"note: the adapter was trained for {trained_for}; with {_describe(sampling)} the text is exact all the "
@@ -58,23 +66,38 @@ def run(args: Sequence[str]) -> None:
         except ValueError as error:
             where = f"{options.prompts} line {number}" if options.prompts is not None else "--prompt"
             raise ValueError(f"{where}: {error}") from error
-    end_of_text = end_of_text_ids(predictor, tokenizer)
-    for number, prompt in enumerate(prompts):
-        if not options.json:
-            print("\n" * min(number, 1) + prompt, end="", flush=True)
-        generation = generate(
+    settings = replace(
+        settings,
+        sampling=sampling,
+        window_length=settings.window_length if options.window_length else config.window_length,
+        end_of_text=end_of_text_ids(predictor, tokenizer),
+    )
+    if options.decoder == "partial_quadratic" and options.slot_budget == "auto":
+        settings = replace(settings, slot_budget=_measured_budget(predictor, settings))
+    for first in range(0, len(prompts), options.batch_size):
+        some = prompts[first : first + options.batch_size]
+        streams = len(some) == 1 and not options.json
+        if streams:
+            print("\n" * min(first, 1) + some[0], end="", flush=True)
+        generations = generate_batch(
             predictor,
-            prompt,
-            max_new_tokens=options.max_new_tokens,
+            some,
+            max_new_tokens=settings.max_new_tokens,
             sampling=sampling,
-            seed=options.seed,
+            seed=settings.seed,
             decoder=options.decoder,
-            window_length=options.window_length,
-            end_of_text=end_of_text,
+            window_length=settings.window_length,
+            slot_budget=settings.slot_budget,
+            end_of_text=settings.end_of_text,
             tokenizer=tokenizer,
-            on_text=None if options.json else _stream,
+            on_text=_stream if streams else None,
         )
-        print(json.dumps(as_json(generation)) if options.json else f"\n\n{_summary(generation)}", flush=True)
+        for number, generation in enumerate(generations, start=first):
+            if options.json:
+                print(json.dumps(as_json(generation)), flush=True)
+            else:
+                text = "" if streams else "\n" * min(number, 1) + generation.prompt + generation.text
+                print(f"{text}\n\n{_summary(generation)}", flush=True)
 
 
 def as_json(generation: Generation) -> dict[str, Any]:
@@ -100,9 +123,21 @@ def _parser() -> ArgumentParser:
     add("--temperature", type=float, help="0 is greedy; this and the next two are by default the adapter's own")
     add("--top_k", type=int, help="keep the k most likely tokens; more than the vocabulary keeps all")
     add("--top_p", type=float, help="keep the most likely tokens that hold this mass together")
-    add("--seed", type=int, default=0, help="of the auxiliaries; both decoders give the same text for it")
-    add("--decoder", type=DecoderName, default="speculative", help="several tokens per call, or one (the reference)")
+    add("--seed", type=int, default=0, help="of the auxiliaries; all decoders give the same text for it")
+    add(
+        "--decoder",
+        type=DecoderName,
+        default="speculative",
+        help="several tokens per call, or one (autoregressive, the reference)",
+    )
     add("--window_length", type=int, help="tokens drafted per cycle; by default as in training")
+    add(
+        "--slot_budget",
+        type=Literal["auto"] | int,
+        default="auto",
+        help="slots of a call of partial quadratic decoding; auto measures what is fastest here",
+    )
+    add("--batch_size", type=int, default=1, help="prompts that are continued side by side; the texts are the same")
     add("--json", action="store_true", help="print one JSON object per prompt and nothing else")
     return parser
 
@@ -128,7 +163,19 @@ def _describe(sampling: SamplingConfig) -> str:
     return ", ".join(f"{name} {getattr(sampling, name)}" for name in SAMPLING_OPTIONS)
 
 
-def _stream(piece: str) -> None:
+def _measured_budget(predictor: ParallelTokenPredictor, settings: GenerationSettings) -> int:
+    lengths = correct_lengths(predictor, settings.window_length)
+    costs = measure_costs(predictor, settings, lengths)
+    budget = best_budget(lengths, costs)
+    print(
+        f"note: --slot_budget {budget}: {costs.of(budget) * MILLISECONDS_PER_SECOND:.1f} ms a call for "
+        f"{expected_tokens(lengths, budget):.2f} tokens, as far as its validation says",
+        file=sys.stderr,
+    )
+    return budget
+
+
+def _stream(_: int, piece: str) -> None:
     print(piece, end="", flush=True)
 
 

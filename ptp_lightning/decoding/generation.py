@@ -1,8 +1,8 @@
-"""What all decoders share: settings, auxiliaries by position, the cached context, the verified output, the result."""
+"""What all decoders share: settings, auxiliaries by position, the verified texts, the result."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -11,12 +11,12 @@ from torch import Tensor
 
 from ptp_lightning.auxiliary import draw_auxiliaries
 from ptp_lightning.models.predictor import ParallelTokenPredictor
-from ptp_lightning.models.refiner import RefinerContext
 from ptp_lightning.randomness import keyed_generator
 from ptp_lightning.sampling import SamplingConfig
 
 Finished = Literal["eos", "length"]
-OnTokens = Callable[[list[int]], None]
+OnTokens = Callable[[int, list[int]], None]
+"""Is called with the number of a prompt and the new tokens of its text."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,10 @@ class GenerationSettings:
     Args:
         sampling: the distribution Q of the base model that tokens are picked from.
         max_new_tokens: the text ends after this many tokens, or earlier at an end-of-text token.
-        seed: of the auxiliaries.
+        seed: of the auxiliaries; several give each prompt of a batch its own.
         end_of_text: token ids that end the text; the one that does is its last token.
         window_length: L, tokens drafted per cycle; may differ from training and never changes the text.
+        slot_budget: slots of a call of partial quadratic decoding, all branches together; never changes the text.
 
     Raises:
         ValueError: a value is out of range; names the key.
@@ -36,21 +37,31 @@ class GenerationSettings:
 
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     max_new_tokens: int = 64
-    seed: int = 0
+    seed: int | tuple[int, ...] = 0
     end_of_text: frozenset[int] = frozenset()
     window_length: int = 16
+    slot_budget: int = 16
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"expected max_new_tokens >= 1, found {self.max_new_tokens}")
+        for name in ("max_new_tokens", "slot_budget"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"expected {name} >= 1, found {getattr(self, name)}")
         if self.window_length < 2:
             raise ValueError(
                 f"expected window_length >= 2 (the first token of a window needs no slot), found {self.window_length}"
             )
 
-    def auxiliaries(self, device: torch.device) -> Tensor:
-        """`[1, max_new_tokens]` float64: u_k picks the k-th new token, in every decoder."""
-        return draw_auxiliaries((self.max_new_tokens,), keyed_generator(self.seed, "generate"), device).unsqueeze(0)
+    def auxiliaries(self, num_texts: int, device: torch.device) -> Tensor:
+        """`[num_texts, max_new_tokens]` float64: u_k picks the k-th new token of a text, in every decoder.
+
+        Raises:
+            ValueError: there are several seeds, but not one for each text.
+        """
+        seeds = (self.seed,) * num_texts if isinstance(self.seed, int) else self.seed
+        if len(seeds) != num_texts:
+            raise ValueError(f"expected a seed, or one for each of {num_texts} prompts, found {len(seeds)}: mend seed")
+        shape = (self.max_new_tokens,)
+        return torch.stack([draw_auxiliaries(shape, keyed_generator(seed, "generate"), device) for seed in seeds])
 
 
 @dataclass(frozen=True)
@@ -59,8 +70,8 @@ class Decoded:
 
     Attributes:
         token_ids: the new tokens, an end-of-text token included.
-        num_calls: forward passes of the base model, the one that reads the prompt included, and those of the student
-            where it is a network of its own.
+        num_calls: forward passes of the base model that this text took part in, the one that reads the prompt
+            included, and those of the student where it is a network of its own.
         finished: ended by an end-of-text token, or by `max_new_tokens`.
         correct_per_cycle: correct tokens of each draft, 1 .. L, its exact first token included; empty without drafts.
     """
@@ -96,208 +107,98 @@ class Generation(Decoded):
         return self.num_tokens / self.num_calls
 
 
-class CachedContext:
-    """The base model and the keys and values of the tokens it has read so far, and the same of a student's copy.
-
-    Slots share the base model's call if they run in the same network. A copy has its own call for them, in which it
-    first reads the tokens that it has not read yet: one call more in each cycle, for the first token of a window and
-    the verification still come from the base model.
+class VerifiedTexts:
+    """The new tokens of several prompts so far, all of them the base model's own picks, and who is still writing.
 
     Args:
-        predictor: the network.
-        sampling: settings of the text.
+        settings: what ends a text.
+        num_prompts: how many texts there are.
+        on_tokens: is called with the tokens of every commit.
 
     Attributes:
-        sampling: the same, with the predictor's token order.
-        length: tokens in the cache; the next one read has this position id.
-        num_calls: forward passes so far, those of a student's copy included.
+        rows: numbers of the texts that are not finished, in the order of the batch.
     """
 
-    def __init__(self, predictor: ParallelTokenPredictor, sampling: SamplingConfig) -> None:
-        from transformers import DynamicCache
-
-        self.predictor = predictor
-        self.sampling = predictor.sampler(sampling)
-        self.cache = DynamicCache()
-        self.length = 0
-        self.num_calls = 0
-        # What the refiner has not read yet; it does so when a draft needs it.
-        self._unrefined: list[tuple[Tensor, Tensor]] = []
-        refiner = predictor.refiner
-        self._pairs = None if refiner is None else RefinerContext(refiner, predictor.lower_layers)
-        self._copy = None if predictor.student_copy is None else StudentContext(predictor, sampling)
-
-    def read(self, token_ids: Tensor, auxiliaries: Tensor | None = None) -> Tensor:
-        """Append tokens to the context, and look ahead through slots, which leave no trace in it.
-
-        It is one call, or two where there are slots and the student is a copy.
-
-        Args:
-            token_ids: `[1, T]`, T >= 1.
-            auxiliaries: `[1, J + 1]`, those of a window that follows the tokens, with its J slots.
-
-        Returns:
-            Last hidden states `[1, T + J, H]`; those of tokens are the base model's own.
-        """
-        embeddings = self.predictor.embed(token_ids)
-        if auxiliaries is None or auxiliaries.shape[1] == 1:
-            return self._read_tokens(token_ids, embeddings)
-        if self._copy is not None:
-            hidden = self._read_tokens(token_ids, embeddings)
-            self.num_calls += 1
-            # Of a base model in bfloat16, hidden states are widened here and rounded back before its head.
-            return torch.cat([hidden, self._copy.look_ahead(auxiliaries)], dim=1)
-        num_slots = auxiliaries.shape[1] - 1
-        slots = self.predictor.embed_slots(auxiliaries, self.sampling.settings).to(embeddings.dtype)
-        with self.predictor.gate.open(suffix=num_slots):
-            hidden = self._call(torch.cat([embeddings, slots], dim=1))
-        self._crop(num_slots)
-        self._keep_for_refiner(hidden[:, :-num_slots], embeddings)
-        return hidden
-
-    def _read_tokens(self, token_ids: Tensor, embeddings: Tensor) -> Tensor:
-        with self.predictor.gate.closed():
-            hidden = self._call(embeddings)
-        self._keep_for_refiner(hidden, embeddings)
-        if self._copy is not None:
-            self._copy.note(token_ids)
-        return hidden
-
-    def refine(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
-        """Slots after the tokens read so far, refined; no call of the network, and no trace in the context.
-
-        Args:
-            hidden: `[1, J, H]`, last hidden states of the slots of the latest `read`.
-            token_ids: `[1, J]`, the tokens that they stand for.
-
-        Returns:
-            `[1, J, H]`.
-        """
-        assert self._pairs is not None, "checked by predictor.refinement_rounds"
-        if self._unrefined:
-            unread, embeddings = (torch.cat(tensors, dim=1) for tensors in zip(*self._unrefined, strict=True))
-            self._unrefined.clear()
-            self._pairs.read(unread, embeddings, *_following(self._pairs.length, unread))
-        embeddings = self.predictor.embed_draft(token_ids)
-        told = self.predictor.refiner_told(self.sampling.settings)
-        return self._pairs.refine(hidden, embeddings, *_following(self._pairs.length, hidden), told)
-
-    def _keep_for_refiner(self, hidden: Tensor, embeddings: Tensor) -> None:
-        if self._pairs is not None:
-            self._unrefined.append((hidden, embeddings))
-
-    def _call(self, embeddings: Tensor) -> Tensor:
-        """One forward pass over `[1, Q, H]`, each position seeing all before it; the cache grows by Q."""
-        position_ids, mask = _following(self.length, embeddings)
-        hidden = self.predictor.decode(embeddings, position_ids, mask, self.cache)
-        self.num_calls += 1
-        self.length += embeddings.shape[1]
-        return hidden
-
-    def forget(self, num_tokens: int) -> None:
-        """Cut the last tokens off, all of them of the latest `read`."""
-        self._crop(num_tokens)
-        if self._copy is not None:
-            self._copy.forget(num_tokens)
-        if self._pairs is not None and num_tokens:
-            hidden, embeddings = self._unrefined.pop()
-            self._keep_for_refiner(hidden[:, :-num_tokens], embeddings[:, :-num_tokens])
-
-    def _crop(self, num_positions: int) -> None:
-        self.cache.crop(-num_positions)
-        self.length -= num_positions
-
-
-class StudentContext:
-    """A student's copy of the base model, and the keys and values of the tokens it has read so far.
-
-    Args:
-        predictor: whose student is a copy.
-        sampling: settings of the text.
-    """
-
-    def __init__(self, predictor: ParallelTokenPredictor, sampling: SamplingConfig) -> None:
-        from transformers import DynamicCache
-
-        self._sampling = sampling
-        self._predictor = predictor
-        self._cache = DynamicCache()
-        self._length = 0
-        self._unread: list[Tensor] = []
-
-    def note(self, token_ids: Tensor) -> None:
-        """Append tokens `[1, T]` to the context; they are read when slots follow them."""
-        self._unread.append(token_ids)
-
-    def forget(self, num_tokens: int) -> None:
-        """Cut the last tokens off, all of them of the latest `note`."""
-        if num_tokens:
-            self._unread.append(self._unread.pop()[:, :-num_tokens])
-
-    def look_ahead(self, auxiliaries: Tensor) -> Tensor:
-        """One call that reads what is unread, at least one token, and then slots, which leave no trace.
-
-        Args:
-            auxiliaries: `[1, J + 1]`, those of a window that follows the tokens, with its J slots.
-
-        Returns:
-            Last hidden states of the slots `[1, J, H]`, for `slot_logits`.
-        """
-        num_slots = auxiliaries.shape[1] - 1
-        tokens = self._predictor.student_embed(torch.cat(self._unread, dim=1))
-        self._unread.clear()
-        slots = self._predictor.embed_slots(auxiliaries, self._sampling)
-        embeddings = torch.cat([tokens, slots.to(tokens.dtype)], dim=1)
-        position_ids, mask = _following(self._length, embeddings)
-        hidden = self._predictor.student_decode(embeddings, position_ids, mask, self._cache)
-        self._cache.crop(-num_slots)
-        self._length += tokens.shape[1]
-        return hidden[:, -num_slots:]
-
-
-def _following(length: int, states: Tensor) -> tuple[Tensor, Tensor]:
-    """Position ids `[1, Q]` and mask `[1, 1, Q, length + Q]` of states `[1, Q, H]` that each see all before them."""
-    num_queries, device = states.shape[1], states.device
-    position_ids = torch.arange(length, length + num_queries, device=device).unsqueeze(0)
-    mask = torch.ones(num_queries, length + num_queries, dtype=torch.bool, device=device).tril(length)
-    return position_ids, mask[None, None]
-
-
-class VerifiedOutput:
-    """The new tokens so far, all of them the base model's own picks.
-
-    Args:
-        settings: what ends the text.
-        on_tokens: is called with the tokens of every commit.
-    """
-
-    def __init__(self, settings: GenerationSettings, on_tokens: OnTokens | None) -> None:
-        self.token_ids: list[int] = []
-        self.finished: Finished | None = None
+    def __init__(self, settings: GenerationSettings, num_prompts: int, on_tokens: OnTokens | None) -> None:
+        self.rows = list(range(num_prompts))
+        self._token_ids: list[list[int]] = [[] for _ in self.rows]
+        self._finished: list[Finished | None] = [None] * num_prompts
+        self._num_calls = [0] * num_prompts
+        self._correct_per_cycle: list[list[int]] = [[] for _ in self.rows]
         self._settings = settings
         self._on_tokens = on_tokens
 
     @property
-    def remaining(self) -> int:
-        """Tokens that may still follow."""
-        return self._settings.max_new_tokens - len(self.token_ids)
+    def starts(self) -> list[int]:
+        """How many new tokens each unfinished text has."""
+        return [len(self._token_ids[row]) for row in self.rows]
 
-    def commit(self, token_ids: list[int]) -> int:
-        """Append verified tokens, at most `remaining` many, up to the first that ends the text.
+    @property
+    def remaining(self) -> list[int]:
+        """How many may still follow in each unfinished text."""
+        return [self._settings.max_new_tokens - start for start in self.starts]
 
-        Returns:
-            How many were taken.
+    def commit(self, new: Sequence[list[int]], num_calls: int, correct: Sequence[int] | None = None) -> None:
+        """Append verified tokens to each unfinished text: at most `remaining`, and up to the first that ends it.
+
+        Args:
+            new: token ids for each of `rows`.
+            num_calls: that it took.
+            correct: how many tokens of each draft were right; None if there was no draft.
         """
-        ends = (k for k, token_id in enumerate(token_ids) if token_id in self._settings.end_of_text)
-        end = next(ends, None)
+        for place, (row, token_ids) in enumerate(zip(self.rows, new, strict=True)):
+            num_committed = self._commit(row, token_ids)
+            self._num_calls[row] += num_calls
+            if correct is not None:
+                self._correct_per_cycle[row].append(min(correct[place], num_committed))
+
+    def _commit(self, row: int, token_ids: list[int]) -> int:
+        text = self._token_ids[row]
+        token_ids = token_ids[: self._settings.max_new_tokens - len(text)]
+        end = next((k for k, token_id in enumerate(token_ids) if token_id in self._settings.end_of_text), None)
         if end is not None:
-            token_ids, self.finished = token_ids[: end + 1], "eos"
-        self.token_ids += token_ids
-        if self.finished is None and self.remaining == 0:
-            self.finished = "length"
+            token_ids, self._finished[row] = token_ids[: end + 1], "eos"
+        text += token_ids
+        if self._finished[row] is None and len(text) == self._settings.max_new_tokens:
+            self._finished[row] = "length"
         if self._on_tokens is not None:
-            self._on_tokens(token_ids)
+            self._on_tokens(row, token_ids)
         return len(token_ids)
+
+    def drop_finished(self) -> list[int] | None:
+        """Take finished texts out of the batch: places of those that stay, or None if all do."""
+        staying = [place for place, row in enumerate(self.rows) if self._finished[row] is None]
+        if len(staying) == len(self.rows):
+            return None
+        self.rows = [self.rows[place] for place in staying]
+        return staying
+
+    def decoded(self) -> list[Decoded]:
+        """The texts, all of them finished."""
+        parts = zip(self._token_ids, self._num_calls, self._finished, self._correct_per_cycle, strict=True)
+        return [
+            Decoded(token_ids, num_calls, _not_none(finished), correct)
+            for token_ids, num_calls, finished, correct in parts
+        ]
+
+
+def _not_none(finished: Finished | None) -> Finished:
+    assert finished is not None, "the text goes on"
+    return finished
+
+
+def require_prompts(
+    predictor: ParallelTokenPredictor, prompts: Sequence[Sequence[int]], settings: GenerationSettings
+) -> None:
+    """Refuse to decode nothing, or prompts that `require_room` refuses.
+
+    Raises:
+        ValueError: names what to change.
+    """
+    if not prompts:
+        raise ValueError("expected at least one prompt, found none: mend prompts")
+    for prompt in prompts:
+        require_room(predictor, len(prompt), settings)
 
 
 def require_room(predictor: ParallelTokenPredictor, prompt_length: int, settings: GenerationSettings) -> None:

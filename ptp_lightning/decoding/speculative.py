@@ -6,69 +6,26 @@ drafts only decide how many calls it takes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from ptp_lightning.auxiliary import pick
-from ptp_lightning.decoding.generation import (
-    CachedContext,
-    Decoded,
-    GenerationSettings,
-    OnTokens,
-    VerifiedOutput,
-    require_room,
-)
+from ptp_lightning.decoding.context import BatchContext, columns_from, padded
+from ptp_lightning.decoding.generation import Decoded, GenerationSettings, OnTokens, VerifiedTexts, require_prompts
+from ptp_lightning.decoding.lookahead import Lookahead
+from ptp_lightning.decoding.proposing import Proposer, StudentProposer, propose
 from ptp_lightning.models.predictor import ParallelTokenPredictor
-from ptp_lightning.models.refiner import refine_draft
-from ptp_lightning.models.slots import Objective
-from ptp_lightning.sampling import Sampler
-
-
-class Proposer(Protocol):
-    """Turns slot logits into the draft of a window; any tokens will do, right ones save calls."""
-
-    def __call__(self, slot_logits: Tensor, auxiliaries: Tensor, start: int) -> Tensor:
-        """Tokens start .. start + J - 1 of the new text.
-
-        Args:
-            slot_logits: `[1, J, V]`, J >= 1.
-            auxiliaries: `[1, J]`, of the tokens to be proposed.
-            start: number of new tokens before the first proposed one.
-
-        Returns:
-            `[1, J]` int64.
-        """
-        ...
-
-
-@dataclass(frozen=True)
-class StudentProposer:
-    """What the slots were trained to say.
-
-    Args:
-        objective: of the predictor.
-        sampling: of the text.
-    """
-
-    objective: Objective
-    sampling: Sampler
-
-    def __call__(self, slot_logits: Tensor, auxiliaries: Tensor, start: int) -> Tensor:
-        """See `Proposer`."""
-        return self.objective.propose(slot_logits.float(), auxiliaries, self.sampling)
 
 
 @torch.inference_mode()
 def decode_speculatively(
     predictor: ParallelTokenPredictor,
-    prompt_ids: Tensor,
+    prompts: Sequence[Sequence[int]],
     settings: GenerationSettings,
     on_tokens: OnTokens | None = None,
     proposer: Proposer | None = None,
-) -> Decoded:
+) -> list[Decoded]:
     """Cycles of two calls, or three with a student's copy, that commit `accepted = correct + 1` tokens.
 
     The propose call reads the tokens that the cache lacks (the prompt, later the newest token) and the slots after
@@ -78,67 +35,55 @@ def decode_speculatively(
     every token is the base model's pick is correct (1 .. L tokens, for t_1 always is), and the base model's pick after
     it is committed as well, be it the correction of a wrong token or a bonus after the last.
 
-    The draft leaves room for that last pick, so windows shrink towards the end of the text. A single remaining
-    token is t_1 of a propose call and needs no verification.
+    The draft leaves room for that last pick, so windows shrink towards the end of the longest text. When a single token
+    remains, it is t_1 of a propose call and needs no verification.
 
     Args:
         predictor: in eval mode.
-        prompt_ids: `[1, S]` int64, S >= 1, on the predictor's device.
+        prompts: B lists of token ids, decoded side by side; each text is what it would be alone.
         settings: sampling settings other than the predictor's own cost correct tokens, not exactness.
-        on_tokens: is called once a cycle with the committed tokens.
+        on_tokens: is called once a cycle with the committed tokens of each text.
         proposer: makes the drafts; by default the predictor.
 
     Raises:
-        ValueError: the prompt is empty, or too long for `max_new_tokens` more.
+        ValueError: a prompt is empty, or too long for `max_new_tokens` more.
     """
-    require_room(predictor, prompt_ids.shape[1], settings)
-    auxiliaries = settings.auxiliaries(prompt_ids.device)
-    context = CachedContext(predictor, settings.sampling)
+    require_prompts(predictor, prompts, settings)
+    counts = [len(prompt) for prompt in prompts]
+    context = BatchContext(predictor, settings, counts)
     if proposer is None:
         proposer = StudentProposer(predictor.config.objective, context.sampling)
-    output = VerifiedOutput(settings, on_tokens)
-    correct_per_cycle: list[int] = []
-
-    unread = prompt_ids
-    while output.finished is None:
-        start = len(output.token_ids)
-        length = max(1, min(settings.window_length, output.remaining - 1))
-        window = slice(start, start + length)
+    texts = VerifiedTexts(settings, len(prompts), on_tokens)
+    unread = padded(prompts, context.device)
+    while texts.rows:
+        starts, calls_before = texts.starts, context.num_calls
+        length = max(1, min(settings.window_length, max(texts.remaining) - 1))
 
         # Propose.
-        hidden = context.read(unread, auxiliaries[:, window])[:, -length:]
-        first = pick(auxiliaries[:, start : start + 1], context.sampling.distribution(predictor.logits(hidden[:, :1])))
-        draft = _draft(context, first, hidden[:, 1:], auxiliaries[:, start + 1 : start + length], proposer, start + 1)
-        if output.remaining == 1:
-            output.commit(draft[0].tolist())
-            correct_per_cycle.append(1)
+        hidden, slots = context.read(unread, Lookahead.single(counts, length - 1, context.device))
+        context.keep(counts)
+        last = columns_from(hidden, [count - 1 for count in counts], 1)
+        first = pick(context.auxiliaries(starts, 1), context.sampling.distribution(predictor.logits(last)))
+        if max(texts.remaining) == 1:
+            texts.commit(first.tolist(), context.num_calls - calls_before, correct=[1] * len(starts))
             break
+        draft = propose(context, proposer, first, slots, starts)
 
-        # Verify: picks[j] is what the base model says after draft[j].
-        distribution = context.sampling.distribution(predictor.logits(context.read(draft)))
-        picks = pick(auxiliaries[:, start + 1 : start + length + 1], distribution)
+        # Verify: picks[:, j] is what the base model says after draft[:, j].
+        hidden, _ = context.read(draft)
+        distribution = context.sampling.distribution(predictor.logits(hidden))
+        picks = pick(context.auxiliaries([start + 1 for start in starts], length), distribution)
         correct = 1 + (draft[:, 1:] == picks[:, :-1]).cumprod(dim=1).sum(dim=1, keepdim=True)
 
         # Commit. The correct part of the draft is picks shifted by one. This is the cycle's one wait for the device.
-        num_correct, *tokens = torch.cat([correct, draft[:, :1], picks], dim=1)[0].tolist()
-        context.forget(length - num_correct)
-        unread = picks[:, num_correct - 1 : num_correct]
-        num_committed = output.commit(tokens[: num_correct + 1])
-        correct_per_cycle.append(min(num_correct, num_committed))
-    assert output.finished is not None
-    return Decoded(output.token_ids, context.num_calls, output.finished, correct_per_cycle)
-
-
-def _draft(
-    context: CachedContext, first: Tensor, slots: Tensor, auxiliaries: Tensor, proposer: Proposer, start: int
-) -> Tensor:
-    """The first token `[1, 1]` and what slots `[1, J, H]` propose after it, refined if they can be: `[1, J + 1]`."""
-    if slots.shape[1] == 0:
-        return first
-    predictor = context.predictor
-
-    def propose_again(token_ids: Tensor) -> Tensor:
-        return proposer(predictor.slot_logits(context.refine(slots, token_ids)), auxiliaries, start)
-
-    draft = torch.cat([first, proposer(predictor.slot_logits(slots), auxiliaries, start)], dim=1)
-    return refine_draft(draft, predictor.refinement_rounds, propose_again)
+        found = torch.cat([correct, first, picks], dim=1).tolist()
+        num_correct = [row[0] for row in found]
+        context.keep(num_correct)
+        texts.commit([row[1 : row[0] + 2] for row in found], context.num_calls - calls_before, num_correct)
+        unread = picks.gather(1, correct - 1)
+        staying = texts.drop_finished()
+        if staying:
+            context.select(staying)
+            unread = unread[staying]
+        counts = [1] * len(texts.rows)
+    return texts.decoded()

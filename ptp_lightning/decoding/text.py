@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from time import perf_counter
-from typing import TYPE_CHECKING, Literal
-
-import torch
+from typing import TYPE_CHECKING, Literal, TypedDict, Unpack
 
 from ptp_lightning.decoding.autoregressive import decode_autoregressively
-from ptp_lightning.decoding.generation import Generation, GenerationSettings, require_room
+from ptp_lightning.decoding.generation import Decoded, Generation, GenerationSettings, OnTokens, require_room
+from ptp_lightning.decoding.partial_quadratic import decode_partially_quadratically
 from ptp_lightning.decoding.speculative import decode_speculatively
 from ptp_lightning.models.predictor import ParallelTokenPredictor
 from ptp_lightning.pretrained import PATH_KEY, load_tokenizer
@@ -19,10 +18,42 @@ from ptp_lightning.sampling import SamplingConfig
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-DecoderName = Literal["autoregressive", "speculative"]
-DECODERS = {"autoregressive": decode_autoregressively, "speculative": decode_speculatively}
+DecoderName = Literal["autoregressive", "speculative", "partial_quadratic"]
+Decoder = Callable[
+    [ParallelTokenPredictor, Sequence[Sequence[int]], GenerationSettings, OnTokens | None], list[Decoded]
+]
+DECODERS: dict[str, Decoder] = {
+    "autoregressive": decode_autoregressively,
+    "speculative": decode_speculatively,
+    "partial_quadratic": decode_partially_quadratically,
+}
 INCOMPLETE = "\ufffd"  # stands for bytes that are no character, or not one yet
 NUM_PROMPT_TOKENS_BEFORE = 8  # what detokenisers look at: blanks and bytes at the seam of prompt and text
+
+
+class Options(TypedDict, total=False):
+    """What can be chosen beside the prompt.
+
+    Attributes:
+        max_new_tokens: the most tokens to add; 64.
+        sampling: by default the settings that the adapter was trained for; others may lower the acceptance.
+        seed: of the auxiliaries; 0. Several give each prompt of a batch its own.
+        decoder: "speculative" (default) and "partial_quadratic", several tokens per call, or "autoregressive", the
+            reference with one.
+        window_length: tokens drafted per cycle; by default as in training.
+        slot_budget: slots of a call of partial quadratic decoding; 16. `best_budget` finds what suits a machine.
+        end_of_text: token ids that end the text; by default those of the model's generation settings and tokenizer.
+        tokenizer: by default that of the base model, loaded anew in each call.
+    """
+
+    max_new_tokens: int
+    sampling: SamplingConfig | None
+    seed: int | tuple[int, ...]
+    decoder: DecoderName
+    window_length: int | None
+    slot_budget: int
+    end_of_text: Iterable[int] | None
+    tokenizer: PreTrainedTokenizerBase | None
 
 
 def tokenizer_of(predictor: ParallelTokenPredictor) -> PreTrainedTokenizerBase:
@@ -35,74 +66,105 @@ def generate(
     predictor: ParallelTokenPredictor,
     prompt: str | Sequence[int],
     *,
-    max_new_tokens: int = 64,
-    sampling: SamplingConfig | None = None,
-    seed: int = 0,
-    decoder: DecoderName = "speculative",
-    window_length: int | None = None,
-    end_of_text: Iterable[int] | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
     on_tokens: Callable[[list[int]], None] | None = None,
     on_text: Callable[[str], None] | None = None,
+    **options: Unpack[Options],
 ) -> Generation:
-    """Continue a prompt. Both decoders give what the base model samples for this seed, token for token.
+    """Continue a prompt. All decoders give what the base model samples for this seed, token for token.
 
     Args:
         predictor: the base model and its adapter; decodes in eval mode whatever mode it is in.
         prompt: text, or token ids, of at least one token.
-        max_new_tokens: the most tokens to add.
-        sampling: by default the settings that the adapter was trained for; others may lower the acceptance.
-        seed: of the auxiliaries.
-        decoder: "speculative", several tokens per call, or "autoregressive", the reference with one.
-        window_length: tokens drafted per cycle; by default as in training.
-        end_of_text: token ids that end the text; by default those of the model's generation settings and tokenizer.
-        tokenizer: by default that of the base model, loaded anew in each call.
         on_tokens: is called with new token ids as soon as they are verified.
         on_text: the same with their text, in whole characters; the pieces add up to `Generation.text`.
+        **options: see `Options`.
 
     Raises:
         ValueError: a value is out of range, the prompt is empty or too long, or has a token the model does not know.
     """
-    if tokenizer is None:
-        tokenizer = tokenizer_of(predictor)
-    settings = GenerationSettings(
-        sampling=sampling or predictor.config.sampling,
-        max_new_tokens=max_new_tokens,
-        seed=seed,
-        end_of_text=end_of_text_ids(predictor, tokenizer) if end_of_text is None else frozenset(end_of_text),
-        window_length=predictor.config.window_length if window_length is None else window_length,
+    (generation,) = generate_batch(
+        predictor,
+        [prompt],
+        on_tokens=None if on_tokens is None else lambda _, token_ids: on_tokens(token_ids),
+        on_text=None if on_text is None else lambda _, piece: on_text(piece),
+        **options,
     )
-    if decoder not in DECODERS:
-        raise ValueError(f"expected decoder to be one of {', '.join(DECODERS)}, found {decoder!r}")
-    token_ids = encode_prompt(predictor, prompt, tokenizer, settings)
-    detokenizer = IncrementalDetokenizer(tokenizer, token_ids)
-    pieces: list[str] = []
+    return generation
 
-    def write(piece: str) -> None:
-        pieces.append(piece)
+
+def generate_batch(
+    predictor: ParallelTokenPredictor,
+    prompts: Sequence[str | Sequence[int]],
+    *,
+    on_tokens: OnTokens | None = None,
+    on_text: Callable[[int, str], None] | None = None,
+    **options: Unpack[Options],
+) -> list[Generation]:
+    """Continue several prompts side by side; each text is what `generate` gives for its prompt alone.
+
+    Args:
+        predictor: as in `generate`.
+        prompts: as in `generate`, at least one.
+        on_tokens: is called with the number of a prompt and its new token ids as soon as they are verified.
+        on_text: the same with their text.
+        **options: see `Options`.
+
+    Raises:
+        ValueError: as `generate`.
+    """
+    tokenizer = options.get("tokenizer") or tokenizer_of(predictor)
+    settings, decode = _settings(predictor, tokenizer, options)
+    encoded = [encode_prompt(predictor, prompt, tokenizer, settings) for prompt in prompts]
+    detokenizers = [IncrementalDetokenizer(tokenizer, token_ids) for token_ids in encoded]
+    pieces: list[list[str]] = [[] for _ in prompts]
+
+    def write(row: int, piece: str) -> None:
+        pieces[row].append(piece)
         if on_text is not None and piece:
-            on_text(piece)
+            on_text(row, piece)
 
-    def receive(new_token_ids: list[int]) -> None:
+    def receive(row: int, new_token_ids: list[int]) -> None:
         if on_tokens is not None:
-            on_tokens(new_token_ids)
-        write(detokenizer.push(new_token_ids))
+            on_tokens(row, new_token_ids)
+        write(row, detokenizers[row].push(new_token_ids))
 
-    prompt_ids = torch.tensor([token_ids], device=predictor.base_model.device)
     with _eval_mode(predictor):
         begin = perf_counter()
-        decoded = DECODERS[decoder](predictor, prompt_ids, settings, receive)
+        decoded = decode(predictor, encoded, settings, receive)
         seconds = perf_counter() - begin
-    write(detokenizer.flush())
-    return Generation(
-        token_ids=decoded.token_ids,
-        num_calls=decoded.num_calls,
-        finished=decoded.finished,
-        correct_per_cycle=decoded.correct_per_cycle,
-        prompt=prompt if isinstance(prompt, str) else _text(tokenizer, token_ids),
-        text="".join(pieces),
-        seconds=seconds,
+    for row, detokenizer in enumerate(detokenizers):
+        write(row, detokenizer.flush())
+    return [
+        Generation(
+            token_ids=text.token_ids,
+            num_calls=text.num_calls,
+            finished=text.finished,
+            correct_per_cycle=text.correct_per_cycle,
+            prompt=prompt if isinstance(prompt, str) else _text(tokenizer, token_ids),
+            text="".join(written),
+            seconds=seconds,
+        )
+        for text, prompt, token_ids, written in zip(decoded, prompts, encoded, pieces, strict=True)
+    ]
+
+
+def _settings(
+    predictor: ParallelTokenPredictor, tokenizer: PreTrainedTokenizerBase, options: Options
+) -> tuple[GenerationSettings, Decoder]:
+    """What the options say, with the predictor's own values for what they leave open."""
+    decoder = options.get("decoder", "speculative")
+    if decoder not in DECODERS:
+        raise ValueError(f"expected decoder to be one of {', '.join(DECODERS)}, found {decoder!r}")
+    end_of_text, window_length = options.get("end_of_text"), options.get("window_length")
+    settings = GenerationSettings(
+        sampling=options.get("sampling") or predictor.config.sampling,
+        max_new_tokens=options.get("max_new_tokens", 64),
+        seed=options.get("seed", 0),
+        end_of_text=end_of_text_ids(predictor, tokenizer) if end_of_text is None else frozenset(end_of_text),
+        window_length=predictor.config.window_length if window_length is None else window_length,
+        slot_budget=options.get("slot_budget", 16),
     )
+    return settings, DECODERS[decoder]
 
 
 def encode_prompt(

@@ -52,7 +52,8 @@ class StoredPredictor(NamedTuple):
         config: plain data of a `PredictorConfig`.
         base_fingerprint: of the base model it was trained on.
         state: names and values as in `ParallelTokenPredictor.trainable_state`.
-        training: what is known of its training: `steps`, and measured numbers by tag.
+        training: what is known of its training: `steps`; `prefix_counts` as in `ParallelTokenPredictor`; and measured
+            numbers by tag.
     """
 
     path: Path
@@ -109,6 +110,7 @@ def build_predictor(stored: StoredPredictor, backbone: BackboneSettings | None =
         predictor.load_trainable_state(stored.state)
     except ValueError as error:
         raise ValueError(f"{stored.path}: {error}") from error
+    predictor.prefix_counts = stored.training.get("prefix_counts")
     return predictor.eval()
 
 
@@ -127,7 +129,7 @@ def save_predictor(
         folder: is created.
         dtype: number format of the weights on disk, by default their own; they become float32 again when loaded.
         overwrite: replace an earlier export.
-        training: for `predictor.json` and the model card: `steps`, and measured numbers by tag.
+        training: for `predictor.json` and the model card, see `StoredPredictor`.
 
     Raises:
         ValueError: the folder is taken, see `require_free_folder`, or the student is no adapter.
@@ -231,9 +233,10 @@ def _read_checkpoint(file: Path) -> StoredPredictor:
         )
     about = checkpoint["predictor"]
     state = _with_prefix(checkpoint["state_dict"], "predictor.")
-    return StoredPredictor(
-        file, about["config"], about["base_fingerprint"], state, {"steps": checkpoint["global_step"]}
-    )
+    training: dict[str, Any] = {"steps": checkpoint["global_step"]}
+    if "prefix_counts" in about:  # it has been validated
+        training["prefix_counts"] = about["prefix_counts"]
+    return StoredPredictor(file, about["config"], about["base_fingerprint"], state, training)
 
 
 def _read_folder(folder: Path) -> StoredPredictor:

@@ -17,7 +17,7 @@ from ptp_lightning.models.decoder_stack import decoder_stack
 from ptp_lightning.models.gated_lora import Gate
 
 if TYPE_CHECKING:
-    from transformers import DynamicCache, PreTrainedModel
+    from transformers import Cache, PreTrainedModel
 
 
 class LowerLayers:
@@ -47,7 +47,7 @@ class LowerLayers:
         self._gate = gate
 
     @torch.no_grad()
-    def __call__(self, embeddings: Tensor, position_ids: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
+    def __call__(self, embeddings: Tensor, position_ids: Tensor, mask: Tensor, cache: Cache) -> Tensor:
         """Hidden states of tokens after these layers and the last norm.
 
         Args:

@@ -58,7 +58,7 @@ def model_card(config: PredictorConfig, base_fingerprint: str, name: str, traini
         config: of the predictor.
         base_fingerprint: of its base model.
         name: of the folder.
-        training: `steps`, and measured numbers by tag; what is not known is left out.
+        training: `steps`, and measured numbers by tag; what is not known is left out, and so are lists.
     """
     sampling = config.sampling
     facts = {
@@ -71,7 +71,7 @@ def model_card(config: PredictorConfig, base_fingerprint: str, name: str, traini
         "Trained for": "these settings alone" if config.sampling_range is None else f"`{config.sampling_range}`",
         "Refiner": _refiner(config),
         "LoRA": f"rank {config.lora.rank}, alpha {config.lora.alpha}, on `{config.lora.target_modules}`",
-    } | {_label(tag): _number(value) for tag, value in training.items()}
+    } | {_label(tag): _number(value) for tag, value in training.items() if not isinstance(value, list)}
     return TEMPLATE.format(
         base_model=json.dumps(config.backbone.path),  # JSON strings are YAML strings
         name=name,

@@ -23,7 +23,7 @@ from ptp_lightning.sampling import Sampler, SamplingConfig
 TOKEN_PLACES = "slot_encoder.token_places"
 
 if TYPE_CHECKING:
-    from transformers import DynamicCache, PreTrainedModel
+    from transformers import Cache, PreTrainedModel
 
     from ptp_lightning.decoding.generation import Generation
 
@@ -42,6 +42,8 @@ class ParallelTokenPredictor(nn.Module):
 
     Attributes:
         lower_layers: read tokens before the refiner is told them; None where it gets embeddings.
+        prefix_counts: of a trained predictor, how many validation windows had their first 0, 1, .. L tokens right; None
+            if that is not known. Decoders divide their slots by it.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class ParallelTokenPredictor(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self.prefix_counts: list[int] | None = None
         backbone = load_backbone(config.backbone) if backbone is None else backbone
         # Weights that are trained themselves do not identify anything.
         self.base_fingerprint = (architecture_fingerprint if config.student.trains_base else fingerprint)(backbone)
@@ -111,7 +114,7 @@ class ParallelTokenPredictor(nn.Module):
         """The base model's token embeddings: `[...]` to `[..., H]`."""
         return self.base_model.get_input_embeddings()(token_ids)
 
-    def decode(self, embeddings: Tensor, position_ids: Tensor, mask: Tensor, cache: DynamicCache | None) -> Tensor:
+    def decode(self, embeddings: Tensor, position_ids: Tensor, mask: Tensor, cache: Cache | None) -> Tensor:
         """Run the base model's stack on input embeddings; the gate is as the caller left it.
 
         Args:
@@ -129,9 +132,7 @@ class ParallelTokenPredictor(nn.Module):
         """The student's embeddings of context tokens: `[...]` to `[..., H]`."""
         return self.student_model.get_input_embeddings()(token_ids)
 
-    def student_decode(
-        self, embeddings: Tensor, position_ids: Tensor, mask: Tensor, cache: DynamicCache | None
-    ) -> Tensor:
+    def student_decode(self, embeddings: Tensor, position_ids: Tensor, mask: Tensor, cache: Cache | None) -> Tensor:
         """Run the student's stack, the adapter's gate as the caller left it; arguments as in `decode`."""
         return _run_stack(self.student_model, embeddings, position_ids, mask, cache)
 
@@ -315,7 +316,7 @@ class ParallelTokenPredictor(nn.Module):
 
 
 def _run_stack(
-    model: PreTrainedModel, embeddings: Tensor, position_ids: Tensor, mask: Tensor, cache: DynamicCache | None
+    model: PreTrainedModel, embeddings: Tensor, position_ids: Tensor, mask: Tensor, cache: Cache | None
 ) -> Tensor:
     """See `ParallelTokenPredictor.decode`."""
     decoder = getattr(model, model.base_model_prefix)

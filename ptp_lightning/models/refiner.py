@@ -21,7 +21,7 @@ from ptp_lightning.models.lower_layers import LowerLayers
 from ptp_lightning.models.refiner_layers import last_layers, new_layers, stream_scale
 
 if TYPE_CHECKING:
-    from transformers import DynamicCache, PreTrainedModel
+    from transformers import Cache, PreTrainedModel
 
 RMS_EPSILON = 1e-6
 HIDDEN_SHARE = 1 / 3  # of hidden states in what copied layers read at first; the rest is what is known of the token
@@ -113,7 +113,7 @@ class Refiner(nn.Module):
         token_embeddings: Tensor,
         position_ids: Tensor,
         mask: Tensor,
-        cache: DynamicCache,
+        cache: Cache,
         told: Tensor | None = None,
     ) -> Tensor:
         """Refine hidden states.
@@ -124,7 +124,7 @@ class Refiner(nn.Module):
             position_ids: `[B, T]`.
             mask: `[B, 1, T, P + T]` bool, P cached pairs.
             cache: gets the keys and values of these T pairs appended.
-            told: `[H]`, added to every pair once it is joined.
+            told: `[H]` or `[T, H]`, added to pairs once they are joined.
 
         Returns:
             `[B, T, H]` in the dtype of `hidden`, for the base model's output head.
@@ -143,25 +143,22 @@ class RefinerContext:
     Args:
         refiner: the layers.
         lower_layers: read the tokens first, with keys and values of their own; None to take embeddings as they are.
-
-    Attributes:
-        length: number of pairs per row.
+        caches: of the refiner and of the lower layers, by default new ones.
     """
 
-    def __init__(self, refiner: Refiner, lower_layers: LowerLayers | None) -> None:
+    def __init__(
+        self, refiner: Refiner, lower_layers: LowerLayers | None, caches: tuple[Cache, Cache] | None = None
+    ) -> None:
         from transformers import DynamicCache
 
-        self.length = 0
         self._refiner = refiner
-        self._cache = DynamicCache()
         self._lower_layers = lower_layers
-        self._lower_cache = DynamicCache()
+        self._cache, self._lower_cache = (DynamicCache(), DynamicCache()) if caches is None else caches
 
     def read(self, hidden: Tensor, token_embeddings: Tensor, position_ids: Tensor, mask: Tensor) -> None:
         """Append the pairs of context tokens; arguments as in `Refiner.forward`."""
         tokens = self._read_tokens(token_embeddings, position_ids, mask)
         self._refiner(hidden, tokens, position_ids, mask, self._cache)
-        self.length += hidden.shape[1]
 
     def refine(
         self,

@@ -92,6 +92,8 @@ class PredictorModule(LightningModule):
             "config": self.predictor.config.to_dict(),
             "base_fingerprint": self.predictor.base_fingerprint,
         }
+        if self.val_summary is not None and self.val_summary.num_windows > 0:
+            checkpoint["predictor"]["prefix_counts"] = self.val_summary.prefix_counts.tolist()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another base model, of other sampling settings or of another adapter.

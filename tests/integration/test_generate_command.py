@@ -8,7 +8,8 @@ from typing import NamedTuple
 import pytest
 
 from ptp_lightning import cli
-from ptp_lightning.decoding import command, generate
+from ptp_lightning.decoding import CorrectLengths, GenerationSettings, command, generate
+from ptp_lightning.decoding.slot_budget import CallCosts
 from ptp_lightning.sampling import SamplingConfig
 from tests.byte_tokenizer import byte_tokenizer
 from tests.tiny_predictors import tiny_predictor
@@ -89,6 +90,27 @@ class TestText:
         (record,) = shell.records(f"--prompt={prompt}", "--max_new_tokens", "1")
         assert record["prompt"] == prompt
 
+    def test_a_batch_shows_each_prompt_with_its_text(self, shell: Shell, prompts: Path) -> None:
+        common = ["--prompts", str(prompts), "--max_new_tokens", "9"]
+        alone, together = (shell(*common, "--batch_size", size).out for size in ("1", "2"))
+        # All but the costs, where calls are those of one text or of both.
+        lines = [[line for line in out.splitlines() if "tokens per second]" not in line] for out in (alone, together)]
+        assert lines[0] == lines[1]
+
+    def test_the_slot_budget_is_measured_once_and_told(
+        self, shell: Shell, prompts: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        measured: list[int] = []
+
+        def measure(predictor: object, settings: GenerationSettings, lengths: CorrectLengths) -> CallCosts:
+            measured.append(settings.window_length)
+            return CallCosts((1, 20), (0.004, 0.004))
+
+        monkeypatch.setattr(command, "measure_costs", measure)
+        output = shell("--prompts", str(prompts), "--decoder", "partial_quadratic", "--window_length", "5")
+        assert output.status == 0 and measured == [5]
+        assert "--slot_budget 20: 4.0 ms a call for" in output.err
+
 
 class TestJson:
     def test_one_object_per_prompt_and_nothing_else(self, shell: Shell, prompts: Path) -> None:
@@ -102,10 +124,16 @@ class TestJson:
     @pytest.mark.parametrize("sampling", [[], ["--temperature", "0"], ["--temperature", "1.5", "--top_k", "9999"]])
     def test_decoders_agree(self, shell: Shell, prompts: Path, sampling: list[str]) -> None:
         common = ["--prompts", str(prompts), "--max_new_tokens", "15", "--seed", "3", *sampling]
-        fast = shell.records(*common, "--window_length", "5")
         slow = shell.records(*common, "--decoder", "autoregressive")
-        assert [record["token_ids"] for record in fast] == [record["token_ids"] for record in slow]
         assert {record["accepted_per_call"] for record in slow} == {1.0}
+        for options in (
+            ["--window_length", "5"],
+            ["--decoder", "partial_quadratic", "--slot_budget", "7"],
+            ["--batch_size", "2"],
+            ["--decoder", "partial_quadratic", "--slot_budget", "20", "--batch_size", "9"],
+        ):
+            fast = shell.records(*common, *options)
+            assert [record["token_ids"] for record in fast] == [record["token_ids"] for record in slow], options
 
     def test_sampling_options_change_the_text_and_say_so(self, shell: Shell) -> None:
         common = ["--prompt", "def ", "--json"]

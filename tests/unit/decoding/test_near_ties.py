@@ -9,13 +9,18 @@ import torch
 from torch import Tensor
 
 from ptp_lightning.auxiliary import pick
-from ptp_lightning.decoding import GenerationSettings, decode_autoregressively, decode_speculatively
+from ptp_lightning.decoding import (
+    GenerationSettings,
+    decode_autoregressively,
+    decode_partially_quadratically,
+    decode_speculatively,
+)
 from ptp_lightning.models.predictor import ParallelTokenPredictor
 from ptp_lightning.sampling import Sampler, SamplingConfig
+from tests.tiny_decoding import PROMPT, Decode, decode_one
 from tests.tiny_predictors import tiny_predictor
 
 VOCABULARY = 32
-PROMPT = torch.tensor([[3, 1, 4, 1, 5]])
 # Two steps of bfloat16 between 8 and 16, the largest logits here; calls of other shapes round differently by about one.
 ROUNDING = 2 * 2.0**-4
 
@@ -28,7 +33,7 @@ def reference_with_logits(
     head = predictor.logits
     with monkeypatch.context() as patch:
         patch.setattr(predictor, "logits", lambda hidden: seen.append(head(hidden)) or seen[-1])
-        text = decode_autoregressively(predictor, PROMPT, settings).token_ids
+        text = decode_one(decode_autoregressively, predictor, settings).token_ids
     return text, torch.cat(seen, dim=1)
 
 
@@ -58,12 +63,12 @@ def deviation_rate(
     for seed in range(num_seeds):
         settings = GenerationSettings(sampling, 24, seed, window_length=6)
         text, logits = reference_with_logits(predictor, settings, monkeypatch)
-        found = decode_speculatively(predictor, PROMPT, settings).token_ids
+        found = decode_one(decode_speculatively, predictor, settings).token_ids
         place = next((k for k, pair in enumerate(zip(text, found, strict=True)) if pair[0] != pair[1]), None)
         num_tokens += len(text) if place is None else place + 1
         if place is not None:  # what follows has another context
             num_deviations += 1
-            u = settings.auxiliaries(PROMPT.device)[0, place]
+            u = settings.auxiliaries(1, torch.device("cpu"))[0][place]
             assert is_near_tie(logits[0, place], u, found[place], predictor.sampler(sampling), rounding), (seed, place)
     return num_deviations / num_tokens
 
@@ -82,7 +87,7 @@ def test_a_near_tie_is_told_from_a_wrong_token(monkeypatch: pytest.MonkeyPatch) 
     predictor = tiny_predictor(vocab_size=VOCABULARY, dtype=torch.bfloat16)
     settings = GenerationSettings(SamplingConfig(), 24)
     text, logits = reference_with_logits(predictor, settings, monkeypatch)
-    u = settings.auxiliaries(PROMPT.device)[0]
+    u = settings.auxiliaries(1, torch.device("cpu"))[0]
     sampler = predictor.sampler(settings.sampling)
     explained = [
         is_near_tie(logits[0, k], u[k], other, sampler, ROUNDING)
@@ -94,21 +99,22 @@ def test_a_near_tie_is_told_from_a_wrong_token(monkeypatch: pytest.MonkeyPatch) 
     assert is_near_tie(logits[0, 0], u[0], text[0], sampler, ROUNDING)
 
 
-def test_samples_follow_the_base_models_distribution() -> None:
+@pytest.mark.parametrize(
+    "decode", [decode_autoregressively, decode_speculatively, decode_partially_quadratically], ids=lambda d: d.__name__
+)
+def test_samples_follow_the_base_models_distribution(decode: Decode) -> None:
     """Chi-square over the 64 texts of three tokens out of four."""
     num_samples, length, vocabulary = 1200, 3, 4
     predictor = tiny_predictor(vocab_size=vocabulary, hidden_size=16, num_layers=1, sharpness=1.0)
     sampling = SamplingConfig(temperature=0.8)
+    prompt = [token_id % vocabulary for token_id in PROMPT]
     texts = list(product(range(vocabulary), repeat=length))
-    inputs = torch.cat([PROMPT.remainder(vocabulary).expand(len(texts), -1), torch.tensor(texts)], dim=1)
+    inputs = torch.cat([torch.tensor([prompt] * len(texts)), torch.tensor(texts)], dim=1)
     with torch.no_grad():
-        logits = predictor.base_model(input_ids=inputs).logits[:, PROMPT.shape[1] - 1 : -1]
+        logits = predictor.base_model(input_ids=inputs).logits[:, len(prompt) - 1 : -1]
     expected = sampling.distribution(logits).probability_of(torch.tensor(texts)).double().prod(-1) * num_samples
-    prompt = PROMPT.remainder(vocabulary)
-    found = Counter(
-        tuple(decode_speculatively(predictor, prompt, GenerationSettings(sampling, length, seed)).token_ids)
-        for seed in range(num_samples)
-    )
+    settings = GenerationSettings(sampling, length, tuple(range(num_samples)))
+    found = Counter(tuple(decoded.token_ids) for decoded in decode(predictor, [prompt] * num_samples, settings))
     counts = torch.tensor([found[text] for text in texts], dtype=torch.float64)
     rare = expected < 5  # together one cell
     expected = torch.cat([expected[~rare], expected[rare].sum(0, keepdim=True)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from math import ceil
 from typing import Any
@@ -10,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from ptp_lightning.decoding import Decoded, GenerationSettings, decode_autoregressively, decode_speculatively
+from ptp_lightning.decoding import Decoded, GenerationSettings, decode_speculatively
 from ptp_lightning.models.predictor import ParallelTokenPredictor
 from ptp_lightning.sampling import SamplingConfig
+from tests.tiny_decoding import PROMPT, decode_one, reference
 from tests.tiny_predictors import OBJECTIVES, tiny_predictor
 
 VOCABULARY = 32
-PROMPT = torch.tensor([[3, 1, 4, 1, 5]])
 SAMPLING = {
     "greedy": SamplingConfig(temperature=0),
     "truncated": SamplingConfig(temperature=0.7, top_k=50, top_p=0.9),
@@ -32,14 +33,11 @@ def small(student: str, family: str = "llama", objective: str = "categorical") -
     return tiny_predictor(family, objective, vocab_size=VOCABULARY, student=student)
 
 
-def reference(predictor: ParallelTokenPredictor, settings: GenerationSettings) -> list[int]:
-    return decode_autoregressively(predictor, PROMPT, settings).token_ids
-
-
 def forced(text: list[int], wrong: set[int]) -> Any:
     """A proposer of the right tokens, except at some places of the new text."""
 
-    def propose(slot_logits: Tensor, auxiliaries: Tensor, start: int) -> Tensor:
+    def propose(slot_logits: Tensor, auxiliaries: Tensor, starts: Sequence[int]) -> Tensor:
+        (start,) = starts
         places = range(start, start + auxiliaries.shape[1])
         return torch.tensor([[(text[place] + (place in wrong)) % VOCABULARY for place in places]])
 
@@ -54,7 +52,7 @@ def test_text_is_the_reference_text(student: str, family: str, objective: str, s
     predictor = small(student, family, objective)
     for seed, max_new_tokens in enumerate((24, 21)):
         settings = GenerationSettings(SAMPLING[sampling], max_new_tokens, seed, window_length=6)
-        decoded = decode_speculatively(predictor, PROMPT, settings)
+        decoded = decode_one(decode_speculatively, predictor, settings)
         assert decoded.token_ids == reference(predictor, settings)
 
 
@@ -66,7 +64,7 @@ def test_forced_drafts_change_nothing(student: str, sampling: str, wrong: set[in
     for seed, window_length in enumerate((2, 3, 7, 16)):
         settings = GenerationSettings(SAMPLING[sampling], 23, seed, window_length=window_length)
         text = reference(predictor, settings)
-        decoded = decode_speculatively(predictor, PROMPT, settings, proposer=forced(text, wrong))
+        decoded = decode_one(decode_speculatively, predictor, settings, proposer=forced(text, wrong))
         assert decoded.token_ids == text
 
 
@@ -84,7 +82,7 @@ def test_every_call_counts(student: str, max_new_tokens: int, monkeypatch: pytes
 
     stacks = {id(model): model for model in (predictor.base_model, predictor.student_model)}.values()
     hooks = [getattr(model, model.base_model_prefix).register_forward_hook(count) for model in stacks]
-    decoded: Decoded = decode_speculatively(predictor, PROMPT, settings, proposer=forced(text, set()))
+    decoded: Decoded = decode_one(decode_speculatively, predictor, settings, proposer=forced(text, set()))
     for hook in hooks:
         hook.remove()
     cycles, rest = divmod(max_new_tokens, 5)
@@ -100,15 +98,16 @@ def test_slot_logits_are_those_of_training(student: str, family: str) -> None:
     """After right and wrong drafts: the copy has read what was committed, and nothing else."""
     predictor = small(student, family)
     settings = GenerationSettings(max_new_tokens=14, window_length=5)
-    u = settings.auxiliaries(PROMPT.device)
-    text = torch.cat([PROMPT, torch.tensor([reference(predictor, settings)])], dim=1)
-    starts: list[int] = []
+    u = settings.auxiliaries(1, torch.device("cpu"))
+    text = torch.cat([torch.tensor([PROMPT]), torch.tensor([reference(predictor, settings)])], dim=1)
+    seen: list[int] = []
 
-    def compare(slot_logits: Tensor, auxiliaries: Tensor, start: int) -> Tensor:
-        first, num_slots = PROMPT.shape[1] + start - 1, auxiliaries.shape[1]
+    def compare(slot_logits: Tensor, auxiliaries: Tensor, starts: Sequence[int]) -> Tensor:
+        (start,) = starts
+        first, num_slots = len(PROMPT) + start - 1, auxiliaries.shape[1]
         right = text[:, first + 1 : first + 1 + num_slots]
-        if start not in starts:  # not yet refined
-            starts.append(start)
+        if start not in seen:  # not yet refined
+            seen.append(start)
             context = text[:, :first]
             zeros, positions = torch.zeros_like(context), torch.arange(first).unsqueeze(0)
             with torch.inference_mode():
@@ -118,8 +117,8 @@ def test_slot_logits_are_those_of_training(student: str, family: str) -> None:
             torch.testing.assert_close(slot_logits, expected, atol=1e-4, rtol=1e-4)
         return (right + (start > 1)) % VOCABULARY  # right in the first window only
 
-    assert decode_speculatively(predictor, PROMPT, settings, proposer=compare).token_ids == text[0, 5:].tolist()
-    assert starts == [1, 7, 9, 11]
+    assert decode_one(decode_speculatively, predictor, settings, proposer=compare).token_ids == text[0, 5:].tolist()
+    assert seen == [1, 7, 9, 11]
 
 
 @torch.inference_mode()
@@ -127,5 +126,5 @@ def test_a_copy_of_a_base_in_bfloat16_is_float32_and_decodes() -> None:
     predictor = tiny_predictor(vocab_size=VOCABULARY, student="full_copy", dtype=torch.bfloat16)
     assert predictor.student_model.dtype == torch.float32 and predictor.base_model.dtype == torch.bfloat16
     settings = GenerationSettings(SamplingConfig(temperature=0), 12, window_length=4)
-    decoded = decode_speculatively(predictor, PROMPT, settings)
+    decoded = decode_one(decode_speculatively, predictor, settings)
     assert len(decoded.token_ids) == 12

@@ -123,9 +123,10 @@ class TestRoundTrip:
         assert {file.stat().st_mode for file in exported.iterdir()} == {(exported.parent / "usual").stat().st_mode}
 
     def test_training_numbers(self, base: Path, tmp_path: Path) -> None:
-        training = {"steps": 400, "val/correct_tokens": 3.25}
+        training = {"steps": 400, "prefix_counts": [0, 3, 2, 2, 1], "val/correct_tokens": 3.25}
         trained(base).save_pretrained(tmp_path / "export", training=training)
         assert read_predictor(tmp_path / "export").training == training
+        assert load_predictor(tmp_path / "export").prefix_counts == [0, 3, 2, 2, 1]
         card = (tmp_path / "export" / "README.md").read_text()
         assert "| Training steps | 400 |\n| `val/correct_tokens` | 3.250 |" in card
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ptp_lightning.losses import KullbackLeibler, Loss
 from ptp_lightning.models.backbone import BackboneSettings
+from ptp_lightning.models.checkpoint import read_predictor
 from ptp_lightning.models.context import Context
 from ptp_lightning.models.gated_lora import LoraSettings
 from ptp_lightning.models.predictor_config import PredictorConfig
@@ -242,6 +243,19 @@ class TestValidation:
         probability = sample.teacher.probability_of(sample.token_ids)[..., 0].double()
         assert module.val_summary is not None
         assert float(module.val_summary.perplexity[0]) == pytest.approx(float((-probability.log()).mean().exp()))
+
+    def test_a_checkpoint_knows_how_long_drafts_were_right(self, tmp_path: Path) -> None:
+        module, trainer = make_module(), make_trainer(tmp_path, limit_val_batches=1.0)
+        trainer.fit(module, datamodule=tiny_data())
+        path = tmp_path / "run.ckpt"
+        module.val_summary = None
+        trainer.save_checkpoint(path)
+        assert read_predictor(path).training == {"steps": trainer.global_step}
+        trainer.validate(module, datamodule=tiny_data(), verbose=False)
+        trainer.save_checkpoint(path)
+        assert module.val_summary is not None and int(module.val_summary.num_windows) > 0
+        expected = module.val_summary.prefix_counts.tolist()
+        assert read_predictor(path).training == {"steps": trainer.global_step, "prefix_counts": expected}
 
     def test_validation_draws_the_same_every_time(self, tmp_path: Path) -> None:
         module, trainer = make_module(), make_trainer(tmp_path, limit_val_batches=1.0)

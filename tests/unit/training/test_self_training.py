@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from ptp_lightning.auxiliary_strategies import UniformInInterval
-from ptp_lightning.decoding import GenerationSettings, decode_autoregressively, decode_speculatively
+from ptp_lightning.decoding import GenerationSettings, decode_speculatively
 from ptp_lightning.losses import BinaryCrossEntropy, KullbackLeibler
 from ptp_lightning.models import (
     BackboneSettings,
@@ -33,6 +33,7 @@ from ptp_lightning.training import InverseAutoregressiveModule, OptimizerSetting
 from ptp_lightning.training.inversion import invert
 from ptp_lightning.training.windows import window_tokens
 from tests.tiny_data import tiny_data, tiny_tokenizer
+from tests.tiny_decoding import decode_one, reference
 from tests.tiny_distillation import GPT2, LLAMA, make_trainer, record_losses, weights
 from tests.tiny_models import tiny_llama
 from tests.tiny_shared_students import (
@@ -228,10 +229,9 @@ class TestCheckpoint:
         torch.manual_seed(5)
         predictor = load_predictor(tmp_path / "run.ckpt")
         settings = GenerationSettings(max_new_tokens=16, window_length=4)
-        prompt = torch.tensor([[3, 1, 4]])
-        text = decode_autoregressively(predictor, prompt, settings).token_ids
-        assert text == decode_autoregressively(module.predictor.eval(), prompt, settings).token_ids
-        assert decode_speculatively(predictor, prompt, settings).token_ids == text
+        text = reference(predictor, settings)
+        assert text == reference(module.predictor.eval(), settings)
+        assert decode_one(decode_speculatively, predictor, settings).token_ids == text
         assert len(predictor.generate([3, 1, 4], max_new_tokens=9, tokenizer=tiny_tokenizer()).token_ids) > 0
 
     def test_of_another_architecture_is_refused(self, tmp_path: Path) -> None:

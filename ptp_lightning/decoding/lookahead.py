@@ -1,0 +1,80 @@
+"""Lookahead: the slots of a call, in branches that each go on after one of its tokens, and what they may see."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+
+class Lookahead(NamedTuple):
+    """Slots behind the T tokens of a call. Those of one branch follow each other; branches do not know of each other.
+
+    Attributes:
+        anchors: `[B, S]` int64, the column of the call's token that a slot's branch goes on after; -1 for a slot that
+            only fills up a row.
+        offsets: `[B, S]` int64, place of a slot in its branch.
+    """
+
+    anchors: Tensor
+    offsets: Tensor
+
+    @classmethod
+    def single(cls, counts: Sequence[int], num_slots: int, device: torch.device) -> Lookahead:
+        """One branch of `num_slots` in each row, after its last token; row b has `counts[b]` of them."""
+        anchors = (torch.tensor(counts, device=device) - 1).unsqueeze(1).expand(-1, num_slots)
+        return cls(anchors, torch.arange(num_slots, device=device).expand(len(counts), -1))
+
+    @classmethod
+    def branches(cls, counts: Sequence[int], slots: Sequence[Sequence[int]], device: torch.device) -> Lookahead:
+        """Several branches: `slots[b][k]` of them go on after token `counts[b] - 1 + k` of row b."""
+        num_slots = max(map(sum, slots))
+        anchors, offsets = [], []
+        for count, row in zip(counts, slots, strict=True):
+            filling = num_slots - sum(row)
+            lengths = torch.tensor([*row, filling])
+            first = lengths.cumsum(0) - lengths
+            branch = torch.repeat_interleave(lengths)
+            offsets.append(torch.arange(num_slots) - first[branch])
+            anchors.append((count - 1 + branch).where(branch < len(row), -1))
+        return cls(torch.stack(anchors).to(device), torch.stack(offsets).to(device))
+
+
+def place(
+    lengths: Sequence[int], num_tokens: int, lookahead: Lookahead | None, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Position ids and attention of a call over a ragged cache: T tokens, then slots.
+
+    Tokens see what is kept of their row and the tokens before them. Slots see what is kept, the tokens up to their
+    branch's anchor, and their own branch up to themselves.
+
+    Args:
+        lengths: kept tokens of each row.
+        num_tokens: T.
+        lookahead: of S slots; None for none.
+        device: of the results.
+
+    Returns:
+        Position ids `[B, T + S]` and mask `[B, 1, T + S, max(lengths) + T + S]`, true where a query may see a key.
+    """
+    kept = torch.tensor(lengths, device=device).unsqueeze(1)
+    columns = torch.arange(num_tokens, device=device)
+    position_ids = kept + columns
+    own = (columns.unsqueeze(1) >= columns).expand(len(lengths), -1, -1)
+    if lookahead is not None:
+        anchors, offsets = lookahead
+        position_ids = torch.cat([position_ids, kept + anchors + 1 + offsets], dim=1)
+        sees_token = anchors.unsqueeze(2) >= columns
+        sees_slot = (anchors.unsqueeze(2) == anchors.unsqueeze(1)) & (offsets.unsqueeze(2) >= offsets.unsqueeze(1))
+        own = torch.cat([pad(own, (0, anchors.shape[1])), torch.cat([sees_token, sees_slot], dim=2)], dim=1)
+    num_queries = own.shape[1]
+    if len(set(lengths)) == 1:
+        mask = pad(own, (lengths[0], 0), value=True)
+    else:
+        keys = torch.arange(max(lengths) + num_queries, device=device) - kept  # as columns of the call
+        mask = own.gather(2, keys.clamp(0, num_queries - 1).unsqueeze(1).expand(-1, num_queries, -1))
+        mask = (mask & (keys < num_queries).unsqueeze(1)) | (keys < 0).unsqueeze(1)
+    return position_ids, mask.unsqueeze(1)

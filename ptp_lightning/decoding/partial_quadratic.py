@@ -1,0 +1,109 @@
+"""Partial Quadratic Decoding: one call verifies the last draft and proposes the next (Draxler et al., ICLR 2026).
+
+Which tokens the next draft follows is known only when the call is done. So it looks ahead after each number of correct
+tokens, as far as a budget of slots allows, and only the branch that turns out to be the right one is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ptp_lightning.auxiliary import pick
+from ptp_lightning.decoding.context import BatchContext, columns_from, padded
+from ptp_lightning.decoding.generation import Decoded, GenerationSettings, OnTokens, VerifiedTexts, require_prompts
+from ptp_lightning.decoding.lookahead import Lookahead
+from ptp_lightning.decoding.proposing import Proposer, StudentProposer, propose
+from ptp_lightning.decoding.slot_allocation import CorrectLengths, allocate, correct_lengths
+from ptp_lightning.models.predictor import ParallelTokenPredictor
+
+
+@torch.inference_mode()
+def decode_partially_quadratically(
+    predictor: ParallelTokenPredictor,
+    prompts: Sequence[Sequence[int]],
+    settings: GenerationSettings,
+    on_tokens: OnTokens | None = None,
+    proposer: Proposer | None = None,
+    lengths: CorrectLengths | None = None,
+) -> list[Decoded]:
+    """Calls that each commit `correct + 1` tokens: the right part of the draft, and the base model's pick after it.
+
+    A call reads the newest token, the draft that follows it, and slots in branches (see `Lookahead`): branch k goes on
+    after k correct tokens. The base model's logits at the newest token and along the draft give the picks, exact
+    tokens of the text. With k of the draft correct, the pick after them is committed too, and the slots of branch k,
+    which stand for it and what follows, propose the draft of the next call.
+
+    Args:
+        predictor: in eval mode.
+        prompts: B lists of token ids, decoded side by side; each text is what it would be alone.
+        settings: a branch has at most `window_length - 1` slots, a call `slot_budget`.
+        on_tokens: is called once a call with the committed tokens of each text.
+        proposer: makes the drafts; by default the predictor.
+        lengths: how long drafts are right, which decides how slots are divided and never changes the text; by default
+            what the predictor's validation says.
+
+    Raises:
+        ValueError: a prompt is empty, or too long for `max_new_tokens` more.
+    """
+    require_prompts(predictor, prompts, settings)
+    if lengths is None:
+        lengths = correct_lengths(predictor, settings.window_length)
+    lengths = lengths.up_to(settings.window_length - 1)
+    counts = [len(prompt) for prompt in prompts]
+    context = BatchContext(predictor, settings, counts)
+    if proposer is None:
+        proposer = StudentProposer(predictor.config.objective, context.sampling)
+    texts = VerifiedTexts(settings, len(prompts), on_tokens)
+    known = padded(prompts, context.device)
+    drafts = known[:, :0]
+    draft_lengths = [0] * len(prompts)
+    while texts.rows:
+        starts, calls_before = texts.starts, context.num_calls
+        branches = [
+            _branches(lengths, length, remaining, settings.slot_budget)
+            for length, remaining in zip(draft_lengths, texts.remaining, strict=True)
+        ]
+
+        # Verify the draft and look ahead of each of its tokens.
+        hidden, slots = context.read(
+            torch.cat([known, drafts], dim=1), Lookahead.branches(counts, branches, context.device)
+        )
+        verified = columns_from(hidden, [count - 1 for count in counts], drafts.shape[1] + 1)
+        distribution = context.sampling.distribution(predictor.logits(verified))
+        picks = pick(context.auxiliaries(starts, drafts.shape[1] + 1), distribution)
+        is_draft = torch.arange(drafts.shape[1]) < torch.tensor(draft_lengths).unsqueeze(1)
+        right = (drafts == picks[:, :-1]) & is_draft.to(context.device)
+        correct = right.cumprod(dim=1).sum(dim=1, keepdim=True)
+
+        # Commit. This is the call's one wait for the device.
+        found = torch.cat([correct, picks], dim=1).tolist()
+        num_correct = [row[0] for row in found]
+        context.keep([count + k for count, k in zip(counts, num_correct, strict=True)])
+        known = picks.gather(1, correct)
+        texts.commit(
+            [row[1 : row[0] + 2] for row in found],
+            context.num_calls - calls_before,
+            [k + 1 for k in num_correct],
+        )
+
+        # The branch that turned out to be right proposes what comes next.
+        first_slots = [sum(row[:k]) for row, k in zip(branches, num_correct, strict=True)]
+        draft_lengths = [row[k] for row, k in zip(branches, num_correct, strict=True)]
+        staying = texts.drop_finished()
+        if staying:
+            context.select(staying)
+            known, slots = known[staying], slots[staying]
+            first_slots, draft_lengths = ([old[place] for place in staying] for old in (first_slots, draft_lengths))
+        if texts.rows:
+            counts = [1] * len(texts.rows)
+            ahead = columns_from(slots, first_slots, max(draft_lengths))
+            drafts = propose(context, proposer, known, ahead, [start - 1 for start in texts.starts])[:, 1:]
+    return texts.decoded()
+
+
+def _branches(lengths: CorrectLengths, draft_length: int, remaining: int, budget: int) -> list[int]:
+    """Slots of each branch, fewer where the text ends sooner: after k + 1 tokens and the last pick of the next call."""
+    slots = allocate(lengths, draft_length, budget)
+    return [min(num_slots, max(0, remaining - k - 2)) for k, num_slots in enumerate(slots)]

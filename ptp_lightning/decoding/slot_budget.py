@@ -1,0 +1,96 @@
+"""How many slots a call should have on this machine: the budget with which most tokens per second are expected."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from time import perf_counter
+
+import numpy as np
+import torch
+
+from ptp_lightning.auxiliary import pick
+from ptp_lightning.decoding.context import BatchContext
+from ptp_lightning.decoding.generation import GenerationSettings
+from ptp_lightning.decoding.lookahead import Lookahead
+from ptp_lightning.decoding.proposing import StudentProposer, propose
+from ptp_lightning.decoding.slot_allocation import CorrectLengths, allocate, expected_tokens
+from ptp_lightning.models.predictor import ParallelTokenPredictor
+
+MEASURED_BUDGETS = (1, 8, 16, 32, 64, 128)
+NUM_MEASUREMENTS = 5
+NUM_CONTEXT_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class CallCosts:
+    """What a call of partial quadratic decoding takes, by its number of slots.
+
+    Args:
+        budgets: rising numbers of slots.
+        seconds: of a call with as many.
+    """
+
+    budgets: tuple[int, ...]
+    seconds: tuple[float, ...]
+
+    def of(self, budget: int) -> float:
+        """Seconds of a call, by straight lines between what was measured."""
+        return float(np.interp(budget, self.budgets, self.seconds))
+
+
+def best_budget(lengths: CorrectLengths, costs: CallCosts) -> int:
+    """The number of slots, up to the most that was measured, with most expected tokens per second."""
+    return max(range(1, costs.budgets[-1] + 1), key=lambda budget: expected_tokens(lengths, budget) / costs.of(budget))
+
+
+@torch.inference_mode()
+def measure_costs(
+    predictor: ParallelTokenPredictor,
+    settings: GenerationSettings,
+    lengths: CorrectLengths,
+    clock: Callable[[], float] = perf_counter,
+) -> CallCosts:
+    """Time calls with several numbers of slots, each as the decoder makes it: read, pick, refine, propose.
+
+    Args:
+        predictor: in eval mode.
+        settings: of the texts.
+        lengths: decides how slots are divided, and so how many a draft has.
+        clock: gives seconds.
+    """
+    fastest = dict.fromkeys(_measurable(lengths), float("inf"))
+    context = BatchContext(predictor, replace(settings, slot_budget=max(fastest)), [NUM_CONTEXT_TOKENS])
+    device = context.device
+    context.read(torch.zeros(1, NUM_CONTEXT_TOKENS, dtype=torch.long, device=device))
+    context.keep([NUM_CONTEXT_TOKENS])
+    proposer = StudentProposer(predictor.config.objective, context.sampling)
+    for _ in range(NUM_MEASUREMENTS):
+        for budget in fastest:
+            begin = clock()
+            length = _usual_length(lengths, budget)
+            slots = [allocate(lengths, length, budget)]
+            tokens = torch.zeros(1, 1 + length, dtype=torch.long, device=device)
+            hidden, ahead = context.read(tokens, Lookahead.branches([1], slots, device))
+            distribution = context.sampling.distribution(predictor.logits(hidden))
+            picks = pick(context.auxiliaries([0], 1 + length), distribution)
+            picks.tolist()  # waits for the device, as the decoder does
+            context.keep([0])
+            propose(context, proposer, picks[:, :1], ahead[:, : max(1, slots[0][-1])], [0]).tolist()
+            fastest[budget] = min(fastest[budget], clock() - begin)
+    return CallCosts(tuple(fastest), tuple(np.maximum.accumulate(list(fastest.values())).tolist()))
+
+
+def _measurable(lengths: CorrectLengths) -> Sequence[int]:
+    """Budgets that the branches can hold, at least one."""
+    longest = len(lengths.survival)
+    most = longest * (longest + 1)
+    return [budget for budget in MEASURED_BUDGETS if budget < most] + [min(most, MEASURED_BUDGETS[-1])]
+
+
+def _usual_length(lengths: CorrectLengths, budget: int) -> int:
+    """Of a draft whose length is that of the branch after it."""
+    length = 0
+    for _ in range(len(lengths.survival)):
+        length = allocate(lengths, length, budget)[min(length, round(lengths.expected(length)))]
+    return length

@@ -1,0 +1,56 @@
+"""Decoding one text at a time, and drafts that are right or wrong on purpose, for tests."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ptp_lightning.decoding import Decoded, GenerationSettings, decode_autoregressively
+from ptp_lightning.models.predictor import ParallelTokenPredictor
+
+PROMPT = [3, 1, 4, 1, 5]
+Decode = Callable[..., list[Decoded]]
+
+
+def decode_one(
+    decode: Decode,
+    predictor: ParallelTokenPredictor,
+    settings: GenerationSettings,
+    prompt: Sequence[int] = PROMPT,
+    **options: Any,
+) -> Decoded:
+    """The text of one prompt."""
+    (decoded,) = decode(predictor, [prompt], settings, **options)
+    return decoded
+
+
+def reference(
+    predictor: ParallelTokenPredictor, settings: GenerationSettings, prompt: Sequence[int] = PROMPT
+) -> list[int]:
+    """What the base model samples, one token a call."""
+    return decode_one(decode_autoregressively, predictor, settings, prompt).token_ids
+
+
+class ForcedDraft:
+    """Knows the reference texts and proposes the right token with a given probability, else another one.
+
+    Args:
+        texts: of the prompts that are decoded, in their order, as long as no text is finished before another.
+        probability_right: of each token.
+        vocabulary: number of tokens.
+    """
+
+    def __init__(self, texts: list[list[int]], probability_right: float, vocabulary: int) -> None:
+        longest = max(map(len, texts))
+        self.texts = torch.tensor([[*text, *[0] * (longest - len(text))] for text in texts])
+        self.probability_right = probability_right
+        self.vocabulary = vocabulary
+        self.generator = torch.Generator().manual_seed(7)
+
+    def __call__(self, slot_logits: Tensor, auxiliaries: Tensor, starts: Sequence[int]) -> Tensor:
+        assert slot_logits.shape[:2] == auxiliaries.shape
+        places = torch.tensor(starts).unsqueeze(1) + torch.arange(auxiliaries.shape[1])
+        right = self.texts.gather(1, places.clamp_max(self.texts.shape[1] - 1))
+        is_right = torch.rand(right.shape, generator=self.generator) < self.probability_right
+        return torch.where(is_right, right, (right + 1) % self.vocabulary)
