@@ -81,6 +81,7 @@ def generate(
 
     Raises:
         ValueError: a value is out of range, the prompt is empty or too long, or has a token the model does not know.
+        TypeError: there is no such option.
     """
     (generation,) = generate_batch(
         predictor,
@@ -112,6 +113,7 @@ def generate_batch(
     Raises:
         ValueError: as `generate`.
     """
+    _require_known(options)
     tokenizer = options.get("tokenizer") or tokenizer_of(predictor)
     settings, decode = _settings(predictor, tokenizer, options)
     encoded = [encode_prompt(predictor, prompt, tokenizer, settings) for prompt in prompts]
@@ -146,6 +148,14 @@ def generate_batch(
         )
         for text, prompt, token_ids, written in zip(decoded, prompts, encoded, pieces, strict=True)
     ]
+
+
+def _require_known(options: Options) -> None:
+    """Python checks the names of no `Unpack`."""
+    if unknown := options.keys() - Options.__annotations__.keys():
+        raise TypeError(
+            f"expected options among {', '.join(Options.__annotations__)}, found {', '.join(sorted(unknown))}"
+        )
 
 
 def _settings(

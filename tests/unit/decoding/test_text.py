@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from ptp_lightning.decoding import Generation, generate
+from ptp_lightning.decoding import Generation, generate, generate_batch
 from ptp_lightning.decoding.text import INCOMPLETE, IncrementalDetokenizer, end_of_text_ids
 from ptp_lightning.models.predictor import ParallelTokenPredictor
 from ptp_lightning.sampling import SamplingConfig
@@ -103,6 +103,22 @@ class TestGenerate:
     def test_bad_input_is_named(self, prompt: str | list[int], options: dict[str, Any], message: str) -> None:
         with pytest.raises(ValueError, match=message):
             continue_text(prompt, **options)
+
+    def test_an_unknown_option_is_named(self) -> None:
+        with pytest.raises(TypeError, match="expected options among max_new_tokens, .*, found temperature"):
+            continue_text(temperature=0.5)
+
+    def test_a_batch_gives_each_prompt_its_text(self) -> None:
+        prompts = ["def ", "x", "class "]
+        streamed = ["", "", ""]
+
+        def write(row: int, piece: str) -> None:
+            streamed[row] += piece
+
+        found = generate_batch(small(), prompts, tokenizer=TOKENIZER, max_new_tokens=20, seed=(1, 2, 1), on_text=write)
+        alone = [continue_text(prompt, seed=seed) for prompt, seed in zip(prompts, (1, 2, 1), strict=True)]
+        assert [text.text for text in found] == [text.text for text in alone] == streamed
+        assert [text.prompt for text in found] == prompts
 
 
 def pushed(detokenizer: IncrementalDetokenizer, token_ids: list[int], at_once: int) -> list[str]:
