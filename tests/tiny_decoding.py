@@ -32,6 +32,32 @@ def reference(
     return decode_one(decode_autoregressively, predictor, settings, prompt).token_ids
 
 
+@torch.inference_mode()
+def slot_logits_of_training(
+    predictor: ParallelTokenPredictor, text: Tensor, first: int, auxiliaries: Tensor, draft: Tensor | None
+) -> Tensor:
+    """What training computes for the slots of one window.
+
+    Args:
+        predictor: whose slots they are.
+        text: `[1, S]`, prompt and new tokens.
+        first: place of the window's first token in it, which is exact.
+        auxiliaries: `[1, J + 1]`, of the window.
+        draft: `[1, J]`, what the pass before proposed after the first token; None before any refinement.
+
+    Returns:
+        `[1, J, V]`.
+    """
+    context = text[:, :first]
+    zeros, positions = torch.zeros_like(context), torch.arange(first).unsqueeze(0)
+    encoded = predictor.encode(context, zeros, positions, torch.tensor([[first]]))
+    hidden = predictor.slot_hidden(encoded, auxiliaries.unsqueeze(1))
+    if draft is not None:
+        stand_for = torch.cat([text[:, first : first + 1], draft], dim=1)[:, None, :-1]
+        hidden = predictor.refine(encoded, predictor.refiner_context(encoded), hidden, stand_for)
+    return predictor.slot_logits(hidden[:, 0])
+
+
 class ForcedDraft:
     """Knows the reference texts and proposes the right token with a given probability, else another one.
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from ptp_lightning.auxiliary import pick
-from ptp_lightning.decoding.context import BatchContext, columns_from, padded
-from ptp_lightning.decoding.generation import Decoded, GenerationSettings, OnTokens, VerifiedTexts, require_prompts
+from ptp_lightning.decoding.context import begin, columns_from
+from ptp_lightning.decoding.generation import Decoded, GenerationSettings, OnTokens
 from ptp_lightning.models.predictor import ParallelTokenPredictor
 
 
@@ -30,11 +30,7 @@ def decode_autoregressively(
     Raises:
         ValueError: a prompt is empty, or too long for `max_new_tokens` more.
     """
-    require_prompts(predictor, prompts, settings)
-    counts = [len(prompt) for prompt in prompts]
-    context = BatchContext(predictor, settings, counts)
-    texts = VerifiedTexts(settings, len(prompts), on_tokens)
-    unread = padded(prompts, context.device)
+    context, texts, unread, counts = begin(predictor, prompts, settings, on_tokens)
     while texts.rows:
         hidden, _ = context.read(unread)
         context.keep(counts)

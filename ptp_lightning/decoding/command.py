@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ptp_lightning.decoding.generation import Generation, GenerationSettings
-from ptp_lightning.decoding.slot_allocation import correct_lengths, expected_tokens
+from ptp_lightning.decoding.slot_allocation import CorrectLengths, expected_tokens
 from ptp_lightning.decoding.slot_budget import best_budget, measure_costs
 from ptp_lightning.decoding.text import DecoderName, encode_prompt, end_of_text_ids, generate_batch, tokenizer_of
 from ptp_lightning.models.checkpoint import load_predictor
@@ -20,7 +20,7 @@ from ptp_lightning.models.predictor import ParallelTokenPredictor
 from ptp_lightning.sampling import SamplingConfig
 
 if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser
+    from jsonargparse import ArgumentParser, Namespace
 
 MILLISECONDS_PER_SECOND = 1000
 SAMPLING_OPTIONS = ("temperature", "top_k", "top_p")
@@ -40,40 +40,18 @@ def run(args: Sequence[str]) -> None:
         reason = re.sub(r'Parser key "(\w+)":', r"--\1:", " ".join(str(error).split()))
         raise ValueError(f"generate: {reason} (--help lists the options)") from error
     prompts = _prompts(options.prompt, options.prompts)
-    given = {name: options[name] for name in SAMPLING_OPTIONS if options[name] is not None}
-    lengths = {"max_new_tokens": options.max_new_tokens, "window_length": options.window_length}
-    if options.slot_budget != "auto":
-        lengths["slot_budget"] = options.slot_budget
     if options.batch_size < 1:
         raise ValueError(f"expected --batch_size >= 1, found {options.batch_size}")
-    settings = GenerationSettings(  # before the model is loaded: what is out of range is said at once
-        SamplingConfig(**given), seed=options.seed, **{name: n for name, n in lengths.items() if n is not None}
-    )
+    settings = _settings(options)  # before the model is loaded: what is out of range is said at once
     predictor = load_predictor(options.ckpt_path)
     tokenizer = tokenizer_of(predictor)
-    sampling = replace(predictor.config.sampling, **given)
-    config = predictor.config
-    if not config.is_trained_for(sampling) and options.decoder != "autoregressive":
-        trained_for = _describe(config.sampling) if config.sampling_range is None else config.sampling_range
-        print(
-            f"note: the adapter was trained for {trained_for}; with {_describe(sampling)} the text is exact all the "
-            "same, but fewer tokens per call may be accepted",
-            file=sys.stderr,
-        )
     for number, prompt in enumerate(prompts, start=1):
         try:
             encode_prompt(predictor, prompt, tokenizer, settings)
         except ValueError as error:
             where = f"{options.prompts} line {number}" if options.prompts is not None else "--prompt"
             raise ValueError(f"{where}: {error}") from error
-    settings = replace(
-        settings,
-        sampling=sampling,
-        window_length=settings.window_length if options.window_length else config.window_length,
-        end_of_text=end_of_text_ids(predictor, tokenizer),
-    )
-    if options.decoder == "partial_quadratic" and options.slot_budget == "auto":
-        settings = replace(settings, slot_budget=_measured_budget(predictor, settings))
+    settings = _completed(settings, options, predictor, end_of_text_ids(predictor, tokenizer))
     for first in range(0, len(prompts), options.batch_size):
         some = prompts[first : first + options.batch_size]
         streams = len(some) == 1 and not options.json
@@ -83,7 +61,7 @@ def run(args: Sequence[str]) -> None:
             predictor,
             some,
             max_new_tokens=settings.max_new_tokens,
-            sampling=sampling,
+            sampling=settings.sampling,
             seed=settings.seed,
             decoder=options.decoder,
             window_length=settings.window_length,
@@ -98,6 +76,37 @@ def run(args: Sequence[str]) -> None:
             else:
                 text = "" if streams else "\n" * min(number, 1) + generation.prompt + generation.text
                 print(f"{text}\n\n{_summary(generation)}", flush=True)
+
+
+def _settings(options: Namespace) -> GenerationSettings:
+    """What the options say; what they leave open has the value of `GenerationSettings` until the model is known."""
+    names = ("max_new_tokens", "seed", "window_length", "slot_budget")
+    given = {name: options[name] for name in names if options[name] not in (None, "auto")}
+    return GenerationSettings(SamplingConfig(**_given_sampling(options)), **given)
+
+
+def _given_sampling(options: Namespace) -> dict[str, Any]:
+    return {name: options[name] for name in SAMPLING_OPTIONS if options[name] is not None}
+
+
+def _completed(
+    settings: GenerationSettings, options: Namespace, predictor: ParallelTokenPredictor, end_of_text: frozenset[int]
+) -> GenerationSettings:
+    """The predictor's own values for what the options leave open; says what the user should know of them."""
+    config = predictor.config
+    sampling = replace(config.sampling, **_given_sampling(options))
+    if not config.is_trained_for(sampling) and options.decoder != "autoregressive":
+        trained_for = _describe(config.sampling) if config.sampling_range is None else config.sampling_range
+        print(
+            f"note: the adapter was trained for {trained_for}; with {_describe(sampling)} the text is exact all the "
+            "same, but fewer tokens per call may be accepted",
+            file=sys.stderr,
+        )
+    window_length = settings.window_length if options.window_length else config.window_length
+    settings = replace(settings, sampling=sampling, window_length=window_length, end_of_text=end_of_text)
+    if options.decoder == "partial_quadratic" and options.slot_budget == "auto":
+        settings = replace(settings, slot_budget=_measured_budget(predictor, settings))
+    return settings
 
 
 def as_json(generation: Generation) -> dict[str, Any]:
@@ -164,7 +173,7 @@ def _describe(sampling: SamplingConfig) -> str:
 
 
 def _measured_budget(predictor: ParallelTokenPredictor, settings: GenerationSettings) -> int:
-    lengths = correct_lengths(predictor, settings.window_length)
+    lengths = CorrectLengths.of_validation(predictor.prefix_counts, settings.window_length - 1)
     costs = measure_costs(predictor, settings, lengths)
     budget = best_budget(lengths, costs)
     print(

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
-from ptp_lightning.decoding.generation import GenerationSettings
+from ptp_lightning.decoding.generation import GenerationSettings, OnTokens, VerifiedTexts, require_prompts
 from ptp_lightning.decoding.lookahead import Lookahead, place
 from ptp_lightning.decoding.ragged_cache import RaggedCache
 from ptp_lightning.models.predictor import ParallelTokenPredictor
@@ -74,22 +74,20 @@ class BatchContext:
             Last hidden states of the tokens `[B, T, H]`, the base model's own, and of the slots `[B, S, H]`.
         """
         predictor, num_tokens = self.predictor, token_ids.shape[1]
+        num_slots = 0 if lookahead is None else lookahead.anchors.shape[1]
         embeddings = predictor.embed(token_ids)
-        if lookahead is None or lookahead.anchors.shape[1] == 0:
-            with predictor.gate.closed():
-                tokens = self._call(embeddings, num_tokens, None)
-            slots = tokens[:, :0]
-        elif self._copy is not None:
-            with predictor.gate.closed():
-                tokens = self._call(embeddings, num_tokens, None)
-            slots = self._copy.look_ahead(token_ids, lookahead, self._slot_embeddings(lookahead))
-            self.num_calls += 1
-        else:
+        if lookahead is not None and num_slots and self._copy is None:
             ahead = self._slot_embeddings(lookahead).to(embeddings.dtype)
-            num_slots = ahead.shape[1]
             with predictor.gate.open(suffix=num_slots):
                 hidden = self._call(torch.cat([embeddings, ahead], dim=1), num_tokens, lookahead)
             tokens, slots = hidden.split([num_tokens, num_slots], dim=1)
+        else:
+            with predictor.gate.closed():
+                tokens = self._call(embeddings, num_tokens, None)
+            slots = tokens[:, :0]
+            if lookahead is not None and num_slots and self._copy is not None:
+                slots = self._copy.look_ahead(token_ids, lookahead, self._slot_embeddings(lookahead))
+                self.num_calls += 1
         self._latest = (token_ids, tokens, embeddings)
         return tokens, slots
 
@@ -274,10 +272,27 @@ def place_within(
     return position_ids if limit is None else position_ids.clamp_max(limit - 1), mask
 
 
-def padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """Token ids of several lengths, filled up to `[B, T]`."""
-    longest = max(map(len, rows))
-    return torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=device)
+def begin(
+    predictor: ParallelTokenPredictor,
+    prompts: Sequence[Sequence[int]],
+    settings: GenerationSettings,
+    on_tokens: OnTokens | None,
+) -> tuple[BatchContext, VerifiedTexts, Tensor, list[int]]:
+    """What all decoders begin with.
+
+    Returns:
+        A context that has read nothing, texts without a token, and what is to be read first: the prompts, filled up to
+        `[B, S]`, and how long each is.
+
+    Raises:
+        ValueError: there is no prompt, or one is empty or too long for `max_new_tokens` more.
+    """
+    require_prompts(predictor, prompts, settings)
+    counts = [len(prompt) for prompt in prompts]
+    context = BatchContext(predictor, settings, counts)
+    filled = [[*prompt, *[0] * (max(counts) - len(prompt))] for prompt in prompts]
+    texts = VerifiedTexts(settings, len(prompts), on_tokens)
+    return context, texts, torch.tensor(filled, device=context.device), counts
 
 
 def columns_from(states: Tensor, firsts: Sequence[int], length: int) -> Tensor:

@@ -89,7 +89,7 @@ class Generation(Decoded):
     Attributes:
         prompt: the text that is continued.
         text: the continuation, without special tokens.
-        seconds: wall-clock time, from the tokenised prompt to the last token.
+        seconds: wall-clock time, from the tokenised prompt to the last token; of a batch, to that of all its texts.
     """
 
     prompt: str

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 import torch
 
 from ptp_lightning.auxiliary import pick
-from ptp_lightning.decoding.context import BatchContext, columns_from, padded
-from ptp_lightning.decoding.generation import Decoded, GenerationSettings, OnTokens, VerifiedTexts, require_prompts
+from ptp_lightning.decoding.context import begin, columns_from
+from ptp_lightning.decoding.generation import Decoded, GenerationSettings, OnTokens
 from ptp_lightning.decoding.lookahead import Lookahead
 from ptp_lightning.decoding.proposing import Proposer, StudentProposer, propose
-from ptp_lightning.decoding.slot_allocation import CorrectLengths, allocate, correct_lengths
+from ptp_lightning.decoding.slot_allocation import CorrectLengths, allocate
 from ptp_lightning.models.predictor import ParallelTokenPredictor
 
 
@@ -47,16 +47,13 @@ def decode_partially_quadratically(
     Raises:
         ValueError: a prompt is empty, or too long for `max_new_tokens` more.
     """
-    require_prompts(predictor, prompts, settings)
+    context, texts, known, counts = begin(predictor, prompts, settings, on_tokens)
+    longest = settings.window_length - 1
     if lengths is None:
-        lengths = correct_lengths(predictor, settings.window_length)
-    lengths = lengths.up_to(settings.window_length - 1)
-    counts = [len(prompt) for prompt in prompts]
-    context = BatchContext(predictor, settings, counts)
+        lengths = CorrectLengths.of_validation(predictor.prefix_counts, longest)
+    lengths = lengths.up_to(longest)
     if proposer is None:
         proposer = StudentProposer(predictor.config.objective, context.sampling)
-    texts = VerifiedTexts(settings, len(prompts), on_tokens)
-    known = padded(prompts, context.device)
     drafts = known[:, :0]
     draft_lengths = [0] * len(prompts)
     while texts.rows:

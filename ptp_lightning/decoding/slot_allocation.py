@@ -13,10 +13,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from ptp_lightning.models.predictor import ParallelTokenPredictor
-
 DEFAULT_RATE = 0.6  # of right tokens, where no validation has told
-MAX_CYCLES = 200  # until the lengths of drafts have settled; a draft hardly depends on one so many calls ago
+NUM_CYCLES = 200  # until the lengths of drafts have settled; a draft hardly depends on one so many calls ago
 
 
 @dataclass(frozen=True)
@@ -53,6 +51,20 @@ class CorrectLengths:
         return cls(tuple(float(share) for share in at_least[1:] / at_least[0]))
 
     @classmethod
+    def of_validation(cls, prefix_counts: Sequence[float] | None, longest: int) -> CorrectLengths:
+        """What a predictor's `prefix_counts` say of its drafts of up to `longest` tokens; a guess where there are none.
+
+        Drafts longer than in validation are taken to go on as those ended: with the same share of right tokens.
+        """
+        if prefix_counts is None:
+            return cls.geometric(DEFAULT_RATE, longest)
+        survival = list(cls.from_counts(prefix_counts[1:]).survival)  # the first token is exact
+        last = survival[-1] / survival[-2] if len(survival) > 1 and survival[-2] > 0 else survival[-1]
+        while len(survival) < longest:
+            survival.append(survival[-1] * last)
+        return cls(tuple(survival[:longest]))
+
+    @classmethod
     def geometric(cls, rate: float, longest: int) -> CorrectLengths:
         """Each token is right with the same probability if those before it are."""
         return cls(tuple(rate**length for length in range(1, longest + 1)))
@@ -71,21 +83,6 @@ class CorrectLengths:
 
     def _padded(self, length: int) -> list[float]:
         return [*self.survival[:length], *[0.0] * (length - len(self.survival))]
-
-
-def correct_lengths(predictor: ParallelTokenPredictor, window_length: int) -> CorrectLengths:
-    """What the predictor's validation says of its drafts; a guess if it has had none.
-
-    A window longer than in validation is taken to go on as it ended: with the same share of right tokens.
-    """
-    longest = window_length - 1
-    if predictor.prefix_counts is None:
-        return CorrectLengths.geometric(DEFAULT_RATE, longest)
-    survival = list(CorrectLengths.from_counts(predictor.prefix_counts[1:]).survival)  # the first token is exact
-    last = survival[-1] / survival[-2] if len(survival) > 1 and survival[-2] > 0 else survival[-1]
-    while len(survival) < longest:
-        survival.append(survival[-1] * last)
-    return CorrectLengths(tuple(survival[:longest]))
 
 
 @lru_cache(maxsize=4096)
@@ -110,19 +107,25 @@ def allocate(lengths: CorrectLengths, draft_length: int, budget: int) -> tuple[i
     return tuple(int(slots) for slots in np.bincount(taken // survival.size, minlength=draft_length + 1))
 
 
-def expected_tokens(lengths: CorrectLengths, budget: int) -> float:
-    """Tokens that a call commits in the long run, the base model's own pick included.
+def length_shares(lengths: CorrectLengths, budget: int) -> np.ndarray:
+    """How often calls have a draft of 0, 1, 2 .. tokens to verify, in the long run.
 
     The draft that a call verifies is as long as the branch that the call before it ended in, so the length of drafts is
-    a Markov chain; this is the mean over its stationary distribution.
+    a Markov chain, and this its stationary distribution.
     """
     longest = len(lengths.survival)
     moves = np.zeros((longest + 1, longest + 1))
     for length in range(longest + 1):
         slots = allocate(lengths, length, budget)
         np.add.at(moves[length], list(slots), lengths.of_draft(length))
-    share = np.zeros(longest + 1)
-    share[0] = 1.0
-    for _ in range(MAX_CYCLES):
-        share = share @ moves
-    return 1.0 + float(share @ [lengths.expected(length) for length in range(longest + 1)])
+    shares = np.zeros(longest + 1)
+    shares[0] = 1.0
+    for _ in range(NUM_CYCLES):
+        shares = shares @ moves
+    return shares
+
+
+def expected_tokens(lengths: CorrectLengths, budget: int) -> float:
+    """Tokens that a call commits in the long run, the base model's own pick included."""
+    shares = length_shares(lengths, budget)
+    return 1.0 + float(shares @ [lengths.expected(length) for length in range(len(shares))])

@@ -14,7 +14,7 @@ from ptp_lightning.decoding.context import BatchContext
 from ptp_lightning.decoding.generation import GenerationSettings
 from ptp_lightning.decoding.lookahead import Lookahead
 from ptp_lightning.decoding.proposing import StudentProposer, propose
-from ptp_lightning.decoding.slot_allocation import CorrectLengths, allocate, expected_tokens
+from ptp_lightning.decoding.slot_allocation import CorrectLengths, allocate, expected_tokens, length_shares
 from ptp_lightning.models.predictor import ParallelTokenPredictor
 
 MEASURED_BUDGETS = (1, 8, 16, 32, 64, 128)
@@ -59,16 +59,17 @@ def measure_costs(
         lengths: decides how slots are divided, and so how many a draft has.
         clock: gives seconds.
     """
-    fastest = dict.fromkeys(_measurable(lengths), float("inf"))
-    context = BatchContext(predictor, replace(settings, slot_budget=max(fastest)), [NUM_CONTEXT_TOKENS])
+    shares = {budget: length_shares(lengths, budget) for budget in _measurable(lengths)}
+    usual_length = {budget: round(share @ np.arange(len(share))) for budget, share in shares.items()}
+    fastest = dict.fromkeys(usual_length, float("inf"))
+    context = BatchContext(predictor, replace(settings, seed=0, slot_budget=max(fastest)), [NUM_CONTEXT_TOKENS])
     device = context.device
     context.read(torch.zeros(1, NUM_CONTEXT_TOKENS, dtype=torch.long, device=device))
     context.keep([NUM_CONTEXT_TOKENS])
     proposer = StudentProposer(predictor.config.objective, context.sampling)
     for _ in range(NUM_MEASUREMENTS):
-        for budget in fastest:
+        for budget, length in usual_length.items():
             begin = clock()
-            length = _usual_length(lengths, budget)
             slots = [allocate(lengths, length, budget)]
             tokens = torch.zeros(1, 1 + length, dtype=torch.long, device=device)
             hidden, ahead = context.read(tokens, Lookahead.branches([1], slots, device))
@@ -76,7 +77,7 @@ def measure_costs(
             picks = pick(context.auxiliaries([0], 1 + length), distribution)
             picks.tolist()  # waits for the device, as the decoder does
             context.keep([0])
-            propose(context, proposer, picks[:, :1], ahead[:, : max(1, slots[0][-1])], [0]).tolist()
+            propose(context, proposer, picks[:, :1], ahead[:, : max(1, length)], [0]).tolist()
             fastest[budget] = min(fastest[budget], clock() - begin)
     return CallCosts(tuple(fastest), tuple(np.maximum.accumulate(list(fastest.values())).tolist()))
 
@@ -86,11 +87,3 @@ def _measurable(lengths: CorrectLengths) -> Sequence[int]:
     longest = len(lengths.survival)
     most = longest * (longest + 1)
     return [budget for budget in MEASURED_BUDGETS if budget < most] + [min(most, MEASURED_BUDGETS[-1])]
-
-
-def _usual_length(lengths: CorrectLengths, budget: int) -> int:
-    """Of a draft whose length is that of the branch after it."""
-    length = 0
-    for _ in range(len(lengths.survival)):
-        length = allocate(lengths, length, budget)[min(length, round(lengths.expected(length)))]
-    return length

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 
 from ptp_lightning.auxiliary import pick
-from ptp_lightning.decoding.context import BatchContext, columns_from, padded
-from ptp_lightning.decoding.generation import Decoded, GenerationSettings, OnTokens, VerifiedTexts, require_prompts
+from ptp_lightning.decoding.context import begin, columns_from
+from ptp_lightning.decoding.generation import Decoded, GenerationSettings, OnTokens
 from ptp_lightning.decoding.lookahead import Lookahead
 from ptp_lightning.decoding.proposing import Proposer, StudentProposer, propose
 from ptp_lightning.models.predictor import ParallelTokenPredictor
@@ -48,13 +48,9 @@ def decode_speculatively(
     Raises:
         ValueError: a prompt is empty, or too long for `max_new_tokens` more.
     """
-    require_prompts(predictor, prompts, settings)
-    counts = [len(prompt) for prompt in prompts]
-    context = BatchContext(predictor, settings, counts)
+    context, texts, unread, counts = begin(predictor, prompts, settings, on_tokens)
     if proposer is None:
         proposer = StudentProposer(predictor.config.objective, context.sampling)
-    texts = VerifiedTexts(settings, len(prompts), on_tokens)
-    unread = padded(prompts, context.device)
     while texts.rows:
         starts, calls_before = texts.starts, context.num_calls
         length = max(1, min(settings.window_length, max(texts.remaining) - 1))

@@ -2,8 +2,7 @@
 
 import pytest
 
-from ptp_lightning.decoding import generate_batch
-from ptp_lightning.decoding.slot_allocation import correct_lengths
+from ptp_lightning.decoding import CorrectLengths, generate_batch
 from ptp_lightning.decoding.text import DecoderName
 from ptp_lightning.models import ParallelTokenPredictor
 from ptp_lightning.pretrained import embedded_folder
@@ -36,7 +35,9 @@ def test_calls_are_saved(predictor: ParallelTokenPredictor, decoder: DecoderName
 
 
 def test_its_validation_is_known(predictor: ParallelTokenPredictor) -> None:
-    assert correct_lengths(predictor, 4).expected(3) == pytest.approx(1.371, abs=1e-3)  # RESULTS.md
+    assert CorrectLengths.of_validation(predictor.prefix_counts, 3).expected(3) == pytest.approx(
+        1.371, abs=1e-3
+    )  # RESULTS.md
 
 
 def test_size() -> None:

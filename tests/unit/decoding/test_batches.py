@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
-from typing import Any
 
 import pytest
 import torch
@@ -95,7 +94,7 @@ def test_rows_that_accept_different_numbers(decode: Decode, student: str) -> Non
         done[row] += len(token_ids)
         proposer.rows = [row for row, length in enumerate(done) if length < settings.max_new_tokens]
 
-    together: Any = decode(predictor, PROMPTS, settings, count, proposer)
+    together = decode(predictor, PROMPTS, settings, count, proposer)
     assert [found.token_ids for found in together] == texts
     assert len({tuple(found.correct_per_cycle) for found in together}) > 2
 

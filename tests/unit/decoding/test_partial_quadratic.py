@@ -20,7 +20,7 @@ from ptp_lightning.decoding.slot_allocation import allocate
 from ptp_lightning.models.conditioning import SamplingRange
 from ptp_lightning.models.predictor import ParallelTokenPredictor
 from ptp_lightning.sampling import SamplingConfig
-from tests.tiny_decoding import PROMPT, ForcedDraft, decode_one, reference
+from tests.tiny_decoding import PROMPT, ForcedDraft, decode_one, reference, slot_logits_of_training
 from tests.tiny_predictors import OBJECTIVES, STUDENTS, tiny_predictor
 
 VOCABULARY = 32
@@ -167,15 +167,8 @@ def test_slot_logits_are_those_of_training(family: str, student: str, objective:
         (start,) = starts
         first, num_slots = len(PROMPT) + start - 1, auxiliaries.shape[1]
         passes = earlier.setdefault(start, [])
-        context = text[:, :first]
-        zeros, positions = torch.zeros_like(context), torch.arange(first).unsqueeze(0)
-        with torch.inference_mode():
-            encoded = predictor.encode(context, zeros, positions, torch.tensor([[first]]))
-            hidden = predictor.slot_hidden(encoded, u[:, None, start - 1 : start + num_slots])
-            if passes:
-                stand_for = torch.cat([text[:, first : first + 1], passes[-1]], dim=1)[:, None, :-1]
-                hidden = predictor.refine(encoded, predictor.refiner_context(encoded), hidden, stand_for)
-            expected = predictor.slot_logits(hidden[:, 0])
+        of_window = u[:, start - 1 : start + num_slots]
+        expected = slot_logits_of_training(predictor, text, first, of_window, passes[-1] if passes else None)
         torch.testing.assert_close(slot_logits, expected, atol=1e-4, rtol=1e-4)
         draft = text[:, first + 1 : first + 1 + num_slots].clone()
         draft[0, 1:] = (draft[0, 1:] + start + len(passes)) % VOCABULARY  # the first is right, the rest mostly not

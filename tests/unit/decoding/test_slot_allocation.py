@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ptp_lightning.decoding.slot_allocation import CorrectLengths, allocate, correct_lengths, expected_tokens
-from tests.tiny_predictors import tiny_predictor
+from ptp_lightning.decoding.slot_allocation import CorrectLengths, allocate, expected_tokens, length_shares
 
 
 def worth(lengths: CorrectLengths, draft_length: int, slots: tuple[int, ...]) -> float:
@@ -77,6 +76,7 @@ class TestExpectedTokens:
     def test_a_draft_of_one_token(self) -> None:
         # One slot. After a right draft (1/2) or a wrong one it is worth the same; ties go to the first branch, so there
         # is a draft after a wrong one or none, and none after a right one: a draft in 2/3 of all calls.
+        assert length_shares(CorrectLengths((0.5,)), 1).tolist() == pytest.approx([1 / 3, 2 / 3])
         assert expected_tokens(CorrectLengths((0.5,)), 1) == pytest.approx(1 + 2 / 3 * 1 / 2)
 
     def test_all_branches_full(self) -> None:
@@ -90,17 +90,14 @@ class TestExpectedTokens:
         assert expected_tokens(lengths, full) == pytest.approx(1 + lengths.expected(len(survival)))
 
 
-class TestCorrectLengthsOfAPredictor:
-    def test_are_those_of_its_validation(self) -> None:
-        predictor = tiny_predictor(window_length=4)
-        predictor.prefix_counts = [0, 4, 2, 1, 1]  # windows with 0, 1, 2, 3, 4 right tokens, the first one exact
-        assert correct_lengths(predictor, 4).survival == (0.5, 0.25, 0.125)
-        assert correct_lengths(predictor, 3).survival == (0.5, 0.25)
+class TestOfValidation:
+    def test_the_exact_first_token_does_not_count(self) -> None:
+        counts = [0, 4, 2, 1, 1]  # windows with 0, 1, 2, 3, 4 right tokens
+        assert CorrectLengths.of_validation(counts, 3).survival == (0.5, 0.25, 0.125)
+        assert CorrectLengths.of_validation(counts, 2).survival == (0.5, 0.25)
 
-    def test_longer_windows_go_on_as_those_of_validation_end(self) -> None:
-        predictor = tiny_predictor(window_length=3)
-        predictor.prefix_counts = [0, 5, 4, 1]
-        assert correct_lengths(predictor, 5).survival == pytest.approx((0.5, 0.1, 0.02, 0.004))
+    def test_longer_drafts_go_on_as_those_of_validation_end(self) -> None:
+        assert CorrectLengths.of_validation([0, 5, 4, 1], 4).survival == pytest.approx((0.5, 0.1, 0.02, 0.004))
 
-    def test_are_a_guess_without_validation(self) -> None:
-        assert correct_lengths(tiny_predictor(), 3) == CorrectLengths.geometric(0.6, 2)
+    def test_without_validation_it_is_a_guess(self) -> None:
+        assert CorrectLengths.of_validation(None, 2) == CorrectLengths.geometric(0.6, 2)

@@ -20,7 +20,7 @@ from ptp_lightning.decoding import (
 from ptp_lightning.models.conditioning import SamplingRange
 from ptp_lightning.models.predictor import ParallelTokenPredictor
 from ptp_lightning.sampling import SamplingConfig
-from tests.tiny_decoding import PROMPT, Decode, ForcedDraft, decode_one, reference
+from tests.tiny_decoding import PROMPT, Decode, ForcedDraft, decode_one, reference, slot_logits_of_training
 from tests.tiny_predictors import OBJECTIVES, tiny_predictor
 
 VOCABULARY = 32  # smaller than top_k
@@ -282,16 +282,9 @@ class TestSlots:
             (start,) = starts
             first, num_slots = len(PROMPT) + start - 1, auxiliaries.shape[1]
             assert torch.equal(auxiliaries, u[:, start : start + num_slots])
-            context = text[:, :first]
-            zeros, positions = torch.zeros_like(context), torch.arange(first).unsqueeze(0)
             earlier = drafts.setdefault(start, [])
-            with torch.inference_mode():
-                encoded = predictor.encode(context, zeros, positions, torch.tensor([[first]]))
-                hidden = predictor.slot_hidden(encoded, u[:, None, start - 1 : start + num_slots])
-                if earlier:
-                    stand_for = torch.cat([text[:, first : first + 1], earlier[-1]], dim=1)[:, None, :-1]
-                    hidden = predictor.refine(encoded, predictor.refiner_context(encoded), hidden, stand_for)
-                expected = predictor.logits(hidden[:, 0])
+            of_window = u[:, start - 1 : start + num_slots]
+            expected = slot_logits_of_training(predictor, text, first, of_window, earlier[-1] if earlier else None)
             torch.testing.assert_close(slot_logits, expected, atol=1e-4, rtol=1e-4)
             right = text[:, first + 1 : first + 1 + num_slots]
             # Right in the first window and then wrong; another draft in every round.

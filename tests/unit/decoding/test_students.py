@@ -14,7 +14,7 @@ from torch import Tensor
 from ptp_lightning.decoding import Decoded, GenerationSettings, decode_speculatively
 from ptp_lightning.models.predictor import ParallelTokenPredictor
 from ptp_lightning.sampling import SamplingConfig
-from tests.tiny_decoding import PROMPT, decode_one, reference
+from tests.tiny_decoding import PROMPT, decode_one, reference, slot_logits_of_training
 from tests.tiny_predictors import OBJECTIVES, tiny_predictor
 
 VOCABULARY = 32
@@ -108,12 +108,8 @@ def test_slot_logits_are_those_of_training(student: str, family: str) -> None:
         right = text[:, first + 1 : first + 1 + num_slots]
         if start not in seen:  # not yet refined
             seen.append(start)
-            context = text[:, :first]
-            zeros, positions = torch.zeros_like(context), torch.arange(first).unsqueeze(0)
-            with torch.inference_mode():
-                encoded = predictor.encode(context, zeros, positions, torch.tensor([[first]]))
-                hidden = predictor.slot_hidden(encoded, u[:, None, start - 1 : start + num_slots])
-                expected = predictor.slot_logits(hidden[:, 0])
+            of_window = u[:, start - 1 : start + num_slots]
+            expected = slot_logits_of_training(predictor, text, first, of_window, None)
             torch.testing.assert_close(slot_logits, expected, atol=1e-4, rtol=1e-4)
         return (right + (start > 1)) % VOCABULARY  # right in the first window only
 
