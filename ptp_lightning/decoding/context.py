@@ -74,20 +74,22 @@ class BatchContext:
             Last hidden states of the tokens `[B, T, H]`, the base model's own, and of the slots `[B, S, H]`.
         """
         predictor, num_tokens = self.predictor, token_ids.shape[1]
-        num_slots = 0 if lookahead is None else lookahead.anchors.shape[1]
         embeddings = predictor.embed(token_ids)
-        if lookahead is not None and num_slots and self._copy is None:
-            ahead = self._slot_embeddings(lookahead).to(embeddings.dtype)
-            with predictor.gate.open(suffix=num_slots):
-                hidden = self._call(torch.cat([embeddings, ahead], dim=1), num_tokens, lookahead)
-            tokens, slots = hidden.split([num_tokens, num_slots], dim=1)
-        else:
+        if lookahead is not None and lookahead.anchors.shape[1] == 0:
+            lookahead = None
+        if lookahead is None or self._copy is not None:
             with predictor.gate.closed():
                 tokens = self._call(embeddings, num_tokens, None)
             slots = tokens[:, :0]
-            if lookahead is not None and num_slots and self._copy is not None:
+            if lookahead is not None and self._copy is not None:
                 slots = self._copy.look_ahead(token_ids, lookahead, self._slot_embeddings(lookahead))
                 self.num_calls += 1
+        else:
+            ahead = self._slot_embeddings(lookahead).to(embeddings.dtype)
+            num_slots = ahead.shape[1]
+            with predictor.gate.open(suffix=num_slots):
+                hidden = self._call(torch.cat([embeddings, ahead], dim=1), num_tokens, lookahead)
+            tokens, slots = hidden.split([num_tokens, num_slots], dim=1)
         self._latest = (token_ids, tokens, embeddings)
         return tokens, slots
 

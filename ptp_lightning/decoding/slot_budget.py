@@ -60,7 +60,7 @@ def measure_costs(
         clock: gives seconds.
     """
     shares = {budget: length_shares(lengths, budget) for budget in _measurable(lengths)}
-    usual_length = {budget: round(share @ np.arange(len(share))) for budget, share in shares.items()}
+    usual_length = {budget: round(float(share @ np.arange(len(share)))) for budget, share in shares.items()}
     fastest = dict.fromkeys(usual_length, float("inf"))
     context = BatchContext(predictor, replace(settings, seed=0, slot_budget=max(fastest)), [NUM_CONTEXT_TOKENS])
     device = context.device
