@@ -10,8 +10,10 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from ptp_lightning.decoding.generation import GenerationSettings, OnTokens, VerifiedTexts, require_prompts
+from ptp_lightning.decoding.laps import Laps
 from ptp_lightning.decoding.lookahead import Lookahead, place
 from ptp_lightning.decoding.ragged_cache import RaggedCache
+from ptp_lightning.decoding.steady_attention import steady_attention
 from ptp_lightning.models.predictor import ParallelTokenPredictor
 from ptp_lightning.models.refiner import RefinerContext
 
@@ -26,9 +28,11 @@ class BatchContext:
         predictor: the network.
         settings: sampling and auxiliaries of the texts.
         prompt_lengths: of the rows, whose tokens are still to be read.
+        laps: is told when a phase ends.
 
     Attributes:
         sampling: the same, with the predictor's token order.
+        laps: the stopwatch.
         num_calls: forward passes so far, those of a student's copy included.
     """
 
@@ -37,8 +41,10 @@ class BatchContext:
         predictor: ParallelTokenPredictor,
         settings: GenerationSettings,
         prompt_lengths: Sequence[int],
+        laps: Laps | None = None,
     ) -> None:
         self.predictor = predictor
+        self.laps = Laps() if laps is None else laps
         self.sampling = predictor.sampler(settings.sampling)
         self.num_calls = 0
         num_rows = len(prompt_lengths)
@@ -141,7 +147,8 @@ class BatchContext:
     def _call(self, embeddings: Tensor, num_tokens: int, lookahead: Lookahead | None) -> Tensor:
         self.num_calls += 1
         position_ids, mask = place_within(self.predictor, self._cache.lengths, num_tokens, lookahead, self.device)
-        return self.predictor.decode(embeddings, position_ids, mask, self._cache)
+        with steady_attention(self.predictor.base_model):
+            return self.predictor.decode(embeddings, position_ids, mask, self._cache)
 
 
 class _Copy:
@@ -279,6 +286,7 @@ def begin(
     prompts: Sequence[Sequence[int]],
     settings: GenerationSettings,
     on_tokens: OnTokens | None,
+    laps: Laps | None,
 ) -> tuple[BatchContext, VerifiedTexts, Tensor, list[int]]:
     """What all decoders begin with.
 
@@ -291,7 +299,7 @@ def begin(
     """
     require_prompts(predictor, prompts, settings)
     counts = [len(prompt) for prompt in prompts]
-    context = BatchContext(predictor, settings, counts)
+    context = BatchContext(predictor, settings, counts, laps)
     filled = [[*prompt, *[0] * (max(counts) - len(prompt))] for prompt in prompts]
     texts = VerifiedTexts(settings, len(prompts), on_tokens)
     return context, texts, torch.tensor(filled, device=context.device), counts

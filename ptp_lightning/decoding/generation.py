@@ -74,12 +74,14 @@ class Decoded:
             included, and those of the student where it is a network of its own.
         finished: ended by an end-of-text token, or by `max_new_tokens`.
         correct_per_cycle: correct tokens of each draft, 1 .. L, its exact first token included; empty without drafts.
+        drafted_per_cycle: how many tokens each draft had, its exact first token included.
     """
 
     token_ids: list[int]
     num_calls: int
     finished: Finished
     correct_per_cycle: list[int]
+    drafted_per_cycle: list[int]
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,7 @@ class VerifiedTexts:
         self._finished: list[Finished | None] = [None] * num_prompts
         self._num_calls = [0] * num_prompts
         self._correct_per_cycle: list[list[int]] = [[] for _ in self.rows]
+        self._drafted_per_cycle: list[list[int]] = [[] for _ in self.rows]
         self._settings = settings
         self._on_tokens = on_tokens
 
@@ -138,19 +141,27 @@ class VerifiedTexts:
         """How many may still follow in each unfinished text."""
         return [self._settings.max_new_tokens - start for start in self.starts]
 
-    def commit(self, new: Sequence[list[int]], num_calls: int, correct: Sequence[int] | None = None) -> None:
+    def commit(
+        self,
+        new: Sequence[list[int]],
+        num_calls: int,
+        correct: Sequence[int] | None = None,
+        drafted: Sequence[int] | None = None,
+    ) -> None:
         """Append verified tokens to each unfinished text: at most `remaining`, and up to the first that ends it.
 
         Args:
             new: token ids for each of `rows`.
             num_calls: that it took.
             correct: how many tokens of each draft were right; None if there was no draft.
+            drafted: how many it had, beside `correct`.
         """
         for place, (row, token_ids) in enumerate(zip(self.rows, new, strict=True)):
             num_committed = self._commit(row, token_ids)
             self._num_calls[row] += num_calls
-            if correct is not None:
+            if correct is not None and drafted is not None:
                 self._correct_per_cycle[row].append(min(correct[place], num_committed))
+                self._drafted_per_cycle[row].append(drafted[place])
 
     def _commit(self, row: int, token_ids: list[int]) -> int:
         text = self._token_ids[row]
@@ -175,10 +186,17 @@ class VerifiedTexts:
 
     def decoded(self) -> list[Decoded]:
         """The texts, all of them finished."""
-        parts = zip(self._token_ids, self._num_calls, self._finished, self._correct_per_cycle, strict=True)
+        parts = zip(
+            self._token_ids,
+            self._num_calls,
+            self._finished,
+            self._correct_per_cycle,
+            self._drafted_per_cycle,
+            strict=True,
+        )
         return [
-            Decoded(token_ids, num_calls, _not_none(finished), correct)
-            for token_ids, num_calls, finished, correct in parts
+            Decoded(token_ids, num_calls, _not_none(finished), correct, drafted)
+            for token_ids, num_calls, finished, correct, drafted in parts
         ]
 
 

@@ -13,6 +13,7 @@ import torch
 from ptp_lightning.auxiliary import pick
 from ptp_lightning.decoding.context import begin, columns_from
 from ptp_lightning.decoding.generation import Decoded, GenerationSettings, OnTokens
+from ptp_lightning.decoding.laps import Laps
 from ptp_lightning.decoding.lookahead import Lookahead
 from ptp_lightning.decoding.proposing import Proposer, StudentProposer, propose
 from ptp_lightning.decoding.slot_allocation import CorrectLengths, allocate
@@ -27,6 +28,7 @@ def decode_partially_quadratically(
     on_tokens: OnTokens | None = None,
     proposer: Proposer | None = None,
     lengths: CorrectLengths | None = None,
+    laps: Laps | None = None,
 ) -> list[Decoded]:
     """Calls that each commit `correct + 1` tokens: the right part of the draft, and the base model's pick after it.
 
@@ -43,11 +45,12 @@ def decode_partially_quadratically(
         proposer: makes the drafts; by default the predictor.
         lengths: how long drafts are right, which decides how slots are divided and never changes the text; by default
             what the predictor's validation says.
+        laps: is told when a phase ends.
 
     Raises:
         ValueError: a prompt is empty, or too long for `max_new_tokens` more.
     """
-    context, texts, known, counts = begin(predictor, prompts, settings, on_tokens)
+    context, texts, known, counts = begin(predictor, prompts, settings, on_tokens, laps)
     longest = settings.window_length - 1
     if lengths is None:
         lengths = CorrectLengths.of_validation(predictor.prefix_counts, longest)
@@ -67,6 +70,7 @@ def decode_partially_quadratically(
         hidden, slots = context.read(
             torch.cat([known, drafts], dim=1), Lookahead.branches(counts, branches, context.device)
         )
+        context.laps.lap("forward")
         verified = columns_from(hidden, [count - 1 for count in counts], drafts.shape[1] + 1)
         distribution = context.sampling.distribution(predictor.logits(verified))
         picks = pick(context.auxiliaries(starts, drafts.shape[1] + 1), distribution)
@@ -76,6 +80,7 @@ def decode_partially_quadratically(
 
         # Commit. This is the call's one wait for the device.
         found = torch.cat([correct, picks], dim=1).tolist()
+        context.laps.lap("verifying")
         num_correct = [row[0] for row in found]
         context.keep([count + k for count, k in zip(counts, num_correct, strict=True)])
         known = picks.gather(1, correct)
@@ -83,6 +88,7 @@ def decode_partially_quadratically(
             [row[1 : row[0] + 2] for row in found],
             context.num_calls - calls_before,
             [k + 1 for k in num_correct],
+            [length + 1 for length in draft_lengths],
         )
 
         # The branch that turned out to be right proposes what comes next.
@@ -93,10 +99,12 @@ def decode_partially_quadratically(
             context.select(staying)
             known, slots = known[staying], slots[staying]
             first_slots, draft_lengths = ([old[place] for place in staying] for old in (first_slots, draft_lengths))
+        context.laps.lap("bookkeeping")
         if texts.rows:
             counts = [1] * len(texts.rows)
             ahead = columns_from(slots, first_slots, max(draft_lengths))
             drafts = propose(context, proposer, known, ahead, [start - 1 for start in texts.starts])[:, 1:]
+            context.laps.lap("proposing")
     return texts.decoded()
 
 

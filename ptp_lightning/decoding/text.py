@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from time import perf_counter
-from typing import TYPE_CHECKING, Literal, TypedDict, Unpack
+from typing import TYPE_CHECKING, Literal, Protocol, TypedDict, Unpack
 
 from ptp_lightning.decoding.autoregressive import decode_autoregressively
 from ptp_lightning.decoding.generation import Decoded, Generation, GenerationSettings, OnTokens, require_room
+from ptp_lightning.decoding.laps import Laps
 from ptp_lightning.decoding.partial_quadratic import decode_partially_quadratically
 from ptp_lightning.decoding.speculative import decode_speculatively
 from ptp_lightning.models.predictor import ParallelTokenPredictor
@@ -19,9 +20,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 DecoderName = Literal["autoregressive", "speculative", "partial_quadratic"]
-Decoder = Callable[
-    [ParallelTokenPredictor, Sequence[Sequence[int]], GenerationSettings, OnTokens | None], list[Decoded]
-]
+
+
+class Decoder(Protocol):
+    """Continues several prompts; see `decode_autoregressively`."""
+
+    def __call__(
+        self,
+        predictor: ParallelTokenPredictor,
+        prompts: Sequence[Sequence[int]],
+        settings: GenerationSettings,
+        on_tokens: OnTokens | None = None,
+        *,
+        laps: Laps | None = None,
+    ) -> list[Decoded]: ...
+
+
 DECODERS: dict[str, Decoder] = {
     "autoregressive": decode_autoregressively,
     "speculative": decode_speculatively,
@@ -142,6 +156,7 @@ def generate_batch(
             num_calls=text.num_calls,
             finished=text.finished,
             correct_per_cycle=text.correct_per_cycle,
+            drafted_per_cycle=text.drafted_per_cycle,
             prompt=prompt if isinstance(prompt, str) else _text(tokenizer, token_ids),
             text="".join(written),
             seconds=seconds,
