@@ -1,0 +1,113 @@
+"""Benchmarks: files of questions in the formats that their authors publish, read as one kind of question.
+
+A new benchmark is one function from a JSON object to a `Question`, and its line in `BENCHMARKS`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked.
+
+    Attributes:
+        question_id: unique in its file.
+        category: questions of one category are reported together.
+        turns: what the user says, one after another; each is answered before the next.
+    """
+
+    question_id: str
+    category: str
+    turns: tuple[str, ...]
+
+
+def spec_bench(row: dict[str, Any], number: int) -> Question:
+    """Spec-Bench (Xia et al., 2024): question_id, category, turns."""
+    return Question(str(row["question_id"]), str(row["category"]), tuple(row["turns"]))
+
+
+def humaneval(row: dict[str, Any], number: int) -> Question:
+    """HumanEval (Chen et al., 2021): the beginning of a function, to be continued."""
+    return Question(str(row["task_id"]), "humaneval", (row["prompt"],))
+
+
+def gsm8k(row: dict[str, Any], number: int) -> Question:
+    """GSM8K (Cobbe et al., 2021): a problem in words."""
+    return Question(str(number), "gsm8k", (row["question"],))
+
+
+def mbpp(row: dict[str, Any], number: int) -> Question:
+    """MBPP (Austin et al., 2021): a task in words, and the tests that its solution has to pass."""
+    tests = "\n".join(row["test_list"])
+    return Question(str(row.get("task_id", number)), "mbpp", (f"{row['text']}\n\n{tests}\n\n",))
+
+
+BENCHMARKS: dict[str, Callable[[dict[str, Any], int], Question] | None] = {
+    "spec_bench": spec_bench,
+    "humaneval": humaneval,
+    "gsm8k": gsm8k,
+    "mbpp": mbpp,
+    "prompts": None,
+}
+"""By name; `prompts` is a text file with one prompt per line."""
+
+
+def read_questions(benchmark: str, path: str | Path, limit: int | None = None) -> list[Question]:
+    """The questions of a file, those of all categories in turn, so that a limit does not leave out the last ones.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: there is no such benchmark, or a line is none of its questions; names file and line.
+    """
+    if benchmark not in BENCHMARKS:
+        raise ValueError(f"expected --benchmark to be one of {', '.join(BENCHMARKS)}, found {benchmark!r}")
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"expected the questions of {benchmark} at {path}, found no file: mend --questions")
+    questions = list(_questions(benchmark, path))
+    if not questions:
+        raise ValueError(f"expected questions in {path}, found none: mend --questions")
+    seen: set[str] = set()
+    for question in questions:
+        if question.question_id in seen:
+            raise ValueError(f"expected every question once, found {question.question_id!r} twice in {path}")
+        seen.add(question.question_id)
+    return _in_turn(questions)[:limit]
+
+
+def _questions(benchmark: str, path: Path) -> Iterator[Question]:
+    parse = BENCHMARKS[benchmark]
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"expected UTF-8 text in {path}, found {error}: mend --questions") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        if parse is None:
+            yield Question(str(number), "prompts", (line,))
+            continue
+        try:
+            question = parse(json.loads(line), number)
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+            raise ValueError(f"{path}, line {number}: expected a question of {benchmark}, found {reason}") from error
+        if not question.turns or not all(isinstance(turn, str) and turn for turn in question.turns):
+            raise ValueError(f"{path}, line {number}: expected turns of text, found {question.turns!r}")
+        yield question
+
+
+def _in_turn(questions: list[Question]) -> list[Question]:
+    """One of each category, then the next of each, in the order of the file."""
+    count: dict[str, int] = {}
+    rank = []
+    for question in questions:
+        rank.append(count.setdefault(question.category, 0))
+        count[question.category] += 1
+    return [questions[place] for place in sorted(range(len(questions)), key=lambda place: rank[place])]

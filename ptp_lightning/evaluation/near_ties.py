@@ -1,0 +1,113 @@
+"""Near-ties: whether rounding explains why a text departs from the reference.
+
+Calls of other shapes may round their logits otherwise, and where u lies next to the border of two tokens, that decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ptp_lightning.auxiliary import pick
+from ptp_lightning.decoding.context import begin
+from ptp_lightning.decoding.generation import GenerationSettings
+from ptp_lightning.models.predictor import ParallelTokenPredictor
+from ptp_lightning.sampling import Sampler
+
+NUM_RANDOM_CHANGES = 256
+NUM_STEPS = 2  # of the dtype, by which logits of calls of other shapes differ
+SMALLEST_ROUNDING = 1e-4  # of float32 logits, whose sums over layers differ by more than a step
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """Where an answer departs from the autoregressive decoder's.
+
+    Attributes:
+        contender: whose answer it is.
+        question_id: of the question.
+        turn: of it.
+        seed: of the auxiliaries.
+        temperature: of the sampling.
+        place: number of the first token that differs.
+        near_tie: rounding explains it.
+    """
+
+    contender: str
+    question_id: str
+    turn: int
+    seed: int
+    temperature: float
+    place: int
+    near_tie: bool
+
+
+def first_difference(text: Sequence[int], reference: Sequence[int]) -> int | None:
+    """Place of the first token in which two texts differ; None if they are the same."""
+    if list(text) == list(reference):
+        return None
+    pairs = zip(text, reference, strict=False)
+    return next((place for place, (own, other) in enumerate(pairs) if own != other), min(len(text), len(reference)))
+
+
+@torch.inference_mode()
+def explains(
+    predictor: ParallelTokenPredictor,
+    prompt: Sequence[int],
+    reference: Sequence[int],
+    place: int,
+    token_id: int,
+    settings: GenerationSettings,
+) -> bool:
+    """Whether rounding explains that `token_id` stands at `place`, instead of the reference's token."""
+    context, _, _, _ = begin(predictor, [[*prompt, *reference[:place]]], settings, None, None)
+    token_ids = torch.tensor([[*prompt, *reference[:place]]], device=context.device)
+    hidden, _ = context.read(token_ids)
+    logits = predictor.logits(hidden[0, -1])
+    rounding = NUM_STEPS * torch.finfo(logits.dtype).eps * float(logits.abs().max())
+    u = settings.auxiliaries(1, context.device)[0, place]
+    return is_near_tie(logits, u, token_id, context.sampling, max(rounding, SMALLEST_ROUNDING))
+
+
+def is_near_tie(logits: Tensor, u: Tensor, token_id: int, sampling: Sampler, rounding: float) -> bool:
+    """Whether changing no logit by more than `rounding` can make u pick a token.
+
+    It is tried out, with changes that move the token's interval or the cut of top-k and top-p as far as possible, and
+    with random ones; so "no" may be wrong, "yes" is not.
+
+    Args:
+        logits: `[V]`.
+        u: scalar, the auxiliary.
+        token_id: the token.
+        sampling: settings and order.
+        rounding: the largest change.
+    """
+    vocabulary = logits.shape[-1]
+    device = logits.device
+    logits = logits.float()
+    rank = logits.argsort(descending=True).argsort()
+    places = torch.arange(vocabulary, device=device) if sampling.token_places is None else sampling.token_places
+    tilts = [
+        torch.where(by <= by[token_id] + shift, 1.0, -1.0) * sign
+        for by in (places, rank)
+        for shift in (-1, 0)
+        for sign in (1.0, -1.0)
+    ]
+    of_token = torch.zeros(vocabulary, device=device)
+    of_token[token_id] = 1.0
+    tilts += [torch.where(of_token > 0, sign, tilt) for tilt in tilts for sign in (1.0, -1.0)]
+    if any(_picks(logits + rounding * tilt, u, token_id, sampling) for tilt in tilts):
+        return True
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(NUM_RANDOM_CHANGES):
+        signs = (torch.randint(0, 2, (vocabulary,), generator=generator) * 2.0 - 1).to(device)
+        if _picks(logits + rounding * signs, u, token_id, sampling):
+            return True
+    return False
+
+
+def _picks(logits: Tensor, u: Tensor, token_id: int, sampling: Sampler) -> bool:
+    return int(pick(u, sampling.distribution(logits))) == token_id

@@ -1,0 +1,90 @@
+"""Questions as their authors publish them, and what is said about files that hold none."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ptp_lightning.evaluation import Question, read_questions
+
+ROWS = {
+    "spec_bench": (
+        {"question_id": 7, "category": "math", "turns": ["How many?", "And why?"], "reference": ["2"]},
+        Question("7", "math", ("How many?", "And why?")),
+    ),
+    "humaneval": (
+        {"task_id": "HumanEval/0", "prompt": "def f():\n", "canonical_solution": "    pass\n"},
+        Question("HumanEval/0", "humaneval", ("def f():\n",)),
+    ),
+    "gsm8k": ({"question": "1 + 1?", "answer": "2"}, Question("1", "gsm8k", ("1 + 1?",))),
+    "mbpp": (
+        {"text": "Add.", "code": "..", "test_list": ["assert a", "assert b"]},
+        Question("1", "mbpp", ("Add.\n\nassert a\nassert b\n\n",)),
+    ),
+}
+
+
+def write(path: Path, *rows: object) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("benchmark", ROWS)
+def test_reads_the_published_format(benchmark: str, tmp_path: Path) -> None:
+    row, expected = ROWS[benchmark]
+    assert read_questions(benchmark, write(tmp_path / "q.jsonl", row)) == [expected]
+
+
+def test_prompts_are_lines(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("def f\n\nclass ü\n", encoding="utf-8")
+    assert read_questions("prompts", path) == [
+        Question("1", "prompts", ("def f",)),
+        Question("3", "prompts", ("class ü",)),
+    ]
+
+
+def test_a_limit_takes_from_all_categories(tmp_path: Path) -> None:
+    rows = [
+        {"question_id": number, "category": category, "turns": ["x"]}
+        for number, category in enumerate(["a", "a", "a", "b", "b", "c"])
+    ]
+    path = write(tmp_path / "q.jsonl", *rows)
+    assert [question.question_id for question in read_questions("spec_bench", path, limit=4)] == ["0", "3", "5", "1"]
+    assert len(read_questions("spec_bench", path)) == 6
+
+
+class TestRefusals:
+    def test_missing_file(self, tmp_path: Path) -> None:
+        with pytest.raises(FileNotFoundError, match="mend --questions"):
+            read_questions("gsm8k", tmp_path / "none.jsonl")
+
+    def test_unknown_benchmark(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="expected --benchmark to be one of spec_bench, humaneval"):
+            read_questions("mmlu", tmp_path)
+
+    @pytest.mark.parametrize(
+        ("line", "reason"),
+        [
+            ("{", "line 2: expected a question of spec_bench"),
+            ('{"question_id": 1, "category": "a"}', "line 2: expected a question of spec_bench, found no 'turns'"),
+            ('{"question_id": 1, "category": "a", "turns": []}', "line 2: expected turns of text"),
+            ('{"question_id": 1, "category": "a", "turns": [""]}', "line 2: expected turns of text"),
+            ('{"question_id": 0, "category": "a", "turns": ["x"]}', "found '0' twice"),
+            ("[]", "line 2: expected a question of spec_bench"),
+        ],
+    )
+    def test_a_line_that_is_no_question(self, line: str, reason: str, tmp_path: Path) -> None:
+        path = write(tmp_path / "q.jsonl", {"question_id": 0, "category": "a", "turns": ["x"]})
+        path.write_text(path.read_text() + line + "\n")
+        with pytest.raises(ValueError, match=reason):
+            read_questions("spec_bench", path)
+
+    def test_empty_file_and_other_bytes(self, tmp_path: Path) -> None:
+        path = tmp_path / "q.jsonl"
+        path.write_bytes(b"\n")
+        with pytest.raises(ValueError, match="expected questions in"):
+            read_questions("gsm8k", path)
+        path.write_bytes(b"\xff\xfe")
+        with pytest.raises(ValueError, match="expected UTF-8"):
+            read_questions("gsm8k", path)

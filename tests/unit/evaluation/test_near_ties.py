@@ -1,0 +1,72 @@
+"""Near-ties are told from wrong tokens."""
+
+import pytest
+import torch
+
+from ptp_lightning.auxiliary import pick
+from ptp_lightning.decoding import GenerationSettings
+from ptp_lightning.evaluation.near_ties import explains, first_difference, is_near_tie
+from ptp_lightning.sampling import Sampler, SamplingConfig
+from tests.tiny_decoding import PROMPT, reference
+from tests.tiny_predictors import tiny_predictor
+
+VOCABULARY = 32
+ROUNDING = 1e-3
+
+
+@pytest.mark.parametrize(
+    ("text", "other", "place"),
+    [([1, 2, 3], [1, 2, 3], None), ([1, 9, 3], [1, 2, 3], 1), ([1, 2], [1, 2, 3], 2), ([], [1], 0), ([], [], None)],
+)
+def test_first_difference(text: list[int], other: list[int], place: int | None) -> None:
+    assert first_difference(text, other) == place
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [SamplingConfig(), SamplingConfig(0.7, top_k=5, top_p=0.9), SamplingConfig(order="descending")],
+    ids=["plain", "cut", "descending"],
+)
+def test_tokens_that_a_small_change_picks_are_near_ties_and_others_are_not(sampling: SamplingConfig) -> None:
+    """u is moved over a border of the inverse CDF by a little, and by too much."""
+    generator = torch.Generator().manual_seed(3)
+    sampler = Sampler(sampling, None)
+    near = far = 0
+    for _ in range(20):
+        logits = 2 * torch.randn(VOCABULARY, generator=generator)
+        u = torch.rand((), generator=generator, dtype=torch.float64)
+        token_id = int(pick(u, sampler.distribution(logits)))
+        moved = logits + ROUNDING * (torch.randint(0, 2, (VOCABULARY,), generator=generator) * 2.0 - 1)
+        assert is_near_tie(moved, u, token_id, sampler, 2 * ROUNDING)
+        near += 1
+        others = [k for k in range(VOCABULARY) if k != token_id]
+        far += sum(is_near_tie(logits, u, other, sampler, ROUNDING) for other in others[::8])
+    assert near == 20
+    assert far <= 2
+
+
+def test_a_border_between_two_tokens_is_a_near_tie_for_both() -> None:
+    logits = torch.log(torch.tensor([0.25, 0.25, 0.5]))
+    u = torch.tensor(0.25 + 1e-6, dtype=torch.float64)
+    sampler = Sampler(SamplingConfig(), None)
+    assert [is_near_tie(logits, u, token_id, sampler, 1e-4) for token_id in range(3)] == [True, True, False]
+    assert [is_near_tie(logits, u, token_id, sampler, 1e-7) for token_id in range(3)] == [False, True, False]
+
+
+def test_the_cut_of_top_k_can_be_a_near_tie() -> None:
+    logits = torch.tensor([0.0, 3.0, 0.00001, 2.0])
+    sampler = Sampler(SamplingConfig(top_k=3), None)
+    u = torch.tensor(0.001, dtype=torch.float64)
+    assert int(pick(u, sampler.distribution(logits))) == 1  # token 0 is cut off
+    assert is_near_tie(logits, u, 0, sampler, 1e-4)
+    assert not is_near_tie(logits, u, 0, sampler, 1e-6)
+
+
+def test_the_reference_explains_itself_and_no_other_token() -> None:
+    predictor = tiny_predictor(vocab_size=VOCABULARY)
+    settings = GenerationSettings(max_new_tokens=8)
+    text = reference(predictor, settings)
+    for place, token_id in enumerate(text):
+        assert explains(predictor, PROMPT, text, place, token_id, settings)
+        other = (token_id + 16) % VOCABULARY
+        assert not explains(predictor, PROMPT, text, place, other, settings)

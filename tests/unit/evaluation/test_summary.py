@@ -1,0 +1,121 @@
+"""Numbers of an evaluation, from records small enough to count by hand."""
+
+import math
+
+import pytest
+
+from ptp_lightning.evaluation.records import Record
+from ptp_lightning.evaluation.summary import ContextBin, accuracy_given_prefix, gaps, scores, speed_ratio
+
+
+def record(
+    contender: str,
+    question: str = "q1",
+    tokens: int = 10,
+    calls: int = 10,
+    seconds: float = 1.0,
+    cycles: list[tuple[int, int]] | None = None,
+    **changes: object,
+) -> Record:
+    pairs = cycles or []
+    fields: dict[str, object] = {
+        "question_id": question,
+        "category": "math",
+        "turn": 0,
+        "seed": 0,
+        "temperature": 0.7,
+        "contender": contender,
+        "num_prompt_tokens": 30,
+        "num_cut": 0,
+        "token_ids": list(range(tokens)),
+        "num_calls": calls,
+        "seconds": seconds,
+        "phases": {},
+        "peak_bytes": 5,
+        "correct_per_cycle": [correct for correct, _ in pairs],
+        "drafted_per_cycle": [drafted for _, drafted in pairs],
+    }
+    return Record(**(fields | changes))  # pyright: ignore[reportArgumentType]
+
+
+def test_scores_count_what_they_say() -> None:
+    records = [
+        record("autoregressive"),
+        record("autoregressive", "q2", tokens=10, calls=10, seconds=3.0, category="code"),
+        record("speculative", calls=4, seconds=0.5, cycles=[(3, 4), (4, 4)], phases={"forward": 0.3, "proposing": 0.1}),
+        record("speculative", "q2", calls=6, seconds=1.5, cycles=[(1, 4)] * 3, category="code", token_ids=[9] * 10),
+        record("transformers", seconds=2.0),
+        record("transformers", "q2", seconds=2.0, category="code"),
+    ]
+    found = {(score.category, score.contender): score for score in scores(records, ["autoregressive", "speculative"])}
+    assert len(found) == 9
+    score = found["overall", "speculative"]
+    assert (score.num_answers, score.num_tokens) == (2, 20)
+    assert score.tokens_per_call == 20 / 10
+    assert score.tokens_per_cycle == 20 / 5
+    assert score.correct_per_cycle == (3 + 4 + 3) / 5
+    assert score.milliseconds_per_token == pytest.approx((50 + 150) / 2)
+    assert score.speed.value == pytest.approx(2.0)
+    assert score.library_speed is not None and score.library_speed.value == pytest.approx(2.0)
+    assert score.call_cost == pytest.approx((2.0 / 10) / (4.0 / 20))
+    assert score.num_identical == 1
+    assert score.phases == pytest.approx({"forward": 0.75, "proposing": 0.25})
+    assert found["math", "speculative"].num_identical == 1 and found["code", "speculative"].num_identical == 0
+    assert found["overall", "transformers"].num_identical is None
+    assert found["overall", "transformers"].tokens_per_cycle is None
+
+
+def test_break_even_is_where_tokens_per_call_meet_the_cost() -> None:
+    records = [record("autoregressive"), record("speculative", calls=5, seconds=0.8, cycles=[(1, 2)])]
+    (score,) = (
+        score for score in scores(records, []) if (score.contender, score.category) == ("speculative", "overall")
+    )
+    assert score.speed.value == pytest.approx(score.tokens_per_call / score.call_cost)
+
+
+class TestSpeedRatio:
+    def test_equal_questions_leave_no_doubt(self) -> None:
+        own = [record("a", f"q{n}", seconds=1.0) for n in range(5)]
+        other = [record("b", f"q{n}", seconds=3.0) for n in range(5)]
+        assert speed_ratio(own, other) == pytest.approx((3.0, 3.0, 3.0))
+
+    def test_the_interval_holds_the_spread_of_questions(self) -> None:
+        own = [record("a", f"q{n}", seconds=1.0) for n in range(40)]
+        other = [record("b", f"q{n}", seconds=1.0 + n % 3) for n in range(40)]
+        value, low, high = speed_ratio(own, other)
+        spread = 1.96 * math.sqrt(2 / 3 / 40)
+        assert value == pytest.approx(sum(1 + n % 3 for n in range(40)) / 40)
+        assert value - low == pytest.approx(spread, rel=0.15) and high - value == pytest.approx(spread, rel=0.15)
+
+    def test_longer_answers_of_a_question_count_by_token(self) -> None:
+        assert speed_ratio([record("a", tokens=20)], [record("b", tokens=10)]).value == pytest.approx(2.0)
+
+
+def test_accuracy_is_of_drafts_that_came_so_far() -> None:
+    # Of 4 drafts, 3 reach token 1 (the second has none): right, right, wrong. Two reach token 2: right, wrong.
+    cycles = [(3, 3), (1, 1), (2, 3), (1, 2), (2, 4)]
+    # The last draft ended with its text: its token 1 was right, of its token 2 nothing is known.
+    assert accuracy_given_prefix([record("a", cycles=cycles)]) == pytest.approx([3 / 4, 1 / 2])
+
+
+class TestGaps:
+    RECORDS = (
+        # Drafts after 30, 31 .. tokens; then a decoder that starts at 30, 34 and 36, where its draft is short.
+        record("everywhere", tokens=0, cycles=[(4, 4), (1, 4), (2, 4), (1, 4)]),
+        record("speculative", cycles=[(3, 4), (1, 4), (2, 2)]),
+    )
+
+    def test_survival_by_position(self) -> None:
+        (gap,) = gaps(self.RECORDS, 4, prefix_counts=[0, 1, 1, 0, 2], trained_temperature=0.7)
+        assert gap.everywhere == [1.0, 0.5, 0.25, 0.25]
+        assert gap.landed == [1.0, 0.5, 0.5, 0.0]
+        assert gap.validation == [1.0, 0.75, 0.5, 0.5]
+
+    def test_by_context(self) -> None:
+        (gap,) = gaps(self.RECORDS, 4, prefix_counts=None, trained_temperature=0.7)
+        assert gap.by_context == [ContextBin(0, 31, 2.5, 3.0), ContextBin(32, 63, 1.5, 1.0)]
+        assert gap.validation is None
+
+    def test_validation_at_another_temperature_is_not_shown(self) -> None:
+        assert gaps(self.RECORDS, 4, [0, 1, 1, 0, 2], trained_temperature=1.0)[0].validation is None
+        assert gaps(self.RECORDS, 4, [0, 1, 1, 0, 2], trained_temperature=None)[0].validation is not None
