@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ptp_lightning.decoding.generation import Generation, GenerationSettings
 from ptp_lightning.decoding.slot_allocation import CorrectLengths, expected_tokens
 from ptp_lightning.decoding.slot_budget import best_budget, measure_costs
+from ptp_lightning.decoding.stop_strings import StopStrings
 from ptp_lightning.decoding.text import DecoderName, encode_prompt, end_of_text_ids, generate_batch, tokenizer_of
 from ptp_lightning.models.checkpoint import load_predictor
 from ptp_lightning.models.predictor import ParallelTokenPredictor
@@ -40,6 +41,7 @@ def run(args: Sequence[str]) -> None:
         reason = re.sub(r'Parser key "(\w+)":', r"--\1:", " ".join(str(error).split()))
         raise ValueError(f"generate: {reason} (--help lists the options)") from error
     prompts = _prompts(options.prompt, options.prompts)
+    StopStrings(options.stop)  # refuses an empty one
     if options.batch_size < 1:
         raise ValueError(f"expected --batch_size >= 1, found {options.batch_size}")
     settings = _settings(options)  # before the model is loaded: what is out of range is said at once
@@ -67,6 +69,7 @@ def run(args: Sequence[str]) -> None:
             window_length=settings.window_length,
             slot_budget=settings.slot_budget,
             end_of_text=settings.end_of_text,
+            stop=options.stop,
             tokenizer=tokenizer,
             on_text=_stream if streams else None,
         )
@@ -132,6 +135,7 @@ def _parser() -> ArgumentParser:
     add("--temperature", type=float, help="0 is greedy; this and the next two are by default the adapter's own")
     add("--top_k", type=int, help="keep the k most likely tokens; more than the vocabulary keeps all")
     add("--top_p", type=float, help="keep the most likely tokens that hold this mass together")
+    add("--stop", type=str, nargs="+", default=[], help="strings before which the text ends")
     add("--seed", type=int, default=0, help="of the auxiliaries; all decoders give the same text for it")
     add(
         "--decoder",

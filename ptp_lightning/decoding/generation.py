@@ -14,9 +14,10 @@ from ptp_lightning.models.predictor import ParallelTokenPredictor
 from ptp_lightning.randomness import keyed_generator
 from ptp_lightning.sampling import SamplingConfig
 
-Finished = Literal["eos", "length"]
-OnTokens = Callable[[int, list[int]], None]
-"""Is called with the number of a prompt and the new tokens of its text."""
+Finished = Literal["eos", "stop", "length"]
+OnTokens = Callable[[int, list[int]], int | None]
+"""Is called with the number of a prompt and the new tokens of its text; may answer that the text ends after so many of
+them. That has to depend on the tokens alone, not on how many come at a time."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Decoded:
         token_ids: the new tokens, an end-of-text token included.
         num_calls: forward passes of the base model that this text took part in, the one that reads the prompt
             included, and those of the student where it is a network of its own.
-        finished: ended by an end-of-text token, or by `max_new_tokens`.
+        finished: ended by an end-of-text token, by whoever was told the tokens (a stop string), or by `max_new_tokens`.
         correct_per_cycle: correct tokens of each draft, 1 .. L, its exact first token included; empty without drafts.
         drafted_per_cycle: how many tokens each draft had, its exact first token included.
     """
@@ -169,11 +170,12 @@ class VerifiedTexts:
         end = next((k for k, token_id in enumerate(token_ids) if token_id in self._settings.end_of_text), None)
         if end is not None:
             token_ids, self._finished[row] = token_ids[: end + 1], "eos"
+        kept = None if self._on_tokens is None else self._on_tokens(row, token_ids)
+        if kept is not None:
+            token_ids, self._finished[row] = token_ids[:kept], "stop"
         text += token_ids
         if self._finished[row] is None and len(text) == self._settings.max_new_tokens:
             self._finished[row] = "length"
-        if self._on_tokens is not None:
-            self._on_tokens(row, token_ids)
         return len(token_ids)
 
     def drop_finished(self) -> list[int] | None:

@@ -12,6 +12,7 @@ from ptp_lightning.decoding.generation import Decoded, Generation, GenerationSet
 from ptp_lightning.decoding.laps import Laps
 from ptp_lightning.decoding.partial_quadratic import decode_partially_quadratically
 from ptp_lightning.decoding.speculative import decode_speculatively
+from ptp_lightning.decoding.stop_strings import StopStrings
 from ptp_lightning.models.predictor import ParallelTokenPredictor
 from ptp_lightning.pretrained import PATH_KEY, load_tokenizer
 from ptp_lightning.sampling import SamplingConfig
@@ -57,6 +58,7 @@ class Options(TypedDict, total=False):
         window_length: tokens drafted per cycle; by default as in training.
         slot_budget: slots of a call of partial quadratic decoding; 16. `best_budget` finds what suits a machine.
         end_of_text: token ids that end the text; by default those of the model's generation settings and tokenizer.
+        stop: strings before which the text ends. The token that completes one is the last of `token_ids`.
         tokenizer: by default that of the base model, loaded anew in each call.
     """
 
@@ -67,6 +69,7 @@ class Options(TypedDict, total=False):
     window_length: int | None
     slot_budget: int
     end_of_text: Iterable[int] | None
+    stop: Sequence[str]
     tokenizer: PreTrainedTokenizerBase | None
 
 
@@ -132,6 +135,7 @@ def generate_batch(
     settings, decode = _settings(predictor, tokenizer, options)
     encoded = [encode_prompt(predictor, prompt, tokenizer, settings) for prompt in prompts]
     detokenizers = [IncrementalDetokenizer(tokenizer, token_ids) for token_ids in encoded]
+    stops = [StopStrings(options.get("stop", ())) for _ in prompts]
     pieces: list[list[str]] = [[] for _ in prompts]
 
     def write(row: int, piece: str) -> None:
@@ -139,17 +143,26 @@ def generate_batch(
         if on_text is not None and piece:
             on_text(row, piece)
 
-    def receive(row: int, new_token_ids: list[int]) -> None:
+    def receive(row: int, new_token_ids: list[int]) -> int | None:
+        kept = None
+        if options.get("stop"):
+            for count, token_id in enumerate(new_token_ids, start=1):
+                write(row, stops[row].push(detokenizers[row].push([token_id])))
+                if stops[row].found:
+                    kept = count
+                    break
+        else:
+            write(row, detokenizers[row].push(new_token_ids))
         if on_tokens is not None:
-            on_tokens(row, new_token_ids)
-        write(row, detokenizers[row].push(new_token_ids))
+            on_tokens(row, new_token_ids[:kept])
+        return kept
 
     with _eval_mode(predictor):
         begin = perf_counter()
         decoded = decode(predictor, encoded, settings, receive)
         seconds = perf_counter() - begin
-    for row, detokenizer in enumerate(detokenizers):
-        write(row, detokenizer.flush())
+    for row, (detokenizer, stop) in enumerate(zip(detokenizers, stops, strict=True)):
+        write(row, stop.push(detokenizer.flush()) + stop.flush())
     return [
         Generation(
             token_ids=text.token_ids,
