@@ -11,10 +11,12 @@ from ptp_lightning.decoding.proposing import Proposer, StudentProposer
 from ptp_lightning.decoding.slot_allocation import CorrectLengths
 from ptp_lightning.decoding.speculative import decode_speculatively
 from ptp_lightning.decoding.text import DECODERS, generate, generate_batch
+from ptp_lightning.decoding.transformers_generate import CustomGenerate
 
 __all__ = [
     "DECODERS",
     "CorrectLengths",
+    "CustomGenerate",
     "Decoded",
     "Generation",
     "GenerationSettings",

@@ -157,7 +157,7 @@ def generate_batch(
             on_tokens(row, new_token_ids[:kept])
         return kept
 
-    with _eval_mode(predictor):
+    with eval_mode(predictor):
         begin = perf_counter()
         decoded = decode(predictor, encoded, settings, receive)
         seconds = perf_counter() - begin
@@ -274,7 +274,7 @@ def _text(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> str:
 
 
 @contextmanager
-def _eval_mode(predictor: ParallelTokenPredictor) -> Iterator[None]:
+def eval_mode(predictor: ParallelTokenPredictor) -> Iterator[None]:
     """Dropout off inside the block; afterwards every module is in the mode it was in."""
     modes = [(module, module.training) for module in predictor.modules()]
     predictor.eval()

@@ -28,6 +28,7 @@ from ptp_lightning.pretrained import PATH_KEY, clear_errors, embedded_folder, fe
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers import PreTrainedModel
 
 CHECKPOINT_KEY = "ckpt_path"
 FORMAT_VERSION = 1
@@ -92,14 +93,19 @@ def read_predictor(path: str | Path | None = None) -> StoredPredictor:
     )
 
 
-def build_predictor(stored: StoredPredictor, backbone: BackboneSettings | None = None) -> ParallelTokenPredictor:
-    """The predictor that was stored; `backbone` and errors as in `load_predictor`."""
+def build_predictor(
+    stored: StoredPredictor, backbone: BackboneSettings | None = None, model: PreTrainedModel | None = None
+) -> ParallelTokenPredictor:
+    """The predictor that was stored; `backbone` and errors as in `load_predictor`.
+
+    A base model that is loaded already is taken over: its linear layers get the adapter.
+    """
     try:
         config = PredictorConfig.from_dict(stored.config)
     except ValueError as error:
         raise ValueError(f"{stored.path}: {error}") from error
     config = config if backbone is None else replace(config, backbone=backbone)
-    predictor = ParallelTokenPredictor(config, token_places=_stored_order(stored, config))
+    predictor = ParallelTokenPredictor(config, model, token_places=_stored_order(stored, config))
     if predictor.base_fingerprint != stored.base_fingerprint:
         raise ValueError(
             f"expected the base model that {stored.path} was trained on (fingerprint {stored.base_fingerprint[:12]}), "
@@ -147,7 +153,7 @@ def save_predictor(
         "base_fingerprint": predictor.base_fingerprint,
         "training": training or {},
     }
-    with _replacing(target) as draft:
+    with replacing(target) as draft:
         _save_adapter(predictor, _with_prefix(state, ADAPTER_PREFIX), draft)
         save_file(_with_prefix(state, SLOT_ENCODER_PREFIX), draft / SLOT_ENCODER_FILE)
         (draft / SETTINGS_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
@@ -287,7 +293,7 @@ def _save_adapter(predictor: ParallelTokenPredictor, state: dict[str, Tensor], f
 
 
 @contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
+def replacing(target: Path) -> Iterator[Path]:
     """An empty folder beside `target` that takes its place at the end of the block, or vanishes on any error."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:

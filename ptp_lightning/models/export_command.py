@@ -18,6 +18,7 @@ from ptp_lightning.models.checkpoint import (
     require_free_folder,
     save_predictor,
 )
+from ptp_lightning.models.standalone import save_with_base_model
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -38,20 +39,23 @@ def run(args: Sequence[str]) -> None:
     except ArgumentError as error:
         # jsonargparse explains over several lines; the user wants one.
         raise ValueError(f"export: {' '.join(str(error).split())} (--help lists the options)") from error
+    if options.with_base_model and options.overwrite:
+        raise ValueError("expected --with_base_model without --overwrite, found both: choose a new --output")
     require_free_folder(options.output, overwrite=options.overwrite)  # before the model is loaded
     stored = read_predictor(options.ckpt_path)
     predictor = build_predictor(stored)
+    dtype = None if options.dtype is None else getattr(torch, options.dtype)
     try:
-        save_predictor(
-            predictor,
-            options.output,
-            dtype=None if options.dtype is None else getattr(torch, options.dtype),
-            overwrite=options.overwrite,
-            training=stored.training,
-        )
+        if options.with_base_model:
+            save_with_base_model(predictor, options.output, dtype=dtype, training=stored.training)
+        else:
+            save_predictor(
+                predictor, options.output, dtype=dtype, overwrite=options.overwrite, training=stored.training
+            )
     except (OSError, SafetensorError) as error:  # no permission, no space
         raise ValueError(f"cannot write {options.output}: {error}: mend --output") from error
-    print(_summary(Path(options.output).expanduser()))
+    folder = Path(options.output).expanduser()
+    print(_summary_with_base_model(folder) if options.with_base_model else _summary(folder))
 
 
 def _parser() -> ArgumentParser:
@@ -67,8 +71,14 @@ def _parser() -> ArgumentParser:
     add("--ckpt_path", type=str, required=True, help="Lightning checkpoint, or an earlier export")
     add("--output", type=str, required=True, help="folder to write")
     add("--dtype", type=Literal["float32", "bfloat16"], help="of the weights on disk; by default as in the checkpoint")
+    add("--with_base_model", action="store_true", help="a whole model folder, which transformers opens by itself")
     add("--overwrite", action="store_true", help="replace an earlier export in that folder")
     return parser
+
+
+def _summary_with_base_model(folder: Path) -> str:
+    load = f"AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=True)"
+    return f"Wrote {folder}\nNext  model = {load}; model.generate(...)"
 
 
 def _summary(folder: Path) -> str:

@@ -1,0 +1,203 @@
+"""Users of transformers: `custom_generate` on a loaded predictor, and a folder that brings its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from ptp_lightning.decoding import generate
+from ptp_lightning.decoding.transformers_generate import CustomGenerate
+from ptp_lightning.models import ParallelTokenPredictor
+from ptp_lightning.models.checkpoint import EXPORTED_FILES
+from ptp_lightning.models.standalone import GENERATE_FILE, PREDICTOR_FOLDER, save_with_base_model
+from ptp_lightning.sampling import SamplingConfig
+from tests.byte_tokenizer import byte_tokenizer
+from tests.stored_predictors import trained
+from tests.tiny_models import tiny_llama
+from tests.tiny_predictors import sharpen
+
+PROMPT = torch.tensor([[50, 51, 52, 53]])
+SAMPLED = {"do_sample": True, "temperature": 0.7, "top_k": 5, "top_p": 0.9}
+SAMPLING = SamplingConfig(temperature=0.7, top_k=5, top_p=0.9)
+CALL_IN_A_FRESH_PROCESS = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+ids = model.generate(torch.tensor([[50, 51, 52, 53]]), max_new_tokens=12, do_sample=True, temperature=0.7, top_k=5,
+                     top_p=0.9, seed=3, eos_token_id=None)
+print(ids[0].tolist())
+"""
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    model = tiny_llama(vocab_size=257)
+    sharpen(model, 2.0)
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def predictor(base: Path) -> ParallelTokenPredictor:
+    return trained(base)
+
+
+@pytest.fixture(scope="module")
+def folder(predictor: ParallelTokenPredictor, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("export") / "whole"
+    save_with_base_model(predictor, folder)
+    return folder
+
+
+def expected(predictor: ParallelTokenPredictor, seed: int) -> list[int]:
+    """Our autoregressive decoder's text."""
+    return generate(
+        predictor,
+        PROMPT[0].tolist(),
+        decoder="autoregressive",
+        seed=seed,
+        sampling=SAMPLING,
+        max_new_tokens=12,
+        end_of_text=(),
+        tokenizer=byte_tokenizer(),
+    ).token_ids
+
+
+def call(predictor: ParallelTokenPredictor, input_ids: Tensor = PROMPT, **options: Any) -> list[list[int]]:
+    model: Any = predictor.base_model
+    defaults = {"max_new_tokens": 12, "eos_token_id": None, "pad_token_id": 0, "seed": 3}
+    return model.generate(input_ids, custom_generate=CustomGenerate(predictor), **(defaults | options)).tolist()
+
+
+class TestCustomGenerate:
+    @pytest.mark.parametrize("decoder", ["speculative", "partial_quadratic", "autoregressive"])
+    def test_gives_our_text(self, decoder: str, predictor: ParallelTokenPredictor) -> None:
+        assert call(predictor, decoder=decoder, **SAMPLED) == [PROMPT[0].tolist() + expected(predictor, 3)]
+
+    def test_greedy_is_what_generate_gives_without_it(self, predictor: ParallelTokenPredictor) -> None:
+        model: Any = predictor.base_model
+        plain = model.generate(PROMPT, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0).tolist()
+        assert call(predictor, do_sample=False) == plain
+
+    def test_prompts_of_a_batch_are_padded_on_the_left(self, predictor: ParallelTokenPredictor) -> None:
+        padded = torch.tensor([[0, 0, *PROMPT[0].tolist()], [60, 61, 62, 63, 64, 65]])
+        mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])
+        first, second = call(predictor, padded, attention_mask=mask, **SAMPLED)
+        assert first == padded[0].tolist() + expected(predictor, 3)
+        assert second[:6] == padded[1].tolist() and len(second) == 18
+
+    def test_torch_draws_the_seed_where_none_is_given(self, predictor: ParallelTokenPredictor) -> None:
+        texts = []
+        for manual_seed in (1, 2, 1):
+            torch.manual_seed(manual_seed)
+            texts.append(call(predictor, seed=None, **SAMPLED))
+        assert texts[0] == texts[2] != texts[1]
+
+    def test_ends_at_the_end_of_text_and_fills_up(self, predictor: ParallelTokenPredictor) -> None:
+        text = expected(predictor, 3)
+        place = next(k for k in range(2, 12) if text[k] not in text[:k])
+        assert call(predictor, eos_token_id=text[place], **SAMPLED) == [PROMPT[0].tolist() + text[: place + 1]]
+        both = call(predictor, PROMPT.expand(2, -1), eos_token_id=text[place], pad_token_id=7, **SAMPLED)
+        assert both[0][: 4 + place + 1] == PROMPT[0].tolist() + text[: place + 1]
+        assert set(both[0][4 + place + 1 :]) <= {7} and len(both[0]) == len(both[1])
+
+    def test_stopping_criteria_are_asked_after_every_token(self, predictor: ParallelTokenPredictor) -> None:
+        lengths: list[int] = []
+
+        def criterion(input_ids: Tensor, scores: object, **_: object) -> Tensor:
+            lengths.append(input_ids.shape[1])
+            return torch.tensor([input_ids.shape[1] == 9])
+
+        found = call(predictor, stopping_criteria=[criterion], **SAMPLED)
+        assert found == [PROMPT[0].tolist() + expected(predictor, 3)[:5]]
+        assert lengths == [5, 6, 7, 8, 9]
+
+    @pytest.mark.parametrize(
+        ("options", "reason"),
+        [
+            ({"repetition_penalty": 1.5}, "found RepetitionPenaltyLogitsProcessor"),
+            ({"min_new_tokens": 3, "eos_token_id": 9}, "found MinLengthLogitsProcessor"),
+            ({"num_return_sequences": 2}, "expected num_return_sequences=1"),
+            ({"return_dict_in_generate": True}, "expected return_dict_in_generate=False"),
+            ({"decoder": "fast"}, "expected decoder to be one of autoregressive"),
+        ],
+    )
+    def test_what_it_cannot_do_is_refused(
+        self, options: dict[str, Any], reason: str, predictor: ParallelTokenPredictor
+    ) -> None:
+        with pytest.raises(ValueError, match=reason):
+            call(predictor, **(SAMPLED | options))
+
+    def test_another_model_is_refused(self, predictor: ParallelTokenPredictor) -> None:
+        model: Any = tiny_llama(vocab_size=257)
+        with pytest.raises(ValueError, match=r"call predictor\.base_model\.generate"):
+            model.generate(PROMPT, custom_generate=CustomGenerate(predictor), max_new_tokens=3)
+
+
+class TestFolder:
+    def test_holds_a_model_and_a_predictor(self, folder: Path) -> None:
+        names = {path.name for path in folder.iterdir()}
+        assert names >= {"config.json", "model.safetensors", "tokenizer.json", PREDICTOR_FOLDER, "custom_generate"}
+        assert {path.name for path in (folder / PREDICTOR_FOLDER).iterdir()} == set(EXPORTED_FILES)
+
+    def test_weights_are_those_of_the_base_model(self, folder: Path, base: Path) -> None:
+        plain, exported = (AutoModelForCausalLM.from_pretrained(place).state_dict() for place in (base, folder))
+        assert plain.keys() == exported.keys()
+        assert all(torch.equal(plain[name], exported[name]) for name in plain)
+
+    def test_generates_by_itself_in_a_fresh_process(self, folder: Path, predictor: ParallelTokenPredictor) -> None:
+        """From another place, and without the folder it was made from."""
+        moved = folder.with_name("moved")
+        folder.rename(moved)
+        try:
+            run = subprocess.run(
+                [sys.executable, "-c", CALL_IN_A_FRESH_PROCESS, str(moved)],
+                capture_output=True,
+                text=True,
+                check=False,
+                cwd=folder.parent,
+            )
+        finally:
+            moved.rename(folder)
+        assert run.returncode == 0, run.stderr
+        assert run.stdout.splitlines()[-1] == str(PROMPT[0].tolist() + expected(predictor, 3))
+
+    def test_names_the_folder_in_generate(self, folder: Path, predictor: ParallelTokenPredictor) -> None:
+        model: Any = AutoModelForCausalLM.from_pretrained(folder)
+        options = {"custom_generate": str(folder), "max_new_tokens": 12, "seed": 3, "eos_token_id": None} | SAMPLED
+        with pytest.raises(ValueError, match="trust_remote_code"):
+            model.generate(PROMPT, **options, trust_remote_code=False)
+        for _ in range(2):  # the second call finds the predictor in place
+            found = model.generate(PROMPT, **options, trust_remote_code=True)
+            assert found.tolist() == [PROMPT[0].tolist() + expected(predictor, 3)]
+
+    def test_a_model_from_elsewhere_is_refused(self, folder: Path, base: Path) -> None:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(base)
+        with pytest.raises(FileNotFoundError, match=PREDICTOR_FOLDER):
+            model.generate(PROMPT, custom_generate=str(folder), trust_remote_code=True, max_new_tokens=3)  # pyright: ignore[reportCallIssue]
+
+    def test_appears_complete_or_not_at_all(
+        self, predictor: ParallelTokenPredictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def full_disk(*_: object, **__: object) -> None:
+            raise OSError("no space left on device")
+
+        monkeypatch.setattr("ptp_lightning.models.standalone.save_predictor", full_disk)
+        with pytest.raises(OSError, match="no space"):
+            save_with_base_model(predictor, tmp_path / "whole")
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_taken_folder_is_refused(self, predictor: ParallelTokenPredictor, folder: Path) -> None:
+        before = (folder / GENERATE_FILE).stat().st_mtime_ns
+        with pytest.raises(ValueError, match="new or empty"):
+            save_with_base_model(predictor, folder)
+        assert (folder / GENERATE_FILE).stat().st_mtime_ns == before
