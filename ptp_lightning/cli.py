@@ -13,7 +13,7 @@ HELP = """usage: python -m ptp_lightning COMMAND [options]
   validate   measure a checkpoint on the validation split: --config ... --ckpt_path P
   test       the same on the test split
   generate   continue text: --prompt TEXT | --prompts FILE [--ckpt_path P] [--temperature 0.7 ...] [--json]
-  evaluate   compare decoders on a benchmark: --benchmark spec_bench --questions FILE --output DIR [--ckpt_path P]
+  evaluate   compare decoders on a benchmark: --output DIR [--benchmark spec_bench --questions FILE] [--ckpt_path P]
   export     write a checkpoint as a folder that PEFT opens: --ckpt_path P --output DIR [--dtype bfloat16] [--overwrite]
 
 Each command explains its options with --help."""

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ptp_lightning.data.corpus import StandardLibrary
+
 
 @dataclass(frozen=True)
 class Question:
@@ -49,16 +51,31 @@ def mbpp(row: dict[str, Any], number: int) -> Question:
 
 
 BENCHMARKS: dict[str, Callable[[dict[str, Any], int], Question] | None] = {
+    "held_out_code": None,
     "spec_bench": spec_bench,
     "humaneval": humaneval,
     "gsm8k": gsm8k,
     "mbpp": mbpp,
     "prompts": None,
 }
-"""By name; `prompts` is a text file with one prompt per line."""
+"""By name. `held_out_code` needs no file, see `held_out_code`; `prompts` is a text file with one prompt per line."""
+
+HELD_OUT_CODE, PROMPTS = "held_out_code", "prompts"
+NUM_CHARACTERS = 600
 
 
-def read_questions(benchmark: str, path: str | Path, limit: int | None = None) -> list[Question]:
+def held_out_code() -> list[Question]:
+    """A piece of every file of the standard library that the embedded models were not trained on, to be continued."""
+    questions = []
+    for document in StandardLibrary().documents("test"):
+        begin = document.text.find("\n", len(document.text) // 4) + 1
+        piece = document.text[begin : begin + NUM_CHARACTERS]
+        if piece.strip():
+            questions.append(Question(document.name, HELD_OUT_CODE, (piece,)))
+    return questions
+
+
+def read_questions(benchmark: str, path: str | Path | None = None, limit: int | None = None) -> list[Question]:
     """The questions of a file, those of all categories in turn, so that a limit does not leave out the last ones.
 
     Raises:
@@ -67,6 +84,12 @@ def read_questions(benchmark: str, path: str | Path, limit: int | None = None) -
     """
     if benchmark not in BENCHMARKS:
         raise ValueError(f"expected --benchmark to be one of {', '.join(BENCHMARKS)}, found {benchmark!r}")
+    if benchmark == HELD_OUT_CODE:
+        if path is not None:
+            raise ValueError(f"expected no --questions with --benchmark {HELD_OUT_CODE}, found {path}")
+        return held_out_code()[:limit]
+    if path is None:
+        raise ValueError(f"expected --questions with --benchmark {benchmark}, found none")
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"expected the questions of {benchmark} at {path}, found no file: mend --questions")
@@ -91,7 +114,7 @@ def _questions(benchmark: str, path: Path) -> Iterator[Question]:
         if not line.strip():
             continue
         if parse is None:
-            yield Question(str(number), "prompts", (line,))
+            yield Question(str(number), PROMPTS, (line,))
             continue
         try:
             question = parse(json.loads(line), number)

@@ -19,7 +19,7 @@ import torch
 from ptp_lightning.decoding import CorrectLengths, GenerationSettings
 from ptp_lightning.decoding.slot_budget import best_budget, measure_costs
 from ptp_lightning.decoding.text import end_of_text_ids, tokenizer_of
-from ptp_lightning.evaluation.benchmarks import BENCHMARKS, read_questions
+from ptp_lightning.evaluation.benchmarks import BENCHMARKS, HELD_OUT_CODE, read_questions
 from ptp_lightning.evaluation.contenders import (
     AUTOREGRESSIVE,
     CONTENDERS,
@@ -147,13 +147,13 @@ def _describe(
     weights = hashlib.sha256()
     for _, value in sorted(predictor.trainable_state().items()):
         weights.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    questions = Path(options.questions).expanduser()
+    asked = repr([(question.question_id, question.turns) for question in plan.questions])
     return {
         "checkpoint": options.ckpt_path or "the embedded adapter",
         "weights": weights.hexdigest()[:HASH_LENGTH],
         "benchmark": options.benchmark,
-        "questions": str(options.questions),
-        "questions_file": hashlib.sha256(questions.read_bytes()).hexdigest()[:HASH_LENGTH],
+        "questions": options.questions,
+        "questions_hash": hashlib.sha256(asked.encode()).hexdigest()[:HASH_LENGTH],
         "num_questions": len(plan.questions),
         "seeds": options.seeds,
         "temperatures": list(plan.temperatures),
@@ -264,8 +264,8 @@ def _parser() -> ArgumentParser:
     )
     add = parser.add_argument
     add("--ckpt_path", type=str, help="Lightning checkpoint or exported folder; by default the embedded adapter")
-    add("--benchmark", type=Literal[tuple(BENCHMARKS)], required=True, help="format of the questions")
-    add("--questions", type=str, required=True, help="file of the benchmark, as its authors publish it")
+    add("--benchmark", type=Literal[tuple(BENCHMARKS)], default=HELD_OUT_CODE, help="what the questions are")
+    add("--questions", type=str, help="file of the benchmark, as its authors publish it; held_out_code needs none")
     add("--output", type=str, required=True, help="folder of the report")
     add("--limit", type=int, help="use this many questions, from all categories in turn; by default all")
     add("--seeds", type=int, default=1, help="answers to each question, by seeds 0, 1, ..")

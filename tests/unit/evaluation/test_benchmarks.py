@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from ptp_lightning.data import StandardLibrary
 from ptp_lightning.evaluation import Question, read_questions
 
 ROWS = {
@@ -54,13 +55,28 @@ def test_a_limit_takes_from_all_categories(tmp_path: Path) -> None:
     assert len(read_questions("spec_bench", path)) == 6
 
 
+def test_held_out_code_needs_no_file() -> None:
+    questions = read_questions("held_out_code", limit=5)
+    assert len(questions) == 5 and len(read_questions("held_out_code")) > 20
+    names = {document.name: document.text for document in StandardLibrary().documents("test")}
+    for question in questions:
+        (piece,) = question.turns
+        assert 0 < len(piece) <= 600 and "\n" + piece in names[question.question_id]
+
+
 class TestRefusals:
+    def test_file_where_none_is_needed_and_none_where_one_is(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="expected no --questions"):
+            read_questions("held_out_code", tmp_path / "q.jsonl")
+        with pytest.raises(ValueError, match="expected --questions with --benchmark gsm8k"):
+            read_questions("gsm8k")
+
     def test_missing_file(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match="mend --questions"):
             read_questions("gsm8k", tmp_path / "none.jsonl")
 
     def test_unknown_benchmark(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match="expected --benchmark to be one of spec_bench, humaneval"):
+        with pytest.raises(ValueError, match="expected --benchmark to be one of held_out_code, spec_bench"):
             read_questions("mmlu", tmp_path)
 
     @pytest.mark.parametrize(
