@@ -70,7 +70,7 @@ class OurDecoder(Contender):
     exact = True
 
     def __init__(self, name: str, predictor: ParallelTokenPredictor, slot_budget: int | None = None) -> None:
-        self.name = name if slot_budget is None else f"{name}_{slot_budget}"
+        self.name = name if slot_budget is None else name_of_budget(slot_budget)
         self._decode = DECODERS[name]
         self._predictor = predictor
         self._changes = {} if slot_budget is None else {"slot_budget": slot_budget}
@@ -123,6 +123,11 @@ class LibraryGenerate(Contender):
             token_ids = output[0, len(prompt) :].tolist()
             seconds = perf_counter() - begin
         return Answer(token_ids, calls[0], seconds)
+
+
+def name_of_budget(slot_budget: int) -> str:
+    """Of partial quadratic decoding with so many slots a call."""
+    return f"{PARTIAL_QUADRATIC}_{slot_budget}"
 
 
 def make_contenders(

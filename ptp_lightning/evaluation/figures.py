@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ptp_lightning.evaluation.contenders import name_of_budget
 from ptp_lightning.evaluation.records import Record
 from ptp_lightning.evaluation.summary import OVERALL, Gap, Score
 
@@ -18,11 +19,13 @@ if TYPE_CHECKING:
 ACCEPTANCE, SPEED, GAP = "acceptance.png", "speed.png", "gap.png"
 
 
-def draw(records: Iterable[Record], scores: Sequence[Score], gaps: Sequence[Gap], folder: Path) -> list[str]:
+def draw(
+    records: Iterable[Record], scores: Sequence[Score], gaps: Sequence[Gap], budgets: Sequence[int], folder: Path
+) -> list[str]:
     """Write the pictures; returns the names of those that there is something to see in."""
     drawn = {
         ACCEPTANCE: _acceptance(list(records)),
-        SPEED: _speed([score for score in scores if score.category == OVERALL]),
+        SPEED: _speed([score for score in scores if score.category == OVERALL], sorted(budgets)),
         GAP: _gap(gaps),
     }
     names = []
@@ -60,10 +63,11 @@ def _acceptance(records: list[Record]) -> Figure | None:
     return figure
 
 
-def _speed(scores: Sequence[Score]) -> Figure:
-    """Tokens a call against what a call costs: above the diagonal is faster than one token a call."""
-    figure = _figure(1)
-    axes = figure.subplots()
+def _speed(scores: Sequence[Score], budgets: Sequence[int]) -> Figure:
+    """Tokens a call against what a call costs: above the diagonal is faster than one token a call; and by slots."""
+    several = len(budgets) > 1
+    figure = _figure(1 + several)
+    axes = figure.subplots(1, 2)[0] if several else figure.subplots()
     most = 1.1 * max(max(score.call_cost, score.tokens_per_call) for score in scores)
     axes.plot([0, most], [0, most], color="grey", linestyle="--", label="break-even")
     for score in scores:
@@ -79,6 +83,17 @@ def _speed(scores: Sequence[Score]) -> Figure:
         xlabel="time of a call, in steps of the autoregressive decoder", ylabel="tokens per call", xlim=(0), ylim=(0)
     )
     axes.legend(loc="lower right")
+    if several:
+        by_budget = figure.axes[1]
+        for temperature in sorted({score.temperature for score in scores}):
+            speed = {score.contender: score.speed for score in scores if score.temperature == temperature}
+            mine = [speed[name_of_budget(budget)] for budget in budgets]
+            errors = [[one.value - one.low for one in mine], [one.high - one.value for one in mine]]
+            values = [one.value for one in mine]
+            by_budget.errorbar(budgets, values, errors, marker="o", capsize=3, label=f"temperature {temperature:g}")
+        by_budget.axhline(1.0, color="grey", linestyle="--")
+        by_budget.set(xlabel="slots of a call", ylabel="speed over one token a call", ylim=(0))
+        by_budget.legend()
     return figure
 
 
@@ -92,14 +107,15 @@ def _gap(gaps: Sequence[Gap]) -> Figure | None:
             "every place of these texts": gap.everywhere,
             "where drafts were made": gap.landed,
         }
-        for name, curve in curves.items():
+        for number, (name, curve) in enumerate(curves.items()):
             if curve is not None:
-                axes.plot(np.arange(1, len(curve) + 1), curve, marker="o", label=name)
+                axes.plot(np.arange(1, len(curve) + 1), curve, marker="o", color=f"C{number}", label=name)
         axes.set(
             xlabel="tokens of a draft",
             ylabel="probability that all are right",
             title=f"temperature {gap.temperature:g}",
             ylim=(0, 1.02),
+            xticks=range(1, len(gap.everywhere) + 1),
         )
         axes.legend()
     return figure

@@ -46,7 +46,7 @@ class Report:
 
     def write(self, records: Iterable[Record], folder: Path) -> None:
         """Write the files, each at once: a reader never meets half of one."""
-        pictures = draw(records, self.scores, self.gaps, folder)
+        pictures = draw(records, self.scores, self.gaps, self.run["slot_budgets"], folder)
         for name, text in (("report.json", self._as_json()), ("report.md", self.as_markdown(pictures))):
             part = folder / f"{name}.part"
             part.write_text(text, encoding="utf-8")
