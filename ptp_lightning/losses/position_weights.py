@@ -59,17 +59,17 @@ class GeometricWeights(PositionWeights):
     """The j-th slot weighs `decay ** j`, the first one 1.
 
     Args:
-        decay: in (0, 1].
+        decay: below 1 early slots weigh more, above 1 late ones.
 
     Raises:
-        ValueError: if the decay is out of range.
+        ValueError: if the decay is not positive and finite.
     """
 
     decay: float = 0.9
 
     def __post_init__(self) -> None:
-        if not 0 < self.decay <= 1 or not math.isfinite(self.decay):
-            raise ValueError(f"expected decay of position_weights in (0, 1], found {self.decay}")
+        if not 0 < self.decay < math.inf:
+            raise ValueError(f"expected a positive, finite decay of position_weights, found {self.decay}")
 
     def relative(self, right: Tensor) -> Tensor:
         """`decay ** j`."""

@@ -12,7 +12,15 @@ from torchmetrics import MeanMetric
 
 from ptp_lightning.auxiliary_strategies import RelativeStrategy, UniformInInterval
 from ptp_lightning.data.batch import PackedBatch
-from ptp_lightning.losses import CrossEntropy, Loss, LossSum, SlotTargets, require_sound
+from ptp_lightning.losses import (
+    CrossEntropy,
+    Loss,
+    LossSum,
+    PositionWeights,
+    SlotTargets,
+    UniformWeights,
+    require_sound,
+)
 from ptp_lightning.metrics import PositionMeans, WindowMetrics, WindowSummary
 from ptp_lightning.models.context import Context
 from ptp_lightning.models.predictor_config import PredictorConfig
@@ -71,9 +79,11 @@ class InverseAutoregressiveModule(PredictorModule):
         slot_loss: of slots. One that needs a teacher compares them with the network's own next-token distributions
             along the data, which get no gradient; `loss`, the default, compares them with the data's tokens, as in the
             paper. Both have the same optimum, and a distribution says at once what takes many sampled tokens.
+        position_weights: how much each slot of a window weighs in the slots' loss.
 
     Raises:
-        ValueError: the student, objective, loss, refiner or temperature has no teacher-free training; names the key.
+        ValueError: the student, objective, loss, position weights, refiner or temperature has no teacher-free training;
+            names the key.
     """
 
     def __init__(
@@ -85,6 +95,7 @@ class InverseAutoregressiveModule(PredictorModule):
         autoregressive_loss_weight: float = 1.0,
         seed: int = 0,
         slot_loss: Loss | None = None,
+        position_weights: PositionWeights = UniformWeights(),  # noqa: B008  frozen
     ) -> None:
         require_teacher_free(predictor)
         slot_loss = loss if slot_loss is None else slot_loss
@@ -98,9 +109,16 @@ class InverseAutoregressiveModule(PredictorModule):
                 "expected model.init_args.autoregressive_loss_weight > 0 beside model.init_args.slot_loss "
                 f"{type(slot_loss).__name__}, found 0: slots would learn predictions that nothing trains"
             )
+        if position_weights.needs_right:
+            raise ValueError(
+                "expected model.init_args.position_weights that depend on positions alone, found "
+                f"{type(position_weights).__name__}: no teacher says which proposals are right; set UniformWeights or "
+                "GeometricWeights"
+            )
         super().__init__(predictor, optimizer)
         self.loss = loss
         self.slot_loss = slot_loss
+        self.position_weights = position_weights
         self.strategy = strategy
         self.autoregressive_loss_weight = autoregressive_loss_weight
         self.seed = seed
@@ -203,7 +221,8 @@ class InverseAutoregressiveModule(PredictorModule):
 
     def _slot_loss(self, batch: PackedBatch, context: Context, windows: FilledWindows) -> LossSum:
         own = self._own_predictions(batch, context) if self.slot_loss.needs_teacher else None
-        return self._sum(self.slot_loss, windows.hidden, windows.token_ids[..., 1:], windows.mask[..., 1:], own)
+        weights = self.position_weights(windows.mask[..., 1:])
+        return self._sum(self.slot_loss, windows.hidden, windows.token_ids[..., 1:], weights, own)
 
     @torch.no_grad()
     def _own_predictions(self, batch: PackedBatch, context: Context) -> TokenDistribution:
@@ -212,10 +231,10 @@ class InverseAutoregressiveModule(PredictorModule):
         return context.sampling.with_target(self.predictor.logits(hidden.flatten(0, 2)))[1]
 
     def _sum(
-        self, loss: Loss, hidden: Tensor, token_ids: Tensor, mask: Tensor, teacher: TokenDistribution | None = None
+        self, loss: Loss, hidden: Tensor, token_ids: Tensor, weights: Tensor, teacher: TokenDistribution | None = None
     ) -> LossSum:
-        """A loss of hidden states `[..., H]` that stand before tokens `[...]`, where the mask is true."""
-        targets = SlotTargets(token_ids.flatten(), teacher, mask.flatten().to(torch.float32))
+        """A loss of hidden states `[..., H]` that stand before tokens `[...]`, with weights `[...]`; 0 leaves out."""
+        targets = SlotTargets(token_ids.flatten(), teacher, weights.flatten().to(torch.float32))
         return loss(hidden.flatten(0, -2), self.predictor.slot_logits, targets)
 
 

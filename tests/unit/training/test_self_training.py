@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ptp_lightning.auxiliary_strategies import UniformInInterval
 from ptp_lightning.decoding import GenerationSettings, decode_speculatively
-from ptp_lightning.losses import BinaryCrossEntropy, KullbackLeibler
+from ptp_lightning.losses import AcceptedLengthWeights, BinaryCrossEntropy, GeometricWeights, KullbackLeibler
 from ptp_lightning.models import (
     BackboneSettings,
     CategoricalObjective,
@@ -89,13 +89,16 @@ class TestTraining:
         assert calls() == [row_length] + [num_windows] * 4 + [num_windows * 5]
 
     @pytest.mark.parametrize("slot_loss", [None, KullbackLeibler()], ids=["data", "own"])
-    @pytest.mark.parametrize("rest", [1, 3])
-    def test_gradient_is_that_of_fixed_auxiliaries(self, rest: int, slot_loss: KullbackLeibler | None) -> None:
+    @pytest.mark.parametrize(("rest", "growth"), [(1, 1.0), (3, 1.0), (1, 1.5)])
+    def test_gradient_is_that_of_fixed_auxiliaries(
+        self, rest: int, growth: float, slot_loss: KullbackLeibler | None
+    ) -> None:
         """Written out: one joint pass over context and slots, its auxiliaries constants, two cross entropies.
 
         Or, of the slots, the divergence from the network's own predictions, which are constants too.
 
-        Where the mean count over ranks is `rest` times this rank's, its share of the loss is that much smaller.
+        Where the mean count over ranks is `rest` times this rank's, its share of the loss is that much smaller. With
+        weights by position the mean over slots is a weighted one.
         """
         predictor, batch = make_predictor(), make_batch()
         module = make_module()
@@ -105,6 +108,7 @@ class TestTraining:
         module.log = lambda *args, **named: None  # pyright: ignore
         module.autoregressive_loss_weight = 0.3
         module.slot_loss = slot_loss or module.loss
+        module.position_weights = GeometricWeights(growth)
         predictor.zero_grad()
         loss = module.training_step(batch, 0)
         loss.backward()
@@ -134,7 +138,8 @@ class TestTraining:
             of_slots = (own.exp() * (of_slots - own)).sum(-1)
         follows = (batch.document_ids[:, 1:] == batch.document_ids[:, :-1]) & (batch.document_ids[:, 1:] >= 0)
         of_tokens = log_p[:, :13].gather(-1, batch.input_ids[:, 1:, None]).squeeze(-1)
-        expected = (-of_slots[mask[..., 1:]].mean() - 0.3 * of_tokens[follows].mean()) / rest
+        weights = growth ** torch.arange(LENGTH - 1) * mask[..., 1:]
+        expected = (-(of_slots * weights).sum() / weights.sum() - 0.3 * of_tokens[follows].mean()) / rest
         expected.backward()
         torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-6)
         for name, weight in predictor.named_parameters():
@@ -255,6 +260,7 @@ class TestCheckpoint:
         ({"sampling": SamplingConfig(temperature=0.7)}, "temperature 1, found 0.7"),
         ({"autoregressive_loss_weight": -1.0}, "autoregressive_loss_weight >= 0, found -1"),
         ({"autoregressive_loss_weight": float("nan")}, "autoregressive_loss_weight >= 0, found nan"),
+        ({"position_weights": AcceptedLengthWeights()}, "found AcceptedLengthWeights.*set UniformWeights"),
         ({"slot_loss": BinaryCrossEntropy()}, "not a sound loss for the categorical objective"),
         ({"autoregressive_loss_weight": 0.0, "slot_loss": KullbackLeibler()}, "slot_loss KullbackLeibler, found 0"),
     ],
