@@ -185,7 +185,7 @@ def _report(
     cut = {record.key._replace(contender="", seed=0) for record in records if record.num_cut}
     return Report(
         run=described,
-        scores=scores(records, exact),
+        scores=scores(records, [contender.name for contender in contenders], exact),
         gaps=gaps(records, plan.settings.window_length, predictor.prefix_counts, trained_temperature),
         deviations=_deviations(plan, exact, predictor, tokenizer, file),
         num_cut=len(cut),

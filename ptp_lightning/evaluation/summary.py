@@ -102,11 +102,12 @@ class Gap:
     by_context: list[ContextBin]
 
 
-def scores(records: Iterable[Record], exact: Sequence[str]) -> list[Score]:
+def scores(records: Iterable[Record], contenders: Sequence[str], exact: Sequence[str]) -> list[Score]:
     """One for each contender and temperature, overall and by category.
 
     Args:
         records: of all contenders; those of `EVERYWHERE` are left out.
+        contenders: their names, in the order of the report.
         exact: names of contenders whose text has to be the autoregressive decoder's.
     """
     groups: dict[tuple[float, str, str], list[Record]] = defaultdict(list)
@@ -119,7 +120,12 @@ def scores(records: Iterable[Record], exact: Sequence[str]) -> list[Score]:
         reference = groups[temperature, category, AUTOREGRESSIVE]
         library = groups.get((temperature, category, TRANSFORMERS))
         found.append(_score(contender, temperature, category, group, reference, library, contender in exact))
-    return sorted(found, key=lambda score: (score.temperature, score.category != OVERALL, score.category))
+    places = {name: place for place, name in enumerate(contenders)}
+
+    def rank(score: Score) -> tuple[float, bool, str, int]:
+        return score.temperature, score.category != OVERALL, score.category, places[score.contender]
+
+    return sorted(found, key=rank)
 
 
 def _score(

@@ -7,6 +7,8 @@ import pytest
 from ptp_lightning.evaluation.records import Record
 from ptp_lightning.evaluation.summary import ContextBin, accuracy_given_prefix, gaps, scores, speed_ratio
 
+NAMES = ["autoregressive", "transformers", "speculative"]
+
 
 def record(
     contender: str,
@@ -47,7 +49,10 @@ def test_scores_count_what_they_say() -> None:
         record("transformers", seconds=2.0),
         record("transformers", "q2", seconds=2.0, category="code"),
     ]
-    found = {(score.category, score.contender): score for score in scores(records, ["autoregressive", "speculative"])}
+    found = {
+        (score.category, score.contender): score for score in scores(records, NAMES, ["autoregressive", "speculative"])
+    }
+    assert [name for category, name in found if category == "overall"] == NAMES
     assert len(found) == 9
     score = found["overall", "speculative"]
     assert (score.num_answers, score.num_tokens) == (2, 20)
@@ -68,7 +73,7 @@ def test_scores_count_what_they_say() -> None:
 def test_break_even_is_where_tokens_per_call_meet_the_cost() -> None:
     records = [record("autoregressive"), record("speculative", calls=5, seconds=0.8, cycles=[(1, 2)])]
     (score,) = (
-        score for score in scores(records, []) if (score.contender, score.category) == ("speculative", "overall")
+        score for score in scores(records, NAMES, []) if (score.contender, score.category) == ("speculative", "overall")
     )
     assert score.speed.value == pytest.approx(score.tokens_per_call / score.call_cost)
 
