@@ -1,6 +1,7 @@
 """What a user reads when something they typed is wrong."""
 
 import re
+from argparse import ArgumentError
 
 EXIT_CODE = 2
 
@@ -10,6 +11,12 @@ _NOISE = re.compile(
     r"^\s*(Does not validate against any of the Union subtypes|Subtypes: .*|Errors:|- Expected a <class 'NoneType'>"
     r"|Given value type: .*|Given value: .*)$"
 )
+
+
+def refused_options(command: str, error: ArgumentError) -> ValueError:
+    """What to raise where jsonargparse refuses options: it speaks of parser keys, over several lines."""
+    reason = re.sub(r'Parser key "(\w+)"([^:]*):', r"--\1\2:", " ".join(str(error).split()))
+    return ValueError(f"{command}: {reason} (--help lists the options)")
 
 
 def plain_reason(message: str) -> str:

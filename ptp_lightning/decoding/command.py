@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from argparse import ArgumentError
 from collections.abc import Sequence
@@ -12,13 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ptp_lightning.decoding.generation import Generation, GenerationSettings
-from ptp_lightning.decoding.slot_allocation import CorrectLengths, expected_tokens
-from ptp_lightning.decoding.slot_budget import best_budget, measure_costs
+from ptp_lightning.decoding.slot_allocation import expected_tokens
+from ptp_lightning.decoding.slot_budget import measured_budget
 from ptp_lightning.decoding.stop_strings import StopStrings
 from ptp_lightning.decoding.text import DecoderName, encode_prompt, end_of_text_ids, generate_batch, tokenizer_of
 from ptp_lightning.models.checkpoint import load_predictor
 from ptp_lightning.models.predictor import ParallelTokenPredictor
 from ptp_lightning.sampling import SamplingConfig
+from ptp_lightning.user_errors import refused_options
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -37,9 +37,7 @@ def run(args: Sequence[str]) -> None:
     try:
         options = _parser().parse_args(list(args))
     except ArgumentError as error:
-        # jsonargparse speaks of parser keys, over several lines; the user typed options and wants one line.
-        reason = re.sub(r'Parser key "(\w+)":', r"--\1:", " ".join(str(error).split()))
-        raise ValueError(f"generate: {reason} (--help lists the options)") from error
+        raise refused_options("generate", error) from error
     prompts = _prompts(options.prompt, options.prompts)
     StopStrings(options.stop)  # refuses an empty one
     if options.batch_size < 1:
@@ -177,9 +175,7 @@ def _describe(sampling: SamplingConfig) -> str:
 
 
 def _measured_budget(predictor: ParallelTokenPredictor, settings: GenerationSettings) -> int:
-    lengths = CorrectLengths.of_validation(predictor.prefix_counts, settings.window_length - 1)
-    costs = measure_costs(predictor, settings, lengths)
-    budget = best_budget(lengths, costs)
+    lengths, costs, budget = measured_budget(predictor, settings)
     print(
         f"note: --slot_budget {budget}: {costs.of(budget) * MILLISECONDS_PER_SECOND:.1f} ms a call for "
         f"{expected_tokens(lengths, budget):.2f} tokens, as far as its validation says",

@@ -44,6 +44,15 @@ def best_budget(lengths: CorrectLengths, costs: CallCosts) -> int:
     return max(range(1, costs.budgets[-1] + 1), key=lambda budget: expected_tokens(lengths, budget) / costs.of(budget))
 
 
+def measured_budget(
+    predictor: ParallelTokenPredictor, settings: GenerationSettings
+) -> tuple[CorrectLengths, CallCosts, int]:
+    """How long drafts are right as far as validation says, what calls cost here, and the best budget for both."""
+    lengths = CorrectLengths.of_validation(predictor.prefix_counts, settings.window_length - 1)
+    costs = measure_costs(predictor, settings, lengths)
+    return lengths, costs, best_budget(lengths, costs)
+
+
 @torch.inference_mode()
 def measure_costs(
     predictor: ParallelTokenPredictor,

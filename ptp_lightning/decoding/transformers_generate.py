@@ -17,9 +17,8 @@ from torch import Tensor
 
 from ptp_lightning.decoding.generation import GenerationSettings
 from ptp_lightning.decoding.text import DECODERS, DecoderName, eval_mode
-from ptp_lightning.models.checkpoint import build_predictor, read_predictor
+from ptp_lightning.models.checkpoint import PREDICTOR_FOLDER, build_predictor, read_predictor
 from ptp_lightning.models.predictor import ParallelTokenPredictor
-from ptp_lightning.models.standalone import PREDICTOR_FOLDER
 from ptp_lightning.sampling import SamplingConfig
 
 if TYPE_CHECKING:

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import platform
-import re
 from argparse import ArgumentError
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from ptp_lightning.decoding import CorrectLengths, GenerationSettings
-from ptp_lightning.decoding.slot_budget import best_budget, measure_costs
+from ptp_lightning.decoding import GenerationSettings
+from ptp_lightning.decoding.slot_budget import measured_budget
 from ptp_lightning.decoding.text import end_of_text_ids, tokenizer_of
 from ptp_lightning.evaluation.benchmarks import BENCHMARKS, HELD_OUT_CODE, read_questions
 from ptp_lightning.evaluation.contenders import (
@@ -39,6 +38,7 @@ from ptp_lightning.models.backbone import load_backbone
 from ptp_lightning.models.checkpoint import load_predictor, read_predictor
 from ptp_lightning.models.predictor import ParallelTokenPredictor
 from ptp_lightning.models.predictor_config import PredictorConfig
+from ptp_lightning.user_errors import refused_options
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -60,8 +60,7 @@ def run(args: Sequence[str]) -> None:
     try:
         options = _parser().parse_args(list(args))
     except ArgumentError as error:
-        reason = re.sub(r'Parser key "(\w+)"([^:]*):', r"--\1\2:", " ".join(str(error).split()))
-        raise ValueError(f"evaluate: {reason} (--help lists the options)") from error
+        raise refused_options("evaluate", error) from error
     for name in ("limit", "seeds"):
         if options[name] is not None and options[name] < 1:
             raise ValueError(f"expected --{name} >= 1, found {options[name]}")
@@ -130,8 +129,7 @@ def _slot_budgets(options: Namespace, predictor: ParallelTokenPredictor, setting
     budgets = []
     for budget in asked:
         if isinstance(budget, str):
-            lengths = CorrectLengths.of_validation(predictor.prefix_counts, settings.window_length - 1)
-            budget = best_budget(lengths, measure_costs(predictor, settings, lengths))
+            _, _, budget = measured_budget(predictor, settings)
         budgets.append(replace(settings, slot_budget=budget).slot_budget)
     return list(dict.fromkeys(budgets))
 

@@ -80,7 +80,10 @@ def _speed(scores: Sequence[Score], budgets: Sequence[int]) -> Figure:
             fontsize=7,
         )
     axes.set(
-        xlabel="time of a call, in steps of the autoregressive decoder", ylabel="tokens per call", xlim=(0), ylim=(0)
+        xlabel="time of a call, in steps of the autoregressive decoder",
+        ylabel="tokens per call",
+        xlim=(0, most),
+        ylim=(0, most),
     )
     axes.legend(loc="lower right")
     if several:
@@ -92,7 +95,8 @@ def _speed(scores: Sequence[Score], budgets: Sequence[int]) -> Figure:
             values = [one.value for one in mine]
             by_budget.errorbar(budgets, values, errors, marker="o", capsize=3, label=f"temperature {temperature:g}")
         by_budget.axhline(1.0, color="grey", linestyle="--")
-        by_budget.set(xlabel="slots of a call", ylabel="speed over one token a call", ylim=(0))
+        by_budget.set(xlabel="slots of a call", ylabel="speed over one token a call")
+        by_budget.set_ylim(bottom=0)
         by_budget.legend()
     return figure
 

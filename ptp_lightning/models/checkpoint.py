@@ -34,6 +34,7 @@ CHECKPOINT_KEY = "ckpt_path"
 FORMAT_VERSION = 1
 EMBEDDED_ADAPTER = "embedded_adapter"
 ADAPTER_NAME = "default"
+PREDICTOR_FOLDER = "predictor"  # of an export that brings its base model
 
 SETTINGS_FILE = "predictor.json"
 SLOT_ENCODER_FILE = "slot_encoder.safetensors"
@@ -84,6 +85,10 @@ def load_predictor(
 def read_predictor(path: str | Path | None = None) -> StoredPredictor:
     """Read what `load_predictor` needs; arguments and errors as there, without those about the base model."""
     place = embedded_folder(EMBEDDED_ADAPTER) if path is None else Path(path).expanduser()
+    if (place / PREDICTOR_FOLDER / SETTINGS_FILE).is_file():
+        stored = _read_folder(place / PREDICTOR_FOLDER)
+        backbone = {"path": str(place), "dtype": stored.config["backbone"]["dtype"]}
+        return stored._replace(config={**stored.config, "backbone": backbone})
     if place.is_dir():
         return _read_folder(place)
     if place.is_file():

@@ -19,6 +19,7 @@ from ptp_lightning.models.checkpoint import (
     save_predictor,
 )
 from ptp_lightning.models.standalone import save_with_base_model
+from ptp_lightning.user_errors import refused_options
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -37,8 +38,7 @@ def run(args: Sequence[str]) -> None:
     try:
         options = _parser().parse_args(list(args))
     except ArgumentError as error:
-        # jsonargparse explains over several lines; the user wants one.
-        raise ValueError(f"export: {' '.join(str(error).split())} (--help lists the options)") from error
+        raise refused_options("export", error) from error
     if options.with_base_model and options.overwrite:
         raise ValueError("expected --with_base_model without --overwrite, found both: choose a new --output")
     require_free_folder(options.output, overwrite=options.overwrite)  # before the model is loaded

@@ -13,11 +13,10 @@ from typing import Any
 import torch
 
 from ptp_lightning.models.backbone import load_backbone
-from ptp_lightning.models.checkpoint import replacing, require_free_folder, save_predictor
+from ptp_lightning.models.checkpoint import PREDICTOR_FOLDER, replacing, require_free_folder, save_predictor
 from ptp_lightning.models.predictor import ParallelTokenPredictor
 from ptp_lightning.pretrained import PATH_KEY, load_tokenizer
 
-PREDICTOR_FOLDER = "predictor"
 GENERATE_FILE, REQUIREMENTS_FILE = "custom_generate/generate.py", "custom_generate/requirements.txt"
 
 GENERATE = '''\

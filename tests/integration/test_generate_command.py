@@ -8,7 +8,7 @@ from typing import NamedTuple
 import pytest
 
 from ptp_lightning import cli
-from ptp_lightning.decoding import CorrectLengths, GenerationSettings, command, generate
+from ptp_lightning.decoding import CorrectLengths, GenerationSettings, command, generate, slot_budget
 from ptp_lightning.decoding.slot_budget import CallCosts
 from ptp_lightning.sampling import SamplingConfig
 from tests.byte_tokenizer import byte_tokenizer
@@ -106,7 +106,7 @@ class TestText:
             measured.append(settings.window_length)
             return CallCosts((1, 20), (0.004, 0.004))
 
-        monkeypatch.setattr(command, "measure_costs", measure)
+        monkeypatch.setattr(slot_budget, "measure_costs", measure)
         output = shell("--prompts", str(prompts), "--decoder", "partial_quadratic", "--window_length", "5")
         assert output.status == 0 and measured == [5]
         assert "--slot_budget 20: 4.0 ms a call for" in output.err

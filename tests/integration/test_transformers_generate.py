@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ptp_lightning.decoding import generate
 from ptp_lightning.decoding.transformers_generate import CustomGenerate
 from ptp_lightning.models import ParallelTokenPredictor
-from ptp_lightning.models.checkpoint import EXPORTED_FILES
-from ptp_lightning.models.standalone import GENERATE_FILE, PREDICTOR_FOLDER, save_with_base_model
+from ptp_lightning.models.checkpoint import EXPORTED_FILES, PREDICTOR_FOLDER, load_predictor
+from ptp_lightning.models.standalone import GENERATE_FILE, save_with_base_model
 from ptp_lightning.sampling import SamplingConfig
 from tests.byte_tokenizer import byte_tokenizer
 from tests.stored_predictors import trained
@@ -170,6 +170,13 @@ class TestFolder:
             moved.rename(folder)
         assert run.returncode == 0, run.stderr
         assert run.stdout.splitlines()[-1] == str(PROMPT[0].tolist() + expected(predictor, 3))
+
+    def test_is_a_checkpoint_as_well(self, folder: Path, predictor: ParallelTokenPredictor) -> None:
+        loaded = load_predictor(folder)
+        assert loaded.config.backbone.path == str(folder)
+        assert expected(loaded, 3) == expected(predictor, 3)
+        state, own = loaded.trainable_state(), predictor.trainable_state()
+        assert state.keys() == own.keys() and all(torch.equal(state[name], own[name]) for name in own)
 
     def test_names_the_folder_in_generate(self, folder: Path, predictor: ParallelTokenPredictor) -> None:
         model: Any = AutoModelForCausalLM.from_pretrained(folder)

@@ -14,36 +14,14 @@ from torch.utils.checkpoint import CheckpointError
 from transformers import PreTrainedModel
 
 from ptp_lightning.models.gated_lora import Gate, LoraSettings, add_gated_lora, attach_gate
+from tests.tiny_gated_lora import CONTEXT, INPUT_IDS, SLOT_MASK, SLOTS, fill_adapter, gated, logits
 from tests.tiny_models import TINY_MODELS, cast_weights, tiny_gpt2, tiny_llama
 
 DTYPES = [torch.float32, torch.bfloat16]
-CONTEXT, SLOTS = 7, 4
-INPUT_IDS = torch.arange(2 * (CONTEXT + SLOTS)).reshape(2, -1) % 64
-SLOT_MASK = (torch.arange(CONTEXT + SLOTS) >= CONTEXT).expand(2, -1)
-
-
-def fill_adapter(peft_model: torch.nn.Module) -> None:
-    """Stand-in for training: every LoRA weight becomes clearly non-zero."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in peft_model.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-
-
-def gated(model: PreTrainedModel, **settings: Any) -> tuple[PeftModel, Gate]:
-    peft_model, gate = add_gated_lora(model, LoraSettings(**{"rank": 4, **settings}))
-    fill_adapter(peft_model)
-    return peft_model, gate
 
 
 def base_of(model: PeftModel) -> PreTrainedModel:
     return cast(PreTrainedModel, model.get_base_model())
-
-
-@torch.no_grad()
-def logits(model: torch.nn.Module, input_ids: Tensor = INPUT_IDS) -> Tensor:
-    return model(input_ids).logits
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -155,47 +133,6 @@ def test_suffix_computes_the_low_rank_term_on_open_positions_only() -> None:
     with gate.open(suffix=SLOTS):
         model(INPUT_IDS)
     assert set(seen) == {(2, SLOTS)}
-
-
-@pytest.mark.parametrize("num_rows", [1, 2])
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_the_short_way_without_training_gives_the_same(family: str, num_rows: int) -> None:
-    """Its products and sums are those of PEFT's layers; only the way to them is shorter."""
-    model, gate = gated(TINY_MODELS[family]())
-    called: list[str] = []
-    for name, module in model.named_modules():
-        if name.endswith("lora_A.default"):
-            module.register_forward_hook(lambda *_, name=name: called.append(name))
-    rows = INPUT_IDS[:num_rows]
-    with gate.open(suffix=SLOTS):
-        long_way = model(rows).logits
-        assert called
-        called.clear()
-        with torch.no_grad():
-            torch.testing.assert_close(model(rows).logits, long_way)
-        assert not called
-        with torch.no_grad(), model.disable_adapter():
-            disabled = model(rows).logits
-    with torch.no_grad():
-        assert torch.equal(disabled, model(rows).logits)
-
-
-def test_dropout_of_a_training_adapter_acts_without_gradients_too() -> None:
-    model, gate = gated(tiny_llama(), dropout=0.5)
-    model.train()
-    with torch.no_grad(), gate.open(suffix=SLOTS):
-        assert not torch.equal(model(INPUT_IDS).logits, model(INPUT_IDS).logits)
-
-
-def test_an_adapter_that_is_not_behind_the_gate_acts_when_it_is_closed() -> None:
-    """Until `attach_gate` covers it."""
-    model, gate = gated(tiny_llama())
-    before = logits(model)
-    model.add_adapter("other", LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
-    model.set_adapter("other")
-    assert not torch.equal(logits(model), before)
-    assert attach_gate(model) is gate
-    assert torch.equal(logits(model), before)
 
 
 def test_flattened_input_of_a_layer_fits_the_mask() -> None:
