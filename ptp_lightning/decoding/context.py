@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ptp_lightning.decoding.generation import GenerationSettings, OnTokens, VerifiedTexts, require_prompts
 from ptp_lightning.decoding.laps import Laps
 from ptp_lightning.decoding.lookahead import Lookahead, place
+from ptp_lightning.decoding.packed_linear import pack_linear_layers
 from ptp_lightning.decoding.ragged_cache import RaggedCache
 from ptp_lightning.decoding.steady_attention import steady_attention
 from ptp_lightning.models.predictor import ParallelTokenPredictor
@@ -43,6 +44,7 @@ class BatchContext:
         prompt_lengths: Sequence[int],
         laps: Laps | None = None,
     ) -> None:
+        pack_linear_layers(predictor)
         self.predictor = predictor
         self.laps = Laps() if laps is None else laps
         self.sampling = predictor.sampler(settings.sampling)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from ptp_lightning.decoding import GenerationSettings
+from ptp_lightning.decoding.packed_linear import pack_linear_layers
 from ptp_lightning.decoding.slot_budget import measured_budget
 from ptp_lightning.decoding.text import end_of_text_ids, tokenizer_of
 from ptp_lightning.evaluation.benchmarks import BENCHMARKS, HELD_OUT_CODE, read_questions
@@ -79,6 +80,8 @@ def run(args: Sequence[str]) -> None:
     names = list(dict.fromkeys(options.decoders))
     library = {TRANSFORMERS, PROMPT_LOOKUP} & set(names)
     plain = load_backbone(predictor.config.backbone).to(device).eval() if library else None  # pyright: ignore[reportArgumentType]
+    if plain is not None:
+        pack_linear_layers(plain)  # as our decoders do with theirs: prompt lookup, too, verifies several tokens a call
     budgets = _slot_budgets(options, predictor, settings) if PARTIAL_QUADRATIC in names else []
     contenders = make_contenders(names, predictor, plain, budgets)
     folder = Path(options.output).expanduser()

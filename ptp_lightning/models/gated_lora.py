@@ -271,23 +271,30 @@ def _forward(layer: LoraLayer, gate: Gate, x: Tensor, *args: Any, **kwargs: Any)
     a model with an adapter and one without is saved while the gate is closed, half of the low-rank term's time while it
     is open for the last positions and nothing is trained.
     """
-    is_plain = not (args or kwargs) and len(layer.lora_variant) == len(layer.lora_A)  # all adapters are behind the gate
-    if is_plain and gate.opening is None:
-        return cast(nn.Module, layer.base_layer)(x)
-    if is_plain and gate.opening is not None and gate.opening.suffix and not torch.is_grad_enabled():
-        adapters = layer.active_adapters
-        if len(adapters) == 1 and not layer.disable_adapters and x.ndim == 3 and x.shape[1] >= gate.opening.suffix:
+    opening = gate.opening
+    modules = cast(Any, layer)._modules  # its own attributes are found sooner than a module's parts
+    is_plain = not (args or kwargs) and len(layer.lora_variant) == len(
+        layer.scaling
+    )  # all adapters are behind the gate
+    if is_plain and opening is None:
+        return modules["base_layer"](x)
+    if is_plain and opening is not None and opening.suffix and not torch.is_grad_enabled():
+        adapters, shape = layer.active_adapters, x.shape
+        if len(adapters) == 1 and not layer.disable_adapters and len(shape) == 3 and shape[1] >= opening.suffix:
             adapter = adapters[0]
-            lora_a, lora_b = (cast(nn.Linear, part[adapter]).weight for part in (layer.lora_A, layer.lora_B))
-            dropout = layer.lora_dropout[adapter]
+            lora_a, lora_b, dropout = (modules[part]._modules[adapter] for part in ("lora_A", "lora_B", "lora_dropout"))
+            lora_a, lora_b = lora_a._parameters["weight"], lora_b._parameters["weight"]
             if lora_a.dtype == x.dtype and (isinstance(dropout, nn.Identity) or not dropout.training):
-                result = cast(nn.Module, layer.base_layer)(x)
-                opened = (1, x.shape[1] - gate.opening.suffix, gate.opening.suffix)
+                result = modules["base_layer"](x)
+                start = shape[1] - opening.suffix
                 # contiguous: see GatedLoraVariant.forward
-                reduced = nn.functional.linear(x.narrow(*opened).contiguous(), lora_a)
-                weights = lora_b.t().expand(len(x), -1, -1)
+                reduced = nn.functional.linear(x[:, start:].contiguous(), lora_a)
                 # product and sum at once, in place
-                result.narrow(*opened).baddbmm_(reduced, weights, alpha=layer.scaling[adapter])
+                if shape[0] == 1:
+                    result[0, start:].addmm_(reduced[0], lora_b.t(), alpha=layer.scaling[adapter])
+                else:
+                    weights = lora_b.t().expand(shape[0], -1, -1)
+                    result[:, start:].baddbmm_(reduced, weights, alpha=layer.scaling[adapter])
                 return result
     return type(layer).forward(layer, x, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 

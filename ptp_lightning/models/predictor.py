@@ -69,6 +69,8 @@ class ParallelTokenPredictor(nn.Module):
             require_permutation(places, len(table))
             self.slot_encoder.token_places = places
         self.language_model, self.gate, self.student_copy = config.student.attach(backbone, config.lora)
+        # PEFT changes the layers of this very model, in place. The tuple keeps torch from taking it for a second part.
+        self._base_model = (backbone,)
         depth = config.refiner.base_layers
         self.lower_layers = LowerLayers(self.base_model, depth, self.gate) if depth else None
         self.train()
@@ -85,10 +87,7 @@ class ParallelTokenPredictor(nn.Module):
     @property
     def base_model(self) -> PreTrainedModel:
         """The causal LM whose samples count (its linear layers carry the gated adapter, where there is one)."""
-        from peft import PeftModel
-
-        model = self.language_model
-        return model.get_base_model() if isinstance(model, PeftModel) else model  # pyright: ignore[reportReturnType]
+        return self._base_model[0]
 
     @property
     def student_model(self) -> PreTrainedModel:
@@ -102,13 +101,13 @@ class ParallelTokenPredictor(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The base model's output head, for hidden states of context tokens: `[..., H]` to `[..., V]`."""
-        return _output_head(self.base_model)(hidden.to(self.base_model.dtype))
+        return _apply_head(self.base_model, hidden)
 
     def slot_logits(self, hidden: Tensor) -> Tensor:
         """The student's output head, for hidden states of slots, refined or not: `[..., H]` to `[..., V]`."""
         if self.student_copy is None:
             return self.logits(hidden)
-        return _output_head(self.student_copy)(hidden.to(self.student_copy.dtype))
+        return _apply_head(self.student_copy, hidden)
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """The base model's token embeddings: `[...]` to `[..., H]`."""
@@ -327,6 +326,12 @@ def _run_stack(
         cache=cache,
         use_cache=cache is not None,
     ).last_hidden_state
+
+
+def _apply_head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    head = _output_head(model)
+    weight: Tensor = head.weight  # pyright: ignore[reportAssignmentType]
+    return head(hidden.to(weight.dtype))
 
 
 def _output_head(model: PreTrainedModel) -> nn.Module:

@@ -7,13 +7,14 @@ its `generate` if it is trusted to.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ptp_lightning.models.backbone import load_backbone
-from ptp_lightning.models.checkpoint import PREDICTOR_FOLDER, replacing, require_free_folder, save_predictor
+from ptp_lightning.models.checkpoint import CARD_FILE, PREDICTOR_FOLDER, replacing, require_free_folder, save_predictor
 from ptp_lightning.models.predictor import ParallelTokenPredictor
 from ptp_lightning.pretrained import PATH_KEY, load_tokenizer
 
@@ -28,6 +29,36 @@ def generate(inputs=None, *, model, **options):
 
     return generate_with_folder(model, inputs, **options)
 '''
+
+CARD = """\
+---
+library_name: transformers
+base_model: {base_model}
+tags:
+- parallel-token-prediction
+---
+
+# {name}
+
+The language model `{base}` with its weights as they were, and beside it, in `{predictor}/`, a predictor of several
+tokens a call: Parallel Token Prediction (Draxler et al., ICLR 2026, arXiv:2512.21323). The model verifies every token,
+so the text is what it alone would have sampled.
+
+```bash
+pip install ptp_lightning
+```
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained({folder})
+model = AutoModelForCausalLM.from_pretrained({folder}, trust_remote_code=True)
+inputs = tokenizer("def ", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64, do_sample=True)[0]))
+```
+
+How it was trained and what it reaches: `{predictor}/{card_file}`.
+"""
 
 
 def save_with_base_model(
@@ -44,6 +75,15 @@ def save_with_base_model(
         load_backbone(backbone).save_pretrained(str(draft))  # anew, because the predictor's carries the adapter
         load_tokenizer(backbone.path, revision=backbone.revision, key=PATH_KEY).save_pretrained(str(draft))
         save_predictor(predictor, draft / PREDICTOR_FOLDER, dtype=dtype, training=training)
-        for name, text in {GENERATE_FILE: GENERATE, REQUIREMENTS_FILE: "ptp_lightning\n"}.items():
+        card = CARD.format(
+            base_model=json.dumps(backbone.path),  # JSON strings are YAML strings
+            name=target.name,
+            base=backbone.path,
+            predictor=PREDICTOR_FOLDER,
+            folder=json.dumps(target.name),
+            card_file=CARD_FILE,
+        )
+        files = {GENERATE_FILE: GENERATE, REQUIREMENTS_FILE: "ptp_lightning\n", CARD_FILE: card}
+        for name, text in files.items():
             (draft / name).parent.mkdir(exist_ok=True)
             (draft / name).write_text(text, encoding="utf-8")

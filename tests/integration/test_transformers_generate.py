@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ptp_lightning.decoding import generate
 from ptp_lightning.decoding.transformers_generate import CustomGenerate
 from ptp_lightning.models import ParallelTokenPredictor
-from ptp_lightning.models.checkpoint import EXPORTED_FILES, PREDICTOR_FOLDER, load_predictor
+from ptp_lightning.models.checkpoint import CARD_FILE, EXPORTED_FILES, PREDICTOR_FOLDER, load_predictor
 from ptp_lightning.models.standalone import GENERATE_FILE, save_with_base_model
 from ptp_lightning.sampling import SamplingConfig
 from tests.byte_tokenizer import byte_tokenizer
@@ -170,6 +170,16 @@ class TestFolder:
             moved.rename(folder)
         assert run.returncode == 0, run.stderr
         assert run.stdout.splitlines()[-1] == str(PROMPT[0].tolist() + expected(predictor, 3))
+
+    def test_what_its_card_says_works(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        card = (folder / CARD_FILE).read_text(encoding="utf-8")
+        program = card.split("```python\n")[1].split("```")[0]
+        monkeypatch.chdir(folder.parent)
+        exec(program, {})
+        assert capsys.readouterr().out.startswith("def ")
+        assert (folder / PREDICTOR_FOLDER / CARD_FILE).is_file()  # where the card sends its reader
 
     def test_is_a_checkpoint_as_well(self, folder: Path, predictor: ParallelTokenPredictor) -> None:
         loaded = load_predictor(folder)
