@@ -10,7 +10,7 @@ from torch.utils.data import IterableDataset
 from ptp_lightning.data.batch import PackedBatch
 from ptp_lightning.data.corpus import Corpus, Document, Split
 from ptp_lightning.data.packed_datamodule import PackedDataModule, require_at_least
-from ptp_lightning.data.packing import MIN_PIECE, PackedRow, collate, pack
+from ptp_lightning.data.packing import MIN_PIECE, PackedRow, TokenizedDocument, collate, pack
 from ptp_lightning.pretrained import load_tokenizer
 from ptp_lightning.randomness import keyed_generator
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def tokenized(documents: Sequence[Document], tokenizer: "PreTrainedTokenizerBase") -> Iterator[list[int]]:
+def tokenized(documents: Sequence[Document], tokenizer: "PreTrainedTokenizerBase") -> Iterator[TokenizedDocument]:
     """Token ids of each document, closed by the end-of-text token when the tokenizer has one."""
     end_of_text: Any = tokenizer.eos_token_id
     end = [] if end_of_text is None else [end_of_text]
     for document in documents:
-        yield tokenizer.encode(document.text, add_special_tokens=False, verbose=False) + end
+        yield TokenizedDocument(tokenizer.encode(document.text, add_special_tokens=False, verbose=False) + end)
 
 
 def _no_rows(split: Split, num_documents: int) -> ValueError:

@@ -12,15 +12,33 @@ from ptp_lightning.data.batch import PADDING_DOCUMENT, PackedBatch
 MIN_PIECE = 2
 
 
+class TokenizedDocument(NamedTuple):
+    """A document as tokens.
+
+    Attributes:
+        token_ids: of the whole document.
+        completion: for each token, whether it is text to be learned; None where all are.
+    """
+
+    token_ids: Sequence[int]
+    completion: Sequence[bool] | None = None
+
+
 class PackedRow(NamedTuple):
     """One row of a `PackedBatch` without its windows; every field is `[S]`."""
 
     input_ids: Tensor
     document_ids: Tensor
     position_ids: Tensor
+    completion_mask: Tensor
+
+    @property
+    def eligible(self) -> Tensor:
+        """`[S]` bool, the tokens that may be the first of a window: to be learned, with a context before them."""
+        return self.completion_mask & (self.position_ids >= 1)
 
 
-def pack(documents: Iterable[Sequence[int]], row_length: int, pad_id: int = 0) -> Iterator[PackedRow]:
+def pack(documents: Iterable[TokenizedDocument], row_length: int, pad_id: int = 0) -> Iterator[PackedRow]:
     """Lay token sequences end to end into rows of `row_length` tokens.
 
     A document that does not fit is cut at the end of the row; the rest goes on in the next row as a document of its
@@ -32,15 +50,16 @@ def pack(documents: Iterable[Sequence[int]], row_length: int, pad_id: int = 0) -
     """
     if row_length < MIN_PIECE:
         raise ValueError(f"expected rows of at least {MIN_PIECE} tokens, found {row_length}: raise data.row_length")
-    pieces: list[Sequence[int]] = []
+    pieces: list[TokenizedDocument] = []
     room = row_length
-    for document in documents:
+    for token_ids, completion in documents:
         begin = 0
-        while len(document) - begin >= MIN_PIECE:
-            piece = document[begin : begin + room]
+        while len(token_ids) - begin >= MIN_PIECE:
+            place = slice(begin, begin + room)
+            piece = TokenizedDocument(token_ids[place], None if completion is None else completion[place])
             pieces.append(piece)
-            begin += len(piece)
-            room -= len(piece)
+            begin += len(piece.token_ids)
+            room -= len(piece.token_ids)
             if room < MIN_PIECE:
                 yield _row(pieces, row_length, pad_id)
                 pieces, room = [], row_length
@@ -48,15 +67,21 @@ def pack(documents: Iterable[Sequence[int]], row_length: int, pad_id: int = 0) -
         yield _row(pieces, row_length, pad_id)
 
 
-def _row(pieces: list[Sequence[int]], row_length: int, pad_id: int) -> PackedRow:
+def _row(pieces: list[TokenizedDocument], row_length: int, pad_id: int) -> PackedRow:
     """Join pieces into one row and fill it up with padding."""
-    padding = row_length - sum(map(len, pieces))
-    lengths = torch.tensor([len(piece) for piece in pieces])
-    input_ids = torch.tensor([token for piece in pieces for token in piece] + [pad_id] * padding)
+    lengths = torch.tensor([len(piece.token_ids) for piece in pieces])
+    padding = row_length - int(lengths.sum())
+    input_ids = torch.tensor([token for piece in pieces for token in piece.token_ids] + [pad_id] * padding)
     document_ids = torch.repeat_interleave(torch.arange(len(pieces)), lengths)
     position_ids = torch.cat([torch.arange(int(length)) for length in lengths] + [torch.arange(padding)])
+    completion = [
+        learned
+        for piece in pieces
+        for learned in ([True] * len(piece.token_ids) if piece.completion is None else piece.completion)
+    ]
     padding_ids = torch.full((padding,), PADDING_DOCUMENT)
-    return PackedRow(input_ids, torch.cat([document_ids, padding_ids]), position_ids)
+    completion_mask = torch.tensor(completion + [False] * padding)
+    return PackedRow(input_ids, torch.cat([document_ids, padding_ids]), position_ids, completion_mask)
 
 
 def draw_window_starts(eligible: Tensor, num_windows: int, generator: torch.Generator) -> Tensor:
@@ -86,8 +111,9 @@ def draw_window_starts(eligible: Tensor, num_windows: int, generator: torch.Gene
 
 
 def collate(rows: Sequence[PackedRow], num_windows: int, generator: torch.Generator) -> PackedBatch:
-    """Stack rows of plain text into a batch and draw N windows a row; every token counts as completion."""
-    input_ids, document_ids, position_ids = (torch.stack(tensors) for tensors in zip(*rows, strict=True))
-    real = document_ids != PADDING_DOCUMENT
-    starts = draw_window_starts(real & (position_ids >= 1), num_windows, generator)
-    return PackedBatch(input_ids, document_ids, position_ids, starts, completion_mask=real)
+    """Stack rows into a batch and draw N windows a row, which start at completion tokens with a context before them."""
+    input_ids, document_ids, position_ids, completion_mask = (
+        torch.stack(tensors) for tensors in zip(*rows, strict=True)
+    )
+    starts = draw_window_starts(completion_mask & (position_ids >= 1), num_windows, generator)
+    return PackedBatch(input_ids, document_ids, position_ids, starts, completion_mask)

@@ -13,6 +13,8 @@ import yaml
 
 from ptp_lightning.auxiliary_strategies import AuxiliaryStrategy
 from ptp_lightning.cli import main
+from ptp_lightning.data.rendering import Rendering
+from ptp_lightning.data.row_source import RowSource
 from ptp_lightning.losses import Loss, PositionWeights
 from ptp_lightning.models.auxiliary_features import AuxiliaryFeatures
 from ptp_lightning.models.slots import Objective
@@ -178,6 +180,8 @@ def test_a_run_is_reproduced_by_the_configuration_it_saved(
             "training",
             [*{source["class_path"].rpartition(".")[2] for source in sources()}, "AnalyticWindows"],  # a known chain's
         ),
+        (RowSource, "data", ["HubRows", "JsonLines", "TextRows"]),  # tests/unit/data tries them
+        (Rendering, "data", ["Chat", "PlainText", "PromptAndCompletion"]),  # likewise
     ],
     ids=lambda value: value.__name__ if isinstance(value, type) else None,
 )

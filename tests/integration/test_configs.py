@@ -1,7 +1,9 @@
 """Every YAML in configs/ is a run that starts: all are built, the small ones take a training and a validation step."""
 
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -39,6 +41,37 @@ def test_every_configuration_trains_and_validates(
     """Classes, arguments and pairings of the file are right, whatever the size of the network behind it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["ptp_lightning", "fit", "--config", str(shrink(path, corpus, tmp_path))])
+    main()
+
+
+DATA_CONFIGS = sorted((CONFIGS[0].parent / "data").glob("*.yaml"))
+ROWS: dict[str, Any] = {
+    "fineweb_edu": {"text": CORPUS_LINE * 4},
+    "code_contests": {"description": "Add.", "solutions": {"language": [3], "solution": [CORPUS_LINE, "no"]}},
+    "sharegpt": {"conversations": [{"from": "human", "value": "Add!"}, {"from": "gpt", "value": CORPUS_LINE}]},
+}
+TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+
+
+@pytest.mark.parametrize("path", DATA_CONFIGS, ids=lambda path: path.stem)
+def test_every_data_configuration_goes_behind_another(
+    path: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With local files of the same shape in place of the hub's."""
+    config = yaml.safe_load(path.read_text())
+    data = config["data"]["init_args"]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(ROWS[path.stem]).replace("a + b", f"a + {k}") + "\n" for k in range(9)))
+    for part in data["parts"]:
+        part["source"] = {"class_path": "ptp_lightning.data.JsonLines", "init_args": {"paths": [str(rows)]}}
+        if part.get("rendering", {}).get("class_path", "").endswith("Chat"):
+            part["rendering"]["init_args"]["template"] = TEMPLATE
+    data |= {"row_length": 32, "batch_size": 2, "num_windows": 2, "eval_rows": 2, "eval_parts": data["parts"]}
+    data["num_workers"] = 0
+    (tmp_path / path.name).write_text(yaml.safe_dump(config))
+    run = ["fit", "--config", str(shrink(CONFIGS[0].parent / "gated_lora.yaml", corpus, tmp_path))]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["ptp_lightning", *run, "--config", str(tmp_path / path.name)])
     main()
 
 

@@ -1,0 +1,357 @@
+"""StreamingCorpus: data of any size as packed batches, read as a stream that a checkpoint can go on with exactly."""
+
+from __future__ import annotations
+
+import warnings
+from collections import deque
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from ptp_lightning.data.batch import PackedBatch
+from ptp_lightning.data.blocks import Block, BlockSettings, BlockStream, Division
+from ptp_lightning.data.corpus import Split
+from ptp_lightning.data.mixture import StreamPart
+from ptp_lightning.data.packed_datamodule import PackedDataModule, require_at_least
+from ptp_lightning.data.packing import MIN_PIECE, PackedRow, collate
+from ptp_lightning.data.row_source import Position, Share
+from ptp_lightning.pretrained import load_tokenizer
+from ptp_lightning.randomness import keyed_generator
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+OnError = Literal["raise", "skip"]
+LARGEST_EMPTY_RUN = 1000  # blocks in a row without anything to be learned, after which nothing is hoped for
+BLOCKS_AHEAD = 2  # that each worker has ready
+
+
+class StreamPosition(NamedTuple):
+    """Where a batch of a process begins.
+
+    Attributes:
+        batch: its number.
+        block: the number of the block that its first row stands in.
+        position: where that block begins; None for the first.
+        row: the row's place in the block.
+    """
+
+    batch: int = 0
+    block: int = 0
+    position: Position | None = None
+    row: int = 0
+
+
+class StreamReport(NamedTuple):
+    """What a process has read of the stream since it began or went on.
+
+    Attributes:
+        documents: that were packed.
+        long: how many of them were cut, because they do not fit into a row.
+        short: documents of fewer than two tokens, which were left out.
+        unusable: broken rows, which were left out.
+    """
+
+    documents: int = 0
+    long: int = 0
+    short: int = 0
+    unusable: int = 0
+
+
+class BatchStream(IterableDataset[PackedBatch]):
+    """Endless batches of a process, made of blocks; knows where each batch that is still under way begins.
+
+    Args:
+        blocks: from a number and a position on.
+        start: of the first batch.
+        num_workers: processes that make blocks; 0 for this one.
+        batch_size: B.
+        num_windows: N.
+        seed: of the windows.
+        on_error: whether an unusable row ends the run.
+    """
+
+    def __init__(
+        self,
+        blocks: Any,
+        start: StreamPosition,
+        *,
+        num_workers: int,
+        batch_size: int,
+        num_windows: int,
+        seed: int,
+        on_error: OnError,
+    ) -> None:
+        self._blocks = blocks
+        self._start = start
+        self._num_workers = num_workers
+        self._batch_size = batch_size
+        self._num_windows = num_windows
+        self._seed = seed
+        self._on_error: OnError = on_error
+        self._begins: deque[StreamPosition] = deque([start])
+        self.report = StreamReport()
+
+    def __iter__(self) -> Iterator[PackedBatch]:
+        """Batches from the start on.
+
+        Raises:
+            ValueError: a row cannot be used and `on_error` is `raise`, or there is nothing to be learned.
+        """
+        self._begins = deque([self._start])
+        self.report = StreamReport()
+        waiting: list[PackedRow] = []
+        places: list[tuple[Block, int]] = []  # of the rows that wait
+        number = self._start.batch
+        for block in self._loaded_blocks():
+            begin = self._start.row if block.number == self._start.block else 0
+            for row in range(begin, len(block.rows.input_ids)):
+                waiting.append(PackedRow(*(tensor[row] for tensor in block.rows)))
+                places.append((block, row + 1))
+                if len(waiting) == self._batch_size:
+                    generator = keyed_generator(self._seed, "windows", number)
+                    number += 1
+                    last, behind = places[-1]
+                    self._begins.append(StreamPosition(number, last.number, last.position, behind))
+                    batch = collate(waiting, self._num_windows, generator)
+                    waiting, places = [], []
+                    yield batch
+
+    def position_of(self, batch: int) -> StreamPosition:
+        """Where a batch begins that has been made, or is the next to be made; earlier ones are forgotten."""
+        while self._begins[0].batch < batch:
+            self._begins.popleft()
+        assert self._begins[0].batch == batch, "asked for a batch that was forgotten"
+        return self._begins[0]
+
+    def _loaded_blocks(self) -> Iterator[Block]:
+        stream = self._blocks(self._start.block, self._start.position)
+        options: dict[str, Any] = {"num_workers": self._num_workers, "batch_size": None, "collate_fn": _as_it_is}
+        if self._num_workers:
+            options["prefetch_factor"] = BLOCKS_AHEAD
+        empty = 0
+        for block in DataLoader(stream, **options):
+            self._take_note(block)
+            empty = 0 if len(block.rows.input_ids) else empty + 1
+            if empty > LARGEST_EMPTY_RUN:
+                raise ValueError(
+                    f"expected documents with something to be learned, found none in {empty} blocks: mend data.parts"
+                )
+            yield block
+
+    def _take_note(self, block: Block) -> None:
+        before = self.report
+        self.report = StreamReport(
+            before.documents + block.num_documents,
+            before.long + block.num_long,
+            before.short + block.num_short,
+            before.unusable + len(block.complaints),
+        )
+        if block.complaints and self._on_error == "raise":
+            raise ValueError(f"{block.complaints[0]}; data.on_error: skip leaves such rows out")
+        if block.complaints and _new_magnitude(before.unusable, self.report.unusable):
+            warnings.warn(
+                f"left out {self.report.unusable} unusable rows so far (data.on_error: skip), the latest: "
+                f"{block.complaints[-1]}",
+                stacklevel=2,
+            )
+        if block.num_long and not before.long:
+            warnings.warn(
+                f"{block.num_long} of the first {block.num_documents} documents are longer than a row and are cut into "
+                "several; raise data.row_length to keep more of them whole",
+                stacklevel=2,
+            )
+
+
+class StreamingCorpus(PackedDataModule):
+    """Packed batches of a stream of documents: an endless training stream, fixed validation and test rows.
+
+    Documents are read in blocks, and shuffled and packed inside each. A checkpoint holds where the next batch begins;
+    the run that goes on from it sees exactly what the other would have seen, whatever `num_workers` is.
+
+    Args:
+        parts: sources, how their rows become tokens, and their weights.
+        tokenizer: whose tokens: `embedded`, a hub id, a folder or a GGUF file; the one of the model.
+        row_length: S, tokens per row.
+        batch_size: B, rows per batch and rank.
+        num_windows: N, windows per row.
+        eval_parts: sources of the validation and test rows, half of their documents each; by default 5 of 100
+            documents of `parts` each, by a hash of their content.
+        eval_rows: rows of the validation and of the test split that are used, the first ones of the stream.
+        shuffle_documents: documents that are shuffled and packed together, in memory at once in each worker.
+        num_workers: processes that tokenise and pack; 0 does it between training steps.
+        on_error: `raise` ends the run at a row that cannot be used; `skip` leaves it out and counts.
+        seed: of every draw in here.
+
+    Raises:
+        ValueError: there are no parts, or a number is out of range.
+    """
+
+    def __init__(
+        self,
+        parts: list[StreamPart],
+        tokenizer: str = "embedded",
+        row_length: int = 256,
+        batch_size: int = 4,
+        num_windows: int = 16,
+        eval_parts: list[StreamPart] | None = None,
+        eval_rows: int = 32,
+        shuffle_documents: int = 512,
+        num_workers: int = 0,
+        on_error: OnError = "raise",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if not parts:
+            raise ValueError("expected at least one source of documents, found none: set data.parts")
+        at_least_one = {
+            "batch_size": batch_size,
+            "num_windows": num_windows,
+            "eval_rows": eval_rows,
+            "shuffle_documents": shuffle_documents,
+        }
+        require_at_least(
+            {"row_length": (row_length, MIN_PIECE), "num_workers": (num_workers, 0)}
+            | {name: (value, 1) for name, value in at_least_one.items()}
+        )
+        self.parts = parts
+        self.tokenizer_path = tokenizer
+        self.row_length = row_length
+        self.batch_size = batch_size
+        self.num_windows = num_windows
+        self.eval_parts = eval_parts
+        self.eval_rows = eval_rows
+        self.shuffle_documents = shuffle_documents
+        self.num_workers = num_workers
+        self.on_error: OnError = on_error
+        self.seed = seed
+        self._stream: BatchStream | None = None
+        self._loaded_positions: list[StreamPosition] | None = None  # of all processes
+
+    def setup(self, stage: str) -> None:
+        """Load the tokenizer, and see that it can do what the parts ask of it.
+
+        Raises:
+            ValueError: it cannot.
+        """
+        if self.tokenizer is None:
+            self.tokenizer = load_tokenizer(self.tokenizer_path)
+        for part in [*self.parts, *(self.eval_parts or [])]:
+            part.rendering.require_tokenizer(self.tokenizer)
+
+    @property
+    def vocab_size(self) -> int:
+        """Entries of the tokenizer."""
+        return len(self._require_tokenizer())
+
+    @property
+    def end_of_text(self) -> int | None:
+        """The tokenizer's end-of-text token, which closes every document."""
+        end_of_text: Any = self._require_tokenizer().eos_token_id
+        return end_of_text
+
+    @property
+    def report(self) -> StreamReport:
+        """What this process has read for training so far."""
+        return StreamReport() if self._stream is None else self._stream.report
+
+    def training_stream(self) -> BatchStream:
+        """See `PackedDataModule.training_stream`.
+
+        Raises:
+            ValueError: the checkpoint was written by another number of processes.
+        """
+        rank, world = self.rank_and_world()
+        positions = [StreamPosition()] * world if self._loaded_positions is None else self._loaded_positions
+        if len(positions) != world:
+            raise ValueError(
+                f"expected {len(positions)} processes, which the checkpoint was written by, found {world}: each has a "
+                "place of its own in the stream; set trainer.devices and num_nodes as before"
+            )
+        start = positions[rank] if self._stream is None else self._stream.position_of(self.batches_consumed())
+        settings = self._block_settings("none" if self.eval_parts else "hash")
+        parts = self.parts
+
+        def blocks(number: int, position: Position | None) -> BlockStream:
+            return BlockStream(parts, Share(rank, world), settings, "train", number, position)
+
+        self._stream = BatchStream(
+            blocks,
+            start,
+            num_workers=self.num_workers,
+            batch_size=self.batch_size,
+            num_windows=self.num_windows,
+            seed=self.seed,
+            on_error=self.on_error,
+        )
+        return self._stream
+
+    def train_dataloader(self) -> DataLoader[PackedBatch]:
+        """Endless batches; the workers stand behind them, because a batch may need several blocks."""
+        return DataLoader(self.training_stream(), batch_size=None, num_workers=0)
+
+    def fixed_batches(self, split: Split) -> list[PackedBatch]:
+        """See `PackedDataModule.fixed_batches`.
+
+        Raises:
+            ValueError: the split has no document of two or more tokens, or a row of it cannot be used.
+        """
+        parts, division = (self.eval_parts, "halves") if self.eval_parts else (self.parts, "hash")
+        share = Share(*self.rank_and_world())
+        blocks = BlockStream(parts, share, self._block_settings(division), split, once=True)
+        rows: list[PackedRow] = []
+        for block in blocks:
+            if block.complaints and self.on_error == "raise":
+                raise ValueError(f"{block.complaints[0]}; data.on_error: skip leaves such rows out")
+            rows.extend(PackedRow(*tensors) for tensors in zip(*block.rows, strict=True))
+            if len(rows) >= self.eval_rows:
+                break
+        if not rows:
+            raise ValueError(
+                f"expected documents of two or more tokens in the {split} split, found none: 5 of 100 documents belong "
+                "to it by a hash of their content; set data.eval_parts"
+            )
+        rows = rows[: self.eval_rows]
+        generator = keyed_generator(self.seed, split)
+        return [
+            collate(rows[begin : begin + self.batch_size], self.num_windows, generator)
+            for begin in range(0, len(rows), self.batch_size)
+        ]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the next batch of each process begins; batches that were only prefetched do not count."""
+        return super().state_dict() | {"positions": [tuple(position) for position in self._positions()]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See `PackedDataModule.load_state_dict`."""
+        super().load_state_dict(state_dict)
+        self._loaded_positions = [StreamPosition(*position) for position in state_dict["positions"]]
+
+    def _positions(self) -> list[StreamPosition]:
+        if self._stream is None:
+            return self._loaded_positions or [StreamPosition()]
+        own = self._stream.position_of(self.batches_consumed())
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return [own]
+        positions: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(positions, own)  # a checkpoint is written by all processes together
+        return positions
+
+    def _block_settings(self, division: Division) -> BlockSettings:
+        return BlockSettings(self._require_tokenizer(), self.row_length, self.shuffle_documents, self.seed, division)
+
+    def _require_tokenizer(self) -> PreTrainedTokenizerBase:
+        if self.tokenizer is None:
+            raise RuntimeError("call setup() before asking for a data loader or the vocabulary")
+        return self.tokenizer
+
+
+def _as_it_is(block: Block) -> Block:
+    return block
+
+
+def _new_magnitude(before: int, now: int) -> bool:
+    """Whether a count has reached another power of ten, so that messages become rare."""
+    return len(str(now)) > len(str(before)) or before == 0

@@ -1,0 +1,154 @@
+"""Row sources: every row once, from any position on, shared out among processes; broken rows are named."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ptp_lightning.data.file_rows import JsonLines, TextRows
+from ptp_lightning.data.hub_rows import HubRows
+from ptp_lightning.data.row_source import BadRowError, RowSource, Share
+
+LINES = [["a0", "a1", "", "a2"], ["b0"], [], ["c0", "c1", "c2", "c3"]]
+
+
+def texts(source: RowSource, share: Share | None = None, key: str = "0") -> list[str]:
+    return [source.parse(row)["text"] for row in source.rows(key, share or Share())]
+
+
+@pytest.fixture(params=["json lines", "packed json lines", "text lines", "text files", "parquet", "hub json"])
+def source(request: pytest.FixtureRequest, tmp_path: Path) -> RowSource:
+    """Nine rows (with text files, four documents) of four files, one of which is empty."""
+    paths: list[str] = []
+    for number, lines in enumerate(LINES):
+        path = tmp_path / f"{number}.jsonl"
+        content = "".join(json.dumps({"text": line}) + "\n" if line else "\n" for line in lines)
+        if request.param.startswith("text"):
+            path, content = tmp_path / f"{number}.txt", "".join(f"{line}\n" for line in lines)
+        if request.param == "packed json lines":
+            path = tmp_path / f"{number}.jsonl.gz"
+            path.write_bytes(gzip.compress(content.encode()))
+        else:
+            path.write_text(content, encoding="utf-8")
+        paths.append(str(path))
+    match request.param:
+        case "text lines":
+            return TextRows(paths, per="line")
+        case "text files":
+            return TextRows([str(tmp_path)])
+        case "parquet":
+            from datasets import Dataset
+
+            files = [str(tmp_path / f"{number}.parquet") for number in range(len(LINES))]
+            for lines, file in zip(LINES, files, strict=True):
+                if lines:
+                    Dataset.from_dict({"text": [line for line in lines if line]}).to_parquet(file)
+            return HubRows("parquet", data_files=[file for file in files if Path(file).exists()])
+        case "hub json":
+            return HubRows("json", data_files=[path for path, lines in zip(paths, LINES, strict=True) if lines])
+        case _:
+            return JsonLines(paths)
+
+
+def everything(source: RowSource) -> list[str]:
+    if isinstance(source, TextRows) and source.per == "file":
+        return sorted("".join(f"{line}\n" for line in lines) for lines in LINES)
+    return sorted(line for lines in LINES for line in lines if line)
+
+
+class TestRows:
+    def test_every_row_once(self, source: RowSource) -> None:
+        assert sorted(texts(source)) == everything(source)
+
+    def test_equal_keys_give_equal_orders_and_others_do_not(self, source: RowSource) -> None:
+        assert texts(source) == texts(source)
+        assert len({tuple(texts(source, key=str(epoch))) for epoch in range(12)}) > 1
+
+    @pytest.mark.parametrize("world", [1, 2, 3])
+    def test_goes_on_behind_any_row(self, source: RowSource, world: int) -> None:
+        for rank in range(world):
+            share = Share(rank, world)
+            rows = list(source.rows("0", share))
+            for place, row in enumerate(rows):
+                position = json.loads(json.dumps(row.position))  # as a checkpoint keeps it
+                expected = [other.identity for other in rows[place + 1 :]]
+                assert [other.identity for other in source.rows("0", share, position)] == expected
+
+    @pytest.mark.parametrize("world", [2, 3, 5])
+    def test_processes_share_the_rows(self, source: RowSource, world: int) -> None:
+        shares = [texts(source, Share(rank, world)) for rank in range(world)]
+        assert sorted(text for share in shares for text in share) == everything(source)
+
+
+class TestSplitPositions:
+    @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30, deadline=None)
+    @given(
+        files=st.lists(st.lists(st.text(st.characters(codec="utf-8"), max_size=5), max_size=5), min_size=1, max_size=4),
+        world=st.integers(1, 3),
+        data=st.data(),
+    )
+    def test_any_files(
+        self, tmp_path_factory: pytest.TempPathFactory, files: list[list[str]], world: int, data: st.DataObject
+    ) -> None:
+        folder = tmp_path_factory.mktemp("files")
+        for number, lines in enumerate(files):
+            content = "".join(json.dumps({"text": line}) + "\n" for line in lines)
+            (folder / f"{number}.jsonl").write_text(content, encoding="utf-8")
+        source = JsonLines([str(folder)])
+        shares = [list(source.rows("7", Share(rank, world))) for rank in range(world)]
+        parsed = [source.parse(row)["text"] for share in shares for row in share]
+        assert sorted(parsed) == sorted(line for lines in files for line in lines)
+        rank = data.draw(st.integers(0, world - 1))
+        if shares[rank]:
+            place = data.draw(st.integers(0, len(shares[rank]) - 1))
+            behind = source.rows("7", Share(rank, world), shares[rank][place].position)
+            assert [row.name for row in behind] == [row.name for row in shares[rank][place + 1 :]]
+
+
+class TestBrokenRows:
+    @pytest.mark.parametrize("line", [b'{"text": ', b"[1, 2]", b"text", b'{"text": "\xff"}', b"[" * 100_000])
+    def test_a_broken_json_line_is_named(self, tmp_path: Path, line: bytes) -> None:
+        path = tmp_path / "data.jsonl"
+        path.write_bytes(b'{"text": "fine"}\n\n' + line + b"\n")
+        source = JsonLines([str(path)])
+        _, broken = source.rows("0", Share())
+        with pytest.raises(BadRowError, match="data.jsonl, line 3"):
+            source.parse(broken)
+
+    @pytest.mark.parametrize(("per", "place"), [("line", "data.txt, line 2"), ("file", "data.txt")])
+    def test_undecodable_bytes_are_named(self, tmp_path: Path, per: Any, place: str) -> None:
+        (tmp_path / "data.txt").write_bytes(b"fine\nna\xefve\n")
+        source = TextRows([str(tmp_path)], per=per)
+        *_, broken = source.rows("0", Share())
+        with pytest.raises(BadRowError, match=f"UTF-8 text in .*{place}"):
+            source.parse(broken)
+
+    def test_a_byte_order_mark_is_no_text(self, tmp_path: Path) -> None:
+        (tmp_path / "data.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\n")
+        assert texts(TextRows([str(tmp_path)], per="line")) == ["one", "two"]
+
+
+class TestMissingFiles:
+    def test_no_paths(self) -> None:
+        with pytest.raises(ValueError, match="at least one file for JsonLines"):
+            JsonLines([])
+
+    def test_a_path_that_leads_nowhere(self, tmp_path: Path) -> None:
+        with pytest.raises(FileNotFoundError, match="nowhere"):
+            TextRows([str(tmp_path / "nowhere")])
+
+    def test_a_folder_without_such_files(self, tmp_path: Path) -> None:
+        (tmp_path / "data.csv").touch()
+        with pytest.raises(FileNotFoundError, match=r"\*\*/\*.jsonl"):
+            JsonLines([str(tmp_path)])
+
+    def test_a_dataset_that_cannot_be_opened(self, tmp_path: Path) -> None:
+        source = HubRows("parquet", data_files=str(tmp_path / "none.parquet"))
+        with pytest.raises(FileNotFoundError, match=r"none.parquet.*data.parts"):
+            next(source.rows("0", Share()))
