@@ -25,6 +25,8 @@ from ptp_lightning.data.row_source import BadRowError, Position, Share
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+LARGEST_BLOCK = 1_000_000  # bytes of documents, after which a block ends early: a quarter of a million tokens
+
 Division = Literal["none", "hash", "halves"]
 """How documents are divided among splits: not at all, by a hash (90, 5 and 5 of 100), or into validation and test."""
 
@@ -35,7 +37,7 @@ class BlockSettings(NamedTuple):
     Attributes:
         tokenizer: turns text into ids.
         row_length: S, tokens per row.
-        num_documents: rows of the sources that a block reads.
+        num_documents: rows of the sources that a block reads; fewer if they are long.
         seed: of the order inside a block.
         division: of the documents among splits.
     """
@@ -113,16 +115,18 @@ class BlockStream(IterableDataset[Block]):
     def _members(self) -> Iterator[list[MixedRow]]:
         """The rows of each block. Where there is one part alone, blocks end with its epochs."""
         members: list[MixedRow] = []
+        num_bytes = 0
         for row in Mixture(self._parts, self._share, self._settings.seed).rows(self._position):
             epochs = [part["epoch"] for part in row.position["parts"]]
             is_new_epoch = len(epochs) == 1 and members and members[-1].position["parts"][0]["epoch"] != epochs[0]
-            if len(members) == self._settings.num_documents or is_new_epoch:
+            if len(members) == self._settings.num_documents or num_bytes > LARGEST_BLOCK or is_new_epoch:
                 yield members
-                members = []
+                members, num_bytes = [], 0
             if self._once and min(epochs) > 0:
                 break
             if not (self._once and epochs[row.part] > 0):
                 members.append(row)
+                num_bytes += len(row.row.identity)
         if members:
             yield members
 

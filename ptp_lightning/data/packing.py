@@ -69,19 +69,22 @@ def pack(documents: Iterable[TokenizedDocument], row_length: int, pad_id: int = 
 
 def _row(pieces: list[TokenizedDocument], row_length: int, pad_id: int) -> PackedRow:
     """Join pieces into one row and fill it up with padding."""
-    lengths = torch.tensor([len(piece.token_ids) for piece in pieces])
-    padding = row_length - int(lengths.sum())
-    input_ids = torch.tensor([token for piece in pieces for token in piece.token_ids] + [pad_id] * padding)
-    document_ids = torch.repeat_interleave(torch.arange(len(pieces)), lengths)
-    position_ids = torch.cat([torch.arange(int(length)) for length in lengths] + [torch.arange(padding)])
+    lengths = [len(piece.token_ids) for piece in pieces]
+    padding = row_length - sum(lengths)
+    token_ids = [token for piece in pieces for token in piece.token_ids] + [pad_id] * padding
+    document_ids = [number for number, length in enumerate(lengths) for _ in range(length)]
+    positions = [position for length in [*lengths, padding] for position in range(length)]
     completion = [
         learned
-        for piece in pieces
-        for learned in ([True] * len(piece.token_ids) if piece.completion is None else piece.completion)
+        for piece, length in zip(pieces, lengths, strict=True)
+        for learned in ([True] * length if piece.completion is None else piece.completion)
     ]
-    padding_ids = torch.full((padding,), PADDING_DOCUMENT)
-    completion_mask = torch.tensor(completion + [False] * padding)
-    return PackedRow(input_ids, torch.cat([document_ids, padding_ids]), position_ids, completion_mask)
+    return PackedRow(
+        torch.tensor(token_ids),
+        torch.tensor(document_ids + [PADDING_DOCUMENT] * padding),
+        torch.tensor(positions),
+        torch.tensor(completion + [False] * padding),
+    )
 
 
 def draw_window_starts(eligible: Tensor, num_windows: int, generator: torch.Generator) -> Tensor:

@@ -180,7 +180,7 @@ class StreamingCorpus(PackedDataModule):
         eval_parts: sources of the validation and test rows, half of their documents each; by default 5 of 100
             documents of `parts` each, by a hash of their content.
         eval_rows: rows of the validation and of the test split that are used, the first ones of the stream.
-        shuffle_documents: documents that are shuffled and packed together, in memory at once in each worker.
+        shuffle_documents: documents that are shuffled and packed together, or fewer, as many as make a megabyte.
         num_workers: processes that tokenise and pack; 0 does it between training steps.
         on_error: `raise` ends the run at a row that cannot be used; `skip` leaves it out and counts.
         seed: of every draw in here.
