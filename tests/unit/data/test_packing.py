@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ptp_lightning.data.batch import PackedBatch
-from ptp_lightning.data.packing import collate, draw_window_starts, pack
+from ptp_lightning.data.packing import TokenDocument, collate, draw_window_starts, pack
 
 PAD = 99
 
@@ -54,8 +54,9 @@ class TestPack:
 
         packed: list[int] = []
         for place, row in enumerate(rows):
-            ids, document_ids, positions = (field.tolist() for field in row)
+            ids, document_ids, positions, completion = (field.tolist() for field in row)
             assert len(ids) == len(document_ids) == len(positions) == row_length
+            assert completion == [document >= 0 for document in document_ids]
             real = [token for token, document in zip(ids, document_ids, strict=True) if document >= 0]
             padding = row_length - len(real)
             assert ids[len(real) :] == [-7] * padding and document_ids[len(real) :] == [-1] * padding
@@ -77,6 +78,55 @@ class TestPack:
     def test_refuses_rows_without_room_for_a_window(self) -> None:
         with pytest.raises(ValueError, match="data.row_length"):
             next(pack([[1, 2]], row_length=1))
+
+
+class TestPackPromptsAndCompletions:
+    """Prompts are tens, completions are not."""
+
+    @staticmethod
+    def document(*token_ids: int) -> TokenDocument:
+        return TokenDocument(token_ids, [token % 10 != 0 for token in token_ids])
+
+    def test_masks_go_along(self) -> None:
+        documents = [self.document(10, 11, 12), [50, 51], self.document(20, 20, 21)]
+        rows = list(pack(documents, row_length=6, pad_id=PAD))
+        assert [row.input_ids.tolist() for row in rows] == [[10, 11, 12, 50, 51, PAD], [20, 20, 21, PAD, PAD, PAD]]
+        assert [row.completion_mask.tolist() for row in rows] == [
+            [False, True, True, True, True, False],  # a plain document is all completion
+            [False, False, True, False, False, False],
+        ]
+
+    def test_whole_documents(self) -> None:
+        documents = [self.document(10, 11, 12), self.document(20, 21, 22, 23), self.document(30, 31)]
+        rows = list(pack(documents, row_length=6, pad_id=PAD, cut=False))
+        assert [row.input_ids.tolist() for row in rows] == [
+            [10, 11, 12, PAD, PAD, PAD],
+            [20, 21, 22, 23, 30, 31],
+        ]
+        assert rows[0].document_ids.tolist() == [0, 0, 0, -1, -1, -1]
+
+    @given(lengths=st.lists(st.integers(2, 7), max_size=12), row_length=st.integers(7, 15))
+    def test_whole_documents_stay_whole_and_in_order(self, lengths: list[int], row_length: int) -> None:
+        documents = [self.document(10 * (place + 1), *[1] * (length - 1)) for place, length in enumerate(lengths)]
+        found = [
+            row.input_ids[row.document_ids == number].tolist()
+            for row in pack(documents, row_length, cut=False)
+            for number in range(int(row.document_ids.max()) + 1)
+        ]
+        assert found == [list(document.token_ids) for document in documents]
+
+    def test_refuses_a_document_longer_than_a_row(self) -> None:
+        with pytest.raises(ValueError, match="at most 2 tokens, found one of 3: raise data.row_length"):
+            list(pack([self.document(10, 11, 12)], row_length=2, cut=False))
+
+    def test_refuses_a_mask_of_another_length(self) -> None:
+        with pytest.raises(ValueError, match="completion_mask of 2 tokens, found 1"):
+            TokenDocument([1, 2], [True])
+
+    def test_windows_start_on_completions_that_have_a_context(self) -> None:
+        documents = [TokenDocument([1, 2, 3, 4], [True, True, False, True])]
+        batch = collate(list(pack(documents, row_length=6)), num_windows=8, generator=generator())
+        assert set(batch.window_starts.flatten().tolist()) == {1, 3}
 
 
 class TestDrawWindowStarts:
