@@ -21,6 +21,7 @@ from ptp_lightning.data.whole_files import temporary_path
 
 CLAIM_SUFFIX = ".claim"
 STALE_SECONDS = 300.0  # a claim that was not touched for so long is given up, wherever its owner lives
+UNNAMED_SECONDS = 10.0  # the same while it has no name in it: its owner was killed over writing it
 TOUCH_SECONDS = 15.0
 START_TOLERANCE_SECONDS = 10.0  # a system's account of when a process began moves with its clock
 
@@ -119,14 +120,14 @@ def _create(path: Path) -> bool:
 def _is_given_up(path: Path, target: Path) -> bool:
     """Whether the owner is dead or silent; then the file it was writing is removed."""
     try:
-        silent = time.time() - path.stat().st_mtime > STALE_SECONDS
+        age = time.time() - path.stat().st_mtime
         entry = json.loads(path.read_text(encoding="utf-8"))
         owner = Owner(entry["host"], entry["pid"], entry["started"])
     except FileNotFoundError:  # released just now
         return True
-    except (ValueError, KeyError, TypeError):  # being written, or its owner was killed over it
-        return silent
-    given_up = silent or owner.is_dead()
+    except (ValueError, KeyError, TypeError):
+        return age > UNNAMED_SECONDS
+    given_up = age > STALE_SECONDS or owner.is_dead()
     if given_up:
         temporary_path(target, owner.host, owner.pid).unlink(missing_ok=True)
     return given_up

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from ptp_lightning.data import claims
-from ptp_lightning.data.claims import STALE_SECONDS, Claim, Owner, remove_claims
+from ptp_lightning.data.claims import STALE_SECONDS, UNNAMED_SECONDS, Claim, Owner, remove_claims
 from ptp_lightning.data.whole_files import temporary_path
 
 
@@ -74,11 +74,12 @@ def test_that_of_a_silent_process_is_taken_over_after_a_while(shard: Path, host:
     assert Claim.take(shard) is not None
 
 
-def test_a_claim_without_a_name_counts_until_it_is_old(shard: Path) -> None:
+def test_a_claim_without_a_name_counts_for_a_moment(shard: Path) -> None:
     path = shard.with_suffix(".claim")
     path.write_text("")
     assert Claim.take(shard) is None
-    os.utime(path, (0, 0))
+    touched = time.time() - 2 * UNNAMED_SECONDS
+    os.utime(path, (touched, touched))
     assert Claim.take(shard) is not None
 
 
