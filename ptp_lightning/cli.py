@@ -9,12 +9,13 @@ TRAINING_COMMANDS = ("fit", "validate", "test")
 
 HELP = """usage: python -m ptp_lightning COMMAND [options]
 
-  fit        train:   --config configs/gated_lora.yaml [--trainer.max_steps 100 ...] [--ckpt_path last.ckpt]
-  validate   measure a checkpoint on the validation split: --config ... --ckpt_path P
-  test       the same on the test split
-  generate   continue text: --prompt TEXT | --prompts FILE [--ckpt_path P] [--temperature 0.7 ...] [--json]
-  evaluate   compare decoders on a benchmark: --output DIR [--benchmark spec_bench --questions FILE] [--ckpt_path P]
-  export     write a checkpoint as a folder that PEFT opens: --ckpt_path P --output DIR [--dtype bfloat16] [--overwrite]
+  fit          train:   --config configs/gated_lora.yaml [--trainer.max_steps 100 ...] [--ckpt_path last.ckpt]
+  validate     measure a checkpoint on the validation split: --config ... --ckpt_path P
+  test         the same on the test split
+  pregenerate  let the teacher complete prompts, to train from: --config ... --output DIR [--num_completions 4 ...]
+  generate     continue text: --prompt TEXT | --prompts FILE [--ckpt_path P] [--temperature 0.7 ...] [--json]
+  evaluate     compare decoders on a benchmark: --output DIR [--benchmark spec_bench --questions FILE] [--ckpt_path P]
+  export       write a checkpoint as a folder that PEFT opens: --ckpt_path P --output DIR [--dtype bfloat16 ...]
 
 Each command explains its options with --help."""
 
@@ -46,6 +47,11 @@ def dispatch(args: list[str]) -> None:
         from ptp_lightning.training.cli import run
 
         run()
+        return
+    if command == "pregenerate":
+        from ptp_lightning.training.pregenerate import run
+
+        run(args[1:])
         return
     if command == "generate":
         from ptp_lightning.decoding.command import run

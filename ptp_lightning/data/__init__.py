@@ -1,6 +1,7 @@
 """Corpora, token series, packing and LightningDataModules."""
 
 from ptp_lightning.data.batch import PackedBatch
+from ptp_lightning.data.completions_datamodule import CompletionsDataModule
 from ptp_lightning.data.corpus import Corpus, Document, StandardLibrary, TextFiles
 from ptp_lightning.data.datamodule import CorpusDataModule
 from ptp_lightning.data.file_rows import JsonLines, TextRows
@@ -17,6 +18,7 @@ from ptp_lightning.data.streaming import StreamingCorpus
 
 __all__ = [
     "Chat",
+    "CompletionsDataModule",
     "Corpus",
     "CorpusDataModule",
     "Document",

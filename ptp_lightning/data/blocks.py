@@ -19,7 +19,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from ptp_lightning.data.batch import PADDING_DOCUMENT
 from ptp_lightning.data.corpus import Split, split_of
 from ptp_lightning.data.mixture import MixedRow, Mixture, StreamPart
-from ptp_lightning.data.packing import MIN_PIECE, PackedRow, TokenizedDocument, pack
+from ptp_lightning.data.packing import MIN_PIECE, PackedRow, TokenDocument, pack
 from ptp_lightning.data.row_source import BadRowError, Position, Share
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ class BlockStream(IterableDataset[Block]):
     def _block(self, number: int, position: Position | None, members: list[MixedRow]) -> Block:
         settings = self._settings
         order = random.Random(f"block/{settings.seed}/{self._share.rank}/{number}")
-        documents: list[TokenizedDocument] = []
+        documents: list[TokenDocument] = []
         complaints: list[str] = []
         for part, row, _ in order.sample(members, len(members)):
             if not self._belongs(row.identity):
@@ -143,7 +143,7 @@ class BlockStream(IterableDataset[Block]):
                 documents.append(self._parts[part].rendering.document(columns, settings.tokenizer))
             except BadRowError as error:
                 complaints.append(str(error) if row.name in str(error) else f"{row.name}: {error}")
-        long_enough = [document for document in documents if len(document.token_ids) >= MIN_PIECE]
+        long_enough = [document for document in documents if len(document) >= MIN_PIECE]
         # A row without a place where a window may start, such as a long prompt's, has nothing to be learned.
         rows = [row for row in pack(long_enough, settings.row_length) if bool(row.eligible.any())]
         return Block(
@@ -151,7 +151,7 @@ class BlockStream(IterableDataset[Block]):
             position,
             _stacked(rows, settings.row_length),
             num_documents=len(long_enough),
-            num_long=sum(len(document.token_ids) > settings.row_length for document in long_enough),
+            num_long=sum(len(document) > settings.row_length for document in long_enough),
             num_short=len(documents) - len(long_enough),
             complaints=complaints,
         )

@@ -1,16 +1,15 @@
 """CorpusDataModule: corpora as streams of packed batches that a checkpoint can rewind."""
 
-import itertools
-import random
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Unpack
 
 from torch.utils.data import IterableDataset
 
 from ptp_lightning.data.batch import PackedBatch
 from ptp_lightning.data.corpus import Corpus, Document, Split
 from ptp_lightning.data.packed_datamodule import PackedDataModule, require_at_least
-from ptp_lightning.data.packing import MIN_PIECE, PackedRow, TokenizedDocument, collate, pack
+from ptp_lightning.data.packing import MIN_PIECE, PackedRow, pack
+from ptp_lightning.data.stream import DocumentStream, StreamSettings, evaluation_batches, no_rows
 from ptp_lightning.pretrained import load_tokenizer
 from ptp_lightning.randomness import keyed_generator
 
@@ -18,36 +17,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def tokenized(documents: Sequence[Document], tokenizer: "PreTrainedTokenizerBase") -> Iterator[TokenizedDocument]:
+def tokenized(documents: Sequence[Document], tokenizer: "PreTrainedTokenizerBase") -> Iterator[list[int]]:
     """Token ids of each document, closed by the end-of-text token when the tokenizer has one."""
     end_of_text: Any = tokenizer.eos_token_id
     end = [] if end_of_text is None else [end_of_text]
     for document in documents:
-        yield TokenizedDocument(tokenizer.encode(document.text, add_special_tokens=False, verbose=False) + end)
+        yield tokenizer.encode(document.text, add_special_tokens=False, verbose=False) + end
 
 
-def _no_rows(split: Split, num_documents: int) -> ValueError:
-    return ValueError(
-        f"expected a document of two or more tokens in the {split} split, found none among {num_documents} documents: "
-        "mend data.corpus"
-    )
-
-
-class TrainingStream(IterableDataset[PackedBatch]):
-    """An endless, seeded stream of packed batches over shuffled epochs of the documents.
-
-    Batch k is a function of the documents, the settings and k alone, so a stream that starts with `skip_batches = k`
-    continues one that was stopped after k batches.
+class TrainingStream(DocumentStream[Document]):
+    """The documents of a corpus as a `DocumentStream`.
 
     Args:
         documents: the training documents of this rank.
         tokenizer: turns text into ids.
         row_length: S, tokens per row.
-        batch_size: B, rows per batch.
-        num_windows: N, windows per row.
-        shuffle_rows: rows held back to be drawn from in random order, so that a batch mixes documents.
-        seed: of the document order, the row order and the windows.
-        skip_batches: batches that were consumed before; a function is asked each time an iteration starts.
+        **settings: as of `DocumentStream`.
     """
 
     def __init__(
@@ -56,58 +41,15 @@ class TrainingStream(IterableDataset[PackedBatch]):
         tokenizer: "PreTrainedTokenizerBase",
         *,
         row_length: int,
-        batch_size: int,
-        num_windows: int,
-        shuffle_rows: int,
-        seed: int,
-        skip_batches: int | Callable[[], int] = 0,
+        **settings: Unpack[StreamSettings],
     ) -> None:
-        self.documents = documents
+        super().__init__(documents, **settings)
         self.tokenizer = tokenizer
         self.row_length = row_length
-        self.batch_size = batch_size
-        self.num_windows = num_windows
-        self.shuffle_rows = shuffle_rows
-        self.seed = seed
-        self.skip_batches = skip_batches
 
-    def __iter__(self) -> Iterator[PackedBatch]:
-        """Yield batches from number `skip_batches` on, for ever.
-
-        Raises:
-            ValueError: no document has two or more tokens.
-        """
-        rows = self._shuffled_rows()
-        skip_batches = self.skip_batches if isinstance(self.skip_batches, int) else self.skip_batches()
-        for _ in range(skip_batches * self.batch_size):
-            next(rows)
-        for batch_index in itertools.count(skip_batches):
-            generator = keyed_generator(self.seed, "windows", batch_index)
-            yield collate([next(rows) for _ in range(self.batch_size)], self.num_windows, generator)
-
-    def _rows(self) -> Iterator[PackedRow]:
-        """Rows of all epochs, each epoch in an order of its own."""
-        for epoch in itertools.count():
-            order = list(self.documents)
-            random.Random(f"{self.seed}/{epoch}").shuffle(order)
-            rows = pack(tokenized(order, self.tokenizer), self.row_length)
-            first = next(rows, None)
-            if first is None:  # it would be no better in the next epoch
-                raise _no_rows("train", len(order))
-            yield first
-            yield from rows
-
-    def _shuffled_rows(self) -> Iterator[PackedRow]:
-        """Rows drawn at random from a buffer of the next `shuffle_rows`."""
-        draw = random.Random(self.seed)
-        buffer: list[PackedRow] = []
-        for row in self._rows():
-            if len(buffer) < self.shuffle_rows:
-                buffer.append(row)
-                continue
-            place = draw.randrange(len(buffer))
-            buffer[place], row = row, buffer[place]
-            yield row
+    def packed(self, documents: Sequence[Document]) -> Iterator[PackedRow]:
+        """See `DocumentStream.packed`."""
+        return pack(tokenized(documents, self.tokenizer), self.row_length)
 
 
 class CorpusDataModule(PackedDataModule):
@@ -199,11 +141,6 @@ class CorpusDataModule(PackedDataModule):
         documents = self._documents(split)
         rows = list(pack(tokenized(documents, self._require_tokenizer()), self.row_length))
         if not rows:
-            raise _no_rows(split, len(documents))
-        count = min(self.eval_rows, len(rows))
-        rows = [rows[index * len(rows) // count] for index in range(count)]
+            raise no_rows(split, len(documents))
         generator = keyed_generator(self.seed, split)
-        return [
-            collate(rows[begin : begin + self.batch_size], self.num_windows, generator)
-            for begin in range(0, count, self.batch_size)
-        ]
+        return evaluation_batches(rows, self.eval_rows, self.batch_size, self.num_windows, generator)

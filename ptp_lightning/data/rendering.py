@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from string import Formatter
 from typing import TYPE_CHECKING, Any
 
-from ptp_lightning.data.packing import TokenizedDocument
+from ptp_lightning.data.packing import TokenDocument
 from ptp_lightning.data.row_source import BadRowError
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ class Rendering(ABC):
     """How a row becomes a document."""
 
     @abstractmethod
-    def document(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> TokenizedDocument:
+    def document(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> TokenDocument:
         """Tokens of the row, closed by the tokenizer's end-of-text token where it has one.
 
         Raises:
@@ -47,9 +47,10 @@ class PlainText(Rendering):
 
     column: str = "text"
 
-    def document(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> TokenizedDocument:
+    def document(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> TokenDocument:
         """See `Rendering.document`."""
-        return TokenizedDocument(token_ids(text_at(row, self.column), tokenizer) + end_of_text(tokenizer))
+        ids = token_ids(text_at(row, self.column), tokenizer) + end_of_text(tokenizer)
+        return TokenDocument(ids, [True] * len(ids))
 
 
 @dataclass(frozen=True)
@@ -64,11 +65,11 @@ class PromptAndCompletion(Rendering):
     prompt: str
     completion: str
 
-    def document(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> TokenizedDocument:
+    def document(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> TokenDocument:
         """See `Rendering.document`."""
         prompt, completion = (token_ids(_filled(part, row), tokenizer) for part in (self.prompt, self.completion))
         completion += end_of_text(tokenizer)
-        return TokenizedDocument(prompt + completion, [False] * len(prompt) + [True] * len(completion))
+        return TokenDocument(prompt + completion, [False] * len(prompt) + [True] * len(completion))
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class Chat(Rendering):
                 "cannot say where in the text its tokens stand"
             )
 
-    def document(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> TokenizedDocument:
+    def document(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> TokenDocument:
         """See `Rendering.document`; the template's own end of a turn belongs to what the assistant says."""
         messages = self._messages(row)
         text, spans = self._spans(messages, tokenizer)
@@ -112,7 +113,7 @@ class Chat(Rendering):
         closing = end_of_text(tokenizer)
         if closing and ids[-1:] == closing:
             closing = []
-        return TokenizedDocument(ids + closing, learned + [messages[-1]["role"] == "assistant"] * len(closing))
+        return TokenDocument(ids + closing, learned + [messages[-1]["role"] == "assistant"] * len(closing))
 
     def _messages(self, row: Mapping[str, Any]) -> list[dict[str, str]]:
         found = value_at(row, self.column)

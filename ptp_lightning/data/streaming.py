@@ -17,6 +17,7 @@ from ptp_lightning.data.mixture import StreamPart
 from ptp_lightning.data.packed_datamodule import PackedDataModule, require_at_least
 from ptp_lightning.data.packing import MIN_PIECE, PackedRow, collate
 from ptp_lightning.data.row_source import Position, Share
+from ptp_lightning.data.stream import evaluation_batches
 from ptp_lightning.pretrained import load_tokenizer
 from ptp_lightning.randomness import keyed_generator
 
@@ -313,12 +314,8 @@ class StreamingCorpus(PackedDataModule):
                 f"expected documents of two or more tokens in the {split} split, found none: 5 of 100 documents belong "
                 "to it by a hash of their content; set data.eval_parts"
             )
-        rows = rows[: self.eval_rows]
         generator = keyed_generator(self.seed, split)
-        return [
-            collate(rows[begin : begin + self.batch_size], self.num_windows, generator)
-            for begin in range(0, len(rows), self.batch_size)
-        ]
+        return evaluation_batches(rows[: self.eval_rows], self.eval_rows, self.batch_size, self.num_windows, generator)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the next batch of each process begins; batches that were only prefetched do not count."""

@@ -1,9 +1,9 @@
-"""The LightningCLI behind fit, validate and test."""
+"""The LightningCLI behind fit, validate and test, and behind commands that read the same configurations."""
 
 import logging
 import sys
 import warnings
-from typing import NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from jsonargparse import set_parsing_settings
 from lightning import LightningDataModule, LightningModule, Trainer
@@ -13,12 +13,18 @@ from ptp_lightning.user_errors import EXIT_CODE, plain_reason
 
 
 class PlainErrorParser(LightningArgumentParser):
-    """A parser whose errors are the reason alone, not the list of all options."""
+    """A parser whose errors are the reason alone, not the list of all options.
+
+    Attributes:
+        command: whose help lists the options.
+    """
+
+    command = "fit"
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print what was wrong and where help is, and exit with status 2."""
         print(f"error: {plain_reason(message)}", file=sys.stderr)
-        print("tip: python -m ptp_lightning fit --help lists the options", file=sys.stderr)
+        print(f"tip: python -m ptp_lightning {self.command} --help lists the options", file=sys.stderr)
         sys.exit(EXIT_CODE)
 
 
@@ -29,11 +35,21 @@ class TrainingCLI(LightningCLI):
         """Keep what the user typed: Lightning would let the checkpoint's hyperparameters override it."""
 
 
+AnyCLI = TypeVar("AnyCLI", bound=TrainingCLI)
+
+
 def run(args: list[str] | None = None) -> None:
     """Parse `args`, by default the command line (`fit --config ...`), and run them."""
+    parsed(TrainingCLI, PlainErrorParser, args)
+
+
+def parsed(
+    cli_class: type[AnyCLI], parser_class: type[PlainErrorParser], args: list[str] | None, **options: Any
+) -> AnyCLI:
+    """Parse `args` the way all commands do that read a run's configuration; `options` are further ones of the CLI."""
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     silence_library_noise()
-    TrainingCLI(
+    return cli_class(
         LightningModule,
         LightningDataModule,
         trainer_class=Trainer,
@@ -41,9 +57,10 @@ def run(args: list[str] | None = None) -> None:
         subclass_mode_data=True,
         seed_everything_default=0,
         parser_kwargs={"parser_mode": "omegaconf+"},
-        parser_class=PlainErrorParser,
+        parser_class=parser_class,
         save_config_kwargs={"overwrite": True},
         args=args,
+        **options,
     )
 
 
@@ -52,6 +69,7 @@ def silence_library_noise() -> None:
     for message in (
         r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning against the newest torch
         r"The '\w+_dataloader' does not have many workers",  # the stream costs far less than a step
+        r"LightningCLI's args parameter is intended",  # the command's name is not one of its arguments
         r"Trying to infer the `batch_size` from an ambiguous collection",
     ):
         warnings.filterwarnings("ignore", message=message)

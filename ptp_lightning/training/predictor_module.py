@@ -14,6 +14,9 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from ptp_lightning.data.batch import PackedBatch
+from ptp_lightning.data.completions import FOLDER_KEY, CompletionSettings
+from ptp_lightning.data.completions_datamodule import CompletionsDataModule
+from ptp_lightning.data.packed_datamodule import PackedDataModule
 from ptp_lightning.metrics import WindowSummary, as_tags
 from ptp_lightning.models.context import Context
 from ptp_lightning.models.predictor import ParallelTokenPredictor
@@ -50,17 +53,13 @@ class PredictorModule(LightningModule):
         """Compare data and model before the first step.
 
         Raises:
-            ValueError: tokenizer, row length or window length do not fit.
+            ValueError: tokenizer, row length or window length do not fit, or completions are another teacher's.
         """
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         length, limit = self.predictor.config.window_length, self.predictor.max_positions
-        vocabulary = self.predictor.base_model.config.vocab_size
-        if data.vocab_size > vocabulary:
-            raise ValueError(
-                f"expected data of at most {vocabulary} token ids (the model's vocab_size), found {data.vocab_size}: "
-                "data.tokenizer must name the model of predictor.backbone.path (a series needs one id more than it has "
-                "values)"
-            )
+        if isinstance(data, CompletionsDataModule):
+            require_own_completions(self.predictor, data.settings)
+        require_known_tokens(self.predictor, data)
         if self.reads_windows_from_rows and length > data.row_length:
             raise ValueError(
                 f"expected windows no longer than a row, found predictor.window_length {length} > data.row_length "
@@ -131,3 +130,53 @@ class PredictorModule(LightningModule):
             # The same on every rank; synchronised all the same, so that a checkpoint callback may monitor it.
             self.log(headline, tags.pop(headline), prog_bar=True, sync_dist=True)
         self.log_dict(tags, rank_zero_only=True)
+
+
+def require_known_tokens(predictor: ParallelTokenPredictor, data: PackedDataModule) -> None:
+    """Refuse data with token ids that the base model does not have.
+
+    Raises:
+        ValueError: how many there are in both.
+    """
+    vocabulary = predictor.base_model.config.vocab_size
+    if data.vocab_size > vocabulary:
+        raise ValueError(
+            f"expected data of at most {vocabulary} token ids (the model's vocab_size), found {data.vocab_size}: "
+            "data.tokenizer must name the model of predictor.backbone.path (a series needs one id more than it has "
+            "values)"
+        )
+
+
+def require_own_completions(predictor: ParallelTokenPredictor, completions: CompletionSettings) -> None:
+    """Refuse what another teacher wrote, or this one under other sampling settings.
+
+    A base model that is trained itself has no teacher: for it completions are data like any others.
+
+    Raises:
+        ValueError: what differs, and the keys that mend it.
+    """
+    config = predictor.config
+    if config.student.trains_base:
+        return
+    vocabulary = predictor.base_model.config.vocab_size
+    if completions.vocab_size != vocabulary:
+        raise ValueError(
+            f"expected completions of a teacher with {vocabulary} token ids (the model's vocab_size), found "
+            f"{completions.vocab_size} ({completions.teacher_path}): mend {FOLDER_KEY} or predictor.backbone.path"
+        )
+    if completions.teacher != predictor.base_fingerprint:
+        raise ValueError(
+            f"expected completions of the teacher {config.backbone.path} (fingerprint {predictor.base_fingerprint}), "
+            f"found those of {completions.teacher_path} (fingerprint {completions.teacher}): mend {FOLDER_KEY} or "
+            "predictor.backbone.path"
+        )
+    if config.sampling_range is not None:
+        raise ValueError(
+            f"expected completions of every setting in predictor.sampling_range {config.sampling_range}, found those "
+            f"of {completions.sampling} alone: set predictor.sampling_range to null, or mend {FOLDER_KEY}"
+        )
+    if completions.sampling != config.sampling:
+        raise ValueError(
+            f"expected completions that were sampled with {config.sampling}, found {completions.sampling}: mend "
+            f"{FOLDER_KEY} or predictor.sampling"
+        )

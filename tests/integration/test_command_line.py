@@ -27,11 +27,11 @@ def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 def test_help_names_every_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_main(monkeypatch, "--help") == 0
     text = capsys.readouterr().out
-    for command in ("fit", "validate", "test", "generate", "export"):
+    for command in ("fit", "validate", "test", "pregenerate", "generate", "export"):
         assert f"\n  {command} " in text
 
 
-@pytest.mark.parametrize("command", ["fit", "generate", "export"])
+@pytest.mark.parametrize("command", ["fit", "pregenerate", "generate", "export"])
 def test_every_command_has_help(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -32,7 +32,7 @@ def test_command_line_help_loads_nothing_heavy() -> None:
         "assert not {'torch', 'transformers', 'lightning'} & sys.modules.keys()"
     )
     printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT).stdout
-    for command in ("fit", "validate", "test", "generate", "export"):
+    for command in ("fit", "validate", "test", "pregenerate", "generate", "export"):
         assert f"\n  {command} " in printed
 
 

@@ -11,13 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ptp_lightning.data.batch import PackedBatch
-from ptp_lightning.data.packing import TokenizedDocument, collate, draw_window_starts, pack
+from ptp_lightning.data.packing import TokenDocument, collate, draw_window_starts, pack
 
 PAD = 99
-
-
-def plain(documents: list[list[int]]) -> list[TokenizedDocument]:
-    return [TokenizedDocument(document) for document in documents]
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -28,7 +24,7 @@ class TestPack:
     def test_five_documents(self) -> None:
         documents = [[11, 12, 13], [21, 22, 23, 24, 25, 26], [31], [41, 42], [51, 52, 53, 54]]
 
-        rows = list(pack(plain(documents), row_length=6, pad_id=PAD))
+        rows = list(pack(documents, row_length=6, pad_id=PAD))
 
         assert [row.input_ids.tolist() for row in rows] == [
             [11, 12, 13, 21, 22, 23],
@@ -54,15 +50,15 @@ class TestPack:
         token = iter(range(1000))  # every token of the corpus is another number
         documents = [[next(token) for _ in range(length)] for length in lengths]
 
-        rows = list(pack(plain(documents), row_length, pad_id=-7))
+        rows = list(pack(documents, row_length, pad_id=-7))
 
         packed: list[int] = []
         for place, row in enumerate(rows):
             ids, document_ids, positions, completion = (field.tolist() for field in row)
             assert len(ids) == len(document_ids) == len(positions) == row_length
+            assert completion == [document >= 0 for document in document_ids]
             real = [token for token, document in zip(ids, document_ids, strict=True) if document >= 0]
             padding = row_length - len(real)
-            assert completion == [True] * len(real) + [False] * padding
             assert ids[len(real) :] == [-7] * padding and document_ids[len(real) :] == [-1] * padding
             assert padding <= 1 or place == len(rows) - 1
             pieces = [len(list(group)) for _, group in groupby(document_ids[: len(real)])]
@@ -75,42 +71,62 @@ class TestPack:
         last_tokens = {document[-1] for document in documents if document}
         assert lost <= last_tokens  # only a piece of a single token is dropped, and that is a document's last
 
-    def test_masks_are_cut_with_their_documents(self) -> None:
-        prompted = TokenizedDocument([11, 12, 13, 14, 15], [False, False, True, False, True])
-        rows = list(pack([prompted, TokenizedDocument([21, 22, 23])], row_length=3))
-        assert [row.input_ids.tolist() for row in rows] == [[11, 12, 13], [14, 15, 0], [21, 22, 23]]
-        assert [row.completion_mask.tolist() for row in rows] == [
-            [False, False, True],
-            [False, True, False],
-            [True, True, True],
-        ]
-        assert [row.eligible.tolist() for row in rows] == [
-            [False, False, True],
-            [False, True, False],
-            [False, True, True],
-        ]
-
-    @given(st.lists(st.lists(st.booleans(), max_size=9), max_size=9), st.integers(2, 7))
-    def test_every_token_keeps_its_mask(self, masks: list[list[bool]], row_length: int) -> None:
-        token = iter(range(1000))
-        documents = [TokenizedDocument([next(token) for _ in mask], mask) for mask in masks]
-        expected = {
-            token: learned
-            for document in documents
-            for token, learned in zip(document.token_ids, document.completion or [], strict=True)
-        }
-        for row in pack(documents, row_length):
-            real = row.document_ids >= 0
-            for token_id, learned in zip(row.input_ids[real].tolist(), row.completion_mask[real].tolist(), strict=True):
-                assert learned == expected[token_id]
-
     @pytest.mark.parametrize("documents", [[], [[]], [[5], [6]]])
     def test_nothing_to_pack(self, documents: list[list[int]]) -> None:
-        assert list(pack(plain(documents), row_length=4)) == []
+        assert list(pack(documents, row_length=4)) == []
 
     def test_refuses_rows_without_room_for_a_window(self) -> None:
         with pytest.raises(ValueError, match="data.row_length"):
-            next(pack(plain([[1, 2]]), row_length=1))
+            next(pack([[1, 2]], row_length=1))
+
+
+class TestPackPromptsAndCompletions:
+    """Prompts are tens, completions are not."""
+
+    @staticmethod
+    def document(*token_ids: int) -> TokenDocument:
+        return TokenDocument(token_ids, [token % 10 != 0 for token in token_ids])
+
+    def test_masks_go_along(self) -> None:
+        documents = [self.document(10, 11, 12), [50, 51], self.document(20, 20, 21)]
+        rows = list(pack(documents, row_length=6, pad_id=PAD))
+        assert [row.input_ids.tolist() for row in rows] == [[10, 11, 12, 50, 51, PAD], [20, 20, 21, PAD, PAD, PAD]]
+        assert [row.completion_mask.tolist() for row in rows] == [
+            [False, True, True, True, True, False],  # a plain document is all completion
+            [False, False, True, False, False, False],
+        ]
+
+    def test_whole_documents(self) -> None:
+        documents = [self.document(10, 11, 12), self.document(20, 21, 22, 23), self.document(30, 31)]
+        rows = list(pack(documents, row_length=6, pad_id=PAD, cut=False))
+        assert [row.input_ids.tolist() for row in rows] == [
+            [10, 11, 12, PAD, PAD, PAD],
+            [20, 21, 22, 23, 30, 31],
+        ]
+        assert rows[0].document_ids.tolist() == [0, 0, 0, -1, -1, -1]
+
+    @given(lengths=st.lists(st.integers(2, 7), max_size=12), row_length=st.integers(7, 15))
+    def test_whole_documents_stay_whole_and_in_order(self, lengths: list[int], row_length: int) -> None:
+        documents = [self.document(10 * (place + 1), *[1] * (length - 1)) for place, length in enumerate(lengths)]
+        found = [
+            row.input_ids[row.document_ids == number].tolist()
+            for row in pack(documents, row_length, cut=False)
+            for number in range(int(row.document_ids.max()) + 1)
+        ]
+        assert found == [list(document.token_ids) for document in documents]
+
+    def test_refuses_a_document_longer_than_a_row(self) -> None:
+        with pytest.raises(ValueError, match="at most 2 tokens, found one of 3: raise data.row_length"):
+            list(pack([self.document(10, 11, 12)], row_length=2, cut=False))
+
+    def test_refuses_a_mask_of_another_length(self) -> None:
+        with pytest.raises(ValueError, match="completion_mask of 2 tokens, found 1"):
+            TokenDocument([1, 2], [True])
+
+    def test_windows_start_on_completions_that_have_a_context(self) -> None:
+        documents = [TokenDocument([1, 2, 3, 4], [True, True, False, True])]
+        batch = collate(list(pack(documents, row_length=6)), num_windows=8, generator=generator())
+        assert set(batch.window_starts.flatten().tolist()) == {1, 3}
 
 
 class TestDrawWindowStarts:
@@ -151,7 +167,7 @@ class TestDrawWindowStarts:
 
 class TestCollate:
     def batch(self) -> PackedBatch:
-        rows = list(pack(plain([[11, 12, 13], [21, 22, 23, 24]]), row_length=5, pad_id=PAD))
+        rows = list(pack([[11, 12, 13], [21, 22, 23, 24]], row_length=5, pad_id=PAD))
         return collate(rows, num_windows=4, generator=generator())
 
     def test_windows_start_on_real_tokens_with_a_context(self) -> None:

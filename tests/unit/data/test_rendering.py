@@ -30,8 +30,8 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 def split(rendering: Rendering, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     """The text with what is not learned, and what is learned, hidden by dots."""
-    ids, completion = rendering.document(row, tokenizer)
-    learned = [True] * len(ids) if completion is None else completion
+    document = rendering.document(row, tokenizer)
+    ids, learned = document.token_ids, document.completion_mask
     symbols = ["$" if token == END_OF_TEXT_ID else tokenizer.decode([token]) for token in ids]
     assert len(learned) == len(symbols)
     return (
@@ -81,7 +81,7 @@ class TestChat:
 
     def test_an_end_that_the_template_writes_is_not_written_twice(self, tokenizer: PreTrainedTokenizerBase) -> None:
         template = "{% for message in messages %}{{ message.content }}<|endoftext|>{% endfor %}"
-        ids, _ = Chat(template=template).document({"messages": CONVERSATION[:2]}, tokenizer)
+        ids = Chat(template=template).document({"messages": CONVERSATION[:2]}, tokenizer).token_ids
         assert list(ids).count(END_OF_TEXT_ID) == 2 and ids[-1] == END_OF_TEXT_ID
 
     def test_a_template_that_changes_what_stood_before_is_refused(self, tokenizer: PreTrainedTokenizerBase) -> None:
