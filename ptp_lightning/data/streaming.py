@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -67,6 +67,7 @@ class BatchStream(IterableDataset[PackedBatch]):
     Args:
         blocks: from a number and a position on.
         start: of the first batch.
+        consumed: is asked each time an iteration starts, and says how many batches were trained on in all.
         num_workers: processes that make blocks; 0 for this one.
         batch_size: B.
         num_windows: N.
@@ -78,6 +79,7 @@ class BatchStream(IterableDataset[PackedBatch]):
         self,
         blocks: Any,
         start: StreamPosition,
+        consumed: Callable[[], int],
         *,
         num_workers: int,
         batch_size: int,
@@ -86,7 +88,7 @@ class BatchStream(IterableDataset[PackedBatch]):
         on_error: OnError,
     ) -> None:
         self._blocks = blocks
-        self._start = start
+        self._consumed = consumed
         self._num_workers = num_workers
         self._batch_size = batch_size
         self._num_windows = num_windows
@@ -96,18 +98,18 @@ class BatchStream(IterableDataset[PackedBatch]):
         self.report = StreamReport()
 
     def __iter__(self) -> Iterator[PackedBatch]:
-        """Batches from the start on.
+        """Batches from the first on that was not trained on.
 
         Raises:
             ValueError: a row cannot be used and `on_error` is `raise`, or there is nothing to be learned.
         """
-        self._begins = deque([self._start])
-        self.report = StreamReport()
+        start = self.position_of(self._consumed())
+        self._begins = deque([start])
         waiting: list[PackedRow] = []
         places: list[tuple[Block, int]] = []  # of the rows that wait
-        number = self._start.batch
-        for block in self._loaded_blocks():
-            begin = self._start.row if block.number == self._start.block else 0
+        number = start.batch
+        for block in self._loaded_blocks(start):
+            begin = start.row if block.number == start.block else 0
             for row in range(begin, len(block.rows.input_ids)):
                 waiting.append(PackedRow(*(tensor[row] for tensor in block.rows)))
                 places.append((block, row + 1))
@@ -127,8 +129,8 @@ class BatchStream(IterableDataset[PackedBatch]):
         assert self._begins[0].batch == batch, "asked for a batch that was forgotten"
         return self._begins[0]
 
-    def _loaded_blocks(self) -> Iterator[Block]:
-        stream = self._blocks(self._start.block, self._start.position)
+    def _loaded_blocks(self, start: StreamPosition) -> Iterator[Block]:
+        stream = self._blocks(start.block, start.position)
         options: dict[str, Any] = {"num_workers": self._num_workers, "batch_size": None, "collate_fn": _as_it_is}
         if self._num_workers:
             options["prefetch_factor"] = BLOCKS_AHEAD
@@ -281,6 +283,7 @@ class StreamingCorpus(PackedDataModule):
         self._stream = BatchStream(
             blocks,
             start,
+            self.batches_consumed,
             num_workers=self.num_workers,
             batch_size=self.batch_size,
             num_windows=self.num_windows,

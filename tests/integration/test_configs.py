@@ -44,34 +44,44 @@ def test_every_configuration_trains_and_validates(
     main()
 
 
-DATA_CONFIGS = sorted((CONFIGS[0].parent / "data").glob("*.yaml"))
-ROWS: dict[str, Any] = {
+ROOT = Path(__file__).parents[2]
+TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+ROWS: dict[str, dict[str, Any]] = {
     "fineweb_edu": {"text": CORPUS_LINE * 4},
     "code_contests": {"description": "Add.", "solutions": {"language": [3], "solution": [CORPUS_LINE, "no"]}},
     "sharegpt": {"conversations": [{"from": "human", "value": "Add!"}, {"from": "gpt", "value": CORPUS_LINE}]},
+    "README": {
+        "text": CORPUS_LINE * 4,
+        "messages": [{"role": "user", "content": "Add!"}, {"role": "assistant", "content": CORPUS_LINE}],
+    },
 }
-TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
 
 
-@pytest.mark.parametrize("path", DATA_CONFIGS, ids=lambda path: path.stem)
+def data_configurations() -> dict[str, str]:
+    """Those of configs/data, and the one that the README shows."""
+    shown = {path.stem: path.read_text() for path in sorted((ROOT / "configs" / "data").glob("*.yaml"))}
+    return shown | {"README": (ROOT / "README.md").read_text().split("```yaml\n")[1].split("```")[0]}
+
+
+@pytest.mark.parametrize(("name", "text"), data_configurations().items(), ids=data_configurations().keys())
 def test_every_data_configuration_goes_behind_another(
-    path: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, text: str, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With local files of the same shape in place of the hub's."""
-    config = yaml.safe_load(path.read_text())
+    config = yaml.safe_load(text)
     data = config["data"]["init_args"]
     rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps(ROWS[path.stem]).replace("a + b", f"a + {k}") + "\n" for k in range(9)))
+    rows.write_text("".join(json.dumps(ROWS[name]).replace("a + b", f"a + {k}") + "\n" for k in range(9)))
     for part in data["parts"]:
         part["source"] = {"class_path": "ptp_lightning.data.JsonLines", "init_args": {"paths": [str(rows)]}}
         if part.get("rendering", {}).get("class_path", "").endswith("Chat"):
-            part["rendering"]["init_args"]["template"] = TEMPLATE
+            part["rendering"].setdefault("init_args", {})["template"] = TEMPLATE
     data |= {"row_length": 32, "batch_size": 2, "num_windows": 2, "eval_rows": 2, "eval_parts": data["parts"]}
     data["num_workers"] = 0
-    (tmp_path / path.name).write_text(yaml.safe_dump(config))
-    run = ["fit", "--config", str(shrink(CONFIGS[0].parent / "gated_lora.yaml", corpus, tmp_path))]
+    (tmp_path / "data.yaml").write_text(yaml.safe_dump(config))
+    run = ["fit", "--config", str(shrink(ROOT / "configs" / "gated_lora.yaml", corpus, tmp_path))]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["ptp_lightning", *run, "--config", str(tmp_path / path.name)])
+    monkeypatch.setattr(sys, "argv", ["ptp_lightning", *run, "--config", str(tmp_path / "data.yaml")])
     main()
 
 

@@ -181,6 +181,16 @@ class TestResume:
         resumed.load_state_dict(data.state_dict())
         assert all(same(*pair) for pair in zip(take(resumed, 4), expected, strict=True))
 
+    def test_another_iteration_goes_on_behind_what_was_trained_on(self, files: list[str]) -> None:
+        """Lightning begins one after every epoch, if `limit_train_batches` makes epochs."""
+        expected = take(corpus(files), 14)
+        data = on_trainer(corpus(files))
+        loader = data.train_dataloader()
+        found = list(islice(loader, 6))[:5]  # the last was only fetched ahead
+        on_trainer(data, global_step=5)
+        found += islice(loader, 9)
+        assert all(same(*pair) for pair in zip(found, expected, strict=True))
+
     def test_another_number_of_processes_is_refused(self, files: list[str]) -> None:
         data = on_trainer(corpus(files))
         take(data, 1)
