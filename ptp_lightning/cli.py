@@ -15,7 +15,7 @@ HELP = """usage: python -m ptp_lightning COMMAND [options]
   pregenerate  let the teacher complete prompts, to train from: --config ... --output DIR [--num_completions 4 ...]
   generate     continue text: --prompt TEXT | --prompts FILE [--ckpt_path P] [--temperature 0.7 ...] [--json]
   evaluate     compare decoders on a benchmark: --output DIR [--benchmark spec_bench --questions FILE] [--ckpt_path P]
-  export       write a checkpoint as a folder that PEFT opens: --ckpt_path P --output DIR [--dtype bfloat16 ...]
+  export       write a folder that PEFT opens: --ckpt_path P --output DIR [--dtype bfloat16] [--overwrite]
 
 Each command explains its options with --help."""
 
