@@ -13,10 +13,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
-from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from ptp_lightning.data.batch import PADDING_DOCUMENT
 from ptp_lightning.data.corpus import Split, split_of
 from ptp_lightning.data.mixture import MixedRow, Mixture, StreamPart
 from ptp_lightning.data.packing import MIN_PIECE, PackedRow, TokenDocument, pack
@@ -170,8 +168,3 @@ def _stacked(rows: Sequence[PackedRow], row_length: int) -> PackedRow:
         return PackedRow(*(torch.stack(tensors) for tensors in zip(*rows, strict=True)))
     empty = torch.zeros(0, row_length, dtype=torch.long)
     return PackedRow(empty, empty, empty, empty.bool())
-
-
-def share_of_real_tokens(document_ids: Tensor) -> float:
-    """Of rows `[R, S]`: what is not padding."""
-    return float((document_ids != PADDING_DOCUMENT).float().mean())
