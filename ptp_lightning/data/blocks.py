@@ -23,7 +23,7 @@ from ptp_lightning.data.row_source import BadRowError, Position, Share
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-LARGEST_BLOCK = 1_000_000  # bytes of documents, after which a block ends early: a quarter of a million tokens
+LARGEST_BLOCK_BYTES = 1_000_000  # of documents, after which a block ends early: a quarter of a million tokens
 
 Division = Literal["none", "hash", "halves"]
 """How documents are divided among splits: not at all, by a hash (90, 5 and 5 of 100), or into validation and test."""
@@ -117,7 +117,7 @@ class BlockStream(IterableDataset[Block]):
         for row in Mixture(self._parts, self._share, self._settings.seed).rows(self._position):
             epochs = [part["epoch"] for part in row.position["parts"]]
             is_new_epoch = len(epochs) == 1 and members and members[-1].position["parts"][0]["epoch"] != epochs[0]
-            if len(members) == self._settings.num_documents or num_bytes > LARGEST_BLOCK or is_new_epoch:
+            if len(members) == self._settings.num_documents or num_bytes > LARGEST_BLOCK_BYTES or is_new_epoch:
                 yield members
                 members, num_bytes = [], 0
             if self._once and min(epochs) > 0:
@@ -138,7 +138,7 @@ class BlockStream(IterableDataset[Block]):
                 continue
             try:
                 columns = self._parts[part].source.parse(row)
-                documents.append(self._parts[part].rendering.document(columns, settings.tokenizer))
+                documents.append(self._parts[part].renders.document(columns, settings.tokenizer))
             except BadRowError as error:
                 complaints.append(str(error) if row.name in str(error) else f"{row.name}: {error}")
         long_enough = [document for document in documents if len(document) >= MIN_PIECE]

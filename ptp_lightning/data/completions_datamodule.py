@@ -9,8 +9,8 @@ from torch.utils.data import IterableDataset
 from ptp_lightning.data.batch import PackedBatch
 from ptp_lightning.data.completions import FOLDER_KEY, CompletionFolder, CompletionSettings, CompletionTable
 from ptp_lightning.data.corpus import Split, split_of
-from ptp_lightning.data.packed_datamodule import PackedDataModule, require_at_least
-from ptp_lightning.data.packing import MIN_PIECE, PackedRow, TokenDocument, pack
+from ptp_lightning.data.packed_datamodule import PackedDataModule, require_sizes
+from ptp_lightning.data.packing import PackedRow, TokenDocument, pack
 from ptp_lightning.data.stream import DocumentStream, StreamSettings, evaluation_batches
 from ptp_lightning.pretrained import load_tokenizer
 from ptp_lightning.randomness import keyed_generator
@@ -88,10 +88,7 @@ class CompletionsDataModule(PackedDataModule):
         tokenizer: str | None = None,
     ) -> None:
         super().__init__()
-        at_least_one = {"batch_size": batch_size, "num_windows": num_windows, "eval_rows": eval_rows}
-        require_at_least(
-            {"row_length": (row_length, MIN_PIECE)} | {name: (value, 1) for name, value in at_least_one.items()}
-        )
+        require_sizes(row_length, batch_size, num_windows, eval_rows)
         self.folder = CompletionFolder.open(folder)
         if not allow_incomplete:
             _require_complete(self.folder)

@@ -7,10 +7,10 @@ from torch.utils.data import IterableDataset
 
 from ptp_lightning.data.batch import PackedBatch
 from ptp_lightning.data.corpus import Corpus, Document, Split
-from ptp_lightning.data.packed_datamodule import PackedDataModule, require_at_least
-from ptp_lightning.data.packing import MIN_PIECE, PackedRow, pack
+from ptp_lightning.data.packed_datamodule import require_sizes
+from ptp_lightning.data.packing import PackedRow, pack
 from ptp_lightning.data.stream import DocumentStream, StreamSettings, evaluation_batches, no_rows
-from ptp_lightning.pretrained import load_tokenizer
+from ptp_lightning.data.text_datamodule import TextDataModule
 from ptp_lightning.randomness import keyed_generator
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class TrainingStream(DocumentStream[Document]):
         return pack(tokenized(documents, self.tokenizer), self.row_length)
 
 
-class CorpusDataModule(PackedDataModule):
+class CorpusDataModule(TextDataModule):
     """Packed batches of a text corpus: an endless training stream, fixed validation and test rows.
 
     Args:
@@ -77,13 +77,9 @@ class CorpusDataModule(PackedDataModule):
         shuffle_rows: int = 512,
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        at_least_one = {"batch_size": batch_size, "num_windows": num_windows, "eval_rows": eval_rows}
-        require_at_least(
-            {"row_length": (row_length, MIN_PIECE)} | {name: (value, 1) for name, value in at_least_one.items()}
-        )
+        super().__init__(tokenizer)
+        require_sizes(row_length, batch_size, num_windows, eval_rows)
         self.corpus = corpus
-        self.tokenizer_path = tokenizer
         self.row_length = row_length
         self.batch_size = batch_size
         self.num_windows = num_windows
@@ -91,27 +87,11 @@ class CorpusDataModule(PackedDataModule):
         self.shuffle_rows = max(shuffle_rows, 1)
         self.seed = seed
 
-    def setup(self, stage: str) -> None:
-        """Load the tokenizer; data are read when a loader is asked for."""
-        if self.tokenizer is None:
-            self.tokenizer = load_tokenizer(self.tokenizer_path)
-
-    @property
-    def vocab_size(self) -> int:
-        """Entries of the tokenizer."""
-        return len(self._require_tokenizer())
-
-    @property
-    def end_of_text(self) -> int | None:
-        """The tokenizer's end-of-text token, which closes every document."""
-        end_of_text: Any = self._require_tokenizer().eos_token_id
-        return end_of_text
-
     def training_stream(self) -> IterableDataset[PackedBatch]:
         """See `PackedDataModule.training_stream`."""
         return TrainingStream(
             self._documents("train"),
-            self._require_tokenizer(),
+            self.require_tokenizer(),
             row_length=self.row_length,
             batch_size=self.batch_size,
             num_windows=self.num_windows,
@@ -119,11 +99,6 @@ class CorpusDataModule(PackedDataModule):
             seed=self.seed,
             skip_batches=self.batches_consumed,
         )
-
-    def _require_tokenizer(self) -> "PreTrainedTokenizerBase":
-        if self.tokenizer is None:
-            raise RuntimeError("call setup() before asking for a data loader or the vocabulary")
-        return self.tokenizer
 
     def _documents(self, split: Split) -> list[Document]:
         """This rank's documents of a split."""
@@ -139,7 +114,7 @@ class CorpusDataModule(PackedDataModule):
     def fixed_batches(self, split: Split) -> list[PackedBatch]:
         """See `PackedDataModule.fixed_batches`."""
         documents = self._documents(split)
-        rows = list(pack(tokenized(documents, self._require_tokenizer()), self.row_length))
+        rows = list(pack(tokenized(documents, self.require_tokenizer()), self.row_length))
         if not rows:
             raise no_rows(split, len(documents))
         generator = keyed_generator(self.seed, split)

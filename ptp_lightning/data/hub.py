@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from ptp_lightning.data.corpus import Corpus, Document, Split, split_of
+from ptp_lightning.data.hub_rows import opened
 
 
 @dataclass(frozen=True)
@@ -36,17 +37,7 @@ class HubDataset(Corpus):
             FileNotFoundError: the dataset cannot be opened.
             ValueError: it has no such column.
         """
-        from datasets import load_dataset
-
-        try:
-            rows = load_dataset(
-                self.path, self.name, data_files=self.data_files, split=self.dataset_split, streaming=True
-            )
-        except (OSError, ValueError, ConnectionError) as error:
-            raise FileNotFoundError(
-                f"expected a dataset that opens as {self.path!r} (data_files {self.data_files}), found: {error}; "
-                "mend data.corpus"
-            ) from error
+        rows = opened(self.path, self.name, self.data_files, self.dataset_split, None, "data.corpus")
         for number, row in enumerate(islice(rows, self.limit)):
             if self.column not in row:
                 raise ValueError(

@@ -58,25 +58,30 @@ class HubRows(RowSource):
         return cast(Mapping[str, Any], row.content)
 
     def _opened(self, key: str, share: Share) -> Any:
-        from datasets import load_dataset
         from datasets.distributed import split_dataset_by_node
-        from datasets.exceptions import DatasetNotFoundError
 
-        try:
-            dataset: Any = load_dataset(
-                self.path,
-                self.name,
-                data_files=self.data_files,
-                split=self.split,
-                revision=self.revision,
-                streaming=True,
-            )
-        except (OSError, ValueError, DatasetNotFoundError) as error:
-            raise FileNotFoundError(
-                f"expected a dataset that opens as {self.path!r} (name {self.name}, data_files {self.data_files}, "
-                f"split {self.split}), found: {error}; mend HubRows in data.parts"
-            ) from error
+        dataset = opened(self.path, self.name, self.data_files, self.split, self.revision, "HubRows in data.parts")
         # A buffer of one row leaves the order inside a shard as it is; the stream shuffles documents itself, because
         # the library forgets the buffer's content when it resumes.
         dataset = dataset.shuffle(seed=keyed_generator("shards", key).initial_seed() % 2**32, buffer_size=1)
         return split_dataset_by_node(dataset, share.rank, share.world) if share.world > 1 else dataset
+
+
+def opened(
+    path: str, name: str | None, data_files: str | list[str] | None, split: str, revision: str | None, key: str
+) -> Any:
+    """A `datasets.IterableDataset`; arguments as in `load_dataset`, and the configuration key that errors name.
+
+    Raises:
+        FileNotFoundError: the dataset cannot be opened.
+    """
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetNotFoundError
+
+    try:
+        return load_dataset(path, name, data_files=data_files, split=split, revision=revision, streaming=True)
+    except (OSError, ValueError, DatasetNotFoundError) as error:
+        raise FileNotFoundError(
+            f"expected a dataset that opens as {path!r} (name {name}, data_files {data_files}, split {split}), found: "
+            f"{error}; mend {key}"
+        ) from error

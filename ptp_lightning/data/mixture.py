@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,21 +18,27 @@ class StreamPart:
 
     Args:
         source: of rows.
-        rendering: how a row becomes tokens.
+        rendering: how a row becomes tokens; by default `PlainText`. (An instance as the default would lend its
+            arguments to the class that YAML names in its place.)
         weight: share of the stream's documents against the other parts' weights.
 
     Raises:
-        ValueError: the weight is not positive.
+        ValueError: the weight is not positive and finite.
     """
 
     source: RowSource
-    rendering: Rendering = PlainText()  # noqa: RUF009  frozen
+    rendering: Rendering | None = None
     weight: float = 1.0
 
     def __post_init__(self) -> None:
         """Refuse a weight that draws nothing."""
-        if not self.weight > 0:
-            raise ValueError(f"expected a weight > 0 in data.parts, found {self.weight}")
+        if not 0 < self.weight < math.inf:
+            raise ValueError(f"expected a finite weight > 0 in data.parts, found {self.weight}")
+
+    @property
+    def renders(self) -> Rendering:
+        """The rendering that acts."""
+        return PlainText() if self.rendering is None else self.rendering
 
 
 class MixedRow(NamedTuple):

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from ptp_lightning.data.batch import PackedBatch
 from ptp_lightning.data.corpus import Split
+from ptp_lightning.data.packing import MIN_PIECE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -96,3 +97,15 @@ def require_at_least(sizes: Mapping[str, tuple[int, int]]) -> None:
     for name, (value, minimum) in sizes.items():
         if value < minimum:
             raise ValueError(f"expected data.{name} >= {minimum}, found {value}")
+
+
+def require_sizes(row_length: int, batch_size: int, num_windows: int, eval_rows: int) -> None:
+    """Check what every data module of packed batches is told; raises as `require_at_least`."""
+    require_at_least(
+        {
+            "row_length": (row_length, MIN_PIECE),
+            "batch_size": (batch_size, 1),
+            "num_windows": (num_windows, 1),
+            "eval_rows": (eval_rows, 1),
+        }
+    )

@@ -3,9 +3,9 @@
 import csv
 import gzip
 import hashlib
+import io
 import json
 import os
-import tempfile
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -19,6 +19,7 @@ import numpy as np
 
 from ptp_lightning.data.corpus import Split, split_of
 from ptp_lightning.data.series import RecordedSeries
+from ptp_lightning.data.whole_files import write_whole
 
 CACHE_FORMAT = 1  # part of the cache's key: raise it when the same settings would give other ids
 RESTARTS = 4  # of k-means, of which the best is taken
@@ -117,7 +118,7 @@ class PickUps(RecordedSeries):
         if cached is not None:
             return cached
         found = cluster(self._coordinates(), self.num_clusters, self.seed, self.fitted_share)
-        _write_atomically(path, found)
+        _write(path, found)
         return found
 
     def _coordinates(self) -> np.ndarray:
@@ -262,14 +263,8 @@ def _user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ptp_lightning"
 
 
-def _write_atomically(path: Path, found: Neighbourhoods) -> None:
-    """Whole or not at all, whatever happens on the way."""
+def _write(path: Path, found: Neighbourhoods) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            np.savez(file, allow_pickle=False, token_ids=found.token_ids, centres=found.centres)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, token_ids=found.token_ids, centres=found.centres)
+    write_whole(path, buffer.getvalue())

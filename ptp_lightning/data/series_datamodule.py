@@ -9,8 +9,8 @@ from torch.utils.data import IterableDataset
 
 from ptp_lightning.data.batch import PackedBatch
 from ptp_lightning.data.corpus import Split
-from ptp_lightning.data.packed_datamodule import PackedDataModule, require_at_least
-from ptp_lightning.data.packing import MIN_PIECE, draw_window_starts
+from ptp_lightning.data.packed_datamodule import PackedDataModule, require_at_least, require_sizes
+from ptp_lightning.data.packing import draw_window_starts
 from ptp_lightning.data.series import RowSampler, Series
 from ptp_lightning.randomness import keyed_generator
 
@@ -81,11 +81,8 @@ class SeriesDataModule(PackedDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        at_least_one = {"batch_size": batch_size, "num_windows": num_windows, "eval_rows": eval_rows}
-        require_at_least(
-            {"row_length": (row_length, MIN_PIECE), "min_context": (min_context, 0)}
-            | {name: (value, 1) for name, value in at_least_one.items()}
-        )
+        require_sizes(row_length, batch_size, num_windows, eval_rows)
+        require_at_least({"min_context": (min_context, 0)})
         most = row_length - 2
         max_context = most if max_context is None else max_context
         if not min_context <= max_context <= most:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset
@@ -14,15 +14,12 @@ from ptp_lightning.data.batch import PackedBatch
 from ptp_lightning.data.blocks import Block, BlockSettings, BlockStream, Division
 from ptp_lightning.data.corpus import Split
 from ptp_lightning.data.mixture import StreamPart
-from ptp_lightning.data.packed_datamodule import PackedDataModule, require_at_least
-from ptp_lightning.data.packing import MIN_PIECE, PackedRow, collate
+from ptp_lightning.data.packed_datamodule import require_at_least, require_sizes
+from ptp_lightning.data.packing import PackedRow, collate
 from ptp_lightning.data.row_source import Position, Share
 from ptp_lightning.data.stream import evaluation_batches
-from ptp_lightning.pretrained import load_tokenizer
+from ptp_lightning.data.text_datamodule import TextDataModule
 from ptp_lightning.randomness import keyed_generator
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 OnError = Literal["raise", "skip"]
 LARGEST_EMPTY_RUN = 1000  # blocks in a row without anything to be learned, after which nothing is hoped for
@@ -77,7 +74,7 @@ class BatchStream(IterableDataset[PackedBatch]):
 
     def __init__(
         self,
-        blocks: Any,
+        blocks: Callable[[int, Position | None], BlockStream],
         start: StreamPosition,
         consumed: Callable[[], int],
         *,
@@ -118,6 +115,7 @@ class BatchStream(IterableDataset[PackedBatch]):
                     number += 1
                     last, behind = places[-1]
                     self._begins.append(StreamPosition(number, last.number, last.position, behind))
+                    self.position_of(self._consumed())  # forgets the others, or they would become many
                     batch = collate(waiting, self._num_windows, generator)
                     waiting, places = [], []
                     yield batch
@@ -152,12 +150,16 @@ class BatchStream(IterableDataset[PackedBatch]):
             before.short + block.num_short,
             before.unusable + len(block.complaints),
         )
-        if block.complaints and self._on_error == "raise":
-            raise ValueError(f"{block.complaints[0]}; data.on_error: skip leaves such rows out")
+        _refuse_complaints(block, self._on_error)
         if block.complaints and _new_magnitude(before.unusable, self.report.unusable):
             warnings.warn(
                 f"left out {self.report.unusable} unusable rows so far (data.on_error: skip), the latest: "
                 f"{block.complaints[-1]}",
+                stacklevel=2,
+            )
+        if block.num_short and _new_magnitude(before.short, self.report.short):
+            warnings.warn(
+                f"left out {self.report.short} documents of fewer than two tokens so far: no window can start in them",
                 stacklevel=2,
             )
         if block.num_long and not before.long:
@@ -168,7 +170,7 @@ class BatchStream(IterableDataset[PackedBatch]):
             )
 
 
-class StreamingCorpus(PackedDataModule):
+class StreamingCorpus(TextDataModule):
     """Packed batches of a stream of documents: an endless training stream, fixed validation and test rows.
 
     Documents are read in blocks, and shuffled and packed inside each. A checkpoint holds where the next batch begins;
@@ -206,21 +208,12 @@ class StreamingCorpus(PackedDataModule):
         on_error: OnError = "raise",
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(tokenizer)
         if not parts:
             raise ValueError("expected at least one source of documents, found none: set data.parts")
-        at_least_one = {
-            "batch_size": batch_size,
-            "num_windows": num_windows,
-            "eval_rows": eval_rows,
-            "shuffle_documents": shuffle_documents,
-        }
-        require_at_least(
-            {"row_length": (row_length, MIN_PIECE), "num_workers": (num_workers, 0)}
-            | {name: (value, 1) for name, value in at_least_one.items()}
-        )
+        require_sizes(row_length, batch_size, num_windows, eval_rows)
+        require_at_least({"shuffle_documents": (shuffle_documents, 1), "num_workers": (num_workers, 0)})
         self.parts = parts
-        self.tokenizer_path = tokenizer
         self.row_length = row_length
         self.batch_size = batch_size
         self.num_windows = num_windows
@@ -232,6 +225,7 @@ class StreamingCorpus(PackedDataModule):
         self.seed = seed
         self._stream: BatchStream | None = None
         self._loaded_positions: list[StreamPosition] | None = None  # of all processes
+        self._loaded_identity: dict[str, Any] | None = None
 
     def setup(self, stage: str) -> None:
         """Load the tokenizer, and see that it can do what the parts ask of it.
@@ -239,21 +233,9 @@ class StreamingCorpus(PackedDataModule):
         Raises:
             ValueError: it cannot.
         """
-        if self.tokenizer is None:
-            self.tokenizer = load_tokenizer(self.tokenizer_path)
+        super().setup(stage)
         for part in [*self.parts, *(self.eval_parts or [])]:
-            part.rendering.require_tokenizer(self.tokenizer)
-
-    @property
-    def vocab_size(self) -> int:
-        """Entries of the tokenizer."""
-        return len(self._require_tokenizer())
-
-    @property
-    def end_of_text(self) -> int | None:
-        """The tokenizer's end-of-text token, which closes every document."""
-        end_of_text: Any = self._require_tokenizer().eos_token_id
-        return end_of_text
+            part.renders.require_tokenizer(self.require_tokenizer())
 
     @property
     def report(self) -> StreamReport:
@@ -264,8 +246,14 @@ class StreamingCorpus(PackedDataModule):
         """See `PackedDataModule.training_stream`.
 
         Raises:
-            ValueError: the checkpoint was written by another number of processes.
+            ValueError: the checkpoint was written by another number of processes, or from another stream.
         """
+        if self._loaded_identity is not None and self._loaded_identity != self._identity():
+            raise ValueError(
+                f"expected the stream that the checkpoint was written from, {self._loaded_identity}, found "
+                f"{self._identity()}: places in the one mean nothing in the other; mend data, or begin anew with "
+                "weights alone"
+            )
         rank, world = self.rank_and_world()
         positions = [StreamPosition()] * world if self._loaded_positions is None else self._loaded_positions
         if len(positions) != world:
@@ -292,10 +280,6 @@ class StreamingCorpus(PackedDataModule):
         )
         return self._stream
 
-    def train_dataloader(self) -> DataLoader[PackedBatch]:
-        """Endless batches; the workers stand behind them, because a batch may need several blocks."""
-        return DataLoader(self.training_stream(), batch_size=None, num_workers=0)
-
     def fixed_batches(self, split: Split) -> list[PackedBatch]:
         """See `PackedDataModule.fixed_batches`.
 
@@ -307,8 +291,7 @@ class StreamingCorpus(PackedDataModule):
         blocks = BlockStream(parts, share, self._block_settings(division), split, once=True)
         rows: list[PackedRow] = []
         for block in blocks:
-            if block.complaints and self.on_error == "raise":
-                raise ValueError(f"{block.complaints[0]}; data.on_error: skip leaves such rows out")
+            _refuse_complaints(block, self.on_error)
             rows.extend(PackedRow(*tensors) for tensors in zip(*block.rows, strict=True))
             if len(rows) >= self.eval_rows:
                 break
@@ -322,12 +305,20 @@ class StreamingCorpus(PackedDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Where the next batch of each process begins; batches that were only prefetched do not count."""
-        return super().state_dict() | {"positions": [tuple(position) for position in self._positions()]}
+        positions = [tuple(position) for position in self._positions()]
+        return super().state_dict() | {"positions": positions, "stream": self._identity()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """See `PackedDataModule.load_state_dict`."""
         super().load_state_dict(state_dict)
         self._loaded_positions = [StreamPosition(*position) for position in state_dict["positions"]]
+        self._loaded_identity = state_dict["stream"]
+
+    def _identity(self) -> dict[str, Any]:
+        """What rows depend on, but for the files' places and content."""
+        parts = [[type(part.source).__name__, type(part.renders).__name__, part.weight] for part in self.parts]
+        sizes = {"row_length": self.row_length, "shuffle_documents": self.shuffle_documents, "seed": self.seed}
+        return {"parts": parts, "has_eval_parts": bool(self.eval_parts)} | sizes
 
     def _positions(self) -> list[StreamPosition]:
         if self._stream is None:
@@ -340,12 +331,12 @@ class StreamingCorpus(PackedDataModule):
         return positions
 
     def _block_settings(self, division: Division) -> BlockSettings:
-        return BlockSettings(self._require_tokenizer(), self.row_length, self.shuffle_documents, self.seed, division)
+        return BlockSettings(self.require_tokenizer(), self.row_length, self.shuffle_documents, self.seed, division)
 
-    def _require_tokenizer(self) -> PreTrainedTokenizerBase:
-        if self.tokenizer is None:
-            raise RuntimeError("call setup() before asking for a data loader or the vocabulary")
-        return self.tokenizer
+
+def _refuse_complaints(block: Block, on_error: OnError) -> None:
+    if block.complaints and on_error == "raise":
+        raise ValueError(f"{block.complaints[0]}; data.on_error: skip leaves such rows out")
 
 
 def _as_it_is(block: Block) -> Block:

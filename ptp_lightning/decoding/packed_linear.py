@@ -7,6 +7,7 @@ the autoregressive loop stays as it is, and a call that verifies a draft becomes
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 from typing import Any, Self, cast
 
@@ -67,8 +68,6 @@ class _PackedForward:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Of the copied layer, which `copy.deepcopy` is about to make or has made."""
-        import copy
-
         return type(self)(copy.deepcopy(self._layer, memo))
 
     def __reduce__(self) -> tuple[type[Self], tuple[nn.Linear]]:

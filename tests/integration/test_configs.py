@@ -77,7 +77,7 @@ def test_every_data_configuration_goes_behind_another(
         if part.get("rendering", {}).get("class_path", "").endswith("Chat"):
             part["rendering"].setdefault("init_args", {})["template"] = TEMPLATE
     data |= {"row_length": 32, "batch_size": 2, "num_windows": 2, "eval_rows": 2, "eval_parts": data["parts"]}
-    data["num_workers"] = 0
+    data |= {"num_workers": 0, "on_error": "raise"}  # every row has to be usable
     (tmp_path / "data.yaml").write_text(yaml.safe_dump(config))
     run = ["fit", "--config", str(shrink(ROOT / "configs" / "gated_lora.yaml", corpus, tmp_path))]
     monkeypatch.chdir(tmp_path)

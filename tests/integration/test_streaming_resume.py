@@ -95,11 +95,16 @@ def steps_seen(folder: Path, rank: int) -> dict[int, list[int]]:
 
 
 @pytest.mark.parametrize(
-    ("processes", "workers"), [(1, 0), (1, 2), pytest.param(2, 1, marks=pytest.mark.slow), (2, 0)], ids=str
+    ("processes", "workers", "stop"),
+    [
+        (1, 0, signal.SIGKILL),
+        (1, 2, signal.SIGTERM),
+        (2, 0, signal.SIGKILL),
+        pytest.param(2, 1, signal.SIGTERM, marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.timeout(900)
-def test_a_killed_training_goes_on(folder: Path, processes: int, workers: int) -> None:
-    stop = signal.SIGKILL if workers != 1 else signal.SIGTERM
+def test_a_killed_training_goes_on(folder: Path, processes: int, workers: int, stop: signal.Signals) -> None:
     run = start(folder, processes, workers, 10**6, 0.1, None)
     deadline = time.monotonic() + PATIENCE_SECONDS
     while len(steps_seen(folder, 0)) < 2 * PERIOD + 2:

@@ -199,6 +199,35 @@ class TestResume:
         with pytest.raises(ValueError, match="expected 1 processes.*found 2"):
             resumed.train_dataloader()
 
+    @pytest.mark.parametrize(
+        "other", [{"seed": 1}, {"row_length": 5}, {"shuffle_documents": 9}, {"parts": "two"}], ids=str
+    )
+    def test_another_stream_is_refused(self, files: list[str], other: dict[str, Any]) -> None:
+        data = on_trainer(corpus(files))
+        take(data, 1)
+        if "parts" in other:
+            other = {"parts": [StreamPart(JsonLines(files))] * 2}
+        resumed = on_trainer(corpus(files, **other))
+        resumed.load_state_dict(data.state_dict())
+        with pytest.raises(ValueError, match="expected the stream that the checkpoint was written from"):
+            resumed.train_dataloader()
+
+    def test_places_of_batches_are_forgotten_when_they_were_trained_on(self, files: list[str]) -> None:
+        data = on_trainer(corpus(files))
+        loader = iter(data.train_dataloader())
+        for step in range(200):
+            next(loader)
+            on_trainer(data, global_step=step)  # one batch is under way
+        assert len(data.state_dict()["positions"]) == 1
+        stream = data._stream
+        assert stream is not None and len(stream._begins) <= 3
+
+    def test_short_documents_are_counted(self, tmp_path: Path) -> None:
+        data = corpus([write(tmp_path / "data.jsonl", [{"text": "1 1"}, {"text": ""}])], batch_size=1)
+        with pytest.warns(UserWarning, match="left out 1 documents of fewer than two tokens"):
+            take(data, 1)
+        assert data.report.short == 1
+
     def test_a_mixture_goes_on(self, files: list[str]) -> None:
         parts = [StreamPart(JsonLines(files[:2]), weight=1.0), StreamPart(JsonLines(files[2:]), weight=3.0)]
         expected = take(corpus(files, parts=parts), 30)[17:]
@@ -232,9 +261,9 @@ class TestMixtures:
             assert batch.completion_mask[0].tolist() == learned
             assert all(learned[start] for start in batch.window_starts[0].tolist())
 
-    @pytest.mark.parametrize("weight", [0.0, -1.0, float("nan")])
+    @pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf")])
     def test_a_weight_that_draws_nothing_is_refused(self, files: list[str], weight: float) -> None:
-        with pytest.raises(ValueError, match="weight > 0"):
+        with pytest.raises(ValueError, match="finite weight > 0"):
             StreamPart(JsonLines(files), weight=weight)
 
 
