@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ptp_lightning.decoding.devices import chosen_device
 from ptp_lightning.decoding.generation import Generation, GenerationSettings
 from ptp_lightning.decoding.slot_allocation import expected_tokens
 from ptp_lightning.decoding.slot_budget import measured_budget
@@ -43,7 +44,8 @@ def run(args: Sequence[str]) -> None:
     if options.batch_size < 1:
         raise ValueError(f"expected --batch_size >= 1, found {options.batch_size}")
     settings = _settings(options)  # before the model is loaded: what is out of range is said at once
-    predictor = load_predictor(options.ckpt_path)
+    device = chosen_device(options.device)
+    predictor = load_predictor(options.ckpt_path).to(device)
     tokenizer = tokenizer_of(predictor)
     for number, prompt in enumerate(prompts, start=1):
         try:
@@ -149,6 +151,7 @@ def _parser() -> ArgumentParser:
         help="slots of a call of partial quadratic decoding; auto measures what is fastest here",
     )
     add("--batch_size", type=int, default=1, help="prompts that are continued side by side; the texts are the same")
+    add("--device", type=str, default="auto", help="auto takes a GPU where there is one")
     add("--json", action="store_true", help="print one JSON object per prompt and nothing else")
     return parser
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from ptp_lightning.decoding import GenerationSettings
+from ptp_lightning.decoding.devices import chosen_device
 from ptp_lightning.decoding.packed_linear import pack_linear_layers
 from ptp_lightning.decoding.slot_budget import measured_budget
 from ptp_lightning.decoding.text import end_of_text_ids, tokenizer_of
@@ -68,7 +69,7 @@ def run(args: Sequence[str]) -> None:
     questions = read_questions(options.benchmark, options.questions, options.limit)
     settings = GenerationSettings(max_new_tokens=options.max_new_tokens)  # refused before the model is loaded
 
-    device = _device(options.device)
+    device = chosen_device(options.device)
     predictor = _load(options.ckpt_path, options.dtype).to(device).eval()
     tokenizer = tokenizer_of(predictor)
     settings = _completed(settings, options, predictor, end_of_text_ids(predictor, tokenizer))
@@ -93,17 +94,6 @@ def run(args: Sequence[str]) -> None:
     report = _report(plan, contenders, predictor, tokenizer, file, described)
     report.write(file.records.values(), folder)
     print(_closing_words(report, folder))
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError("expected a CUDA device for --device, found none: use --device cpu")
-    try:
-        return torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"expected --device auto, cpu or cuda, found {name!r}") from error
 
 
 def _load(path: str | None, dtype: Literal["float32", "bfloat16"] | None) -> ParallelTokenPredictor:

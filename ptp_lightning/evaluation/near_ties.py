@@ -6,7 +6,7 @@ Calls of other shapes may round their logits otherwise, and where u lies next to
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,8 +18,9 @@ from ptp_lightning.models.predictor import ParallelTokenPredictor
 from ptp_lightning.sampling import Sampler
 
 NUM_RANDOM_CHANGES = 256
-NUM_STEPS = 2  # of the dtype, by which logits of calls of other shapes differ
+NUM_STEPS = 2  # of the dtype, by which logits of calls of other shapes may always differ
 SMALLEST_ROUNDING = 1e-4  # of float32 logits, whose sums over layers differ by more than a step
+SPREAD_FACTOR = 2.0  # by how much more than calls that were tried others may differ
 
 
 @dataclass(frozen=True)
@@ -63,13 +64,33 @@ def explains(
     settings: GenerationSettings,
 ) -> bool:
     """Whether rounding explains that `token_id` stands at `place`, instead of the reference's token."""
-    context, _, _, _ = begin(predictor, [[*prompt, *reference[:place]]], settings, None, None)
-    token_ids = torch.tensor([[*prompt, *reference[:place]]], device=context.device)
-    hidden, _ = context.read(token_ids)
-    logits = predictor.logits(hidden[0, -1])
-    rounding = NUM_STEPS * torch.finfo(logits.dtype).eps * float(logits.abs().max())
-    u = settings.auxiliaries(1, context.device)[0, place]
-    return is_near_tie(logits, u, token_id, context.sampling, max(rounding, SMALLEST_ROUNDING))
+    token_ids = [*prompt, *reference[:place]]
+    shapes = ((0, 0), (len(token_ids) - 1, 0), (0, settings.window_length - 1))
+    logits, *others = (_logits(predictor, token_ids, settings, *shape) for shape in shapes)
+    rounding = max(
+        NUM_STEPS * torch.finfo(logits.dtype).eps * float(logits.abs().max()),
+        SPREAD_FACTOR * max(float((other - logits).abs().max()) for other in others),
+        SMALLEST_ROUNDING,
+    )
+    u = settings.auxiliaries(1, logits.device)[0, place]
+    return is_near_tie(logits, u, token_id, predictor.sampler(settings.sampling), rounding)
+
+
+def _logits(
+    predictor: ParallelTokenPredictor,
+    token_ids: Sequence[int],
+    settings: GenerationSettings,
+    num_read_before: int,
+    num_fillers: int,
+) -> Tensor:
+    """`[V]`, what follows the tokens; some are read in a call before, and fillers stand behind the last."""
+    context, _, _, _ = begin(predictor, [token_ids], replace(settings, max_new_tokens=1), None, None)
+    tokens = torch.tensor([[*token_ids, *[token_ids[-1]] * num_fillers]], device=context.device)
+    if num_read_before:
+        context.read(tokens[:, :num_read_before])
+        context.keep([num_read_before])
+    hidden, _ = context.read(tokens[:, num_read_before:])
+    return predictor.logits(hidden[0, len(token_ids) - 1 - num_read_before])
 
 
 def is_near_tie(logits: Tensor, u: Tensor, token_id: int, sampling: Sampler, rounding: float) -> bool:

@@ -1,10 +1,13 @@
 """Near-ties are told from wrong tokens."""
 
+from typing import Any
+
 import pytest
 import torch
 
 from ptp_lightning.auxiliary import pick
 from ptp_lightning.decoding import GenerationSettings
+from ptp_lightning.evaluation import near_ties
 from ptp_lightning.evaluation.near_ties import explains, first_difference, is_near_tie
 from ptp_lightning.sampling import Sampler, SamplingConfig
 from tests.tiny_decoding import PROMPT, reference
@@ -70,3 +73,23 @@ def test_the_reference_explains_itself_and_no_other_token() -> None:
         assert explains(predictor, PROMPT, text, place, token_id, settings)
         other = (token_id + 16) % VOCABULARY
         assert not explains(predictor, PROMPT, text, place, other, settings)
+
+
+def test_what_calls_of_other_shapes_differ_by_counts_as_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a device that sums in another order where a token is read alone: by how much is measured."""
+    predictor = tiny_predictor(vocab_size=VOCABULARY)
+    settings = GenerationSettings(max_new_tokens=8)
+    text = reference(predictor, settings)
+    plain = near_ties._logits
+
+    def explained(shift: float) -> list[bool]:
+        def logits(*arguments: Any) -> torch.Tensor:
+            num_read_before = arguments[3]
+            return plain(*arguments) + (shift if num_read_before else 0.0) * torch.arange(VOCABULARY)
+
+        monkeypatch.setattr(near_ties, "_logits", logits)
+        others = [(token_id + 1) % VOCABULARY for token_id in text]
+        return [explains(predictor, PROMPT, text, place, other, settings) for place, other in enumerate(others)]
+
+    assert not any(explained(0.0))
+    assert all(explained(1.0))

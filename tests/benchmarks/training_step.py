@@ -1,0 +1,162 @@
+"""What a training step costs: forward, backward and AdamW of a Llama with gated LoRA on all linear layers.
+
+    python -m tests.benchmarks.training_step [--vocab 2048 32000] [--windows 16 64]              one thread of a CPU
+    python -m tests.benchmarks.training_step --device cuda --dtype bfloat16 --model 1.1b
+
+On a CPU times are CPU seconds of one thread and memory is the peak of resident memory above the start; on a GPU they
+are seconds of the device and its own peak. The GEMM rate of the same process stands beside them, because machines
+differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+from pathlib import Path
+from statistics import median
+from time import perf_counter, thread_time
+from typing import Any
+
+import psutil
+import torch
+
+from ptp_lightning.data.batch import PackedBatch
+from ptp_lightning.evaluation.memory import PeakMemory
+from ptp_lightning.losses import CrossEntropy
+from ptp_lightning.models import (
+    BackboneSettings,
+    LoraSettings,
+    OneHotObjective,
+    PredictorConfig,
+)
+from ptp_lightning.randomness import keyed_generator
+from ptp_lightning.sampling import SamplingConfig
+from ptp_lightning.training import DatasetWindows, DistillationModule
+
+MODELS: dict[str, dict[str, Any]] = {
+    "small": {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4},
+    "135m": {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+    },
+    "1.1b": {
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+    },
+}
+NUM_WARM_UP = 2
+MEGABYTE = 1e6
+
+
+def main() -> None:
+    """Measure and print a row for each vocabulary and number of windows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=list(MODELS), default="small")
+    parser.add_argument("--vocab", type=int, nargs="+", default=[2048, 32000])
+    parser.add_argument("--windows", type=int, nargs="+", default=[16, 64])
+    parser.add_argument("--rows", type=int, default=4, help="B")
+    parser.add_argument("--row_length", type=int, default=256, help="S")
+    parser.add_argument("--window_length", type=int, default=16, help="L")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the base model")
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--json", type=Path, help="a file for the figures")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    device = torch.device(options.device)
+    rate = gemm_rate(device, getattr(torch, options.dtype))
+    print(f"{options.model} on {name_of(device)}, {options.dtype}; {rate:.0f} GFLOP/s in a square product")
+    rows = []
+    for vocab in options.vocab:
+        for windows in options.windows:
+            rows.append({"vocab": vocab, "windows": windows} | measure(options, vocab, windows, device))
+            print("V {vocab:>6}  N {windows:>3}  {seconds:8.3f} s a step  {megabytes:8.0f} MB".format(**rows[-1]))
+    if options.json is not None:
+        options.json.write_text(json.dumps({"options": vars(options), "gemm_gflops": rate, "rows": rows}, default=str))
+
+
+def measure(options: argparse.Namespace, vocab: int, windows: int, device: torch.device) -> dict[str, float]:
+    """Seconds and megabytes of a step, without those of the model that is there before."""
+    torch.manual_seed(0)
+    model = MODELS[options.model] | {"model_type": "llama", "vocab_size": vocab, "max_position_embeddings": 4096}
+    config = PredictorConfig(
+        BackboneSettings(from_config=model, dtype=options.dtype),
+        objective=OneHotObjective(),
+        window_length=options.window_length,
+        lora=LoraSettings(rank=options.rank),
+        sampling=SamplingConfig(),
+    )
+    module = DistillationModule(config, loss=CrossEntropy(), source=DatasetWindows()).to(device)
+    trained = [parameter for parameter in module.predictor.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=device.type == "cuda")
+    batch = random_batch(options, vocab, windows).to(device)
+
+    def step(number: int) -> None:
+        predictor = module.predictor
+        context = predictor.encode(batch.input_ids, batch.document_ids, batch.position_ids, batch.window_starts)
+        sample = module.source.sample(predictor, batch, context, keyed_generator(number), None)
+        hidden = predictor.slot_hidden(context, sample.auxiliaries)
+        loss = module._first_pass_loss(context, hidden, sample)
+        (loss.total / loss.count).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    gc.collect()
+    before = torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
+    seconds = []
+    with PeakMemory(device) as memory:
+        for number in range(NUM_WARM_UP + options.steps):
+            begin = clock(device)
+            step(number)
+            seconds.append(clock(device) - begin)
+    return {"seconds": median(seconds[NUM_WARM_UP:]), "megabytes": (memory.peak_bytes - before) / MEGABYTE}
+
+
+def random_batch(options: argparse.Namespace, vocab: int, windows: int) -> PackedBatch:
+    """Rows of one document each, windows anywhere in them."""
+    shape = (options.rows, options.row_length)
+    starts = torch.randint(1, options.row_length - options.window_length, (options.rows, windows))
+    return PackedBatch(
+        torch.randint(vocab, shape),
+        torch.zeros(shape, dtype=torch.long),
+        torch.arange(options.row_length).expand(shape).contiguous(),
+        starts.sort(dim=1).values,
+        torch.ones(shape, dtype=torch.bool),
+    )
+
+
+def clock(device: torch.device) -> float:
+    """Seconds: of this thread's CPU time, or of the wall clock once the device has done its work."""
+    if device.type == "cpu":
+        return thread_time()
+    torch.cuda.synchronize(device)
+    return perf_counter()
+
+
+def gemm_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """GFLOP/s of a square matrix product in this process."""
+    size = 1024 if device.type == "cpu" else 8192
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    fastest = float("inf")
+    for _ in range(10):
+        begin = clock(device)
+        a @ b
+        fastest = min(fastest, clock(device) - begin)
+    return 2 * size**3 / fastest / 1e9
+
+
+def name_of(device: torch.device) -> str:
+    """What runs it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "one CPU thread"
+
+
+if __name__ == "__main__":
+    main()

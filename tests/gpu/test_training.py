@@ -1,0 +1,104 @@
+"""On a GPU: training computes what it computes on a CPU, and a run can be stopped, resumed and moved."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from ptp_lightning.data.batch import PackedBatch
+from ptp_lightning.randomness import keyed_generator
+from ptp_lightning.training.student_windows import StudentWindows
+from ptp_lightning.training.windows import DatasetWindows, TeacherWindows, WindowSource
+from tests.tiny_distillation import make_module
+
+CONFIG = Path(__file__).parents[2] / "configs" / "gated_lora.yaml"
+
+pytestmark = pytest.mark.gpu
+
+
+def a_batch(device: str) -> PackedBatch:
+    """Two rows of 16 tokens, each of two documents, with two windows."""
+    tokens = torch.arange(3, 35).view(2, 16) % 32
+    documents = (torch.arange(16) >= 9).long().expand(2, 16)
+    positions = torch.cat([torch.arange(9), torch.arange(7)]).expand(2, 16)
+    starts = torch.tensor([[2, 11], [4, 12]])
+    fields = (tokens, documents, positions, starts, torch.ones_like(tokens, dtype=torch.bool))
+    return PackedBatch(*(field.contiguous().to(device) for field in fields))
+
+
+@pytest.mark.parametrize(
+    "source", [TeacherWindows(), DatasetWindows(), StudentWindows()], ids=lambda source: type(source).__name__
+)
+def test_loss_and_gradients_are_those_of_the_cpu(source: WindowSource) -> None:
+    found = {}
+    for device in ("cpu", "cuda"):
+        module = make_module(source=source).to(device)
+        batch = a_batch(device)
+        context = module._encode(batch)
+        generator = keyed_generator(0, "train")
+        sample = source.sample(module.predictor, batch, context, generator, None)
+        hidden = module.predictor.slot_hidden(context, sample.auxiliaries)
+        loss = (
+            module._refined_loss(context, hidden, sample).total + module._first_pass_loss(context, hidden, sample).total
+        )
+        loss.backward()
+        gradients = {
+            name: parameter.grad.cpu()
+            for name, parameter in module.predictor.named_parameters()
+            if parameter.grad is not None
+        }
+        found[device] = (sample.token_ids.cpu(), loss.detach().cpu(), gradients)
+    (tokens, loss, gradients), (gpu_tokens, gpu_loss, gpu_gradients) = found["cpu"], found["cuda"]
+    assert torch.equal(gpu_tokens, tokens)
+    torch.testing.assert_close(gpu_loss, loss, rtol=1e-5, atol=1e-5)
+    assert gradients.keys() == gpu_gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gpu_gradients[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def fit(folder: Path, *options: str) -> Path:
+    """`fit` of the six-minute run, cut to 8 steps; returns the folder of the checkpoints of steps 4 and 8."""
+    config = yaml.safe_load(CONFIG.read_text())
+    config["data"]["init_args"]["eval_rows"] = 4
+    config["trainer"] |= {"accelerator": "gpu", "max_steps": 8, "val_check_interval": 4}
+    config["trainer"]["logger"]["init_args"]["save_dir"] = str(folder)
+    for callback in config["trainer"]["callbacks"]:
+        if callback["class_path"].endswith("ModelCheckpoint"):
+            callback["init_args"] |= {"every_n_train_steps": 4, "save_top_k": -1}
+    folder.mkdir()
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    command = [sys.executable, "-m", "ptp_lightning", "fit", "--config", str(path)]
+    subprocess.run([*command, *options], check=True, timeout=280)
+    (last,) = folder.rglob("last.ckpt")
+    return last.parent
+
+
+def test_a_run_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+    """Eight steps at once, and the last four of them again: the same weights, up to the order of sums on a GPU."""
+    whole = fit(tmp_path / "whole")
+    (middle,) = whole.glob("*step=4.ckpt")
+    rest = fit(tmp_path / "rest", "--ckpt_path", str(middle))
+    expected, found, before = (
+        torch.load(path, map_location="cpu", weights_only=True)
+        for path in (whole / "last.ckpt", rest / "last.ckpt", middle)
+    )
+    assert found["global_step"] == expected["global_step"] == 8
+    for name, weight in expected["state_dict"].items():
+        moved = (weight - before["state_dict"][name]).abs().max()
+        assert (found["state_dict"][name] - weight).abs().max() <= 0.1 * moved, name
+
+
+def test_a_checkpoint_of_the_gpu_decodes_on_the_cpu(tmp_path: Path) -> None:
+    checkpoint = fit(tmp_path / "run") / "last.ckpt"
+    command = [sys.executable, "-m", "ptp_lightning", "generate", "--ckpt_path", str(checkpoint)]
+    texts = []
+    for device in ("cpu", "cuda"):
+        options = ["--prompt", "def f(", "--json", "--device", device]
+        finished = subprocess.run([*command, *options], check=True, capture_output=True, text=True)
+        texts.append(json.loads(finished.stdout)["text"])
+    assert texts[0] == texts[1]
