@@ -69,6 +69,18 @@ class Block(NamedTuple):
     complaints: list[str]
 
 
+class BlockDocuments(NamedTuple):
+    """What the rows of a block hold.
+
+    Attributes:
+        documents: of the split, shuffled.
+        complaints: about rows that could not be used, and were left out.
+    """
+
+    documents: list[TokenDocument]
+    complaints: list[str]
+
+
 class BlockStream(IterableDataset[Block]):
     """Endless blocks of one split, from a position on; the workers of a data loader make every n-th each.
 
@@ -110,6 +122,11 @@ class BlockStream(IterableDataset[Block]):
                 yield self._block(number, position, members)
             position = members[-1].position
 
+    def documents(self) -> Iterator[BlockDocuments]:
+        """What all blocks hold before they are packed, whatever process this is."""
+        for number, members in enumerate(self._members(), start=self._number):
+            yield self._documents(self._order_of(number), members)
+
     def _members(self) -> Iterator[list[MixedRow]]:
         """The rows of each block. Where there is one part alone, blocks end with its epochs."""
         members: list[MixedRow] = []
@@ -129,8 +146,26 @@ class BlockStream(IterableDataset[Block]):
             yield members
 
     def _block(self, number: int, position: Position | None, members: list[MixedRow]) -> Block:
-        settings = self._settings
-        order = random.Random(f"block/{settings.seed}/{self._share.rank}/{number}")
+        row_length, order = self._settings.row_length, self._order_of(number)
+        documents, complaints = self._documents(order, members)
+        long_enough = [document for document in documents if len(document) >= MIN_PIECE]
+        # A row without a place where a window may start, such as a long prompt's, has nothing to be learned.
+        rows = [row for row in pack(long_enough, row_length) if bool(row.eligible.any())]
+        order.shuffle(rows)  # or a long document would fill one batch after another
+        return Block(
+            number,
+            position,
+            _stacked(rows, row_length),
+            num_documents=len(long_enough),
+            num_long=sum(len(document) > row_length for document in long_enough),
+            num_short=len(documents) - len(long_enough),
+            complaints=complaints,
+        )
+
+    def _order_of(self, number: int) -> random.Random:
+        return random.Random(f"block/{self._settings.seed}/{self._share.rank}/{number}")
+
+    def _documents(self, order: random.Random, members: list[MixedRow]) -> BlockDocuments:
         documents: list[TokenDocument] = []
         complaints: list[str] = []
         for part, row, _ in order.sample(members, len(members)):
@@ -138,21 +173,10 @@ class BlockStream(IterableDataset[Block]):
                 continue
             try:
                 columns = self._parts[part].source.parse(row)
-                documents.append(self._parts[part].renders.document(columns, settings.tokenizer))
+                documents.append(self._parts[part].renders.document(columns, self._settings.tokenizer))
             except BadRowError as error:
                 complaints.append(str(error) if row.name in str(error) else f"{row.name}: {error}")
-        long_enough = [document for document in documents if len(document) >= MIN_PIECE]
-        # A row without a place where a window may start, such as a long prompt's, has nothing to be learned.
-        rows = [row for row in pack(long_enough, settings.row_length) if bool(row.eligible.any())]
-        return Block(
-            number,
-            position,
-            _stacked(rows, settings.row_length),
-            num_documents=len(long_enough),
-            num_long=sum(len(document) > settings.row_length for document in long_enough),
-            num_short=len(documents) - len(long_enough),
-            complaints=complaints,
-        )
+        return BlockDocuments(documents, complaints)
 
     def _belongs(self, identity: bytes) -> bool:
         """Whether a document is one of the split's."""

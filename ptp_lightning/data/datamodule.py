@@ -8,7 +8,7 @@ from torch.utils.data import IterableDataset
 from ptp_lightning.data.batch import PackedBatch
 from ptp_lightning.data.corpus import Corpus, Document, Split
 from ptp_lightning.data.packed_datamodule import require_sizes
-from ptp_lightning.data.packing import PackedRow, pack
+from ptp_lightning.data.packing import PackedRow, TokenDocument, pack
 from ptp_lightning.data.stream import DocumentStream, StreamSettings, evaluation_batches, no_rows
 from ptp_lightning.data.text_datamodule import TextDataModule
 from ptp_lightning.randomness import keyed_generator
@@ -100,16 +100,27 @@ class CorpusDataModule(TextDataModule):
             skip_batches=self.batches_consumed,
         )
 
+    def training_documents(self, wanted: int | None) -> Iterator[TokenDocument]:
+        """See `TextDataModule.training_documents`; taken evenly over the corpus."""
+        documents = [document for document in self._all_documents("train") if document.text]
+        count = len(documents) if wanted is None else min(wanted, len(documents))
+        chosen = [documents[index * len(documents) // count] for index in range(count)]
+        for token_ids in tokenized(chosen, self.require_tokenizer()):
+            yield TokenDocument(token_ids, [True] * len(token_ids))
+
     def _documents(self, split: Split) -> list[Document]:
         """This rank's documents of a split."""
+        rank, world = self.rank_and_world()
+        return self._all_documents(split)[rank::world]
+
+    def _all_documents(self, split: Split) -> list[Document]:
         documents = list(self.corpus.documents(split))
         if not any(document.text for document in documents):
             raise ValueError(
                 f"expected text in the {split} split of {self.corpus}, found {len(documents)} documents without any: "
                 "mend data.corpus (with few files, held_out: lines splits inside each file)"
             )
-        rank, world = self.rank_and_world()
-        return documents[rank::world]
+        return documents
 
     def fixed_batches(self, split: Split) -> list[PackedBatch]:
         """See `PackedDataModule.fixed_batches`."""

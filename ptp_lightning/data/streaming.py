@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from ptp_lightning.data.blocks import Block, BlockSettings, BlockStream, Divisio
 from ptp_lightning.data.corpus import Split
 from ptp_lightning.data.mixture import StreamPart
 from ptp_lightning.data.packed_datamodule import require_at_least, require_sizes
-from ptp_lightning.data.packing import PackedRow, collate
+from ptp_lightning.data.packing import PackedRow, TokenDocument, collate
 from ptp_lightning.data.row_source import Position, Share
 from ptp_lightning.data.stream import evaluation_batches
 from ptp_lightning.data.text_datamodule import TextDataModule
@@ -148,15 +148,8 @@ class BatchStream(IterableDataset[PackedBatch]):
             before.documents + block.num_documents,
             before.long + block.num_long,
             before.short + block.num_short,
-            before.unusable + len(block.complaints),
+            _count_unusable(before.unusable, block.complaints, self._on_error),
         )
-        _refuse_complaints(block, self._on_error)
-        if block.complaints and _new_magnitude(before.unusable, self.report.unusable):
-            warnings.warn(
-                f"left out {self.report.unusable} unusable rows so far (data.on_error: skip), the latest: "
-                f"{block.complaints[-1]}",
-                stacklevel=2,
-            )
         if block.num_short and _new_magnitude(before.short, self.report.short):
             warnings.warn(
                 f"left out {self.report.short} documents of fewer than two tokens so far: no window can start in them",
@@ -185,7 +178,8 @@ class StreamingCorpus(TextDataModule):
         eval_parts: sources of the validation and test rows, half of their documents each; by default 5 of 100
             documents of `parts` each, by a hash of their content.
         eval_rows: rows of the validation and of the test split that are used, the first ones of the stream.
-        shuffle_documents: documents that are shuffled and packed together, or fewer, as many as make a megabyte.
+        shuffle_documents: documents that make a block, or fewer, as many as make a megabyte; they are shuffled and
+            packed together, and then their rows are shuffled.
         num_workers: processes that tokenise and pack; 0 does it between training steps.
         on_error: `raise` ends the run at a row that cannot be used; `skip` leaves it out and counts.
         seed: of every draw in here.
@@ -280,6 +274,19 @@ class StreamingCorpus(TextDataModule):
         )
         return self._stream
 
+    def training_documents(self, wanted: int | None) -> Iterator[TokenDocument]:
+        """See `TextDataModule.training_documents`; the first ones of the stream.
+
+        Raises:
+            ValueError: a row cannot be used and `on_error` is `raise`.
+        """
+        del wanted  # whoever has enough stops reading
+        settings = self._block_settings("none" if self.eval_parts else "hash")
+        unusable = 0
+        for block in BlockStream(self.parts, Share(), settings, once=True).documents():
+            unusable = _count_unusable(unusable, block.complaints, self.on_error)
+            yield from block.documents
+
     def fixed_batches(self, split: Split) -> list[PackedBatch]:
         """See `PackedDataModule.fixed_batches`.
 
@@ -290,8 +297,9 @@ class StreamingCorpus(TextDataModule):
         share = Share(*self.rank_and_world())
         blocks = BlockStream(parts, share, self._block_settings(division), split, once=True)
         rows: list[PackedRow] = []
+        unusable = 0
         for block in blocks:
-            _refuse_complaints(block, self.on_error)
+            unusable = _count_unusable(unusable, block.complaints, self.on_error)
             rows.extend(PackedRow(*tensors) for tensors in zip(*block.rows, strict=True))
             if len(rows) >= self.eval_rows:
                 break
@@ -334,9 +342,16 @@ class StreamingCorpus(TextDataModule):
         return BlockSettings(self.require_tokenizer(), self.row_length, self.shuffle_documents, self.seed, division)
 
 
-def _refuse_complaints(block: Block, on_error: OnError) -> None:
-    if block.complaints and on_error == "raise":
-        raise ValueError(f"{block.complaints[0]}; data.on_error: skip leaves such rows out")
+def _count_unusable(before: int, complaints: Sequence[str], on_error: OnError) -> int:
+    """How many rows were left out by now; says so now and then, or raises at the first."""
+    if complaints and on_error == "raise":
+        raise ValueError(f"{complaints[0]}; data.on_error: skip leaves such rows out")
+    now = before + len(complaints)
+    if complaints and _new_magnitude(before, now):
+        warnings.warn(
+            f"left out {now} unusable rows so far (data.on_error: skip), the latest: {complaints[-1]}", stacklevel=3
+        )
+    return now
 
 
 def _as_it_is(block: Block) -> Block:

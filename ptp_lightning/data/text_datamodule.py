@@ -1,8 +1,11 @@
 """TextDataModule: what data modules have in common whose tokens come from text."""
 
+from abc import abstractmethod
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ptp_lightning.data.packed_datamodule import PackedDataModule
+from ptp_lightning.data.packing import TokenDocument
 from ptp_lightning.pretrained import load_tokenizer
 
 if TYPE_CHECKING:
@@ -24,6 +27,14 @@ class TextDataModule(PackedDataModule):
         """Load the tokenizer."""
         if self.tokenizer is None:
             self.tokenizer = load_tokenizer(self.tokenizer_path)
+
+    @abstractmethod
+    def training_documents(self, wanted: int | None) -> Iterator[TokenDocument]:
+        """Documents of the training split, uncut, the same ones in the same order on every call; for all processes.
+
+        Args:
+            wanted: so many are needed, of which each class says how it chooses them; None is all of them, once each.
+        """
 
     @property
     def vocab_size(self) -> int:

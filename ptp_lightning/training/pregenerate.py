@@ -14,15 +14,21 @@ from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
 from ptp_lightning.data.completions import CompletionFolder, CompletionSettings, identity_of
-from ptp_lightning.data.datamodule import CorpusDataModule
+from ptp_lightning.data.text_datamodule import TextDataModule
 from ptp_lightning.decoding.generation import OnTokens, require_room
 from ptp_lightning.decoding.text import end_of_text_ids
 from ptp_lightning.models.predictor import ParallelTokenPredictor
 from ptp_lightning.training.cli import PlainErrorParser, TrainingCLI, parsed
 from ptp_lightning.training.predictor_module import PredictorModule, require_known_tokens
-from ptp_lightning.training.teacher_completions import cut_prompts, finish, generation_settings, sample_shard
+from ptp_lightning.training.prompts import find_prompts
+from ptp_lightning.training.teacher_completions import finish, generation_settings, sample_shard
 
 SIZES = ("num_completions", "max_new_tokens", "prompt_tokens", "num_prompts", "batch_size", "shard_prompts")
+PROMPT_TOKENS_HELP = (
+    "a prompt is what stands before the completion in a document (left out if no completion fits into data.row_length "
+    "behind it), and of a document without prompt its beginning, so long at most"
+)
+NUM_PROMPTS_HELP = "null is all; fewer are taken evenly over a corpus, and from a stream the first ones"
 MOST_BYTES_PER_TOKEN = 4  # shards are compressed
 MILLION = 1_000_000
 INTERRUPTED = 130  # exit status after Ctrl-C, as of a shell
@@ -52,8 +58,8 @@ class PregenerateCLI(TrainingCLI):
         add("--output", type=str, required=True, help="folder of the completions; what a stopped run left there stays")
         add("--num_completions", type=int, default=1, help="of each prompt, by seeds of their own")
         add("--max_new_tokens", type=int, default=192, help="a completion ends here or at an end-of-text token")
-        add("--prompt_tokens", type=int, default=64, help="a prompt is the beginning of a document, so long at most")
-        add("--num_prompts", type=int | None, default=None, help="documents, taken evenly over the corpus; null is all")
+        add("--prompt_tokens", type=int, default=64, help=PROMPT_TOKENS_HELP)
+        add("--num_prompts", type=int | None, default=None, help=NUM_PROMPTS_HELP)
         add("--batch_size", type=int, default=32, help="completions side by side; they do not depend on it")
         add("--seed", type=int, default=0, help="of the seeds of all completions")
         add("--shard_prompts", type=int, default=64, help="prompts in a file, which is what a kill can lose")
@@ -74,16 +80,17 @@ def run(args: Sequence[str]) -> None:
     Several processes with the same options share the work.
 
     Raises:
-        ValueError: an option is out of range, there is no teacher or no corpus, the folder was begun with other
+        ValueError: an option is out of range, there is no teacher or no text, the folder was begun with other
             settings or has no room, all before the first token; or the disk is full meanwhile.
         FileNotFoundError: a file of the configuration is not there.
     """
     cli = parsed(PregenerateCLI, PregenerateParser, list(args), run=False, save_config_callback=None)
     options: Any = cli.config
-    data, predictor = _require_corpus(cli.datamodule), _require_teacher(cli.model)
+    data, predictor = _require_text(cli.datamodule), _require_teacher(cli.model)
     data.setup("fit")
     require_known_tokens(predictor, data)
-    prompts = cut_prompts(data, options.num_prompts, options.prompt_tokens)
+    room = max(options.prompt_tokens, data.row_length - options.max_new_tokens)
+    prompts = find_prompts(data, options.num_prompts, options.prompt_tokens, room)
     settings = _settings(options, data, predictor, prompts)
     longest = max(map(len, prompts))
     require_room(predictor, longest, generation_settings(settings, []))
@@ -108,11 +115,11 @@ def run(args: Sequence[str]) -> None:
     print(_closing_words(folder, progress, max(data.row_length, longest + settings.max_new_tokens)))
 
 
-def _require_corpus(data: LightningDataModule | None) -> CorpusDataModule:
-    if not isinstance(data, CorpusDataModule):
+def _require_text(data: LightningDataModule | None) -> TextDataModule:
+    if not isinstance(data, TextDataModule):
         raise ValueError(
-            f"expected data of class CorpusDataModule, whose documents give the prompts, found {type(data).__name__}: "
-            "mend data"
+            "expected data of class CorpusDataModule or StreamingCorpus, whose documents give the prompts, found "
+            f"{type(data).__name__}: mend data"
         )
     return data
 
@@ -133,7 +140,7 @@ def _require_teacher(model: LightningModule) -> ParallelTokenPredictor:
 
 
 def _settings(
-    options: Any, data: CorpusDataModule, predictor: ParallelTokenPredictor, prompts: list[list[int]]
+    options: Any, data: TextDataModule, predictor: ParallelTokenPredictor, prompts: list[list[int]]
 ) -> CompletionSettings:
     assert data.tokenizer is not None, "setup was called"
     backbone = predictor.config.backbone

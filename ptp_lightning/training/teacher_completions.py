@@ -1,4 +1,4 @@
-"""Completions from the teacher: prompts out of a corpus, what the base model writes after them, shard by shard."""
+"""Completions from the teacher: what the base model writes after prompts, shard by shard."""
 
 from __future__ import annotations
 
@@ -9,41 +9,12 @@ from typing import Protocol
 
 from ptp_lightning.data.claims import Claim, remove_claims
 from ptp_lightning.data.completions import Completion, CompletionFolder, CompletionSettings
-from ptp_lightning.data.datamodule import CorpusDataModule
 from ptp_lightning.data.whole_files import remove_unfinished
 from ptp_lightning.decoding.autoregressive import decode_autoregressively
 from ptp_lightning.decoding.generation import GenerationSettings, OnTokens
 from ptp_lightning.models.predictor import ParallelTokenPredictor
 
 WAIT_SECONDS = 1.0  # between looks at what other processes are doing
-
-
-def cut_prompts(data: CorpusDataModule, num_prompts: int | None, prompt_tokens: int) -> list[list[int]]:
-    """The first tokens of training documents.
-
-    Args:
-        data: whose documents and tokenizer; set up.
-        num_prompts: so many documents, taken evenly over the corpus; None takes all.
-        prompt_tokens: tokens of a prompt; a shorter document gives all of its own.
-
-    Raises:
-        ValueError: there are fewer documents, or one has no tokens.
-    """
-    assert data.tokenizer is not None, "setup was called"
-    documents = [document for document in data.corpus.documents("train") if document.text]
-    count = len(documents) if num_prompts is None else num_prompts
-    if not documents or count > len(documents):
-        raise ValueError(
-            f"expected {num_prompts or 'some'} training documents to take prompts from, found {len(documents)} in "
-            f"{data.corpus}: lower --num_prompts or mend data.corpus"
-        )
-    prompts: list[list[int]] = []
-    for document in (documents[index * len(documents) // count] for index in range(count)):
-        prompt = data.tokenizer.encode(document.text, add_special_tokens=False, verbose=False)[:prompt_tokens]
-        if not prompt:
-            raise ValueError(f"expected a token in {document.name}, found none: mend data.tokenizer or data.corpus")
-        prompts.append(prompt)
-    return prompts
 
 
 def generation_settings(settings: CompletionSettings, keys: Sequence[tuple[int, int]]) -> GenerationSettings:

@@ -20,12 +20,14 @@ import yaml
 
 from ptp_lightning import cli
 from ptp_lightning.data.whole_files import temporary_path
+from ptp_lightning.pretrained import load_tokenizer
 from ptp_lightning.training import pregenerate
 from tests.tiny_configs import CORPUS_LINE, shrink
 
 CONFIG = Path(__file__).parents[2] / "configs" / "gated_lora.yaml"
 PATIENCE_SECONDS = 120.0
 NUM_PROMPTS, SHARD_PROMPTS, NUM_SHARDS = 20, 3, 7
+TASKS = {"prompt": "# A sum\n", "completion": "{text}"}
 OPTIONS = {
     "num_prompts": NUM_PROMPTS,
     "num_completions": 2,
@@ -72,6 +74,26 @@ def config(tmp_path: Path) -> Path:
     for number in range(NUM_PROMPTS + 5):
         (corpus / f"{number:02d}.txt").write_text(f"number_{number} = {number}\n" + CORPUS_LINE * 20)
     return shrink(CONFIG, corpus, tmp_path)
+
+
+@pytest.fixture
+def streamed(config: Path) -> Path:
+    """The same with a stream of tasks, which are prompts, and texts, which begin with one."""
+    parts: list[dict[str, Any]] = [
+        {"rendering": {"class_path": "ptp_lightning.data.PromptAndCompletion", "init_args": TASKS}, "weight": 2.0},
+        {"rendering": {"class_path": "ptp_lightning.data.PlainText"}},
+    ]
+    for number, part in enumerate(parts):
+        rows = config.parent / f"rows{number}.jsonl"
+        texts = ({"text": f"number_{k} = {k}\n" + CORPUS_LINE} for k in range(15))
+        rows.write_text("".join(json.dumps(text) + "\n" for text in texts))
+        part["source"] = {"class_path": "ptp_lightning.data.JsonLines", "init_args": {"paths": [str(rows)]}}
+    plain = yaml.safe_load(config.read_text())
+    arguments = {"tokenizer": "embedded", "row_length": 64, "parts": parts, "eval_parts": parts}
+    plain["data"] = {"class_path": "ptp_lightning.data.StreamingCorpus", "init_args": arguments}
+    path = config.with_name("streamed.yaml")
+    path.write_text(yaml.safe_dump(plain))
+    return path
 
 
 def arguments(config: Path, output: Path, **changes: Any) -> list[str]:
@@ -154,7 +176,26 @@ def test_a_run_trains_from_the_lines_that_are_printed(config: Path, tmp_path: Pa
     assert "temperature=0.8" in refused.err and "temperature=0.7" in refused.err and "data.folder" in refused.err
 
 
-def test_killed_and_repeated_it_leaves_what_an_undisturbed_run_leaves(config: Path, tmp_path: Path, run: Run) -> None:
+def test_every_document_of_a_stream_is_completed_once(streamed: Path, tmp_path: Path, run: Run) -> None:
+    output = tmp_path / "completions"
+    printed = run(*arguments(streamed, output, num_prompts="null", num_completions=1))
+    assert printed.status == 0, printed.err
+    prompts = [
+        row["prompt_ids"] for path in output.glob("*.parquet") for row in pq.ParquetFile(path).read().to_pylist()
+    ]
+    tokenizer = load_tokenizer("embedded")
+    texts = [tokenizer.encode(f"number_{k} = {k}\n{CORPUS_LINE}") for k in range(15)]
+    assert sorted(prompts) == sorted([tokenizer.encode("# A sum\n")] * 15 + [text[:6] for text in texts])
+    (tmp_path / "train.yaml").write_text(printed.out.partition("second --config\n")[2])
+    printed = run("fit", "--config", str(streamed), "--config", "train.yaml")
+    assert printed.status == 0, printed.err
+
+
+@pytest.mark.parametrize("kind", ["config", "streamed"])
+def test_killed_and_repeated_it_leaves_what_an_undisturbed_run_leaves(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path, run: Run
+) -> None:
+    config: Path = request.getfixturevalue(kind)
     assert run(*arguments(config, tmp_path / "undisturbed")).status == 0
     output = tmp_path / "killed"
     process = start(config, output)
@@ -175,7 +216,8 @@ def test_killed_and_repeated_it_leaves_what_an_undisturbed_run_leaves(config: Pa
     assert finished == {path: path.stat().st_mtime_ns for path in finished}  # nothing was made twice
 
 
-def test_two_processes_share_the_work(config: Path, tmp_path: Path, run: Run) -> None:
+def test_two_processes_share_the_work(streamed: Path, tmp_path: Path, run: Run) -> None:
+    config = streamed
     assert run(*arguments(config, tmp_path / "alone")).status == 0
     output = tmp_path / "shared"
     first, second = start(config, output), None

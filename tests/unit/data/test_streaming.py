@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import warnings
 from collections import Counter
@@ -101,6 +102,13 @@ class TestTrainingStream:
             [0, 0, 0, 0, -1],
         ]
         assert data.report.short == 0 and data.report.long == 1
+
+    def test_the_pieces_of_a_long_document_are_apart(self, tmp_path: Path) -> None:
+        numbers = range(1, 9)
+        file = write(tmp_path / "data.jsonl", [{"text": " ".join([str(k)] * 20)} for k in numbers])
+        rows = documents(take(corpus([file], row_length=7, shuffle_documents=8), 12))
+        assert sorted(rows) == sorted([*numbers] * 3)  # three pieces each
+        assert sum(first == second for first, second in itertools.pairwise(rows)) < 8  # two a document if side by side
 
     @pytest.mark.parametrize("num_workers", [0, 1, 3])
     def test_every_document_once_an_epoch(self, files: list[str], num_workers: int) -> None:

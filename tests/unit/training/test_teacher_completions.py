@@ -14,9 +14,8 @@ from ptp_lightning.decoding import GenerationSettings, decode_autoregressively
 from ptp_lightning.decoding.generation import OnTokens
 from ptp_lightning.sampling import SamplingConfig
 from ptp_lightning.training import teacher_completions
-from ptp_lightning.training.teacher_completions import cut_prompts, finish, sample_shard
+from ptp_lightning.training.teacher_completions import finish, sample_shard
 from tests.tiny_completions import PROMPTS, made_up, settings_of, tiny_settings
-from tests.tiny_data import Texts, tiny_data
 from tests.tiny_predictors import tiny_predictor
 
 SAMPLING = SamplingConfig(temperature=1.5, top_k=20, top_p=0.95)
@@ -59,26 +58,6 @@ class TestSampling:
     def test_another_seed_other_texts(self) -> None:
         first, second = (sample_shard(PREDICTOR, settings_of(PREDICTOR, seed=seed), PROMPTS, 0, 7) for seed in (0, 1))
         assert sum(a.completion_ids == b.completion_ids for a, b in zip(first, second, strict=True)) < 4
-
-
-class TestPrompts:
-    def test_the_beginnings_of_documents(self) -> None:
-        data = tiny_data(Texts(["abcdef", "", "gh", "ijk"]))
-        assert cut_prompts(data, None, 3) == [[1, 2, 3], [7, 8], [9, 10, 11]]
-        assert cut_prompts(data, None, 1) == [[1], [7], [9]]
-
-    def test_taken_evenly(self) -> None:
-        data = tiny_data(Texts([letter * 3 for letter in "abcdefghij"]))
-        assert cut_prompts(data, 4, 1) == [[1], [3], [6], [8]]
-
-    def test_no_end_of_text_in_a_prompt(self) -> None:
-        assert cut_prompts(tiny_data(Texts(["ab"])), None, 10) == [[1, 2]]
-
-    def test_too_few_documents(self) -> None:
-        with pytest.raises(ValueError, match="expected 3 training documents .*found 2 .*--num_prompts.*data.corpus"):
-            cut_prompts(tiny_data(Texts(["ab", "c"])), 3, 1)
-        with pytest.raises(ValueError, match="expected some training documents .*found 0 .*data.corpus"):
-            cut_prompts(tiny_data(Texts(["", ""])), None, 1)
 
 
 class Seen:
