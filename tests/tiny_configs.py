@@ -1,6 +1,8 @@
 """The configurations of the repository with a tiny network, a tiny corpus and small batches, for tests."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -17,6 +19,33 @@ SHRUNKEN = {
     "bos_token_id": 0,
 }
 CORPUS_LINE = "def add(a, b):\n    return a + b\n"
+
+# Nine rows with the columns of all data sets that configurations name.
+ROWS: list[dict[str, Any]] = [
+    {
+        "text": f"# {number}\n{CORPUS_LINE}" * 4,
+        "description": f"Add {number}.",
+        "solutions": {"language": [3], "solution": [CORPUS_LINE, "no"]},
+        "conversations": [{"from": "human", "value": f"Add {number}!"}, {"from": "gpt", "value": CORPUS_LINE}],
+        "messages": [
+            {"role": "user", "content": f"Add {number}!"},
+            {"role": "assistant", "content": CORPUS_LINE},
+        ],
+    }
+    for number in range(9)
+]
+TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+
+
+def localize(data: dict[str, Any], folder: Path) -> None:
+    """Let the parts of a stream read `ROWS`, every one of which has to be usable, in training and in validation."""
+    rows = folder / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    for part in data["parts"]:
+        part["source"] = {"class_path": "ptp_lightning.data.JsonLines", "init_args": {"paths": [str(rows)]}}
+        if part.get("rendering", {}).get("class_path", "").endswith("Chat"):
+            part["rendering"].setdefault("init_args", {}).setdefault("template", TEMPLATE)
+    data |= {"eval_parts": data["parts"], "num_workers": 0, "on_error": "raise"}
 
 
 def shrink(path: Path, corpus: Path, folder: Path) -> Path:
@@ -36,6 +65,8 @@ def shrink(path: Path, corpus: Path, folder: Path) -> Path:
             "class_path": "ptp_lightning.data.TextFiles",
             "init_args": {"paths": [str(corpus)], "held_out": "lines"},
         }
+    elif "parts" in data:
+        localize(data, folder)
     elif "PickUps" in data["series"]["class_path"]:
         places = folder / "places.csv"
         places.write_text("latitude,longitude\n" + "".join(f"{n % 7},{n % 11}\n" for n in range(4000)))

@@ -5,7 +5,6 @@ from ptp_lightning.data.completions_datamodule import CompletionsDataModule
 from ptp_lightning.data.corpus import Corpus, Document, StandardLibrary, TextFiles
 from ptp_lightning.data.datamodule import CorpusDataModule
 from ptp_lightning.data.file_rows import JsonLines, TextRows
-from ptp_lightning.data.hub import HubDataset
 from ptp_lightning.data.hub_rows import HubRows
 from ptp_lightning.data.markov import MarkovSeries
 from ptp_lightning.data.mixture import StreamPart
@@ -22,7 +21,6 @@ __all__ = [
     "Corpus",
     "CorpusDataModule",
     "Document",
-    "HubDataset",
     "HubRows",
     "JsonLines",
     "MarkovSeries",

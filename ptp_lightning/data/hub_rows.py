@@ -60,17 +60,15 @@ class HubRows(RowSource):
     def _opened(self, key: str, share: Share) -> Any:
         from datasets.distributed import split_dataset_by_node
 
-        dataset = opened(self.path, self.name, self.data_files, self.split, self.revision, "HubRows in data.parts")
+        dataset = opened(self.path, self.name, self.data_files, self.split, self.revision)
         # A buffer of one row leaves the order inside a shard as it is; the stream shuffles documents itself, because
         # the library forgets the buffer's content when it resumes.
         dataset = dataset.shuffle(seed=keyed_generator("shards", key).initial_seed() % 2**32, buffer_size=1)
         return split_dataset_by_node(dataset, share.rank, share.world) if share.world > 1 else dataset
 
 
-def opened(
-    path: str, name: str | None, data_files: str | list[str] | None, split: str, revision: str | None, key: str
-) -> Any:
-    """A `datasets.IterableDataset`; arguments as in `load_dataset`, and the configuration key that errors name.
+def opened(path: str, name: str | None, data_files: str | list[str] | None, split: str, revision: str | None) -> Any:
+    """A `datasets.IterableDataset`; arguments as in `load_dataset`.
 
     Raises:
         FileNotFoundError: the dataset cannot be opened.
@@ -83,5 +81,5 @@ def opened(
     except (OSError, ValueError, DatasetNotFoundError) as error:
         raise FileNotFoundError(
             f"expected a dataset that opens as {path!r} (name {name}, data_files {data_files}, split {split}), found: "
-            f"{error}; mend {key}"
+            f"{error}; mend HubRows in data.parts"
         ) from error

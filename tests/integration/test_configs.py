@@ -1,14 +1,15 @@
 """Every YAML in configs/ is a run that starts: all are built, the small ones take a training and a validation step."""
 
-import json
+import re
 import sys
+from dataclasses import astuple
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
 from ptp_lightning.cli import main
+from ptp_lightning.data import Chat
 from ptp_lightning.losses import (
     AcceptedLengthWeights,
     BinaryCrossEntropy,
@@ -21,7 +22,8 @@ from ptp_lightning.losses import (
     UniformWeights,
 )
 from ptp_lightning.training import DistillationModule
-from tests.tiny_configs import CORPUS_LINE, shrink
+from tests.byte_tokenizer import byte_tokenizer
+from tests.tiny_configs import CORPUS_LINE, localize, shrink
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
@@ -45,16 +47,7 @@ def test_every_configuration_trains_and_validates(
 
 
 ROOT = Path(__file__).parents[2]
-TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
-ROWS: dict[str, dict[str, Any]] = {
-    "fineweb_edu": {"text": CORPUS_LINE * 4},
-    "code_contests": {"description": "Add.", "solutions": {"language": [3], "solution": [CORPUS_LINE, "no"]}},
-    "sharegpt": {"conversations": [{"from": "human", "value": "Add!"}, {"from": "gpt", "value": CORPUS_LINE}]},
-    "README": {
-        "text": CORPUS_LINE * 4,
-        "messages": [{"role": "user", "content": "Add!"}, {"role": "assistant", "content": CORPUS_LINE}],
-    },
-}
+POSITIONS = {"TinyLlama/TinyLlama-1.1B-Chat-v1.0": 2048, "lmsys/vicuna-7b-v1.3": 2048}
 
 
 def data_configurations() -> dict[str, str]:
@@ -63,26 +56,47 @@ def data_configurations() -> dict[str, str]:
     return shown | {"README": (ROOT / "README.md").read_text().split("```yaml\n")[1].split("```")[0]}
 
 
-@pytest.mark.parametrize(("name", "text"), data_configurations().items(), ids=data_configurations().keys())
+def test_rows_and_windows_have_room_in_the_models() -> None:
+    """Of the model of the configuration, and of the one that a comment puts before it."""
+    paths = [path for path in (ROOT / "configs").rglob("*.yaml") if "StreamingCorpus" in path.read_text()]
+    assert len(paths) == 5
+    for text in (path.read_text().replace("configs/data/", "") for path in paths):
+        (before,) = set(re.findall(r"configs/(\w+)\.yaml", text))
+        model = yaml.safe_load((ROOT / "configs" / f"{before}.yaml").read_text())["model"]["init_args"]["predictor"]
+        row_length = yaml.safe_load(text)["data"]["init_args"]["row_length"]
+        assert row_length + model["window_length"] <= POSITIONS[model["backbone"]["path"]]
+
+
+@pytest.mark.parametrize("text", data_configurations().values(), ids=data_configurations().keys())
 def test_every_data_configuration_goes_behind_another(
-    name: str, text: str, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    text: str, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With local files of the same shape in place of the hub's."""
     config = yaml.safe_load(text)
     data = config["data"]["init_args"]
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps(ROWS[name]).replace("a + b", f"a + {k}") + "\n" for k in range(9)))
-    for part in data["parts"]:
-        part["source"] = {"class_path": "ptp_lightning.data.JsonLines", "init_args": {"paths": [str(rows)]}}
-        if part.get("rendering", {}).get("class_path", "").endswith("Chat"):
-            part["rendering"].setdefault("init_args", {})["template"] = TEMPLATE
-    data |= {"row_length": 32, "batch_size": 2, "num_windows": 2, "eval_rows": 2, "eval_parts": data["parts"]}
-    data |= {"num_workers": 0, "on_error": "raise"}  # every row has to be usable
+    localize(data, tmp_path)
+    data |= {"row_length": 32, "batch_size": 2, "num_windows": 2, "eval_rows": 2}
     (tmp_path / "data.yaml").write_text(yaml.safe_dump(config))
     run = ["fit", "--config", str(shrink(ROOT / "configs" / "gated_lora.yaml", corpus, tmp_path))]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["ptp_lightning", *run, "--config", str(tmp_path / "data.yaml")])
     main()
+
+
+def test_vicuna_hears_the_words_that_it_was_trained_with() -> None:
+    """The format of FastChat's `vicuna_v1.1`; what the assistant says is learned, with the end of its turn."""
+    config = yaml.safe_load((ROOT / "configs" / "vicuna.yaml").read_text())
+    (part,) = config["data"]["init_args"]["parts"]
+    said = [("user", "Hi?"), ("assistant", "Yo."), ("user", "So?"), ("assistant", "No.")]
+    row = {"messages": [{"role": role, "content": words} for role, words in said]}
+    tokenizer = byte_tokenizer()
+    ids, learned = astuple(Chat(**part["rendering"]["init_args"]).document(row, tokenizer))
+    assert tokenizer.decode(ids[:-1]) == (
+        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+        "detailed, and polite answers to the user's questions. USER: Hi? ASSISTANT: Yo.</s>USER: So? ASSISTANT: No.</s>"
+    )
+    answers = [token for token, is_learned in zip(ids[:-1], learned, strict=False) if is_learned]
+    assert tokenizer.decode(answers) == " Yo.</s> No.</s>"
 
 
 @pytest.mark.parametrize(("name", "rank"), [("tinyllama", 256), ("vicuna", 128)])
