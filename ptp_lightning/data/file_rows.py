@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any, Literal, cast
 
 from ptp_lightning.data.row_source import BadRowError, Position, RawRow, RowSource, Share
+from ptp_lightning.pretrained import clear_errors
 
 
 @dataclass(frozen=True)
@@ -60,16 +61,22 @@ class FileRows(RowSource):
         return found
 
     def rows(self, key: str, share: Share, position: Position | None = None) -> Iterator[RawRow]:
-        """See `RowSource.rows`."""
+        """See `RowSource.rows`.
+
+        Raises:
+            FileNotFoundError: a file is not there any more.
+            ValueError: one cannot be read, because it was packed in another way or is cut off for instance.
+        """
         files = self.files()
         random.Random(f"files/{key}").shuffle(files)
         position = {"file": 0, "offset": 0, "line": 0, "number": 0} if position is None else position
         for index in range(position["file"], len(files)):
             start = position if index == position["file"] else {"offset": 0, "line": 0, "number": position["number"]}
-            for row in self._file_rows(files[index], start):
-                position = row.position | {"file": index}
-                if (position["number"] - 1) % share.world == share.rank:
-                    yield row._replace(position=position)
+            with clear_errors(files[index], f"{type(self).__name__}.paths"):
+                for row in self._file_rows(files[index], start):
+                    position = row.position | {"file": index}
+                    if (position["number"] - 1) % share.world == share.rank:
+                        yield row._replace(position=position)
 
     @abstractmethod
     def _file_rows(self, file: str, start: Position) -> Iterator[RawRow]:

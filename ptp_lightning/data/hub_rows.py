@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from ptp_lightning.data.row_source import Position, RawRow, RowSource, Share
+from ptp_lightning.pretrained import clear_errors
 from ptp_lightning.randomness import keyed_generator
 
 ROWS_AT_ONCE = 64  # between two positions of the library; a run that goes on reads at most so many again
@@ -18,7 +19,8 @@ class HubRows(RowSource):
     """What `datasets.load_dataset` opens as a stream: a hub id, or a format such as `parquet` with files.
 
     Each epoch reads the dataset's shards in an order of its own. Processes divide the shards if they divide evenly, and
-    the rows otherwise.
+    the rows otherwise. The library's readers know no broken rows, only broken files, which end the run; `JsonLines`
+    names the line, or leaves it out.
 
     Args:
         path: hub id or file format.
@@ -35,7 +37,12 @@ class HubRows(RowSource):
     revision: str | None = None
 
     def rows(self, key: str, share: Share, position: Position | None = None) -> Iterator[RawRow]:
-        """See `RowSource.rows`."""
+        """See `RowSource.rows`.
+
+        Raises:
+            FileNotFoundError: the dataset cannot be opened.
+            ValueError: a part of it cannot be read.
+        """
         dataset = self._opened(key, share)
         skipped = 0
         if position is not None:
@@ -43,15 +50,15 @@ class HubRows(RowSource):
             skipped = position["within"]
         state = dataset.state_dict()
         # Unlike iteration by row, this does not divide rows among the workers of a data loader, which do it themselves.
-        for columns in dataset.iter(batch_size=ROWS_AT_ONCE):
-            num_rows = len(next(iter(columns.values())))
-            for within in range(skipped, num_rows):
-                row = {column: values[within] for column, values in columns.items()}
-                identity = json.dumps(row, sort_keys=True, default=str).encode()
-                yield RawRow(
-                    row, f"{self.path}, split {self.split}", identity, {"dataset": state, "within": within + 1}
-                )
-            state, skipped = dataset.state_dict(), 0
+        with clear_errors(f"{self.path} (data_files {self.data_files}, split {self.split})", "HubRows.path"):
+            for columns in dataset.iter(batch_size=ROWS_AT_ONCE):
+                num_rows = len(next(iter(columns.values())))
+                for within in range(skipped, num_rows):
+                    row = {column: values[within] for column, values in columns.items()}
+                    identity = json.dumps(row, sort_keys=True, default=str).encode()
+                    position = {"dataset": state, "within": within + 1}
+                    yield RawRow(row, f"{self.path}, split {self.split}", identity, position)
+                state, skipped = dataset.state_dict(), 0
 
     def parse(self, row: RawRow) -> Mapping[str, Any]:
         """See `RowSource.parse`."""

@@ -107,6 +107,7 @@ class Chat(Rendering):
         """See `Rendering.document`; the template's own end of a turn belongs to what the assistant says."""
         messages = self._messages(row)
         text, spans = self._spans(messages, tokenizer)
+        require_unicode(text)
         encoded: Any = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids: list[int] = encoded["input_ids"]
         learned = [any(begin <= start < end for begin, end in spans) for start, _ in encoded["offset_mapping"]]
@@ -195,8 +196,21 @@ def text_at(row: Mapping[str, Any], way: str) -> str:
 
 
 def token_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Of the text alone."""
+    """Of the text alone; raises BadRowError as `require_unicode`."""
+    require_unicode(text)
     return tokenizer.encode(text, add_special_tokens=False, verbose=False)
+
+
+def require_unicode(text: str) -> None:
+    """Refuse what JSON can spell and no tokenizer reads, half of a surrogate pair.
+
+    Raises:
+        BadRowError: says where it stands.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadRowError(f"expected Unicode text, found {error}") from error
 
 
 def end_of_text(tokenizer: PreTrainedTokenizerBase) -> list[int]:

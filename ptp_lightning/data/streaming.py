@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -105,7 +105,7 @@ class BatchStream(IterableDataset[PackedBatch]):
         waiting: list[PackedRow] = []
         places: list[tuple[Block, int]] = []  # of the rows that wait
         number = start.batch
-        for block in self._loaded_blocks(start):
+        for block in _not_all_empty(self._loaded_blocks(start)):
             begin = start.row if block.number == start.block else 0
             for row in range(begin, len(block.rows.input_ids)):
                 waiting.append(PackedRow(*(tensor[row] for tensor in block.rows)))
@@ -132,15 +132,11 @@ class BatchStream(IterableDataset[PackedBatch]):
         options: dict[str, Any] = {"num_workers": self._num_workers, "batch_size": None, "collate_fn": _as_it_is}
         if self._num_workers:
             options["prefetch_factor"] = BLOCKS_AHEAD
-        empty = 0
-        for block in DataLoader(stream, **options):
-            self._take_note(block)
-            empty = 0 if len(block.rows.input_ids) else empty + 1
-            if empty > LARGEST_EMPTY_RUN:
-                raise ValueError(
-                    f"expected documents with something to be learned, found none in {empty} blocks: mend data.parts"
-                )
-            yield block
+        for found in DataLoader(_ErrorsHandedOver(stream), **options):
+            if isinstance(found, Exception):
+                raise found
+            self._take_note(found)
+            yield found
 
     def _take_note(self, block: Block) -> None:
         before = self.report
@@ -161,6 +157,19 @@ class BatchStream(IterableDataset[PackedBatch]):
                 "several; raise data.row_length to keep more of them whole",
                 stacklevel=2,
             )
+
+
+class _ErrorsHandedOver(IterableDataset[Block | Exception]):
+    """Blocks and, at last, what ended them: an error that a worker raises would arrive buried in tracebacks."""
+
+    def __init__(self, blocks: BlockStream) -> None:
+        self._blocks = blocks
+
+    def __iter__(self) -> Iterator[Block | Exception]:
+        try:
+            yield from self._blocks
+        except (ValueError, FileNotFoundError) as error:
+            yield error
 
 
 class StreamingCorpus(TextDataModule):
@@ -292,13 +301,14 @@ class StreamingCorpus(TextDataModule):
 
         Raises:
             ValueError: the split has no document of two or more tokens, or a row of it cannot be used.
+            FileNotFoundError: there is nothing to read.
         """
         parts, division = (self.eval_parts, "halves") if self.eval_parts else (self.parts, "hash")
         share = Share(*self.rank_and_world())
         blocks = BlockStream(parts, share, self._block_settings(division), split, once=True)
         rows: list[PackedRow] = []
         unusable = 0
-        for block in blocks:
+        for block in _not_all_empty(blocks):
             unusable = _count_unusable(unusable, block.complaints, self.on_error)
             rows.extend(PackedRow(*tensors) for tensors in zip(*block.rows, strict=True))
             if len(rows) >= self.eval_rows:
@@ -342,6 +352,18 @@ class StreamingCorpus(TextDataModule):
         return BlockSettings(self.require_tokenizer(), self.row_length, self.shuffle_documents, self.seed, division)
 
 
+def _not_all_empty(blocks: Iterable[Block]) -> Iterator[Block]:
+    """The blocks, until it is clear that no more rows will come of them."""
+    empty = 0
+    for block in blocks:
+        yield block
+        empty = 0 if len(block.rows.input_ids) else empty + 1
+        if empty > LARGEST_EMPTY_RUN:
+            raise ValueError(
+                f"expected documents with something to be learned, found none in {empty} blocks: mend data.parts"
+            )
+
+
 def _count_unusable(before: int, complaints: Sequence[str], on_error: OnError) -> int:
     """How many rows were left out by now; says so now and then, or raises at the first."""
     if complaints and on_error == "raise":
@@ -354,8 +376,8 @@ def _count_unusable(before: int, complaints: Sequence[str], on_error: OnError) -
     return now
 
 
-def _as_it_is(block: Block) -> Block:
-    return block
+def _as_it_is(found: Block | Exception) -> Block | Exception:
+    return found
 
 
 def _new_magnitude(before: int, now: int) -> bool:

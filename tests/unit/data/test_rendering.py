@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -125,6 +126,12 @@ class TestValueAt:
     def test_names_what_is_missing(self, way: str) -> None:
         with pytest.raises(BadRowError, match=f"column '{way}'"):
             value_at(NESTED, way)
+
+    def test_half_a_surrogate_pair_is_no_text(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        row = json.loads(r'{"text": "a\ud800", "messages": [{"role": "assistant", "content": "\udfff"}]}')
+        for rendering in (PlainText(), PromptAndCompletion("{text}", "b"), Chat(template=TEMPLATE)):
+            with pytest.raises(BadRowError, match="expected Unicode text"):
+                rendering.document(row, tokenizer)
 
     def test_text_is_asked_for(self, tokenizer: PreTrainedTokenizerBase) -> None:
         with pytest.raises(BadRowError, match="expected text in column 'text', found int"):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -14,6 +18,11 @@ from hypothesis import strategies as st
 from ptp_lightning.data.file_rows import JsonLines, TextRows
 from ptp_lightning.data.hub_rows import HubRows
 from ptp_lightning.data.row_source import BadRowError, RowSource, Share
+
+
+def zstd(content: bytes) -> bytes:
+    return pa.compress(content, codec="zstd", asbytes=True)
+
 
 LINES = [["a0", "a1", "", "a2"], ["b0"], [], ["c0", "c1", "c2", "c3"]]
 
@@ -133,6 +142,47 @@ class TestBrokenRows:
     def test_a_byte_order_mark_is_no_text(self, tmp_path: Path) -> None:
         (tmp_path / "data.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\n")
         assert texts(TextRows([str(tmp_path)], per="line")) == ["one", "two"]
+
+
+class TestBrokenFiles:
+    @pytest.mark.parametrize(
+        ("name", "content"),
+        [
+            ("data.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 9)[:-9]),
+            ("data.jsonl.gz", b'{"text": "a"}\n'),
+            ("data.jsonl.xz", lzma.compress(b'{"text": "a"}\n' * 9)[:-30]),
+        ],
+        ids=["cut off", "not packed", "cut off in the middle"],
+    )
+    def test_what_cannot_be_unpacked_is_named(self, tmp_path: Path, name: str, content: bytes) -> None:
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=rf"JsonLines.paths=.*{name} cannot be read"):
+            texts(JsonLines([str(tmp_path / name)]))
+
+    def test_what_the_library_cannot_read_is_named(self, tmp_path: Path) -> None:
+        (tmp_path / "data.txt").write_bytes(b"fine\nna\xefve\n")
+        source = HubRows("text", data_files=str(tmp_path / "data.txt"))
+        with pytest.raises(ValueError, match=r"HubRows.path=text .*data.txt.* cannot be read: UnicodeDecodeError"):
+            texts(source)
+
+    def test_a_file_that_has_gone(self, tmp_path: Path) -> None:
+        (tmp_path / "data.jsonl").touch()
+        source = JsonLines([str(tmp_path / "data.jsonl")])
+        (tmp_path / "data.jsonl").unlink()
+        with pytest.raises(FileNotFoundError, match="data.jsonl.*JsonLines"):
+            texts(source)
+
+
+class TestPackedFiles:
+    @pytest.mark.parametrize(
+        ("ending", "compress"), [("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress), ("zst", zstd)]
+    )
+    def test_are_unpacked_on_the_way(self, tmp_path: Path, ending: str, compress: Callable[[bytes], bytes]) -> None:
+        (tmp_path / f"data.txt.{ending}").write_bytes(compress(b"one\ntwo\nthree\n"))
+        source = TextRows([str(tmp_path)], per="line")
+        assert texts(source) == ["one", "two", "three"]
+        first, *_ = source.rows("0", Share())
+        assert [row.content for row in source.rows("0", Share(), first.position)] == [b"two\n", b"three\n"]
 
 
 class TestMissingFiles:

@@ -21,10 +21,12 @@ from ptp_lightning.data import (
     HubRows,
     JsonLines,
     PackedBatch,
+    PlainText,
     PromptAndCompletion,
     StreamingCorpus,
     StreamPart,
     TextRows,
+    streaming,
 )
 from ptp_lightning.data.corpus import Split, split_of
 
@@ -32,12 +34,12 @@ NUM_DOCUMENTS = 40
 END = 0
 
 
-def number_tokenizer() -> PreTrainedTokenizerFast:
-    """The word "17" is token 17; 0 ends a text."""
+def number_tokenizer(end_of_text: bool = True) -> PreTrainedTokenizerFast:
+    """The word "17" is token 17; 0 ends a text. There is no token for padding."""
     vocabulary = {"|": END} | {str(number): number for number in range(1, 1000)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="|"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="|")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="|" if end_of_text else None)
 
 
 def write(path: Path, documents: list[dict[str, Any]]) -> str:
@@ -339,10 +341,27 @@ class TestBadRows:
         with pytest.raises(ValueError, match="something to be learned, found none"):
             take(corpus([], parts=parts, row_length=6), 1)
 
-    def test_an_empty_source(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("num_workers", [0, 1])
+    def test_an_empty_source(self, tmp_path: Path, num_workers: int) -> None:
         (tmp_path / "data.jsonl").touch()
-        with pytest.raises(ValueError, match=r"expected documents in JsonLines.*mend part 0 of data.parts"):
-            take(corpus([str(tmp_path / "data.jsonl")]), 1)
+        with pytest.raises(ValueError, match=r"^expected documents in JsonLines.*mend part 0 of data.parts$"):
+            take(corpus([str(tmp_path / "data.jsonl")], num_workers=num_workers), 1)
+
+    def test_held_out_rows_are_not_looked_for_for_ever(self, files: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(streaming, "LARGEST_EMPTY_RUN", 1)
+        data = corpus(files, parts=[StreamPart(JsonLines(files), PlainText("nothing"))], on_error="skip")
+        with (
+            pytest.warns(UserWarning, match="unusable rows so far"),
+            pytest.raises(ValueError, match="something to be learned, found none in 2 blocks"),
+        ):
+            data.fixed_batches("val")
+
+    def test_a_tokenizer_without_an_end_of_text(self, files: list[str]) -> None:
+        data = corpus(files, row_length=3)
+        data.tokenizer = number_tokenizer(end_of_text=False)
+        rows = [row for batch in take(data, NUM_DOCUMENTS // 2) for row in batch.input_ids.tolist()]
+        assert data.end_of_text is None
+        assert sorted(rows) == [[k] * 3 for k in range(1, NUM_DOCUMENTS + 1)]
 
     def test_no_parts(self) -> None:
         with pytest.raises(ValueError, match="set data.parts"):
