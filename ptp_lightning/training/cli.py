@@ -9,6 +9,7 @@ from jsonargparse import set_parsing_settings
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from ptp_lightning.training.termination import TerminateTogether
 from ptp_lightning.user_errors import EXIT_CODE, plain_reason
 
 
@@ -53,6 +54,7 @@ def parsed(
         LightningModule,
         LightningDataModule,
         trainer_class=Trainer,
+        trainer_defaults={"callbacks": [TerminateTogether()]},
         subclass_mode_model=True,
         subclass_mode_data=True,
         seed_everything_default=0,

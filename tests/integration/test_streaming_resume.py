@@ -26,6 +26,7 @@ import json, os, sys, time
 import lightning, torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from ptp_lightning.data import JsonLines, StreamingCorpus, StreamPart
+from ptp_lightning.training.termination import TerminateTogether
 
 folder, num_processes, num_workers, delay, max_steps, checkpoint = json.loads(sys.argv[1])
 
@@ -56,7 +57,10 @@ data = StreamingCorpus(
 trainer = lightning.Trainer(
     accelerator="cpu", devices=num_processes, strategy="ddp" if num_processes > 1 else "auto", max_steps=max_steps,
     limit_val_batches=0, logger=False, enable_progress_bar=False, enable_model_summary=False,
-    callbacks=[ModelCheckpoint(folder, "{step}", every_n_train_steps=PERIOD, save_top_k=-1)],
+    callbacks=[
+        ModelCheckpoint(folder, "{step}", every_n_train_steps=PERIOD, save_top_k=-1, save_on_exception=True),
+        TerminateTogether(),
+    ],
 )
 trainer.fit(Recorder(), data, ckpt_path=checkpoint)
 """.replace("PERIOD", str(PERIOD))
@@ -100,7 +104,7 @@ def steps_seen(folder: Path, rank: int) -> dict[int, list[int]]:
         (1, 0, signal.SIGKILL),
         (1, 2, signal.SIGTERM),
         (2, 0, signal.SIGKILL),
-        pytest.param(2, 1, signal.SIGTERM, marks=pytest.mark.slow),
+        *(pytest.param(2, workers, signal.SIGTERM, marks=pytest.mark.slow) for workers in (0, 1)),
     ],
 )
 @pytest.mark.timeout(900)
@@ -111,10 +115,17 @@ def test_a_killed_training_goes_on(folder: Path, processes: int, workers: int, s
         assert run.poll() is None, run.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    os.killpg(run.pid, stop)  # in the middle of a period
-    run.wait()
-    checkpoint = max(folder.glob("*.ckpt"), key=lambda path: int(path.stem.partition("=")[2]))
+    try:
+        # In the middle of a period; whoever ends a run politely speaks to its main process.
+        (os.kill if stop == signal.SIGTERM else os.killpg)(run.pid, stop)
+        run.wait(PATIENCE_SECONDS)
+    finally:
+        run.kill()
+    saved = {int(path.stem.partition("=")[2]): path for path in folder.glob("*.ckpt")}
+    checkpoint = saved[max(saved)]
     before = [steps_seen(folder, rank) for rank in range(processes)]
+    if stop == signal.SIGTERM:  # saved behind the last step
+        assert [max(steps) for steps in before] == [max(saved)] * processes
 
     resumed = start(folder, processes, workers, NUM_STEPS, 0.0, checkpoint)
     output = resumed.communicate(timeout=PATIENCE_SECONDS)[0]

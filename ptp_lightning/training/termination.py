@@ -1,0 +1,39 @@
+"""How SIGTERM ends a training of several processes: all of them behind the same step, with a checkpoint."""
+
+from __future__ import annotations
+
+import signal
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+
+class TerminateTogether(Callback):
+    """Stops all processes before the next step when one of them has received SIGTERM.
+
+    Lightning's own handler talks to the other processes while it handles the signal. That may cross with what they
+    exchange about gradients, and then all wait for ever (Lightning issue 20806). Here the handler only takes note, and
+    processes ask each other where all of them come by. A single process is left to Lightning.
+    """
+
+    def __init__(self) -> None:
+        self._received = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the place of Lightning's handler, which it has registered by now and removes itself."""
+        if trainer.world_size > 1:
+            self._received = False
+            signal.signal(signal.SIGTERM, self._take_note)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """End the run like Lightning does, before this batch.
+
+        Raises:
+            SIGTERMException: one of the processes has received the signal.
+        """
+        if trainer.world_size > 1 and trainer.strategy.reduce_boolean_decision(self._received, all=False):
+            raise SIGTERMException
+
+    def _take_note(self, *_: Any) -> None:
+        self._received = True
