@@ -1,0 +1,111 @@
+"""The report of a study: a Markdown table and figures, from what is in the storage."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import optuna
+from optuna.trial import TrialState
+
+from sweeps.attributes import COMMAND, GIVEN_UP, TRACEBACK
+from sweeps.figures import write_figures
+from sweeps.study import Study
+from sweeps.summary import Row, best_row, rows_of
+from sweeps.worker import describe_parameters, short_name
+
+REPORT = "report.md"
+NONE = "-"
+
+
+def write_report(study: Study, stored: optuna.Study, folder: Path) -> str:
+    """Write report.md and its figures into a folder; returns the text to show.
+
+    Raises:
+        ValueError: trials had different budgets.
+    """
+    rows = rows_of(study, stored)
+    folder.mkdir(parents=True, exist_ok=True)
+    figures = write_figures(study, stored, rows, folder)
+    text = report_text(study, stored, rows)
+    pictures = "".join(f"\n![{name.partition('.')[0]}]({name})\n" for name in figures)
+    path = folder / REPORT
+    path.write_text(text + pictures, encoding="utf-8")
+    return f"{text}\nReport  {os.path.relpath(path)}"
+
+
+def report_text(study: Study, stored: optuna.Study, rows: Sequence[Row]) -> str:
+    """The report without its figures."""
+    parts = [
+        f"# {stored.study_name}\n\n{study.title}\n",
+        f"`{study.objective.metric}` ({study.objective.direction}) after {study.budget.steps:,} steps and "
+        f"{study.budget.tokens:,} tokens; seeds {', '.join(map(str, study.seeds))}. `±` is half of the 95 % interval "
+        "of the mean over seeds (Student's t).\n",
+        table(study, rows),
+    ]
+    if study.published is not None:
+        parts.append(f"Published: {study.published.source}.\n")
+    importances = parameter_importances(study, stored)
+    if importances:
+        shown = ", ".join(f"{short_name(name)} {share:.2f}" for name, share in importances.items())
+        parts.append(f"Importance of the parameters (PED-ANOVA, shares of 1): {shown}.\n")
+    best = best_row(study, rows)
+    if best is not None:
+        parts.append(f"Best: {describe_parameters(best.parameters)}. To train it by itself:\n")
+        parts.append(f"```\n{best.trials[0].user_attrs[COMMAND]}\n```\n")
+    parts += failures(stored)
+    return "\n".join(parts)
+
+
+def table(study: Study, rows: Sequence[Row]) -> str:
+    """Markdown: a line for each point."""
+    names = list(study.distributions)
+    has_published = any(row.published is not None for row in rows)
+    header = [*(short_name(name) for name in names), "mean", "±", "trials", "pruned", "failed", "seconds a trial"]
+    lines = [header + ["published"] * has_published]
+    for row in rows:
+        cells = [*(shown(row.parameters.get(name)) for name in names), number(row.mean), number(row.half_width)]
+        cells += [str(len(row.trials)), str(row.num_pruned), str(row.num_failed), number(row.seconds, 1)]
+        lines.append(cells + [NONE if row.published is None else f"{row.published:g}"] * has_published)
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def parameter_importances(study: Study, stored: optuna.Study) -> dict[str, float]:
+    """Share of each parameter in what makes results differ; empty for a single parameter or too few results."""
+    from optuna.importance import get_param_importances
+
+    if len(study.distributions) < 2 or len(stored.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))) < 2:
+        return {}
+    try:
+        return get_param_importances(stored, params=list(study.distributions))
+    except (ValueError, RuntimeError):  # all results are equal, say
+        return {}
+
+
+def failures(stored: optuna.Study) -> list[str]:
+    """The last line of each failed trial's traceback."""
+    failed = [
+        (trial.number, trial.user_attrs[TRACEBACK].strip().splitlines()[-1])
+        for trial in stored.get_trials(deepcopy=False, states=(TrialState.FAIL,))
+        if TRACEBACK in trial.user_attrs and GIVEN_UP not in trial.user_attrs
+    ]
+    if not failed:
+        return []
+    return [
+        "Failed (the whole traceback is a user attribute of the trial):\n",
+        *(f"* {n}: {line}" for n, line in failed),
+        "",
+    ]
+
+
+def number(value: float, digits: int = 3) -> str:
+    """For a cell; `-` for NaN."""
+    return NONE if math.isnan(value) else f"{value:.{digits}f}"
+
+
+def shown(value: object) -> str:
+    """A parameter's value for a cell."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,195 @@
+"""Worker: takes one trial after the other, trains it, and writes down what came of it."""
+
+from __future__ import annotations
+
+import math
+import re
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.trial import Trial, TrialState
+
+from sweeps.attributes import (
+    ACCURACY,
+    COMMAND,
+    LOG_DIR,
+    METRICS,
+    SECONDS,
+    SEED,
+    STEPS,
+    TOKENS,
+    TRACEBACK,
+    TRAINING_SECONDS,
+)
+from sweeps.queue import TrialQueue
+from sweeps.study import Overrides, Parameters, Study
+from sweeps.training_run import (
+    Result,
+    TrainingRuns,
+    budget_overrides,
+    fit_arguments,
+    fit_command,
+    logger_overrides,
+)
+from sweeps.trial_callbacks import Heartbeat, PruneAtValidation
+
+LONGEST_RUN_NAME = 120
+
+
+class Worker:
+    """Trains trials of a study in this process.
+
+    Args:
+        study: what is to be trained.
+        queue: its points.
+        base: the base configuration.
+        more: overrides of all trials, from the command line.
+        logs: folder of TensorBoard files.
+        say: is told a line at the beginning and at the end of every trial.
+    """
+
+    def __init__(
+        self, study: Study, queue: TrialQueue, base: str, more: Overrides, logs: Path, say: Callable[[str], None]
+    ) -> None:
+        self.study = study
+        self.queue = queue
+        self.base = base
+        self.more = more
+        self.logs = logs
+        self.say = say
+        self.runs = TrainingRuns()
+
+    def work(self, limit: int | None) -> int:
+        """Train until no point is left, or `limit` trials; returns how many trials there were.
+
+        Raises:
+            KeyboardInterrupt: somebody stopped it; the trial that was running is put back.
+        """
+        done = 0
+        while limit is None or done < limit:
+            trial = self.queue.take()
+            if trial is None:
+                break
+            self._train(trial)
+            done += 1
+        return done
+
+    def arguments(self, parameters: Parameters, seed: int) -> list[str]:
+        """What `fit` is told for a point."""
+        return trial_arguments(self.study, self.base, self.more, parameters, seed)
+
+    def _train(self, trial: Trial) -> None:
+        parameters: Parameters = {
+            name: suggest(trial, name, distribution) for name, distribution in self.study.distributions.items()
+        }
+        seed = trial.user_attrs[SEED]
+        label = describe(parameters, seed)
+        self.say(f"trial {trial.number} starts: {label}")
+        arguments = self.arguments(parameters, seed)
+        run = run_name(trial.number, parameters, seed)
+        trial.set_user_attr(COMMAND, fit_command(arguments))
+        trial.set_user_attr(LOG_DIR, str(self.logs / run))
+        pruning = PruneAtValidation(self.study.objective.metric, trial)
+        hyperparameters = {short_name(name): value for name, value in parameters.items()} | {SEED: seed}
+        try:
+            try:
+                result = self.runs.run(
+                    [*arguments, *fit_arguments_of(logger_overrides(self.logs, run))],
+                    [pruning, Heartbeat(trial)],
+                    hyperparameters,
+                )
+                self.say(f"{self._record(trial, result, pruned=pruning.pruned)}: {label} ({result.seconds:.0f} s)")
+            except (KeyboardInterrupt, SystemExit) as stop:  # Lightning turns Ctrl-C and SIGTERM into an exit
+                self.queue.give_up(trial, "stopped")
+                self.queue.fill()
+                self.say(f"trial {trial.number} stopped and put back: {label}")
+                raise KeyboardInterrupt from stop
+            except UpdateFinishedTrialError:
+                raise
+            except Exception as error:  # whatever went wrong in one trial, the next one may be right
+                trial.set_user_attr(TRACEBACK, traceback.format_exc())
+                self.queue.stored.tell(trial, state=TrialState.FAIL)
+                self.say(f"trial {trial.number} failed: {label}: {type(error).__name__}: {error}")
+        except UpdateFinishedTrialError:
+            self.say(f"trial {trial.number} was given up by another process, which took it for dead: {label}")
+
+    def _record(self, trial: Trial, result: Result, *, pruned: bool) -> str:
+        metric = self.study.objective.metric
+        value = result.metrics[metric]
+        if math.isnan(value):
+            raise ValueError(f"expected a number for {metric}, found NaN after {result.steps} steps")
+        for name, entry in (
+            (METRICS, result.metrics),
+            (ACCURACY, result.accuracy_by_position),
+            (STEPS, result.steps),
+            (TOKENS, result.tokens),
+            (SECONDS, result.seconds),
+            (TRAINING_SECONDS, result.training_seconds),
+        ):
+            trial.set_user_attr(name, entry)
+        if pruned:
+            self.queue.stored.tell(trial, state=TrialState.PRUNED)
+            ended = f"pruned after {result.steps} steps at {value:.4g}"
+        else:
+            self.queue.stored.tell(trial, value)
+            ended = f"has {metric} {value:.4g}"
+        progress = self.queue.progress()
+        return f"[{progress.ended}/{progress.total}] trial {trial.number} {ended}"
+
+
+def trial_arguments(study: Study, base: str, more: Overrides, parameters: Parameters, seed: int) -> list[str]:
+    """What `fit` is told for a point: the budget and the parameters outrank the command line's overrides."""
+    seeds = dict.fromkeys(study.seed_paths, seed)
+    return fit_arguments(
+        base, study.overrides, more, budget_overrides(study.budget), seeds, study.overrides_of(parameters)
+    )
+
+
+def fit_arguments_of(overrides: Overrides) -> list[str]:
+    """Overrides alone."""
+    return fit_arguments("", overrides)[2:]
+
+
+def suggest(trial: Trial, name: str, distribution: BaseDistribution) -> bool | int | float | str | None:
+    """The value of a parameter: what its point says, or what the sampler chooses."""
+    match distribution:
+        case CategoricalDistribution():
+            return trial.suggest_categorical(name, distribution.choices)
+        case IntDistribution():
+            return trial.suggest_int(
+                name, distribution.low, distribution.high, step=distribution.step, log=distribution.log
+            )
+        case FloatDistribution():
+            return trial.suggest_float(
+                name, distribution.low, distribution.high, step=distribution.step, log=distribution.log
+            )
+        case _:
+            raise TypeError(f"expected one of Optuna's distributions for {name}, found {distribution}")
+
+
+def short_name(parameter: str) -> str:
+    """The last part of a path."""
+    return parameter.rpartition(".")[2]
+
+
+def describe(parameters: Parameters, seed: int) -> str:
+    """A point for people: `loss=kl rank=8 seed=0`."""
+    return f"{describe_parameters(parameters)} seed={seed}"
+
+
+def describe_parameters(parameters: Parameters) -> str:
+    """The same without the seed."""
+    return " ".join(f"{short_name(name)}={_number(value)}" for name, value in parameters.items())
+
+
+def run_name(number: int, parameters: Parameters, seed: int) -> str:
+    """The folder of a trial, which TensorBoard lists it by."""
+    readable = re.sub(r"[^\w.=+-]+", "_", describe(parameters, seed))
+    return f"{number:04d}_{readable}"[:LONGEST_RUN_NAME]
+
+
+def _number(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
