@@ -18,6 +18,7 @@ LOST = "lost"  # it was given up because its process had ended
 COMMAND = "command"
 METRICS = "metrics"
 ACCURACY = "accuracy_by_position"
+PREFIX_COUNTS = "prefix_counts"
 STEPS = "steps"
 TOKENS = "tokens"
 SECONDS = "seconds"

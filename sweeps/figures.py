@@ -13,9 +13,9 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.trial import FrozenTrial, TrialState
 
 from sweeps.attributes import ACCURACY
-from sweeps.study import Study
+from sweeps.naming import describe_parameters
+from sweeps.study import Study, short_name
 from sweeps.summary import Row, baseline_row, best_row, value_of
-from sweeps.worker import describe_parameters, short_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,9 +12,9 @@ from optuna.trial import TrialState
 
 from sweeps.attributes import COMMAND, GIVEN_UP, TRACEBACK
 from sweeps.figures import write_figures
-from sweeps.study import Study
+from sweeps.naming import describe_parameters, shown
+from sweeps.study import Study, short_name
 from sweeps.summary import Row, best_row, rows_of
-from sweeps.worker import describe_parameters, short_name
 
 REPORT = "report.md"
 NONE = "-"
@@ -45,6 +45,9 @@ def report_text(study: Study, stored: optuna.Study, rows: Sequence[Row]) -> str:
         "of the mean over seeds (Student's t).\n",
         table(study, rows),
     ]
+    if study.decode_lengths:
+        parts.append("Right tokens when only the beginning of each window is drafted, means over seeds:\n")
+        parts.append(shorter_drafts_table(study, rows))
     if study.published is not None:
         parts.append(f"Published: {study.published.source}.\n")
     importances = parameter_importances(study, stored)
@@ -64,13 +67,34 @@ def table(study: Study, rows: Sequence[Row]) -> str:
     names = list(study.distributions)
     has_published = any(row.published is not None for row in rows)
     header = [*(short_name(name) for name in names), "mean", "±", "trials", "pruned", "failed", "seconds a trial"]
+    header += study.also
     lines = [header + ["published"] * has_published]
     for row in rows:
         cells = [*(shown(row.parameters.get(name)) for name in names), number(row.mean), number(row.half_width)]
         cells += [str(len(row.trials)), str(row.num_pruned), str(row.num_failed), number(row.seconds, 1)]
+        cells += [number(row.mean_of(tag)) for tag in study.also]
         lines.append(cells + [NONE if row.published is None else f"{row.published:g}"] * has_published)
-    lines.insert(1, ["---"] * len(lines[0]))
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return markdown(lines)
+
+
+def shorter_drafts_table(study: Study, rows: Sequence[Row]) -> str:
+    """Markdown: a line for each point, a column for each length of a draft."""
+    names = list(study.distributions)
+    lines = [[*(short_name(name) for name in names), *(f"first {length}" for length in study.decode_lengths)]]
+    lines += [
+        [
+            *(shown(row.parameters.get(name)) for name in names),
+            *(number(row.correct_of_first(length)) for length in study.decode_lengths),
+        ]
+        for row in rows
+    ]
+    return markdown(lines)
+
+
+def markdown(lines: list[list[str]]) -> str:
+    """A table whose first line is its header."""
+    header, *others = lines
+    return "".join(f"| {' | '.join(line)} |\n" for line in [header, ["---"] * len(header), *others])
 
 
 def parameter_importances(study: Study, stored: optuna.Study) -> dict[str, float]:
@@ -104,8 +128,3 @@ def failures(stored: optuna.Study) -> list[str]:
 def number(value: float, digits: int = 3) -> str:
     """For a cell; `-` for NaN."""
     return NONE if math.isnan(value) else f"{value:.{digits}f}"
-
-
-def shown(value: object) -> str:
-    """A parameter's value for a cell."""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -20,6 +20,7 @@ from optuna.samplers import BaseSampler
 from ptp_lightning.user_errors import plain_reason
 
 QUICK = "quick"  # the key of what the quick version has otherwise, and the end of its name
+ENTRY_BY_ENTRY = ("overrides", "variants", "settings")
 MAX_GRID = 1000
 
 Value = bool | int | float | str | None
@@ -54,7 +55,7 @@ class Objective:
     """What is compared.
 
     Args:
-        metric: logged at validation.
+        metric: logged at validation; `{name}` in it stands for a parameter's value, by the last part of its path.
         direction: which values are better.
     """
 
@@ -139,6 +140,9 @@ class Study:
         seeds: of the trials of a point.
         seed_paths: where a seed goes.
         objective: what is compared.
+        also: further metrics for the table.
+        decode_lengths: also show how many tokens are right when only so many of a window are drafted, which is what a
+            shorter window gives if slots do not see later ones (without a refiner).
         sampler: chooses the points; by default all of the grid are trained.
         trials: how many points a sampler chooses.
         pruner: stops trials at a validation; by default none.
@@ -158,6 +162,8 @@ class Study:
         default_factory=lambda: ["seed_everything", "model.init_args.seed", "data.init_args.seed"]
     )
     objective: Objective = field(default_factory=Objective)
+    also: list[str] = field(default_factory=list)
+    decode_lengths: list[int] = field(default_factory=list)
     sampler: BaseSampler | None = None
     trials: int | None = None
     pruner: BasePruner = field(default_factory=NopPruner)
@@ -174,6 +180,9 @@ class Study:
                 raise ValueError(f"expected choices of variants.{name}, found none")
         if both := sorted(self.variants.keys() & self.settings.keys()):
             raise ValueError(f"expected each parameter once, found {both} in variants and settings")
+        shorts = [short_name(name) for name in [*self.variants, *self.settings]]
+        if len(set(shorts)) < len(shorts):
+            raise ValueError(f"expected parameters whose paths end differently, found {shorts}: make one a variant")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"expected different seeds, at least one, found seeds: {self.seeds}")
         if (self.sampler is None) != (self.trials is None):
@@ -189,6 +198,13 @@ class Study:
                 _choices(name, distribution)  # refuses endless ones
         for given in [self.baseline or {}, *(entry.point for entry in (self.published or Published("", [])).values)]:
             self._require_known(given)
+        try:
+            self.metric_of(self.single_changes()[0])
+        except (KeyError, IndexError, ValueError) as error:
+            raise ValueError(
+                f"expected objective.metric to name parameters {[short_name(name) for name in self.distributions]} in "
+                f"braces, found {self.objective.metric}"
+            ) from error
 
     @property
     def distributions(self) -> dict[str, BaseDistribution]:
@@ -216,6 +232,10 @@ class Study:
             changed |= self.variants[name][str(value)] if name in self.variants else {name: value}
         return changed
 
+    def metric_of(self, parameters: Mapping[str, Value]) -> str:
+        """The metric of a point."""
+        return self.objective.metric.format(**{short_name(name): value for name, value in parameters.items()})
+
     def _grid(self) -> Iterator[Parameters]:
         choices = {name: _choices(name, distribution) for name, distribution in self.distributions.items()}
         for values in itertools.product(*choices.values()):
@@ -231,7 +251,10 @@ class Study:
 
 
 def load_study(path: Path, *, full: bool) -> Study:
-    """The study that a file describes, by default in its quick version: the keys below `quick` stand in for others.
+    """The study that a file describes, by default in its quick version.
+
+    The keys below `quick` stand in for those of the full version. Of `overrides`, `variants` and `settings` they
+    replace single entries, or remove them (null).
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -245,10 +268,12 @@ def load_study(path: Path, *, full: bool) -> Study:
         raise ValueError(f"{path}: expected YAML, found {error}") from error
     if not isinstance(plain, dict):
         raise ValueError(f"{path}: expected the keys of a study, found {type(plain).__name__}")
-    quick = plain.pop(QUICK, None) or {}
+    quick = plain.pop(QUICK, {})
     if not full:
-        overrides = (plain.get("overrides") or {}) | (quick.pop("overrides", None) or {})
-        plain |= quick | {"overrides": overrides}
+        for key, value in quick.items():
+            merged = plain.get(key, {}) | value if key in ENTRY_BY_ENTRY else value
+            plain[key] = {k: v for k, v in merged.items() if v is not None} if key in ENTRY_BY_ENTRY else merged
+    plain = _with_class_paths_as_text(plain)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Study, "study")
     try:
@@ -263,9 +288,39 @@ def study_name(path: Path, *, full: bool) -> str:
     return path.stem if full else f"{path.stem}_{QUICK}"
 
 
+def short_name(parameter: str) -> str:
+    """The last part of a path."""
+    return parameter.rpartition(".")[2]
+
+
 def beside(study_file: Path, path: str) -> str:
     """A path that a study's file names, as seen from the current folder."""
     return os.path.relpath(study_file.parent / path)
+
+
+def _with_class_paths_as_text(plain: dict[str, Any]) -> dict[str, Any]:
+    """A study whose overrides name classes by a path of their own; as entries jsonargparse would instantiate them."""
+    text = dict(plain)
+    if isinstance(plain.get("overrides"), dict):
+        text["overrides"] = _class_path_as_text(plain["overrides"])
+    if isinstance(plain.get("variants"), dict):
+        text["variants"] = {
+            name: {choice: _class_path_as_text(overrides) for choice, overrides in choices.items()}
+            for name, choices in plain["variants"].items()
+        }
+    return text
+
+
+def _class_path_as_text(overrides: Overrides) -> Overrides:
+    """`a: {class_path: b.C, init_args: {d: 1}}` as `a: b.C` and `a.init_args.d: 1`."""
+    text: Overrides = {}
+    for path, value in overrides.items():
+        if isinstance(value, dict) and "class_path" in value:
+            text[path] = value["class_path"]
+            text |= _class_path_as_text({f"{path}.init_args.{k}": v for k, v in value.get("init_args", {}).items()})
+        else:
+            text[path] = value
+    return text
 
 
 def _choices(name: str, distribution: BaseDistribution) -> list[Value]:

@@ -11,7 +11,7 @@ from statistics import fmean, stdev
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from sweeps.attributes import GIVEN_UP, SECONDS, STEPS, TOKENS
+from sweeps.attributes import GIVEN_UP, METRICS, PREFIX_COUNTS, SECONDS, STEPS, TOKENS
 from sweeps.study import Parameters, Study
 
 CONFIDENCE = 0.95
@@ -49,6 +49,20 @@ class Row:
     def seconds(self) -> float:
         """Mean cost of a trial; NaN without any."""
         return fmean(trial.user_attrs[SECONDS] for trial in self.trials) if self.trials else math.nan
+
+    def mean_of(self, tag: str) -> float:
+        """Of another metric of the last validation; NaN if it was not logged."""
+        values = [trial.user_attrs[METRICS].get(tag, math.nan) for trial in self.trials]
+        return fmean(values) if values else math.nan
+
+    def correct_of_first(self, length: int) -> float:
+        """Mean correct tokens if only the first `length` tokens of windows were drafted; NaN for shorter windows."""
+        counts = [trial.user_attrs[PREFIX_COUNTS] for trial in self.trials]
+        if not counts or len(counts[0]) <= length:
+            return math.nan
+        return fmean(
+            sum(min(correct, length) * windows for correct, windows in enumerate(one)) / sum(one) for one in counts
+        )
 
 
 def half_width(values: Sequence[float]) -> float:

@@ -82,6 +82,7 @@ class Result:
     Attributes:
         metrics: the last validation's, by tag.
         accuracy_by_position: of the window's positions; None for a module that predicts no windows.
+        prefix_counts: how many windows have 0, 1, .. right tokens before the first error; None as above.
         steps: optimiser steps.
         tokens: tokens of all windows that were trained on.
         seconds: with reading the configuration and building the model.
@@ -90,6 +91,7 @@ class Result:
 
     metrics: dict[str, float]
     accuracy_by_position: list[float] | None
+    prefix_counts: list[int] | None
     steps: int
     tokens: int
     seconds: float
@@ -126,12 +128,12 @@ class TrainingRuns:
             cli.trainer.fit(cli.model, datamodule=cli.datamodule)
             metrics = {tag: float(value) for tag, value in cli.trainer.callback_metrics.items()}
             summary = getattr(cli.model, "val_summary", None)
+            windows = summary if isinstance(summary, WindowSummary) else None
             per_step = tokens_per_step(cli.config.as_dict(), cli.trainer.world_size)
             return Result(
                 metrics=metrics,
-                accuracy_by_position=summary.accuracy.reshape(-1).tolist()
-                if isinstance(summary, WindowSummary)
-                else None,
+                accuracy_by_position=None if windows is None else windows.accuracy.reshape(-1).tolist(),
+                prefix_counts=None if windows is None else windows.prefix_counts.tolist(),
                 steps=cli.trainer.global_step,
                 tokens=cli.trainer.global_step * per_step,
                 seconds=time.monotonic() - begin,

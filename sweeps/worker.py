@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ from sweeps.attributes import (
     COMMAND,
     LOG_DIR,
     METRICS,
+    PREFIX_COUNTS,
     SECONDS,
     SEED,
     STEPS,
@@ -24,8 +24,9 @@ from sweeps.attributes import (
     TRACEBACK,
     TRAINING_SECONDS,
 )
+from sweeps.naming import describe, run_name
 from sweeps.queue import TrialQueue
-from sweeps.study import Overrides, Parameters, Study
+from sweeps.study import Overrides, Parameters, Study, short_name
 from sweeps.training_run import (
     Result,
     TrainingRuns,
@@ -35,8 +36,6 @@ from sweeps.training_run import (
     logger_overrides,
 )
 from sweeps.trial_callbacks import Heartbeat, PruneAtValidation
-
-LONGEST_RUN_NAME = 120
 
 
 class Worker:
@@ -92,7 +91,7 @@ class Worker:
         run = run_name(trial.number, parameters, seed)
         trial.set_user_attr(COMMAND, fit_command(arguments))
         trial.set_user_attr(LOG_DIR, str(self.logs / run))
-        pruning = PruneAtValidation(self.study.objective.metric, trial)
+        pruning = PruneAtValidation(self.study.metric_of(parameters), trial)
         hyperparameters = {short_name(name): value for name, value in parameters.items()} | {SEED: seed}
         try:
             try:
@@ -101,7 +100,7 @@ class Worker:
                     [pruning, Heartbeat(trial)],
                     hyperparameters,
                 )
-                self.say(f"{self._record(trial, result, pruned=pruning.pruned)}: {label} ({result.seconds:.0f} s)")
+                self.say(f"{self._record(trial, result, pruning)}: {label} ({result.seconds:.0f} s)")
             except (KeyboardInterrupt, SystemExit) as stop:  # Lightning turns Ctrl-C and SIGTERM into an exit
                 self.queue.give_up(trial, "stopped")
                 self.queue.fill()
@@ -116,21 +115,22 @@ class Worker:
         except UpdateFinishedTrialError:
             self.say(f"trial {trial.number} was given up by another process, which took it for dead: {label}")
 
-    def _record(self, trial: Trial, result: Result, *, pruned: bool) -> str:
-        metric = self.study.objective.metric
+    def _record(self, trial: Trial, result: Result, pruning: PruneAtValidation) -> str:
+        metric = pruning.metric
         value = result.metrics[metric]
         if math.isnan(value):
             raise ValueError(f"expected a number for {metric}, found NaN after {result.steps} steps")
         for name, entry in (
             (METRICS, result.metrics),
             (ACCURACY, result.accuracy_by_position),
+            (PREFIX_COUNTS, result.prefix_counts),
             (STEPS, result.steps),
             (TOKENS, result.tokens),
             (SECONDS, result.seconds),
             (TRAINING_SECONDS, result.training_seconds),
         ):
             trial.set_user_attr(name, entry)
-        if pruned:
+        if pruning.pruned:
             self.queue.stored.tell(trial, state=TrialState.PRUNED)
             ended = f"pruned after {result.steps} steps at {value:.4g}"
         else:
@@ -168,28 +168,3 @@ def suggest(trial: Trial, name: str, distribution: BaseDistribution) -> bool | i
             )
         case _:
             raise TypeError(f"expected one of Optuna's distributions for {name}, found {distribution}")
-
-
-def short_name(parameter: str) -> str:
-    """The last part of a path."""
-    return parameter.rpartition(".")[2]
-
-
-def describe(parameters: Parameters, seed: int) -> str:
-    """A point for people: `loss=kl rank=8 seed=0`."""
-    return f"{describe_parameters(parameters)} seed={seed}"
-
-
-def describe_parameters(parameters: Parameters) -> str:
-    """The same without the seed."""
-    return " ".join(f"{short_name(name)}={_number(value)}" for name, value in parameters.items())
-
-
-def run_name(number: int, parameters: Parameters, seed: int) -> str:
-    """The folder of a trial, which TensorBoard lists it by."""
-    readable = re.sub(r"[^\w.=+-]+", "_", describe(parameters, seed))
-    return f"{number:04d}_{readable}"[:LONGEST_RUN_NAME]
-
-
-def _number(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
