@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import optuna
-from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages import BaseStorage, JournalStorage, get_storage
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 
 JOURNAL = "study.journal"
@@ -24,7 +24,7 @@ def open_storage(location: str, *, create: bool) -> BaseStorage:
     """
     if "://" in location:
         try:
-            return RDBStorage(location)
+            return get_storage(location)  # with the cache that studies use
         except Exception as error:  # SQLAlchemy's and its drivers' have no common base
             raise ValueError(f"expected a database that can be opened at --storage {location}: {error}") from error
     path = Path(location)

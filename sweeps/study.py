@@ -305,7 +305,7 @@ def _with_class_paths_as_text(plain: dict[str, Any]) -> dict[str, Any]:
         text["overrides"] = _class_path_as_text(plain["overrides"])
     if isinstance(plain.get("variants"), dict):
         text["variants"] = {
-            name: {choice: _class_path_as_text(overrides) for choice, overrides in choices.items()}
+            name: {choice: _class_path_as_text(overrides or {}) for choice, overrides in (choices or {}).items()}
             for name, choices in plain["variants"].items()
         }
     return text

@@ -1,0 +1,68 @@
+"""A study that is gone on with is the one that was started."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from optuna.distributions import CategoricalDistribution
+
+from sweeps.definition import MAX_SHOWN, definition_of, differences, require_same
+from sweeps.running import open_study
+from sweeps.storage import open_storage
+from sweeps.study import Study
+from tests.tiny_study import letters
+
+BASE = {
+    "model": {"rank": 4, "betas": (0.9, 0.99)},
+    "trainer": {"max_steps": 9, "logger": {"a": 1}},
+    "seed_everything": 0,
+}
+
+
+def start(tmp_path: Path, study: Study, base: dict[str, Any]) -> None:
+    stored = open_study(study, "letters", open_storage(str(tmp_path / "study.journal"), create=True))
+    require_same(stored, definition_of(study, base))
+
+
+def test_the_same_study_goes_on_with_more_seeds_and_other_logs(tmp_path: Path) -> None:
+    start(tmp_path, letters(), BASE)
+    start(tmp_path, letters(seeds=(0, 1)), BASE)
+    start(tmp_path, letters(), BASE | {"trainer": {"max_steps": 9, "logger": None}, "seed_everything": 3})
+
+
+@pytest.mark.parametrize(
+    ("study", "base", "difference"),
+    [
+        (letters(), BASE | {"model": {"rank": 8, "betas": (0.9, 0.99)}}, "base.model.rank: was 4, is 8"),
+        (letters(), BASE | {"model": {"rank": 4}}, "base.model.betas: was [0.9, 0.99], is nothing"),
+        (
+            letters(settings={"x": CategoricalDistribution(["a", "c"])}),
+            BASE,
+            'space.x.attributes.choices: was ["a", "b"], is ["a", "c"]',
+        ),
+        (letters(variants={"v": {"p": {"a": 1}}}), BASE, "space.v.p.a: was nothing, is 1"),
+    ],
+    ids=["base", "base without a key", "space", "variants"],
+)
+def test_another_one_is_refused_with_the_difference(
+    study: Study, base: dict[str, Any], difference: str, tmp_path: Path
+) -> None:
+    start(tmp_path, letters(), BASE)
+    with pytest.raises(ValueError) as refused:  # noqa: PT011
+        start(tmp_path, study, base)
+    assert difference in str(refused.value)
+    assert "use another --output or --storage" in str(refused.value)
+
+
+def test_a_long_difference_is_cut(tmp_path: Path) -> None:
+    start(tmp_path, letters(), BASE)
+    with pytest.raises(ValueError, match=f"and {30 - MAX_SHOWN} more"):
+        start(tmp_path, letters(), BASE | {f"k{n}": n for n in range(30)})
+
+
+def test_differences_name_paths() -> None:
+    assert differences({"a": {"b": 1, "c": {}}}, {"a": {"b": 2}, "d": "x"}) == [
+        "a.b: was 1, is 2",
+        "a.c: was {}, is nothing",
+        "d: was nothing, is x",
+    ]

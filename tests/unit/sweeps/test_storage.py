@@ -1,0 +1,56 @@
+"""Storages that cannot be read are refused with their name, and torn ones are mended."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import optuna
+import pytest
+
+from sweeps.running import open_study
+from sweeps.storage import drop_torn_line, load_stored, open_storage
+from tests.tiny_study import letters
+
+LINE = b'{"op_code":0,"worker_id":"w","study_name":"s","directions":[1]}\n'
+
+
+def test_a_line_that_was_torn_by_a_dying_process_is_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "study.journal"
+    path.write_bytes(LINE + LINE[:20])
+    open_study(letters(), "letters", open_storage(str(path), create=True))
+    assert path.read_bytes().startswith(LINE + b'{"op_code":0')
+    assert optuna.get_all_study_names(open_storage(str(path), create=False)) == ["s", "letters"]
+
+
+@pytest.mark.parametrize("content", [b"", LINE, LINE + LINE])
+def test_whole_journals_stay(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "study.journal"
+    path.write_bytes(content)
+    drop_torn_line(path)
+    assert path.read_bytes() == content
+
+
+def test_what_is_no_storage_is_refused(tmp_path: Path) -> None:
+    other = tmp_path / "notes.txt"
+    other.write_text("notes\nand more\nand more\n")
+    for location in (str(other), str(tmp_path), str(other / "study.journal"), "sqlite:////nowhere/study.db", "odd://x"):
+        with pytest.raises(ValueError, match=f"--storage {location}"):
+            open_storage(location, create=True)
+    assert other.read_text() == "notes\nand more\nand more\n"
+
+
+def test_what_is_not_there_is_not_made_for_reading(tmp_path: Path) -> None:
+    path = tmp_path / "study.journal"
+    with pytest.raises(FileNotFoundError, match="start one with run"):
+        open_storage(str(path), create=False)
+    assert not path.exists()
+    open_study(letters(), "letters", open_storage(str(path), create=True))
+    with pytest.raises(ValueError, match=r"the study 'letters_quick' in the storage, found \['letters'\]"):
+        load_stored("letters_quick", open_storage(str(path), create=False))
+
+
+def test_optunas_own_commands_open_it(tmp_path: Path) -> None:
+    path = tmp_path / "study.journal"
+    open_study(letters(), "letters", open_storage(str(path), create=True))
+    command = [sys.executable, "-c", "from optuna.cli import main; main()", "--storage", str(path), "study-names"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "letters"
