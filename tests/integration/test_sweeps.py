@@ -1,0 +1,67 @@
+"""Every study of the repository can be run: in both versions its classes, paths and budgets are right."""
+
+from pathlib import Path
+
+import pytest
+
+from sweeps.running import require_changes_that_exist
+from sweeps.study import beside, load_study
+from sweeps.training_run import build, fit_arguments, read_configuration
+from sweeps.worker import trial_arguments
+from tests.tiny_configs import SHRUNKEN
+
+ROOT = Path(__file__).parents[2]
+STUDIES = sorted((ROOT / "sweeps").glob("*.yaml"))
+NAMES = {
+    "auxiliary_sampling",
+    "cdf_order",
+    "depth",
+    "embeddings",
+    "gate_rank",
+    "joint",
+    "losses",
+    "objective",
+    "proposals",
+    "window",
+}
+MARKOV = {"model_type": "llama", "vocab_size": 9, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
+          "num_attention_heads": 2, "max_position_embeddings": 128, "bos_token_id": 8}  # fmt: skip
+MOST_QUICK_TRIALS = 20
+
+
+def test_there_is_a_study_for_each_question() -> None:
+    assert {path.stem for path in STUDIES} == NAMES
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["quick", "full"])
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_every_path_of_a_study_exists(path: Path, full: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    study = load_study(path, full=full)
+    require_changes_that_exist(study, beside(path, study.base), {})
+    for preparation in study.prepare:
+        written = read_configuration(fit_arguments(beside(path, preparation.config), preparation.overrides))
+        assert written["model"]["init_args"]["output"] == preparation.makes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_every_choice_of_a_study_can_be_built(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pairs that do not fit would be found out only when their trial begins."""
+    monkeypatch.chdir(ROOT)
+    study = load_study(path, full=False)
+    network = SHRUNKEN if "gated_lora" in study.base else MARKOV
+    small = {"model.init_args.predictor.backbone": {"path": "embedded", "from_config": network}}
+    for parameters in study.single_changes():
+        arguments = trial_arguments(study, beside(path, study.base), {}, parameters, 0)
+        kept = [argument for argument in arguments if ".backbone." not in argument]
+        build([*kept, *fit_arguments("", small)[2:], f"--trainer.logger.init_args.save_dir={tmp_path}"])
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_a_quick_version_is_small_and_needs_no_data(path: Path) -> None:
+    study = load_study(path, full=False)
+    assert len(study.points()) <= MOST_QUICK_TRIALS
+    assert study.published is None  # it is not what the paper measured
+    base = read_configuration(fit_arguments(str(path.parent / study.base)))
+    assert "PickUps" not in str(base["data"])
