@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from ptp_lightning.data.claims import Claim
+from ptp_lightning.data.claims import CLAIM_SUFFIX, Claim
 from sweeps.study import Overrides, Preparation, beside
 from sweeps.training_run import fit_arguments, fit_command
 
@@ -30,21 +30,20 @@ def prepare(preparation: Preparation, study_file: Path, overrides: Overrides, sa
     made = Path(preparation.makes)
     passed_on = {path: value for path, value in overrides.items() if _is_passed_on(path, preparation)}
     arguments = fit_arguments(beside(study_file, preparation.config), preparation.overrides, passed_on)
-    while not made.exists():
-        made.parent.mkdir(parents=True, exist_ok=True)
+    if made.exists() and not made.with_suffix(CLAIM_SUFFIX).exists():
+        return
+    made.parent.mkdir(parents=True, exist_ok=True)
+    claim = Claim.take(made)
+    if claim is None:
+        say(f"waiting for {made}, which another process makes")
+    while claim is None:
+        time.sleep(POLL_SECONDS)
         claim = Claim.take(made)
-        if claim is None:
-            say(f"waiting for {made}, which another process makes")
-            while not made.exists() and claim is None:
-                time.sleep(POLL_SECONDS)
-                claim = Claim.take(made)
-        if claim is None:
-            return
-        try:
-            if not made.exists():
-                _train(made, arguments, claim, say)
-        finally:
-            claim.release()
+    try:
+        if not made.exists():
+            _train(made, arguments, claim, say)
+    finally:
+        claim.release()
 
 
 def _is_passed_on(path: str, preparation: Preparation) -> bool:

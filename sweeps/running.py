@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import optuna
 from optuna.exceptions import ExperimentalWarning
@@ -66,6 +67,7 @@ class Running:
             FileNotFoundError: a file is missing.
             KeyboardInterrupt: somebody stopped it, and the study is as if the trials that were running had not begun.
         """
+        signal.signal(signal.SIGTERM, _stop)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         warnings.filterwarnings("ignore", category=ExperimentalWarning)
         quiet_training()
@@ -81,7 +83,7 @@ class Running:
         if not is_helper:
             for preparation in study.prepare:
                 prepare(preparation, self.study_file, study.overrides | self.overrides, say)
-            parameters = study.single_changes()[0]
+            parameters = study.covering_points()[0]
             build(trial_arguments(study, base, self.overrides, parameters, study.seeds[0]))
         queue = TrialQueue(study, stored, storage, retry_failed=self.retry_failed and not is_helper)
         if not is_helper:
@@ -156,7 +158,7 @@ def require_changes_that_exist(study: Study, base: str, more: Overrides) -> None
     Raises:
         ValueError: a path does not exist, a value does not fit, or a choice would spend another budget.
     """
-    for parameters in study.single_changes():
+    for parameters in study.covering_points():
         configuration = _configuration_of(study, base, more, parameters)
         steps = configuration["trainer"]["max_steps"]
         tokens = steps * tokens_per_step(configuration, configured_world_size(configuration))
@@ -210,6 +212,11 @@ def _configuration_of(study: Study, base: str, more: Overrides, parameters: Para
         return read_configuration(trial_arguments(study, base, more, parameters, study.seeds[0]))
     except ValueError as error:
         raise ValueError(f"the choice {parameters} is none of {base}: {error}") from error
+
+
+def _stop(*_: object) -> NoReturn:
+    """A polite request to end is answered like Ctrl-C, also while Lightning does not listen."""
+    raise KeyboardInterrupt
 
 
 def _as_text(value: object) -> str:

@@ -199,7 +199,7 @@ class Study:
         for given in [self.baseline or {}, *(entry.point for entry in (self.published or Published("", [])).values)]:
             self._require_known(given)
         try:
-            self.metric_of(self.single_changes()[0])
+            self.metric_of(self.covering_points()[0])
         except (KeyError, IndexError, ValueError) as error:
             raise ValueError(
                 f"expected objective.metric to name parameters {[short_name(name) for name in self.distributions]} in "
@@ -218,12 +218,11 @@ class Study:
             return [Point({}, self.seeds[0], ticket) for ticket in range(self.trials)]
         return [Point(parameters, seed) for seed in self.seeds for parameters in self._grid()]
 
-    def single_changes(self) -> list[Parameters]:
-        """Points that together have every choice of every parameter; ends of ranges where a parameter is one."""
+    def covering_points(self) -> list[Parameters]:
+        """As few points as have every choice of every parameter; of a range its ends."""
         choices = {name: _some_choices(distribution) for name, distribution in self.distributions.items()}
-        first = {name: values[0] for name, values in choices.items()}
-        others = [first | {name: value} for name, values in choices.items() for value in values[1:]]
-        return [first, *others]
+        count = max(len(values) for values in choices.values())
+        return [{name: values[k % len(values)] for name, values in choices.items()} for k in range(count)]
 
     def overrides_of(self, parameters: Mapping[str, Value]) -> Overrides:
         """What parameters change in the configuration."""

@@ -52,7 +52,7 @@ def test_every_choice_of_a_study_can_be_built(path: Path, tmp_path: Path, monkey
     study = load_study(path, full=False)
     network = SHRUNKEN if "gated_lora" in study.base else MARKOV
     small = {"model.init_args.predictor.backbone": {"path": "embedded", "from_config": network}}
-    for parameters in study.single_changes():
+    for parameters in study.covering_points():
         arguments = trial_arguments(study, beside(path, study.base), {}, parameters, 0)
         kept = [argument for argument in arguments if ".backbone." not in argument]
         build([*kept, *fit_arguments("", small)[2:], f"--trainer.logger.init_args.save_dir={tmp_path}"])

@@ -24,12 +24,12 @@ def test_a_grid_has_all_points_of_the_first_seed_first() -> None:
 def test_a_sampler_has_tickets() -> None:
     study = letters(sampler=RandomSampler(), trials=2, settings={"lr": FloatDistribution(0.1, 1.0)})
     assert study.points() == [Point({}, 0, 0), Point({}, 0, 1)]
-    assert study.single_changes() == [{"lr": 0.1}, {"lr": 1.0}]
+    assert study.covering_points() == [{"lr": 0.1}, {"lr": 1.0}]
 
 
-def test_single_changes_have_every_choice_once() -> None:
+def test_covering_points_have_every_choice() -> None:
     study = letters(variants={"v": {"p": {}, "q": {}}}, settings={"n": CategoricalDistribution([1, 2, 3])})
-    assert study.single_changes() == [{"v": v, "n": n} for v, n in (("p", 1), ("q", 1), ("p", 2), ("p", 3))]
+    assert study.covering_points() == [{"v": "p", "n": 1}, {"v": "q", "n": 2}, {"v": "p", "n": 3}]
 
 
 def test_parameters_as_overrides() -> None:
