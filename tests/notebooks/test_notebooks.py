@@ -1,0 +1,116 @@
+"""The notebooks run from top to bottom, and what they compute is right; in git they hold no results."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+from jupyter_client.manager import KernelManager, start_new_kernel
+from nbclient import NotebookClient
+from nbformat import NotebookNode
+from nbformat.v4 import new_code_cell
+
+FOLDER = Path(__file__).parents[2] / "notebooks"
+NAMES = sorted(path.stem for path in FOLDER.glob("*.ipynb"))
+CELL_TIMEOUT = 200  # seconds
+
+
+@pytest.fixture(scope="module")
+def kernel() -> Iterator[KernelManager]:
+    """One for all notebooks, in their folder: apart, each would spend most of its time on the same imports."""
+    manager, client = start_new_kernel(cwd=str(FOLDER), extra_arguments=["--HistoryManager.enabled=False"])
+    client.stop_channels()
+    yield manager
+    manager.shutdown_kernel(now=True)
+
+
+def read(name: str) -> NotebookNode:
+    """A notebook as it lies in the repository."""
+    return nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
+
+
+def run(name: str, kernel: KernelManager, parameters: dict[str, Any], expressions: list[str]) -> list[Any]:
+    """Execute a notebook, with nothing left of the one before it.
+
+    Args:
+        name: of its file.
+        kernel: runs it.
+        parameters: are set anew behind the cell that is tagged `parameters`, which has to know their names.
+        expressions: are looked at behind the last cell.
+
+    Returns:
+        Their values, as JSON gives them back.
+    """
+    notebook = read(name)
+    (place,) = (place for place, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", []))
+    for key in parameters:
+        assert f"{key} = " in notebook.cells[place].source
+    assignments = new_code_cell("\n".join(f"{key} = {value!r}" for key, value in parameters.items()))
+    look = new_code_cell(f"import json\nprint(json.dumps([{', '.join(expressions)}]))")
+    before, after = notebook.cells[: place + 1], notebook.cells[place + 1 :]
+    notebook.cells = [new_code_cell("%reset -f"), *before, assignments, *after, look]
+    NotebookClient(notebook, km=kernel, timeout=CELL_TIMEOUT).execute()
+    (output,) = look.outputs
+    return json.loads(output.text)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_results_in_git(name: str) -> None:
+    """They would make changes unreadable; `nbstripout --keep-id`, a hook of pre-commit, takes them away."""
+    for cell in read(name).cells:
+        assert cell.get("outputs", []) == [] and cell.get("execution_count") is None
+        assert cell.metadata.keys() <= {"tags"}
+
+
+def test_the_method(kernel: KernelManager) -> None:
+    """The theorems hold by counting, and networks come nearer to them in one call than any independent prediction."""
+    expressions = ["num_lost", "theorem_1_deviation", "theorem_2_deviation", "list(right.values())"]
+    expressions += ["measured['categorical']", "measured['independent']", "floor[1:].tolist()"]
+    num_lost, theorem_1, theorem_2, right, categorical, independent, floor = run(
+        "1_the_method", kernel, {"NUM_STEPS": 60, "RESOLUTION": 30}, expressions
+    )
+    assert (num_lost, theorem_1) == (0, 0.0)
+    assert theorem_2 < 0.015  # four standard errors of a share among 20 000
+    exact, *of_networks = right
+    assert exact == 1.0
+    assert of_networks == pytest.approx([0.75, 0.85, 0.55], abs=0.08)  # C-PTP, O-PTP, MTP after few steps
+    assert independent == pytest.approx(floor, abs=0.08)
+    assert all(nats < least for nats, least in zip(categorical, floor, strict=True))
+
+
+def test_accuracy_per_position(kernel: KernelManager, tmp_path: Path) -> None:
+    expressions = [
+        "identity_error",
+        "[read_positions(run, 'val/accuracy_given_prefix')[1][-1].tolist() for run in folders]",
+    ]
+    expressions += ["[read_curve(run, 'val/correct_tokens')[1].tolist() for run in folders]"]
+    identity_error, given_prefix, correct = run(
+        "2_accuracy_per_position",
+        kernel,
+        {"NUM_STEPS": 30, "NUM_VALIDATIONS": 2, "RUNS": str(tmp_path)},
+        expressions,
+    )
+    assert identity_error < 1e-5
+    assert [len(curve) for curve in correct] == [3, 3]  # before the first step, on the way, at the end
+    (ptp, mtp), (first, *later) = (curve[-1] for curve in correct), zip(*given_prefix, strict=True)
+    assert ptp > mtp + 0.2
+    assert first == (1.0, 1.0) and all(of_ptp > of_mtp for of_ptp, of_mtp in later)
+
+
+def test_where_decoding_time_goes(kernel: KernelManager) -> None:
+    """No text changes, no time is lost between the phases, and more slots bring more tokens."""
+    expressions = ["num_deviating", "unaccounted", "[measured[name].tokens_per_call for name in names]"]
+    num_deviating, unaccounted, tokens_per_call = run(
+        "4_where_decoding_time_goes",
+        kernel,
+        {"NUM_QUESTIONS": 2, "NUM_TOKENS": 12, "SLOT_BUDGETS": [2, 12]},
+        expressions,
+    )
+    assert num_deviating == 0
+    assert 0 <= unaccounted < 0.05
+    autoregressive, _, few, many = tokens_per_call
+    assert autoregressive == 1.0 < few <= many
