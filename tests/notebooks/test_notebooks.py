@@ -114,3 +114,16 @@ def test_where_decoding_time_goes(kernel: KernelManager) -> None:
     assert 0 <= unaccounted < 0.05
     autoregressive, _, few, many = tokens_per_call
     assert autoregressive == 1.0 < few <= many
+
+
+def test_reading_a_study(kernel: KernelManager, tmp_path: Path) -> None:
+    """Means and intervals of two seeds each, by hand; shares that add up to 1."""
+    expressions = ["[(row.parameters, row.mean, row.half_width) for row in rows]", "list(importances.values())"]
+    expressions += ["[(trial.params, trial.value) for trial in trials]"]
+    rows, importances, trials = run("3_reading_a_study", kernel, {"FULL": False, "RUNS": str(tmp_path)}, expressions)
+    assert len(rows) == 4 and len(trials) == 8
+    for parameters, mean, half_width in rows:
+        first, second = (value for of_trial, value in trials if of_trial == parameters)
+        assert mean == pytest.approx((first + second) / 2)
+        assert half_width == pytest.approx(12.706 * abs(first - second) / 2, rel=1e-4)  # Student's t, one degree
+    assert len(importances) == 2 and sum(importances) == pytest.approx(1)
