@@ -75,9 +75,9 @@ def test_the_method(kernel: KernelManager) -> None:
     )
     assert (num_lost, theorem_1) == (0, 0.0)
     assert theorem_2 < 0.015  # four standard errors of a share among 20 000
-    exact, *of_networks = right
-    assert exact == 1.0
-    assert of_networks == pytest.approx([0.75, 0.85, 0.55], abs=0.08)  # C-PTP, O-PTP, MTP after few steps
+    autoregressive, c_ptp, o_ptp, mtp = right
+    assert autoregressive == 1.0
+    assert min(c_ptp, o_ptp) > 0.65 > mtp  # after few steps: 0.75 and 0.86 against 0.56
     assert independent == pytest.approx(floor, abs=0.08)
     assert all(nats < least for nats, least in zip(categorical, floor, strict=True))
 
