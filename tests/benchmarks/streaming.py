@@ -15,6 +15,7 @@ import tempfile
 from itertools import cycle
 from pathlib import Path
 from time import perf_counter, process_time
+from types import SimpleNamespace
 
 import psutil
 
@@ -41,7 +42,10 @@ def main() -> None:
         process = psutil.Process()
         tokens = real = 0
         settled = largest = 0
-        for batch in data.train_dataloader():
+        trainer = SimpleNamespace(global_step=0, accumulate_grad_batches=1, global_rank=0, world_size=1)
+        data.trainer = trainer  # pyright: ignore[reportAttributeAccessIssue]
+        for step, batch in enumerate(data.train_dataloader()):
+            trainer.global_step = step  # as in a training: the places of batches that are behind it are forgotten
             if not tokens:
                 print(f"first batch after {perf_counter() - begin[0]:.1f} s")
             tokens += batch.input_ids.numel()
