@@ -13,8 +13,8 @@ from optuna.distributions import distribution_to_json
 from sweeps.attributes import DEFINITION
 from sweeps.study import Study
 
-# Of the base configuration: what a study sets itself, and what only shows.
-NOT_COMPARED = ("trainer.max_steps", "trainer.val_check_interval", "trainer.logger", "trainer.callbacks")
+# Of the base configuration: where its file lies, what a study sets itself, and what only shows.
+NOT_COMPARED = ("config", "trainer.max_steps", "trainer.val_check_interval", "trainer.logger", "trainer.callbacks")
 MAX_SHOWN = 12
 
 

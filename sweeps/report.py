@@ -52,8 +52,8 @@ def report_text(study: Study, stored: optuna.Study, rows: Sequence[Row]) -> str:
         parts.append(f"Published: {study.published.source}.\n")
     importances = parameter_importances(study, stored)
     if importances:
-        shown = ", ".join(f"{short_name(name)} {share:.2f}" for name, share in importances.items())
-        parts.append(f"Importance of the parameters (PED-ANOVA, shares of 1): {shown}.\n")
+        shares = ", ".join(f"{short_name(name)} {share:.2f}" for name, share in importances.items())
+        parts.append(f"Importance of the parameters (PED-ANOVA, shares of 1): {shares}.\n")
     best = best_row(study, rows)
     if best is not None:
         parts.append(f"Best: {describe_parameters(best.parameters)}. To train it by itself:\n")

@@ -16,6 +16,7 @@ import optuna
 from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import RandomSampler
 from optuna.storages import BaseStorage
+from optuna.trial import TrialState
 
 from sweeps.definition import definition_of, require_same
 from sweeps.preparing import prepare
@@ -92,8 +93,7 @@ class Running:
         if jobs > 1:
             self._share(trials, jobs)
         else:
-            if study.sampler is not None and (is_helper or stored.get_trials(deepcopy=False)):
-                study.sampler.reseed_rng()  # or every process would begin with the same draws
+            draw_anew_if_not_first(study, stored, is_helper=is_helper)
             Worker(study, queue, base, self.overrides, self.folder / TENSORBOARD, say).work(trials)
         if not is_helper:
             print(write_report(study, stored, self.folder))
@@ -190,6 +190,13 @@ def open_study(study: Study, name: str, storage: BaseStorage) -> optuna.Study:
             "the storage: use another --output or --storage"
         )
     return stored
+
+
+def draw_anew_if_not_first(study: Study, stored: optuna.Study, *, is_helper: bool) -> None:
+    """Give a sampler other draws than its seed's, unless this process begins the study: it would begin it again."""
+    has_begun = any(trial.state != TrialState.WAITING for trial in stored.get_trials(deepcopy=False))
+    if study.sampler is not None and (is_helper or has_begun):
+        study.sampler.reseed_rng()
 
 
 def default_output(name: str) -> str:

@@ -28,6 +28,7 @@ def test_the_same_study_goes_on_with_more_seeds_and_other_logs(tmp_path: Path) -
     start(tmp_path, letters(), BASE)
     start(tmp_path, letters(seeds=(0, 1)), BASE)
     start(tmp_path, letters(), BASE | {"trainer": {"max_steps": 9, "logger": None}, "seed_everything": 3})
+    start(tmp_path, letters(), BASE | {"config": ["seen/from/elsewhere.yaml"]})
 
 
 @pytest.mark.parametrize(

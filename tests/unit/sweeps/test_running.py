@@ -4,13 +4,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
+from optuna.distributions import FloatDistribution
+from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
 
 from sweeps import running
 from sweeps.command import main, split_overrides
 from sweeps.storage import load_stored, open_storage
-from tests.tiny_study import ENTROPY, write_study
+from tests.tiny_study import ENTROPY, letters, write_study
 
 
 def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
@@ -131,6 +134,23 @@ def test_a_missing_file_of_the_data_is_named(
     assert "expected a CSV file with latitudes and longitudes, found no path" in message
     stored = load_stored("tiny_quick", open_storage("runs/sweeps/tiny_quick/study.journal", create=False))
     assert stored.trials == []
+
+
+@pytest.mark.parametrize(
+    ("is_helper", "num_trained", "is_seeds_own"), [(False, 0, True), (True, 0, False), (False, 1, False)]
+)
+def test_a_samplers_seed_decides_in_the_process_that_begins_the_study(
+    is_helper: bool, num_trained: int, is_seeds_own: bool
+) -> None:
+    space = {"lr": FloatDistribution(0.0, 1.0)}
+    study = letters(settings=space, sampler=RandomSampler(seed=0), trials=2)
+    stored = optuna.create_study(sampler=study.sampler)
+    for _ in range(num_trained):
+        stored.tell(stored.ask(), 1.0)
+    stored.enqueue_trial({})
+    running.draw_anew_if_not_first(study, stored, is_helper=is_helper)
+    drawn = stored.ask(space).params
+    assert (drawn == optuna.create_study(sampler=RandomSampler(seed=0)).ask(space).params) == is_seeds_own
 
 
 def test_overrides_are_told_from_options() -> None:
