@@ -66,6 +66,7 @@ class TrialQueue:
         self.study = study
         self.stored = stored
         self.storage = storage
+        self.keys = {point.key for point in study.points()}
         self.study_id = storage.get_study_id_from_name(stored.study_name)
         # Only what had failed before; a retried point that fails again stays failed.
         self.forgiven = {trial.number for trial in self._trials() if trial.state == TrialState.FAIL and retry_failed}
@@ -84,20 +85,11 @@ class TrialQueue:
 
     def take(self) -> Trial | None:
         """The next trial, which is this process' own from now on; None if none is waiting."""
-        for attempt in ("as it is", "filled again"):
-            if attempt == "filled again":
-                self.fill()
-            for waiting in self._trials(TrialState.WAITING):
-                if not self._start(waiting):
-                    continue
-                trial = Trial(self.stored, waiting._trial_id)
-                for name, value in (HEARTBEAT, time.time()), (OWNER, asdict(Owner.current())):
-                    trial.set_user_attr(name, value)
-                if self._is_second(waiting):
-                    self.give_up(trial, "another trial has this point")
-                    continue
-                return trial
-        return None
+        trial = self._take_waiting()
+        if trial is None:
+            self.fill()  # another process may have died meanwhile
+            trial = self._take_waiting()
+        return trial
 
     def give_up(self, trial: Trial, reason: str) -> None:
         """End a trial without a result; `fill` will put its point back if nobody else holds it."""
@@ -106,7 +98,6 @@ class TrialQueue:
 
     def progress(self) -> Progress:
         """Where the study stands."""
-        points = {point.key for point in self.study.points()}
         trials = self._trials()
         lost = self._times_lost(trials)
         ends: dict[str, str] = {}
@@ -116,8 +107,20 @@ class TrialQueue:
                 ends[key] = trial.state.name
             elif _has_failed(trial) or lost[key] >= MAX_LOST:
                 ends.setdefault(key, TrialState.FAIL.name)
-        counts = Counter(end for key, end in ends.items() if key in points)
-        return Progress(len(points), counts["COMPLETE"], counts["PRUNED"], counts["FAIL"], counts["RUNNING"])
+        counts = Counter(end for key, end in ends.items() if key in self.keys)
+        return Progress(len(self.keys), counts["COMPLETE"], counts["PRUNED"], counts["FAIL"], counts["RUNNING"])
+
+    def _take_waiting(self) -> Trial | None:
+        for waiting in self._trials(TrialState.WAITING):
+            if waiting.user_attrs[POINT] not in self.keys or not self._start(waiting):
+                continue
+            trial = Trial(self.stored, waiting._trial_id)
+            for name, value in (HEARTBEAT, time.time()), (OWNER, asdict(Owner.current())):
+                trial.set_user_attr(name, value)
+            if not self._is_second(waiting):
+                return trial
+            self.give_up(trial, "another trial has this point")
+        return None
 
     def _trials(self, *states: TrialState) -> list[FrozenTrial]:
         """Those that a queue put in, by number; whatever else is in the storage is not ours."""

@@ -18,6 +18,7 @@ from sweeps.summary import Row, best_row, rows_of
 
 REPORT = "report.md"
 NONE = "-"
+LEAST_FOR_IMPORTANCE = 8  # results; of fewer it says little
 
 
 def write_report(study: Study, stored: optuna.Study, folder: Path) -> str:
@@ -101,7 +102,8 @@ def parameter_importances(study: Study, stored: optuna.Study) -> dict[str, float
     """Share of each parameter in what makes results differ; empty for a single parameter or too few results."""
     from optuna.importance import get_param_importances
 
-    if len(study.distributions) < 2 or len(stored.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))) < 2:
+    num_results = len(stored.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
+    if len(study.distributions) < 2 or num_results < LEAST_FOR_IMPORTANCE:
         return {}
     try:
         return get_param_importances(stored, params=list(study.distributions))

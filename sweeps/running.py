@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -29,6 +28,7 @@ from sweeps.training_run import (
     build,
     configured_world_size,
     fit_arguments,
+    override_arguments,
     quiet_training,
     read_configuration,
     tokens_per_step,
@@ -64,7 +64,7 @@ class Running:
         """Train what is not trained yet, at most `trials` points, in `jobs` processes; then report.
 
         Raises:
-            ValueError: something does not fit, see the guards.
+            ValueError: something does not fit, see the guards; or trials failed, after all others are trained.
             FileNotFoundError: a file is missing.
             KeyboardInterrupt: somebody stopped it, and the study is as if the trials that were running had not begun.
         """
@@ -97,6 +97,8 @@ class Running:
             Worker(study, queue, base, self.overrides, self.folder / TENSORBOARD, say).work(trials)
         if not is_helper:
             print(write_report(study, stored, self.folder))
+            if failed := queue.progress().failed:
+                raise ValueError(f"expected all trials to end well, found {failed} failed: --retry_failed trains them")
 
     @property
     def name(self) -> str:
@@ -135,7 +137,7 @@ class Running:
         environment = {"OMP_NUM_THREADS": str(max(1, cores // jobs))} | os.environ | {HELPER: "1"}
         command = [sys.executable, "-m", "sweeps", "run", str(self.study_file), "--output", str(self.folder)]
         command += ["--storage", self.location, *(["--full"] if self.full else [])]
-        command += [f"--{path}={_as_text(value)}" for path, value in self.overrides.items()]
+        command += override_arguments(self.overrides)
         shares = [None] * jobs if trials is None else [(trials + k) // jobs for k in range(jobs)]
         helpers = [
             subprocess.Popen([*command, *([] if share is None else ["--trials", str(share)])], env=environment)
@@ -224,7 +226,3 @@ def _configuration_of(study: Study, base: str, more: Overrides, parameters: Para
 def _stop(*_: object) -> NoReturn:
     """A polite request to end is answered like Ctrl-C, also while Lightning does not listen."""
     raise KeyboardInterrupt
-
-
-def _as_text(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value)

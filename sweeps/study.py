@@ -196,8 +196,9 @@ class Study:
         if self.sampler is None:
             for name, distribution in self.settings.items():
                 _choices(name, distribution)  # refuses endless ones
-        for given in [self.baseline or {}, *(entry.point for entry in (self.published or Published("", [])).values)]:
-            self._require_known(given)
+        published = [] if self.published is None else [entry.point for entry in self.published.values]
+        for named in [self.baseline or {}, *published]:
+            self._require_known(named)
         try:
             self.metric_of(self.covering_points()[0])
         except (KeyError, IndexError, ValueError) as error:

@@ -88,7 +88,7 @@ def rows_of(study: Study, stored: optuna.Study) -> list[Row]:
         if trial.state.is_finished() and GIVEN_UP not in trial.user_attrs:
             ended.setdefault(_key(trial.params), []).append(trial)
     require_equal_budgets(study, [trial for trials in ended.values() for trial in trials])
-    rows = [_row(study, json.loads(key), trials) for key, trials in ended.items() if trials]
+    rows = [_row(study, trials) for trials in ended.values() if trials]
     if study.sampler is not None:
         sign = -1 if study.objective.direction == "maximize" else 1
         rows.sort(key=lambda row: math.inf if math.isnan(row.mean) else sign * row.mean)
@@ -133,8 +133,9 @@ def _extreme(rows: Sequence[Row], *, largest: bool) -> Row | None:
     return max(with_results, key=lambda row: row.mean if largest else -row.mean)
 
 
-def _row(study: Study, parameters: Parameters, trials: Sequence[FrozenTrial]) -> Row:
+def _row(study: Study, trials: Sequence[FrozenTrial]) -> Row:
     states = [trial.state for trial in trials]
+    parameters: Parameters = {name: trials[0].params[name] for name in study.distributions}
     published = (
         [entry.value for entry in study.published.values if entry.point == parameters] if study.published else []
     )
@@ -148,7 +149,7 @@ def _row(study: Study, parameters: Parameters, trials: Sequence[FrozenTrial]) ->
 
 
 def _key(parameters: Parameters) -> str:
-    return json.dumps(parameters)
+    return json.dumps(parameters, sort_keys=True)
 
 
 def value_of(trial: FrozenTrial) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -178,7 +179,12 @@ def build(arguments: Sequence[str]) -> None:
 
 def fit_arguments(base: str, *overrides: Overrides) -> list[str]:
     """What `fit` is told: a configuration and overrides, of which later ones win."""
-    return ["--config", base, *(f"--{path}={_as_text(value)}" for group in overrides for path, value in group.items())]
+    return ["--config", base, *(argument for group in overrides for argument in override_arguments(group))]
+
+
+def override_arguments(overrides: Overrides) -> list[str]:
+    """Overrides as arguments."""
+    return [f"--{path}={value if isinstance(value, str) else json.dumps(value)}" for path, value in overrides.items()]
 
 
 def fit_command(arguments: Sequence[str]) -> str:
@@ -241,13 +247,10 @@ def followers_know(arguments: Sequence[str]) -> Iterator[None]:
             torch.distributed.destroy_process_group()
         for name in os.environ.keys() - before.keys():  # where Lightning notes down its ranks
             del os.environ[name]
+        gc.collect()  # trainer, model and data refer to each other; the next ones shall find their memory free
 
 
 def _class(entry: Any) -> type:
     """The class that an entry of a configuration names."""
     module, _, name = entry.class_path.rpartition(".")
     return getattr(import_module(module), name)
-
-
-def _as_text(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value)

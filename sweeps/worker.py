@@ -34,6 +34,7 @@ from sweeps.training_run import (
     fit_arguments,
     fit_command,
     logger_overrides,
+    override_arguments,
 )
 from sweeps.trial_callbacks import Heartbeat, PruneAtValidation
 
@@ -96,7 +97,7 @@ class Worker:
         try:
             try:
                 result = self.runs.run(
-                    [*arguments, *fit_arguments_of(logger_overrides(self.logs, run))],
+                    [*arguments, *override_arguments(logger_overrides(self.logs, run))],
                     [pruning, Heartbeat(trial)],
                     hyperparameters,
                 )
@@ -146,11 +147,6 @@ def trial_arguments(study: Study, base: str, more: Overrides, parameters: Parame
     return fit_arguments(
         base, study.overrides, more, budget_overrides(study.budget), seeds, study.overrides_of(parameters)
     )
-
-
-def fit_arguments_of(overrides: Overrides) -> list[str]:
-    """Overrides alone."""
-    return fit_arguments("", overrides)[2:]
 
 
 def suggest(trial: Trial, name: str, distribution: BaseDistribution) -> bool | int | float | str | None:

@@ -6,7 +6,7 @@ import pytest
 
 from sweeps.running import require_changes_that_exist
 from sweeps.study import beside, load_study
-from sweeps.training_run import build, fit_arguments, read_configuration
+from sweeps.training_run import build, fit_arguments, override_arguments, read_configuration
 from sweeps.worker import trial_arguments
 from tests.tiny_configs import SHRUNKEN
 
@@ -55,7 +55,7 @@ def test_every_choice_of_a_study_can_be_built(path: Path, tmp_path: Path, monkey
     for parameters in study.covering_points():
         arguments = trial_arguments(study, beside(path, study.base), {}, parameters, 0)
         kept = [argument for argument in arguments if ".backbone." not in argument]
-        build([*kept, *fit_arguments("", small)[2:], f"--trainer.logger.init_args.save_dir={tmp_path}"])
+        build([*kept, *override_arguments(small), f"--trainer.logger.init_args.save_dir={tmp_path}"])
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)

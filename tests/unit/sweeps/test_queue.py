@@ -165,6 +165,13 @@ def test_more_seeds_add_their_points_alone(location: str) -> None:
     assert [trial.user_attrs[SEED] for trial in queue.stored.trials] == [0, 0, 5, 5]
 
 
+def test_fewer_seeds_leave_the_others_waiting(location: str) -> None:
+    queue_at(location, letters(seeds=(0, 5))).fill()
+    queue = queue_at(location, letters(seeds=(5,)))
+    assert [take(queue), take(queue), queue.take()] == ["a", "b", None]
+    assert states(queue) == ["WAITING", "WAITING", "RUNNING", "RUNNING"]
+
+
 def test_what_a_sampler_chose_is_trained_again_when_it_was_stopped(location: str) -> None:
     study = letters(settings={"lr": FloatDistribution(0.0, 1.0)}, sampler=RandomSampler(), trials=2)
     queue = queue_at(location, study)

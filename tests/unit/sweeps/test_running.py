@@ -13,7 +13,7 @@ from optuna.trial import TrialState
 from sweeps import running
 from sweeps.command import main, split_overrides
 from sweeps.storage import load_stored, open_storage
-from tests.tiny_study import ENTROPY, letters, write_study
+from tests.tiny_study import ENTROPY, UNSOUND, letters, write_study
 
 
 def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
@@ -118,6 +118,15 @@ def test_refused_command_lines(
 ) -> None:
     write_study(tmp_path)
     assert message in refused(monkeypatch, capsys, *arguments)
+
+
+def test_failed_trials_are_told_of_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_study(tmp_path, variants={"loss": {"usual": {}, "unsound": UNSOUND}})
+    message = refused(monkeypatch, capsys, "run", path.name, "--full")
+    assert "expected all trials to end well, found 1 failed: --retry_failed" in message
+    assert "| unsound | - | - | 0 | 0 | 1 |" in (tmp_path / "runs/sweeps/tiny/report.md").read_text()
 
 
 def test_a_missing_file_of_the_data_is_named(
