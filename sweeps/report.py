@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 
 import optuna
 from optuna.trial import TrialState
@@ -46,6 +47,11 @@ def report_text(study: Study, stored: optuna.Study, rows: Sequence[Row]) -> str:
         "of the mean over seeds (Student's t).\n",
         table(study, rows),
     ]
+    overheads = sorted(seconds for row in rows for seconds in row.overheads)
+    if overheads:
+        parts.append(
+            f"Beyond its training a trial takes {median(overheads):.1f} s (median; at most {overheads[-1]:.1f}).\n"
+        )
     if study.decode_lengths:
         parts.append("Right tokens when only the beginning of each window is drafted, means over seeds:\n")
         parts.append(shorter_drafts_table(study, rows))

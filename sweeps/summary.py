@@ -11,7 +11,7 @@ from statistics import fmean, stdev
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from sweeps.attributes import GIVEN_UP, METRICS, PREFIX_COUNTS, SECONDS, STEPS, TOKENS
+from sweeps.attributes import GIVEN_UP, METRICS, PREFIX_COUNTS, SECONDS, STEPS, TOKENS, TRAINING_SECONDS
 from sweeps.study import Parameters, Study
 
 CONFIDENCE = 0.95
@@ -49,6 +49,11 @@ class Row:
     def seconds(self) -> float:
         """Mean cost of a trial; NaN without any."""
         return fmean(trial.user_attrs[SECONDS] for trial in self.trials) if self.trials else math.nan
+
+    @property
+    def overheads(self) -> list[float]:
+        """Seconds of each trial beyond its training: for its configuration, its model and its data."""
+        return [trial.user_attrs[SECONDS] - trial.user_attrs[TRAINING_SECONDS] for trial in self.trials]
 
     def mean_of(self, tag: str) -> float:
         """Of another metric of the last validation; NaN if it was not logged."""

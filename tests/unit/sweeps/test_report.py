@@ -21,6 +21,7 @@ from sweeps.attributes import (
     STEPS,
     TOKENS,
     TRACEBACK,
+    TRAINING_SECONDS,
 )
 from sweeps.figures import HISTORY, POSITIONS, SLICES
 from sweeps.report import write_report
@@ -45,6 +46,7 @@ def add(
         STEPS: study.budget.steps,
         TOKENS: study.budget.tokens,
         SECONDS: 10.0 * (seed + 1),
+        TRAINING_SECONDS: 10.0 * (seed + 1) - (seed + 1) / 2,
         METRICS: {"val/other": 2.0 * (value or 0)},
         ACCURACY: [1.0, (value or 0) / 10],
         PREFIX_COUNTS: [0, 1, 2, 1],
@@ -97,6 +99,7 @@ def test_the_table_beside_the_papers_values(tmp_path: Path) -> None:
         "| b | 5.000 | 4.303 | 3 | 1 | 0 | 20.0 | 10.000 | - | 45.4 |\n"
     ) in text
     assert "| a | 1.750 | - |\n" in text  # of 4 windows 1 has one right token, 3 two or more; none has four positions
+    assert "Beyond its training a trial takes 1.0 s (median; at most 1.5)." in text
     assert "Published: a paper, its table." in text
     assert "Best: x=b." in text
     assert "fit --seed 0" in text
