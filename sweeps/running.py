@@ -40,6 +40,10 @@ OUTPUTS = "runs/sweeps"
 HELPER = "SWEEPS_HELPER"  # the environment variable of processes that another one started to share its study
 
 
+class Terminated(KeyboardInterrupt):
+    """Somebody asked this process alone to end."""
+
+
 @dataclass(frozen=True)
 class Running:
     """A study that is run from the command line.
@@ -146,8 +150,10 @@ class Running:
         ]
         try:
             ends = [helper.wait() for helper in helpers]
-        except KeyboardInterrupt:  # the terminal tells it to all of them, and they put their trials back
+        except KeyboardInterrupt as stop:  # they put their trials back
             for helper in helpers:
+                if isinstance(stop, Terminated):  # a terminal's Ctrl-C is told to all of them
+                    helper.terminate()
                 helper.wait()
             raise
         if any(ends):
@@ -225,4 +231,4 @@ def _configuration_of(study: Study, base: str, more: Overrides, parameters: Para
 
 def _stop(*_: object) -> NoReturn:
     """A polite request to end is answered like Ctrl-C, also while Lightning does not listen."""
-    raise KeyboardInterrupt
+    raise Terminated

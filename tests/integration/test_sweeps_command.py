@@ -145,6 +145,22 @@ def test_jobs_share_a_study(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_stopped_jobs_put_their_trials_back(tmp_path: Path) -> None:
+    study = write_study(tmp_path, budget=LONG, seeds=[0, 1, 2])
+    run = start(study, "--jobs", "2")
+    try:
+        wait_for_one_done_and_one_running(tmp_path, run)
+        run.terminate()
+        output, _ = run.communicate(timeout=PATIENCE_SECONDS)
+    finally:
+        run.kill()
+    assert run.returncode == 130, output
+    assert not [trial for trial in trials(tmp_path) if trial.state == TrialState.RUNNING]
+    finish(start(study))
+    require_each_point_once(tmp_path, 6)
+
+
+@pytest.mark.slow
 def test_ranks_prune_together_and_the_next_trial_has_its_own(tmp_path: Path) -> None:
     pruner = {"class_path": "optuna.pruners.ThresholdPruner", "init_args": {"lower": 100.0}}
     ranks = {"trainer.strategy": "ddp", "trainer.devices": 2, "trainer.accelerator": "cpu"}
