@@ -27,7 +27,8 @@ def open_storage(location: str, *, create: bool) -> BaseStorage:
             return get_storage(location)  # with the cache that studies use
         except Exception as error:  # SQLAlchemy's and its drivers' have no common base
             raise ValueError(f"expected a database that can be opened at --storage {location}: {error}") from error
-    path = Path(location)
+    # With a relative path Optuna's lock points nowhere: waiting processes spin, for ever if its holder was killed.
+    path = Path(location).absolute()
     if not create and not path.exists():
         raise FileNotFoundError(
             f"expected a study's storage at {path}, found none: start one with run, or mend --storage"

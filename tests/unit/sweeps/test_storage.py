@@ -1,16 +1,26 @@
 """Storages that cannot be read are refused with their name, and torn ones are mended."""
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import optuna
 import pytest
+from optuna.storages.journal import JournalFileSymlinkLock
 
 from sweeps.running import open_study
 from sweeps.storage import drop_torn_line, load_stored, open_storage
 from tests.tiny_study import letters
 
+ROOT = Path(__file__).parents[3]
+KILLED_WITH_LOCK = """
+import os, signal
+from sweeps.storage import open_storage
+open_storage("deep/study.journal", create=True)._backend._lock.acquire()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
 LINE = b'{"op_code":0,"worker_id":"w","study_name":"s","directions":[1]}\n'
 
 
@@ -28,6 +38,18 @@ def test_whole_journals_stay(content: bytes, tmp_path: Path) -> None:
     path.write_bytes(content)
     drop_torn_line(path)
     assert path.read_bytes() == content
+
+
+def test_a_lock_whose_holder_was_killed_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the storage is named by a relative path."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(JournalFileSymlinkLock.__init__, "__defaults__", (3,))  # seconds of grace, of 30
+    storage = open_storage("deep/study.journal", create=True)
+    killed = subprocess.run([sys.executable, "-c", KILLED_WITH_LOCK], env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert killed.returncode == -signal.SIGKILL
+    assert Path("deep/study.journal.lock").is_symlink()
+    open_study(letters(), "letters", storage)
+    assert optuna.get_all_study_names(storage) == ["letters"]
 
 
 def test_what_is_no_storage_is_refused(tmp_path: Path) -> None:
