@@ -60,7 +60,7 @@ def report_text(study: Study, stored: optuna.Study, rows: Sequence[Row]) -> str:
     importances = parameter_importances(study, stored)
     if importances:
         shares = ", ".join(f"{short_name(name)} {share:.2f}" for name, share in importances.items())
-        parts.append(f"Importance of the parameters (PED-ANOVA, shares of 1): {shares}.\n")
+        parts.append(f"Importance of the parameters (fANOVA, shares of 1): {shares}.\n")
     best = best_row(study, rows)
     if best is not None:
         parts.append(f"Best: {describe_parameters(best.parameters)}. To train it by itself:\n")
@@ -105,14 +105,18 @@ def markdown(lines: list[list[str]]) -> str:
 
 
 def parameter_importances(study: Study, stored: optuna.Study) -> dict[str, float]:
-    """Share of each parameter in what makes results differ; empty for a single parameter or too few results."""
-    from optuna.importance import get_param_importances
+    """Share of each parameter in what makes results differ; empty for a single parameter or too few results.
+
+    Optuna's default looks at the best trials alone, which in a grid says nothing: there every choice is as frequent.
+    """
+    from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 
     num_results = len(stored.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
     if len(study.distributions) < 2 or num_results < LEAST_FOR_IMPORTANCE:
         return {}
     try:
-        return get_param_importances(stored, params=list(study.distributions))
+        evaluator = FanovaImportanceEvaluator(seed=0)
+        return get_param_importances(stored, evaluator=evaluator, params=list(study.distributions))
     except (ValueError, RuntimeError):  # all results are equal, say
         return {}
 
