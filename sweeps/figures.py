@@ -50,11 +50,12 @@ def draw_history(study: Study, stored: optuna.Study) -> Figure:
     better = max if study.objective.direction == "maximize" else min
     best = list(itertools.accumulate(values, lambda old, new: better(old, new)))
     axes.plot(numbers, values, "o", color="tab:blue", label="result")
-    axes.plot(
-        [trial.number for trial in pruned], [value_of(trial) for trial in pruned], "x", color="tab:gray", label="pruned"
-    )
+    if pruned:
+        of_pruned = [trial.number for trial in pruned], [value_of(trial) for trial in pruned]
+        axes.plot(*of_pruned, "x", color="tab:gray", label="pruned")
     axes.step(numbers, best, where="post", color="tab:orange", label="best so far")
     axes.set(xlabel="trial", ylabel=study.objective.metric)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend()
     return figure
 
