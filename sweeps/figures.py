@@ -55,7 +55,7 @@ def draw_history(study: Study, stored: optuna.Study) -> Figure:
         axes.plot(*of_pruned, "x", color="tab:gray", label="pruned")
     axes.step(numbers, best, where="post", color="tab:orange", label="best so far")
     axes.set(xlabel="trial", ylabel=study.objective.metric)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     axes.legend()
     return figure
 
