@@ -102,12 +102,12 @@ def test_a_study_goes_on_only_as_what_it_was(
         (["run", "tiny.yaml", "--quick"], "--quick"),
         (["run"], "study"),
         (["run", "none.yaml"], "expected a study, a file such as sweeps/losses.yaml, at none.yaml"),
-        (["run", "tiny.yaml", "--storage", "."], "--storage ."),
+        (["run", "tiny.yaml", "--storage", "."], "an Optuna journal that can be read and written at --storage"),
         (["run", "tiny.yaml", "--model.init_args.seed"], "a value after --model.init_args.seed"),
         (["report", "tiny.yaml"], "start one with run"),
         (["reprot", "tiny.yaml"], "expected run or report, found 'reprot'"),
     ],
-    ids=" ".join,
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_refused_command_lines(
     arguments: list[str],
