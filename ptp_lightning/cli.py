@@ -1,9 +1,6 @@
 """The command line: one entry for every job."""
 
-import os
-import sys
-
-from ptp_lightning.user_errors import EXIT_CODE, plain_reason
+from ptp_lightning.user_errors import run_plainly
 
 TRAINING_COMMANDS = ("fit", "validate", "test")
 
@@ -21,20 +18,8 @@ Each command explains its options with --help."""
 
 
 def main() -> None:
-    """Run the command that the first argument of the command line names.
-
-    What a user can mend (ValueError, FileNotFoundError, a missing package) ends as one message and status 2. Set
-    PTP_TRACEBACK=1 to see where it was raised.
-    """
-    args = sys.argv[1:]
-    if os.environ.get("PTP_TRACEBACK"):
-        dispatch(args)
-        return
-    try:
-        dispatch(args)
-    except (ValueError, FileNotFoundError, ImportError) as error:
-        print(f"error: {plain_reason(str(error))}", file=sys.stderr)
-        sys.exit(EXIT_CODE)
+    """Run the command that the first argument of the command line names; see `run_plainly` for how errors end."""
+    run_plainly(dispatch)
 
 
 def dispatch(args: list[str]) -> None:

@@ -1,7 +1,10 @@
 """What a user reads when something they typed is wrong."""
 
+import os
 import re
+import sys
 from argparse import ArgumentError
+from collections.abc import Callable
 
 EXIT_CODE = 2
 
@@ -11,6 +14,23 @@ _NOISE = re.compile(
     r"^\s*(Does not validate against any of the Union subtypes|Subtypes: .*|Errors:|- Expected a <class 'NoneType'>"
     r"|Given value type: .*|Given value: .*)$"
 )
+
+
+def run_plainly(dispatch: Callable[[list[str]], None]) -> None:
+    """Run a command on the arguments of the command line.
+
+    What a user can mend (ValueError, FileNotFoundError, a missing package) ends as one message and status 2. Set
+    PTP_TRACEBACK=1 to see where it was raised.
+    """
+    args = sys.argv[1:]
+    if os.environ.get("PTP_TRACEBACK"):
+        dispatch(args)
+        return
+    try:
+        dispatch(args)
+    except (ValueError, FileNotFoundError, ImportError) as error:
+        print(f"error: {plain_reason(str(error))}", file=sys.stderr)
+        sys.exit(EXIT_CODE)
 
 
 def refused_options(command: str, error: ArgumentError) -> ValueError:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ptp_lightning.user_errors import EXIT_CODE, plain_reason, refused_options
+from ptp_lightning.user_errors import refused_options, run_plainly
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -32,23 +32,14 @@ several times, the processes share its points. Each command explains its options
 
 
 def main() -> None:
-    """Run the command that the first argument names.
-
-    What a user can mend ends as one message and status 2; Ctrl-C as status 130. Set PTP_TRACEBACK=1 to see where an
-    error was raised.
-    """
-    args = sys.argv[1:]
-    if os.environ.get("PTP_TRACEBACK"):
-        dispatch(args)
-        return
+    """Run the command that the first argument names; errors end as `run_plainly` says, and Ctrl-C as status 130."""
     try:
-        dispatch(args)
+        run_plainly(dispatch)
     except KeyboardInterrupt:
+        if os.environ.get("PTP_TRACEBACK"):
+            raise
         print("Stopped. The same command goes on.", file=sys.stderr)
         sys.exit(STOPPED_EXIT_CODE)
-    except (ValueError, FileNotFoundError, ImportError) as error:
-        print(f"error: {plain_reason(str(error))}", file=sys.stderr)
-        sys.exit(EXIT_CODE)
 
 
 def dispatch(args: Sequence[str]) -> None:

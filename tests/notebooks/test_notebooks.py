@@ -21,11 +21,16 @@ CELL_TIMEOUT = 200  # seconds
 
 @pytest.fixture(scope="module")
 def kernel() -> Iterator[KernelManager]:
-    """One for all notebooks, in their folder: apart, each would spend most of its time on the same imports."""
+    """One for all notebooks, in their folder: apart, each would spend most of its time on the same imports.
+
+    They leave nothing there.
+    """
+    before = set(FOLDER.iterdir())
     manager, client = start_new_kernel(cwd=str(FOLDER), extra_arguments=["--HistoryManager.enabled=False"])
     client.stop_channels()
     yield manager
     manager.shutdown_kernel(now=True)
+    assert set(FOLDER.iterdir()) - before <= {FOLDER / "runs"}
 
 
 def read(name: str) -> NotebookNode:

@@ -49,10 +49,9 @@ def test_another_one_is_refused_with_the_difference(
     study: Study, base: dict[str, Any], difference: str, tmp_path: Path
 ) -> None:
     start(tmp_path, letters(), BASE)
-    with pytest.raises(ValueError) as refused:  # noqa: PT011
+    with pytest.raises(ValueError, match="use another --output or --storage") as refused:
         start(tmp_path, study, base)
     assert difference in str(refused.value)
-    assert "use another --output or --storage" in str(refused.value)
 
 
 def test_a_long_difference_is_cut(tmp_path: Path) -> None:
