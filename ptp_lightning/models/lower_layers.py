@@ -47,7 +47,9 @@ class LowerLayers:
         self._gate = gate
 
     @torch.no_grad()
-    def __call__(self, embeddings: Tensor, position_ids: Tensor, mask: Tensor, cache: Cache) -> Tensor:
+    def __call__(
+        self, embeddings: Tensor, position_ids: Tensor, mask: Tensor, cache: Cache | None, **more: Any
+    ) -> Tensor:
         """Hidden states of tokens after these layers and the last norm.
 
         Args:
@@ -55,6 +57,7 @@ class LowerLayers:
             position_ids: `[B, T]`.
             mask: `[B, 1, T, P + T]` bool, P cached keys.
             cache: of these layers alone; gets the keys and values of these T tokens appended.
+            more: for the layers' attention.
 
         Returns:
             `[B, T, H]`.
@@ -65,5 +68,6 @@ class LowerLayers:
                 position_ids=position_ids,
                 attention_mask=mask,
                 cache=cache,
-                use_cache=True,
+                use_cache=cache is not None,
+                **more,
             ).last_hidden_state

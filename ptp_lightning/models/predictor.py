@@ -18,12 +18,14 @@ from ptp_lightning.models.refiner import Refiner, RefinerContext
 from ptp_lightning.models.slots import SlotEncoder
 from ptp_lightning.models.token_order import require_permutation, similar_tokens_together
 from ptp_lightning.models.window_attention import context_mask
+from ptp_lightning.models.window_keys import attend_by_windows
+from ptp_lightning.models.window_reader import WindowReader
 from ptp_lightning.sampling import Sampler, SamplingConfig
 
 TOKEN_PLACES = "slot_encoder.token_places"
 
 if TYPE_CHECKING:
-    from transformers import Cache, PreTrainedModel
+    from transformers import Cache, DynamicCache, PreTrainedModel
 
     from ptp_lightning.decoding.generation import Generation
 
@@ -55,6 +57,7 @@ class ParallelTokenPredictor(nn.Module):
         backbone = load_backbone(config.backbone) if backbone is None else backbone
         # Weights that are trained themselves do not identify anything.
         self.base_fingerprint = (architecture_fingerprint if config.student.trains_base else fingerprint)(backbone)
+        self._in_blocks = attend_by_windows(backbone)
         table: Tensor = backbone.get_input_embeddings().weight  # pyright: ignore[reportAssignmentType]
         _require_plain_head(backbone)
         self.slot_encoder = SlotEncoder(config.objective, config.features, config.head, table)
@@ -113,7 +116,9 @@ class ParallelTokenPredictor(nn.Module):
         """The base model's token embeddings: `[...]` to `[..., H]`."""
         return self.base_model.get_input_embeddings()(token_ids)
 
-    def decode(self, embeddings: Tensor, position_ids: Tensor, mask: Tensor, cache: Cache | None) -> Tensor:
+    def decode(
+        self, embeddings: Tensor, position_ids: Tensor, mask: Tensor, cache: Cache | None, **more: Any
+    ) -> Tensor:
         """Run the base model's stack on input embeddings; the gate is as the caller left it.
 
         Args:
@@ -121,19 +126,22 @@ class ParallelTokenPredictor(nn.Module):
             position_ids: `[B, T]`.
             mask: `[B, 1, T, P + T]` bool, P cached keys; always explicit, so that nothing is inferred from positions.
             cache: gets the keys and values of these T tokens appended.
+            more: for the model's attention.
 
         Returns:
             Last hidden states `[B, T, H]`.
         """
-        return _run_stack(self.base_model, embeddings, position_ids, mask, cache)
+        return _run_stack(self.base_model, embeddings, position_ids, mask, cache, **more)
 
     def student_embed(self, token_ids: Tensor) -> Tensor:
         """The student's embeddings of context tokens: `[...]` to `[..., H]`."""
         return self.student_model.get_input_embeddings()(token_ids)
 
-    def student_decode(self, embeddings: Tensor, position_ids: Tensor, mask: Tensor, cache: Cache | None) -> Tensor:
+    def student_decode(
+        self, embeddings: Tensor, position_ids: Tensor, mask: Tensor, cache: Cache | None, **more: Any
+    ) -> Tensor:
         """Run the student's stack, the adapter's gate as the caller left it; arguments as in `decode`."""
-        return _run_stack(self.student_model, embeddings, position_ids, mask, cache)
+        return _run_stack(self.student_model, embeddings, position_ids, mask, cache, **more)
 
     def sampler(self, sampling: SamplingConfig | None = None) -> Sampler:
         """These settings, by default the predictor's own, with the token order of this predictor.
@@ -180,35 +188,31 @@ class ParallelTokenPredictor(nn.Module):
         """Hidden states that predict the tokens 1 .. L - 1 of each window.
 
         Args:
-            context: of `encode`; its cache is as before when this returns.
+            context: of `encode`.
             auxiliaries: `[B, N, L]` float64 in [0, 1).
 
         Returns:
             `[B, N, L - 1, H]`, for `slot_logits`, with gradients for all that is trained.
         """
-        num_windows, slots = auxiliaries.shape[1], auxiliaries.shape[2] - 1
-        mask, positions = context.place_slots(slots)
-        embeddings = self.embed_slots(auxiliaries, context.sampling.settings).flatten(1, 2)
+        slots = self.embed_slots(auxiliaries, context.sampling.settings)
+        reader = self.window_reader(context)
         if self.student_copy is not None:
-            hidden = self._joint_hidden(context, embeddings, positions, mask)
-        else:
-            with self.gate.open():
-                hidden = self.decode(embeddings, positions, mask, context.cache)
-            context.cache.crop(-num_windows * slots)
-        return hidden.unflatten(1, (num_windows, slots))
+            reader = WindowReader(context.window_places, self._read_by_copy(context), in_blocks=self._in_blocks)
+        with self.gate.open():
+            return reader.read(self.student_decode, slots)
 
-    def _joint_hidden(self, context: Context, slots: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
-        """Slots `[B, Q, H]` and the context before them in one pass of the student: gradients reach both."""
+    def _read_by_copy(self, context: Context) -> DynamicCache:
+        """The copy's own keys and values of the context, through which gradients reach its reading of it."""
+        from transformers import DynamicCache
+
+        cache = DynamicCache()
         tokens = self.student_embed(context.input_ids)
-        # Context tokens see no slot.
-        of_context = nn.functional.pad(context_mask(context.document_ids), (0, slots.shape[1]))
-        hidden = self.student_decode(
-            torch.cat([tokens, slots.to(tokens.dtype)], dim=1),
-            torch.cat([context.position_ids, positions], dim=1),
-            torch.cat([of_context, mask], dim=2),
-            cache=None,
-        )
-        return hidden[:, tokens.shape[1] :]
+        self.student_decode(tokens, context.position_ids, context_mask(context.document_ids), cache)
+        return cache
+
+    def window_reader(self, context: Context, *, keeps: bool = False) -> WindowReader:
+        """Reads windows behind what the base model has read; `read` it with `decode` or `student_decode`."""
+        return WindowReader(context.window_places, context.cache, in_blocks=self._in_blocks, keeps=keeps)
 
     @property
     def refiner(self) -> Refiner | None:
@@ -235,10 +239,9 @@ class ParallelTokenPredictor(nn.Module):
         Returns:
             `[B, N, L - 1, H]`.
         """
-        mask, positions = context.place_slots(hidden.shape[2])
-        tokens = self.embed_draft(token_ids).flatten(1, 2)
         told = self.refiner_told(context.sampling.settings)
-        return pairs.refine(hidden.flatten(1, 2), tokens, positions, mask, told).view_as(hidden)
+        tokens = self.embed_draft(token_ids)
+        return pairs.refine_windows(context.window_places, hidden, tokens, told, in_blocks=self._in_blocks)
 
     def refiner_told(self, sampling: SamplingConfig) -> Tensor | None:
         """What the refiner is told of the settings, `[H]`; nothing if it is trained for one setting alone."""
@@ -315,7 +318,7 @@ class ParallelTokenPredictor(nn.Module):
 
 
 def _run_stack(
-    model: PreTrainedModel, embeddings: Tensor, position_ids: Tensor, mask: Tensor, cache: Cache | None
+    model: PreTrainedModel, embeddings: Tensor, position_ids: Tensor, mask: Tensor, cache: Cache | None, **more: Any
 ) -> Tensor:
     """See `ParallelTokenPredictor.decode`."""
     decoder = getattr(model, model.base_model_prefix)
@@ -325,6 +328,7 @@ def _run_stack(
         attention_mask=mask,
         cache=cache,
         use_cache=cache is not None,
+        **more,
     ).last_hidden_state
 
 

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from ptp_lightning.models.lower_layers import LowerLayers
 from ptp_lightning.models.refiner_layers import last_layers, new_layers, stream_scale
+from ptp_lightning.models.window_reader import WindowPlaces, WindowReader
 
 if TYPE_CHECKING:
-    from transformers import Cache, PreTrainedModel
+    from transformers import Cache, DynamicCache, PreTrainedModel
 
 RMS_EPSILON = 1e-6
 HIDDEN_SHARE = 1 / 3  # of hidden states in what copied layers read at first; the rest is what is known of the token
@@ -113,8 +114,9 @@ class Refiner(nn.Module):
         token_embeddings: Tensor,
         position_ids: Tensor,
         mask: Tensor,
-        cache: Cache,
+        cache: Cache | None,
         told: Tensor | None = None,
+        **more: Any,
     ) -> Tensor:
         """Refine hidden states.
 
@@ -125,6 +127,7 @@ class Refiner(nn.Module):
             mask: `[B, 1, T, P + T]` bool, P cached pairs.
             cache: gets the keys and values of these T pairs appended.
             told: `[H]` or `[T, H]`, added to pairs once they are joined.
+            more: for the layers' attention.
 
         Returns:
             `[B, T, H]` in the dtype of `hidden`, for the base model's output head.
@@ -133,7 +136,7 @@ class Refiner(nn.Module):
         stream = self.join(pairs) if told is None else self.join(pairs) + told
         position_embeddings = self.rotary(stream, position_ids)
         for layer in self.layers:
-            stream = layer(stream, attention_mask=mask, cache=cache, position_embeddings=position_embeddings)
+            stream = layer(stream, attention_mask=mask, cache=cache, position_embeddings=position_embeddings, **more)
         return hidden + self.out(_normalized(stream, self.out)).to(hidden.dtype)
 
 
@@ -176,6 +179,27 @@ class RefinerContext:
         refined = self._refiner(hidden, tokens, position_ids, mask, self._cache, told)
         self._cache.crop(-num_slots)
         return refined
+
+    def refine_windows(
+        self,
+        places: WindowPlaces,
+        hidden: Tensor,
+        token_embeddings: Tensor,
+        told: Tensor | None,
+        *,
+        in_blocks: bool,
+    ) -> Tensor:
+        """Refined hidden states `[B, N, J, H]` of the first J slots of packed windows; see `WindowReader`."""
+        tokens = token_embeddings
+        if self._lower_layers is not None:
+            reader = WindowReader(places, cast("DynamicCache", self._lower_cache), in_blocks=in_blocks)
+            tokens = reader.read(self._lower_layers, tokens)
+
+        def run(embeddings: Tensor, position_ids: Tensor, mask: Tensor, cache: Cache | None, **more: Any) -> Tensor:
+            return self._refiner(embeddings, tokens.flatten(1, 2), position_ids, mask, cache, told, **more)
+
+        reader = WindowReader(places, cast("DynamicCache", self._cache), in_blocks=in_blocks)
+        return reader.read(run, hidden)
 
     def _read_tokens(self, embeddings: Tensor, position_ids: Tensor, mask: Tensor) -> Tensor:
         if self._lower_layers is None:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ptp_lightning.models.decoder_stack import decoder_stack
+from ptp_lightning.models.window_keys import register
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -42,7 +43,7 @@ def new_layers(
         intermediate_size=intermediate_size or DEFAULT_EXPANSION * hidden_size,
         num_hidden_layers=num_layers,
         num_attention_heads=num_heads,
-        attn_implementation="sdpa",  # pyright: ignore[reportCallIssue]  taken by every configuration
+        attn_implementation=register(),  # pyright: ignore[reportCallIssue]  taken by every configuration
     )
     return [LlamaDecoderLayer(config, index) for index in range(num_layers)], LlamaRotaryEmbedding(config)
 

@@ -24,6 +24,22 @@ def context_mask(document_ids: Tensor) -> Tensor:
     return (same_document & causal).unsqueeze(1)
 
 
+def sees_context(document_ids: Tensor, window_starts: Tensor) -> Tensor:
+    """Which context tokens a window sees.
+
+    Args:
+        document_ids: `[B, S]`, as in `context_mask`.
+        window_starts: `[B, N]`, row index of each window's first token (>= 1).
+
+    Returns:
+        `[B, N, S]` bool; each window sees the token before it at least.
+    """
+    row_index = torch.arange(document_ids.shape[1], device=document_ids.device)
+    window_document = document_ids.gather(1, window_starts - 1)
+    own_document = document_ids.unsqueeze(1) == window_document.unsqueeze(2)
+    return own_document & (row_index < window_starts.unsqueeze(2))
+
+
 def slot_mask(
     document_ids: Tensor,
     window_starts: Tensor,
@@ -49,13 +65,7 @@ def slot_mask(
     Returns:
         `[B, 1, Q, S + K]` bool, true where a query may see a key.
     """
-    row_index = torch.arange(document_ids.shape[1], device=document_ids.device)
-    window_document = document_ids.gather(1, window_starts - 1)
-    sees_context = (document_ids.unsqueeze(1) == window_document.unsqueeze(2)) & (
-        row_index < window_starts.unsqueeze(2)
-    )  # [B, N, S]
+    of_context = sees_context(document_ids, window_starts)[:, query_window]
     same_window = query_window.unsqueeze(1) == key_window
     sees_slot = same_window & (key_offset <= query_offset.unsqueeze(1))  # [Q, K]
-    return torch.cat([sees_context[:, query_window], sees_slot.expand(document_ids.shape[0], -1, -1)], dim=2).unsqueeze(
-        1
-    )
+    return torch.cat([of_context, sees_slot.expand(document_ids.shape[0], -1, -1)], dim=2).unsqueeze(1)

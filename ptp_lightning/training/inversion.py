@@ -48,18 +48,16 @@ def invert(
         strategy: where in its interval an auxiliary lies.
         generator: of the draws.
     """
-    context = context.detached()
     length = token_ids.shape[2]
     sampling = context.sampling.proposal()
     logits = predictor.logits(context.first_hidden)
+    reader = predictor.window_reader(context, keeps=True)
     values: list[Tensor] = []
     found: list[Tensor] = []
     for offset in range(length - 1):
         if offset > 0:
-            mask, positions = context.place_next(offset - 1)  # of the newest auxiliary of each window
-            slots = predictor.embed_slots(followed_by_nothing(values[-1].unsqueeze(-1)), sampling.settings).squeeze(-2)
-            hidden = predictor.student_decode(slots, positions, mask, context.cache)
-            logits = predictor.slot_logits(hidden)
+            newest = predictor.embed_slots(followed_by_nothing(values[-1].unsqueeze(-1)), sampling.settings)
+            logits = predictor.slot_logits(reader.read(predictor.student_decode, newest).squeeze(2))
         lower, upper = token_interval(sampling.distribution(logits), token_ids[..., offset])
         values.append(strategy(lower, upper, generator))
         found.append(upper > lower)

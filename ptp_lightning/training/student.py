@@ -125,22 +125,19 @@ def distributions_along(
 
     Args:
         predictor: the base model.
-        context: of `predictor.encode`; its cache is as before when this returns.
+        context: of `predictor.encode`.
         token_ids: `[B, N, L]` int64; the last token of each window is not read.
 
     Returns:
         `SamplingConfig.with_target` at every position, `[B, N, L, K]` each: that at k follows the tokens before k.
     """
-    num_windows, read = token_ids.shape[1], token_ids.shape[2] - 1
+    read = token_ids.shape[2] - 1
     sampling = context.sampling
-    mask, positions = context.place_slots(read)
     with predictor.gate.closed():
-        embeddings = predictor.embed(token_ids[..., :-1]).flatten(1, 2)
-        hidden = predictor.decode(embeddings, positions, mask, context.cache)
-    context.cache.crop(-num_windows * read)
+        hidden = predictor.window_reader(context).read(predictor.decode, predictor.embed(token_ids[..., :-1]))
     # Position 0 is computed for itself, as everywhere else, so that rounding gives the same token everywhere.
     first = sampling.with_target(predictor.logits(context.first_hidden))
-    chunks = _by_chunk(lambda chunk: sampling.with_target(predictor.logits(chunk)), hidden.flatten(0, 1))
+    chunks = _by_chunk(lambda chunk: sampling.with_target(predictor.logits(chunk)), hidden.flatten(0, 2))
     teacher, target = (_concatenate(first[which], [chunk[which] for chunk in chunks], read) for which in range(2))
     return teacher, target
 

@@ -101,16 +101,16 @@ class TeacherWindows(WindowSource):
         tokens: list[Tensor] = []
         teachers: list[TokenDistribution] = []
         targets: list[TokenDistribution] = []
+        reader = predictor.window_reader(context, keeps=True)
         with predictor.gate.closed():
             for offset in range(length):
                 if offset > 0:
-                    mask, positions = context.place_next(offset - 1)  # of the newest token of each window
-                    hidden = predictor.decode(predictor.embed(tokens[-1]), positions, mask, context.cache)
+                    newest = predictor.embed(tokens[-1]).unsqueeze(2)
+                    hidden = reader.read(predictor.decode, newest).squeeze(2)
                 teacher, target = context.sampling.with_target(predictor.logits(hidden))
                 teachers.append(teacher)
                 targets.append(target)
                 tokens.append(pick(auxiliaries[..., offset], teacher))
-        context.cache.crop(-(length - 1) * batch.num_windows)
         token_ids = torch.stack(tokens, dim=-1)
         mask = until_end(token_ids, end_of_text)
         teacher = stack(teachers)

@@ -295,13 +295,9 @@ def teacher_in_place_of_the_refiner(module: DistillationModule) -> Any:
 
     @torch.no_grad()
     def refine(context: Context, pairs: RefinerContext, hidden: Tensor, token_ids: Tensor) -> Tensor:
-        mask, positions = context.place_slots(token_ids.shape[2])
-        with module.predictor.gate.closed():
-            states = module.predictor.decode(
-                module.predictor.embed(token_ids).flatten(1, 2), positions, mask, context.cache
-            )
-        context.cache.crop(-states.shape[1])
-        return states.view_as(hidden)
+        predictor = module.predictor
+        with predictor.gate.closed():
+            return predictor.window_reader(context).read(predictor.decode, predictor.embed(token_ids))
 
     return refine
 

@@ -26,7 +26,7 @@ from ptp_lightning.models import (
 )
 from ptp_lightning.models.checkpoint import load_predictor
 from ptp_lightning.models.conditioning import SamplingRange
-from ptp_lightning.models.window_attention import context_mask
+from ptp_lightning.models.window_attention import context_mask, slot_mask
 from ptp_lightning.randomness import keyed_generator
 from ptp_lightning.sampling import SamplingConfig
 from ptp_lightning.training import InverseAutoregressiveModule, OptimizerSettings
@@ -119,13 +119,22 @@ class TestTraining:
         generator = keyed_generator(0, "train", 0, 0, 0)
         values = invert(predictor, encode(predictor, batch), token_ids, UniformInInterval(), generator).values
         context = encode(predictor, batch)
-        slot_mask, positions = context.place_slots(LENGTH - 1)
+        window, offset = torch.arange(3).repeat_interleave(LENGTH - 1), torch.arange(LENGTH - 1).repeat(3)
+        of_slots = slot_mask(
+            batch.document_ids,
+            batch.window_starts,
+            query_window=window,
+            query_offset=offset,
+            key_window=window,
+            key_offset=offset,
+        )
+        positions = context.window_positions[:, window] + offset
         slots = predictor.slot_encoder(F.pad(values, (0, 1))).flatten(1, 2)
         of_context = F.pad(context_mask(batch.document_ids), (0, slots.shape[1]))
         hidden = predictor.decode(
             torch.cat([predictor.embed(batch.input_ids), slots], dim=1),
             torch.cat([batch.position_ids, positions], dim=1),
-            torch.cat([of_context, slot_mask], dim=2),
+            torch.cat([of_context, of_slots], dim=2),
             cache=None,
         )
         log_p = predictor.logits(hidden).log_softmax(-1)

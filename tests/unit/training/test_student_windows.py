@@ -103,13 +103,14 @@ class TestCost:
         predictor, batch = make_predictor(), make_batch()
         context = encode(predictor, batch)
         calls: list[tuple[bool, list[int]]] = []
-        decode = predictor.decode
+        for name in ("decode", "student_decode"):
+            decode = getattr(predictor, name)
 
-        def count(embeddings: Tensor, *arguments: Any) -> Tensor:
-            calls.append((predictor.gate.opening is not None, list(embeddings.shape[:2])))
-            return decode(embeddings, *arguments)
+            def count(embeddings: Tensor, *arguments: Any, decode: Any = decode, **named: Any) -> Tensor:
+                calls.append((predictor.gate.opening is not None, list(embeddings.shape[:2])))
+                return decode(embeddings, *arguments, **named)
 
-        monkeypatch.setattr(predictor, "decode", count)
+            monkeypatch.setattr(predictor, name, count)
         StudentWindows().sample(predictor, batch, context, torch.Generator().manual_seed(0), None)
         tokens = [2, 3 * (LENGTH - 1)]
         assert calls == [(True, tokens), (False, tokens)]
@@ -130,12 +131,9 @@ class TestAPerfectStudent:
             for place in range(LENGTH - 1):
                 Q = SamplingConfig().distribution(predictor.logits(hidden[:, :, -1]))
                 text.append(pick(auxiliaries[..., place], Q))
-                mask, positions = context.place_slots(place + 1)
-                embeddings = predictor.embed(torch.stack(text, -1)).flatten(1, 2)
                 with predictor.gate.closed():
-                    hidden = predictor.decode(embeddings, positions, mask, context.cache)
-                context.cache.crop(-hidden.shape[1])
-                hidden = hidden.unflatten(1, (-1, place + 1))
+                    embeddings = predictor.embed(torch.stack(text, -1))
+                    hidden = predictor.window_reader(context).read(predictor.decode, embeddings)
             return hidden
 
         monkeypatch.setattr(predictor, "slot_hidden", slot_hidden)

@@ -1,0 +1,114 @@
+"""Attention by blocks is dense attention under the mask of windows, in values, gradients and whole models."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from ptp_lightning.models import ParallelTokenPredictor
+from ptp_lightning.models.block_attention import block_attention
+from tests.numerics.test_window_attention import encode, inputs, make_batch, make_predictor
+from tests.tiny_models import TINY_MODELS
+
+ROWS, HEADS, WINDOWS, QUERIES, CONTEXT, OWN, SIZE, VALUE_SIZE = 2, 3, 4, 5, 7, 6, 8, 9
+
+
+def random_arguments(dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [
+        (ROWS, HEADS, WINDOWS, QUERIES, SIZE),
+        (ROWS, HEADS, CONTEXT, SIZE),
+        (ROWS, HEADS, CONTEXT, VALUE_SIZE),
+        (ROWS, HEADS, WINDOWS, OWN, SIZE),
+        (ROWS, HEADS, WINDOWS, OWN, VALUE_SIZE),
+    ]
+    tensors = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+    sees = torch.rand(ROWS, WINDOWS, QUERIES, CONTEXT + OWN, generator=generator) < 0.5
+    sees[..., 0] = True  # no query sees nothing
+    return [tensor.requires_grad_() for tensor in tensors], sees
+
+
+def by_blocks(tensors: list[Tensor], sees: Tensor) -> Tensor:
+    query, context_keys, context_values, own_keys, own_values = tensors
+    return block_attention(query, (context_keys, context_values), (own_keys, own_values), sees, 0.3)
+
+
+def window_by_window(tensors: list[Tensor], sees: Tensor) -> Tensor:
+    query, context_keys, context_values, own_keys, own_values = tensors
+    windows = [
+        scaled_dot_product_attention(
+            query[:, :, n],
+            torch.cat([context_keys, own_keys[:, :, n]], dim=2),
+            torch.cat([context_values, own_values[:, :, n]], dim=2),
+            attn_mask=sees[:, n].unsqueeze(1),
+            scale=0.3,
+        )
+        for n in range(WINDOWS)
+    ]
+    return torch.stack(windows, dim=2)
+
+
+@pytest.mark.parametrize("frozen", [[], [1, 2], [0], [3], [4]], ids=str)
+def test_values_and_gradients_are_those_of_dense_attention(frozen: list[int]) -> None:
+    """Also where some inputs need no gradient: the context's keys and values under gated LoRA."""
+    tensors, sees = random_arguments(torch.float64)
+    for index in frozen:
+        tensors[index].requires_grad_(False)
+    trained = [tensor for tensor in tensors if tensor.requires_grad]
+    found, expected = by_blocks(tensors, sees), window_by_window(tensors, sees)
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
+    upstream = torch.randn(found.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for own, reference in zip(
+        torch.autograd.grad(found, trained, upstream), torch.autograd.grad(expected, trained, upstream), strict=True
+    ):
+        torch.testing.assert_close(own, reference, atol=1e-12, rtol=0)
+
+
+def test_bfloat16_is_rounded_once() -> None:
+    tensors, sees = random_arguments(torch.bfloat16)
+    exact = window_by_window([tensor.double() for tensor in tensors], sees)
+    found = by_blocks(tensors, sees)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, exact.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("family", TINY_MODELS)
+class TestInAModel:
+    """Grouped queries, learned positions, partly rotary ones; against the dense mask, which other models get."""
+
+    def test_slots(self, family: str) -> None:
+        blocks, dense = (self.make(family, in_blocks) for in_blocks in (True, False))
+        input_ids, auxiliaries = inputs()
+        hidden = [
+            predictor.slot_hidden(encode(predictor, make_batch(input_ids)), auxiliaries)
+            for predictor in (blocks, dense)
+        ]
+        torch.testing.assert_close(*hidden, atol=1e-9, rtol=0)
+        upstream = torch.randn(hidden[0].shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        for states in hidden:
+            (states * upstream).sum().backward()
+        for (name, own), other in zip(blocks.named_parameters(), dense.parameters(), strict=True):
+            if own.requires_grad:
+                torch.testing.assert_close(own.grad, other.grad, atol=1e-9, rtol=1e-9, msg=name)
+
+    def test_places_that_are_read_call_by_call(self, family: str) -> None:
+        """One place, then two: as if all three had been read at once, whichever way the model attends."""
+        embeddings = torch.randn(2, 3, 3, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        found = []
+        for in_blocks in (True, False):
+            predictor = self.make(family, in_blocks)
+            with torch.no_grad(), predictor.gate.closed():
+                context = encode(predictor, make_batch(inputs()[0]))
+                found.append(predictor.window_reader(context).read(predictor.decode, embeddings))
+                reader = predictor.window_reader(context, keeps=True)
+                parts = [reader.read(predictor.decode, part) for part in embeddings.split([1, 2], dim=2)]
+                found.append(torch.cat(parts, dim=2))
+        for other in found[1:]:
+            torch.testing.assert_close(found[0], other, atol=1e-9, rtol=0)
+
+    @staticmethod
+    def make(family: str, in_blocks: bool) -> ParallelTokenPredictor:
+        predictor = make_predictor.__wrapped__(family).double()
+        assert predictor._in_blocks, "all of these hand keyword arguments on to their attention"
+        predictor._in_blocks = in_blocks
+        return predictor
