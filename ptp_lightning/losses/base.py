@@ -1,8 +1,10 @@
 """Losses over the slots of windows: sums in nats and of weights, projected onto the vocabulary in chunks.
 
-A loss gets hidden states, not logits. It applies the language model head itself, `chunk_size` slots at a time, and
-recomputes each chunk's logits in the backward pass, so that the [M, V] logits of all slots never exist at once.
-Whatever else has to be known of a slot's logits is measured while they exist (`SlotMeasure`).
+A loss gets hidden states, not logits. It applies the language model head itself, `chunk_size` slots at a time, so that
+the [M, V] logits of all slots never exist at once. Behind a frozen head the gradient of a slot's loss by its hidden
+state is taken at once, while its logits exist: nothing is projected twice. A head that is trained is run again in the
+backward pass, where the weights of the slots are known. Whatever else has to be known of a slot's logits is measured
+while they exist (`SlotMeasure`).
 
 Tensor sizes: M slots, m of them not masked, H hidden size, V vocabulary, K candidate tokens kept by the teacher's
 sampling settings.
@@ -13,13 +15,19 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from ptp_lightning.sampling import TokenDistribution
+
+
+CHUNK_LOGITS_CPU = 2**22
+"""Logits of a chunk, unless its size is given: so many still fit into a processor's cache."""
+CHUNK_LOGITS_GPU = 2**26
 
 
 class LossSum(NamedTuple):
@@ -85,14 +93,14 @@ class Loss(ABC):
     A new loss is a subclass with the three class attributes and `per_slot`.
 
     Args:
-        chunk_size: slots whose logits exist at the same time. Memory grows with `chunk_size * V`; the value and the
-            gradients do not depend on it beyond rounding.
+        chunk_size: slots whose logits exist at the same time, by default as many as the machine likes best. Memory
+            grows with `chunk_size * V`; the value and the gradients do not depend on it beyond rounding.
 
     Raises:
         ValueError: if `chunk_size` is not positive.
     """
 
-    chunk_size: int = 1024
+    chunk_size: int | None = None
 
     needs_teacher: ClassVar[bool]
     """Whether `SlotTargets.teacher` is read."""
@@ -102,7 +110,7 @@ class Loss(ABC):
     """For every other objective, the reason why not."""
 
     def __post_init__(self) -> None:
-        if self.chunk_size < 1:
+        if self.chunk_size is not None and self.chunk_size < 1:
             raise ValueError(
                 f"A loss projects at least one slot at a time, found chunk_size={self.chunk_size}. "
                 "Set `chunk_size` of the loss to a positive number."
@@ -131,8 +139,9 @@ class Loss(ABC):
 
         Args:
             hidden: [M, H], the last hidden states of the slots.
-            head: the language model head, [m, H] to [m, V]; called once per chunk, and if there are several, once more
-                in the backward pass.
+            head: the language model head, [m, H] to [m, V]. It is called with no row at all first, which tells V and
+                whether the head is trained; then once per chunk, and if it is trained and there are several chunks,
+                once more for each in the backward pass.
             target: what the M slots should predict; of its weights, only whether they are 0 is read.
             measure: evaluated once per chunk, without gradient, while the chunk's logits exist.
 
@@ -147,8 +156,9 @@ class Loss(ABC):
         hidden, token_ids = hidden[kept], token_ids[kept]
         if teacher is not None and self.needs_teacher:
             teacher = _take(teacher, kept)
-        num_slots = kept.numel()
-        chunks = [slice(start, start + self.chunk_size) for start in range(0, max(num_slots, 1), self.chunk_size)]
+        with torch.enable_grad():
+            no_logits = head(hidden[:0].detach())
+        chunks = self._chunks(kept.numel(), no_logits)
         measured: dict[int, Tensor] = {}  # by the first slot of the chunk; the backward pass does not measure again
 
         def chunk_losses(chunk_hidden: Tensor, rows: slice) -> Tensor:
@@ -160,9 +170,9 @@ class Loss(ABC):
             chunk_teacher = _take(teacher, rows) if teacher is not None and self.needs_teacher else None
             return self.per_slot(logits, token_ids[rows], chunk_teacher)
 
-        if len(chunks) == 1:  # computing the logits twice would save nothing
+        if len(chunks) == 1 and no_logits.requires_grad:  # computing the logits twice would save nothing
             nats = chunk_losses(hidden, chunks[0])
-        else:
+        elif no_logits.requires_grad:
             nats = torch.cat(
                 [
                     # A head has no dropout, so there is no random state to put back for the second run.
@@ -170,13 +180,22 @@ class Loss(ABC):
                     for rows in chunks
                 ]
             )
+        elif hidden.requires_grad and torch.is_grad_enabled():
+            nats = _LossesWithGradients.apply(hidden, chunk_losses, chunks)
+            assert isinstance(nats, Tensor)
+        else:
+            nats = torch.cat([chunk_losses(hidden[rows], rows) for rows in chunks])
         return SlotLosses(kept, nats, torch.cat(list(measured.values())) if measured else None)
+
+    def _chunks(self, num_slots: int, no_logits: Tensor) -> list[slice]:
+        most = CHUNK_LOGITS_GPU if no_logits.is_cuda else CHUNK_LOGITS_CPU
+        size = self.chunk_size or max(most // no_logits.shape[-1], 1)
+        return [slice(start, min(start + size, num_slots)) for start in range(0, max(num_slots, 1), size)]
 
     def weighted_sum(self, losses: SlotLosses, weights: Tensor) -> LossSum:
         """Sum `losses`, each times its weight; `weights` [M] get no gradient."""
         kept = weights.detach()[losses.slots].to(losses.nats.dtype)
-        totals = [chunk.sum() for chunk in (losses.nats * kept).split(self.chunk_size)]
-        return LossSum(total=torch.stack(totals).sum(), count=kept.sum())
+        return LossSum(total=(losses.nats * kept).sum(), count=kept.sum())
 
     def _check(self, hidden: Tensor, target: SlotTargets) -> None:
         num_slots = hidden.shape[0]
@@ -197,6 +216,33 @@ class Loss(ABC):
                 f"Expected teacher probabilities [M, K] with M = {num_slots}, "
                 f"found {list(target.teacher.probabilities.shape)}."
             )
+
+
+class _LossesWithGradients(torch.autograd.Function):
+    """Losses [m] of hidden states [m, H], each of which depends on its own row alone.
+
+    So the gradient of their sum by a row is that of the row's own loss, whatever weight it gets later.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, chunk_losses: Callable[[Tensor, slice], Tensor], chunks: list[slice]
+    ) -> Tensor:
+        gradients, nats = torch.empty_like(hidden), []
+        for rows in chunks:
+            with torch.enable_grad():
+                leaf = hidden[rows].detach().requires_grad_()
+                losses = chunk_losses(leaf, rows)
+                (gradients[rows],) = torch.autograd.grad(losses.sum(), leaf)
+            nats.append(losses.detach())
+        ctx.save_for_backward(gradients)
+        return torch.cat(nats)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_nats: Tensor) -> tuple[Tensor | None, ...]:
+        (gradients,) = ctx.saved_tensors
+        return (gradients * grad_nats.unsqueeze(-1)).to(gradients.dtype), None, None
 
 
 def _take(distribution: TokenDistribution, rows: Tensor | slice) -> TokenDistribution:

@@ -109,7 +109,8 @@ def test_no_logits_of_all_slots_live_until_the_backward_pass(loss: type[Loss]) -
     saved: list[int] = []
 
     def watched_head(chunk: Tensor) -> Tensor:
-        seen.append(len(chunk))
+        if len(chunk):  # the first call, of no row, only asks whether the head is trained
+            seen.append(len(chunk))
         return head(chunk)
 
     def pack(tensor: Tensor) -> Tensor:
@@ -134,7 +135,8 @@ def test_autocast_projects_in_bfloat16_and_sums_in_float32(loss: type[Loss]) -> 
 
     def watched_head(chunk: Tensor) -> Tensor:
         logits = head(chunk)
-        dtypes.append(logits.dtype)
+        if len(chunk):
+            dtypes.append(logits.dtype)
         return logits
 
     with torch.autocast("cpu", torch.bfloat16):
@@ -163,20 +165,52 @@ def test_bad_sizes(loss: type[Loss]) -> None:
             loss()(random_logits(), identity, short)
 
 
-@pytest.mark.parametrize(("num_slots", "head_calls"), [(4, 1), (5, 4)])
-def test_a_single_chunk_is_projected_once(num_slots: int, head_calls: int) -> None:
-    """Two chunks are projected again in the backward pass, which keeps their logits from existing at once."""
-    calls = 0
+@pytest.mark.parametrize(
+    ("is_trained", "num_slots", "expected"),
+    [(True, 4, [4]), (True, 5, [4, 1, 1, 4]), (False, 4, [4]), (False, 5, [4, 1])],
+)
+def test_how_often_slots_are_projected(is_trained: bool, num_slots: int, expected: list[int]) -> None:
+    """Several chunks of a trained head once more in the backward pass, so that their logits never exist at once."""
+    seen: list[int] = []
+    weight = torch.eye(6, requires_grad=is_trained)
 
     def head(chunk: Tensor) -> Tensor:
-        nonlocal calls
-        calls += 1
-        return chunk
+        if len(chunk):
+            seen.append(len(chunk))
+        return chunk @ weight
 
     hidden = torch.randn(num_slots, 6, requires_grad=True)
     target = SlotTargets(torch.zeros(num_slots, dtype=torch.long), None, torch.ones(num_slots))
     CrossEntropy(chunk_size=4)(hidden, head, target).total.backward()
-    assert calls == head_calls
+    assert seen == expected
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3, 10, None])
+@every_loss
+def test_a_frozen_head_gives_the_gradients_of_a_trained_one(loss: type[Loss], chunk_size: int | None) -> None:
+    """Whatever the weights are, and they may be known only once the losses are."""
+    target = random_targets()
+    weights = torch.linspace(0, 3, M)
+    gradients = []
+    for is_trained in (True, False):
+        generator = torch.Generator().manual_seed(4)
+        hidden = torch.randn(M, H, generator=generator, requires_grad=True)
+        weight = torch.randn(V, H, generator=generator, requires_grad=is_trained)
+        scorer = loss(chunk_size=chunk_size)
+        losses = scorer.of_slots(hidden, lambda chunk, weight=weight: F.linear(chunk, weight), target)
+        (5 * scorer.weighted_sum(losses, weights).total).backward()
+        gradients.append(hidden.grad)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-6)
+    assert gradients[0] is not None and gradients[0].abs().amax() > 0.1
+
+
+def test_behind_a_frozen_head_no_logits_live_at_all() -> None:
+    target = random_targets()
+    hidden = torch.randn(M, H, requires_grad=True)
+    weight = torch.randn(V, H)
+    losses = CrossEntropy(chunk_size=4).of_slots(hidden, lambda chunk: F.linear(chunk, weight), target)
+    (saved,) = losses.nats.grad_fn.saved_tensors  # pyright: ignore[reportOptionalMemberAccess,reportAttributeAccessIssue]
+    assert saved.shape == (len(losses.slots), H)  # the gradients
 
 
 def largest_logit(logits: Tensor, slots: Tensor) -> Tensor:
