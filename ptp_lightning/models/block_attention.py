@@ -109,17 +109,19 @@ def _weights(query: Tensor, context_keys: Tensor, own_keys: Tensor, sees: Tensor
 def _products(rows: Tensor, context: Tensor, own: Tensor) -> Tensor:
     """Inner products of `[H, N, Q, D]` with `[H, S, D]`, and within windows with `[H, N, K, D]`: `[H, N Q, S + K]`."""
     num_heads, num_windows, num_queries, _ = rows.shape
-    size, num_own = context.shape[1], own.shape[2]
-    products = rows.new_empty(num_heads, num_windows * num_queries, size + num_own)
+    size = context.shape[1]
+    products = rows.new_empty(num_heads, num_windows * num_queries, size + own.shape[2])
     torch.bmm(rows.flatten(1, 2), _wide(context).transpose(1, 2), out=products[..., :size])
-    within = products.view(num_heads * num_windows, num_queries, size + num_own)[..., size:]
-    torch.bmm(rows.flatten(0, 1), _wide(own).flatten(0, 1).transpose(1, 2), out=within)
+    products[..., size:] = (rows @ _wide(own).transpose(2, 3)).flatten(1, 2)
     return products
 
 
 def _by_window(entries: Tensor, like: Tensor) -> Tensor:
-    """`[H, N * Q, K]` as `[H, N, Q, K]`; `like` is `[H, N, ...]`."""
-    return entries.unflatten(1, (like.shape[1], -1))
+    """`[H, N * Q, K]` as `[H, N, Q, K]`; `like` is `[H, N, ...]`.
+
+    Contiguous: many small products of strided matrices are made one by one.
+    """
+    return entries.unflatten(1, (like.shape[1], -1)).contiguous()
 
 
 def _wide(tensor: Tensor) -> Tensor:

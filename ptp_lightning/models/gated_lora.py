@@ -7,7 +7,7 @@ this module only decides, for every token position, whether they act.
 
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,6 +19,8 @@ from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+
+from ptp_lightning.models.adapted_linear import AdaptedWeights, adapted_linear, adapted_product
 
 ALL_LINEAR = "all-linear"
 
@@ -261,6 +263,7 @@ def attach_gate(peft_model: PeftModel) -> Gate:
         for adapter_name in layer.lora_A:
             layer.lora_variant[adapter_name] = GatedLoraVariant(gate, name)
         cast(Any, layer).forward = partial(_forward, layer, gate)
+    _attach_gated_units(peft_model, gate)
     return gate
 
 
@@ -278,6 +281,10 @@ def _forward(layer: LoraLayer, gate: Gate, x: Tensor, *args: Any, **kwargs: Any)
     )  # all adapters are behind the gate
     if is_plain and opening is None:
         return modules["base_layer"](x)
+    if is_plain and opening == Opening(None, None) and torch.is_grad_enabled():
+        weights = _trained_weights(layer, x)
+        if weights is not None:
+            return adapted_linear(x, weights)
     if is_plain and opening is not None and opening.suffix and not torch.is_grad_enabled():
         adapters, shape = layer.active_adapters, x.shape
         if len(adapters) == 1 and not layer.disable_adapters and len(shape) == 3 and shape[1] >= opening.suffix:
@@ -297,6 +304,51 @@ def _forward(layer: LoraLayer, gate: Gate, x: Tensor, *args: Any, **kwargs: Any)
                     result[:, start:].baddbmm_(reduced, weights, alpha=layer.scaling[adapter])
                 return result
     return type(layer).forward(layer, x, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _trained_weights(layer: LoraLayer, x: Tensor) -> AdaptedWeights | None:
+    """The weights with which `adapted_linear` does what PEFT would do; None where it would do anything else."""
+    base, adapters = layer.get_base_layer(), layer.active_adapters
+    if type(base) is not nn.Linear or len(adapters) != 1 or layer.disable_adapters or base.weight.requires_grad:
+        return None
+    dropout = layer.lora_dropout[adapters[0]]
+    if torch.is_autocast_enabled(x.device.type) or (dropout.training and not isinstance(dropout, nn.Identity)):
+        return None
+    lora_a, lora_b = (cast(nn.Linear, part[adapters[0]]).weight for part in (layer.lora_A, layer.lora_B))
+    return AdaptedWeights(base.weight, base.bias, lora_a, lora_b, layer.scaling[adapters[0]])
+
+
+def _attach_gated_units(model: nn.Module, gate: Gate) -> None:
+    """Let MLPs of Llama and its kin keep less for the backward pass: `down(act(gate(x)) * up(x))`, see `adapted_linear`.
+
+    Whether an MLP with such parts computes just this is tried out, for its class is not known.
+    """
+    for module in model.modules():
+        parts = {name: module._modules.get(name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")}
+        down = parts["down_proj"]
+        if None in parts.values() or not isinstance(down, LoraLayer) or not _is_gated_unit(module):
+            continue
+        cast(Any, module).forward = partial(_gated_unit, module, type(module).forward, gate)
+
+
+@torch.no_grad()
+def _is_gated_unit(module: Any) -> bool:
+    weight = module.down_proj.get_base_layer().weight
+    width = getattr(module.gate_proj, "in_features", None)
+    if width is None:
+        return False
+    x = torch.linspace(-1, 1, width, dtype=weight.dtype, device=weight.device).view(1, 1, width)
+    expected = module.down_proj(module.act_fn(module.gate_proj(x)) * module.up_proj(x))
+    return torch.equal(type(module).forward(module, x), expected)
+
+
+def _gated_unit(module: Any, forward: Callable[..., Tensor], gate: Gate, x: Tensor) -> Tensor:
+    down = module.down_proj
+    if gate.opening == Opening(None, None) and torch.is_grad_enabled() and len(down.lora_variant) == len(down.scaling):
+        weights = _trained_weights(down, x)
+        if weights is not None:
+            return adapted_product(module.gate_proj(x), module.up_proj(x), module.act_fn, weights)
+    return forward(module, x)
 
 
 def _low_rank_term(module: LoraLayer, adapter_name: str, x: Tensor) -> Tensor:

@@ -1,0 +1,134 @@
+"""Frozen linear layers with a low-rank update, for training: what autograd would keep and pass around is left out.
+
+    y = x W^T + b + s (x A^T) B^T
+
+W and b are frozen, so the backward pass needs W, A, B, x and the few numbers of `x A^T`, and both terms of the gradient
+by x are added up in place. The last layer of a gated unit, x = act(g) u, keeps g and u and makes x again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+Activation = Callable[[Tensor], Tensor]
+
+
+class AdaptedWeights(NamedTuple):
+    """Weights of a layer.
+
+    Attributes:
+        base: W, `[out, in]`, frozen.
+        bias: b, `[out]`, frozen, or None.
+        lora_a: A, `[r, in]`; its dtype is the low-rank term's, and may be wider than that of W.
+        lora_b: B, `[out, r]`.
+        scale: s.
+    """
+
+    base: Tensor
+    bias: Tensor | None
+    lora_a: Tensor
+    lora_b: Tensor
+    scale: float
+
+
+def adapted_linear(x: Tensor, weights: AdaptedWeights) -> Tensor:
+    """`[..., in]` to `[..., out]`, with gradients for x, A and B."""
+    result = _AdaptedLinear.apply(x, *weights)
+    assert isinstance(result, Tensor)
+    return result
+
+
+def adapted_product(gate: Tensor, up: Tensor, activation: Activation, weights: AdaptedWeights) -> Tensor:
+    """`adapted_linear(activation(gate) * up)`, with gradients for both, A and B; `activation` is elementwise."""
+    result = _AdaptedProduct.apply(gate, up, activation, *weights)
+    assert isinstance(result, Tensor)
+    return result
+
+
+class _AdaptedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, base: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scale: float
+    ) -> Tensor:
+        result, reduced = _forward(x, AdaptedWeights(base, bias, lora_a, lora_b, scale))
+        ctx.save_for_backward(x, reduced, base, lora_a, lora_b)
+        ctx.scale = scale
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, reduced, base, lora_a, lora_b = ctx.saved_tensors
+        weights = AdaptedWeights(base, None, lora_a, lora_b, ctx.scale)
+        of_x, of_a, of_b = _backward(grad, x, reduced, weights, needs_input=ctx.needs_input_grad[0])
+        return of_x, None, None, of_a, of_b, None
+
+
+class _AdaptedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        gate: Tensor,
+        up: Tensor,
+        activation: Activation,
+        base: Tensor,
+        bias: Tensor | None,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        scale: float,
+    ) -> Tensor:
+        result, reduced = _forward(activation(gate) * up, AdaptedWeights(base, bias, lora_a, lora_b, scale))
+        ctx.save_for_backward(gate, up, reduced, base, lora_a, lora_b)
+        ctx.activation, ctx.scale = activation, scale
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up, reduced, base, lora_a, lora_b = ctx.saved_tensors
+        with torch.enable_grad():
+            leaf = gate.detach().requires_grad_()
+            activated = ctx.activation(leaf)
+        weights = AdaptedWeights(base, None, lora_a, lora_b, ctx.scale)
+        of_x, of_a, of_b = _backward(grad, activated.detach() * up, reduced, weights, needs_input=True)
+        assert of_x is not None
+        of_up = of_x * activated.detach()
+        (of_gate,) = torch.autograd.grad(activated, leaf, of_x.mul_(up))
+        return of_gate, of_up, None, None, None, of_a, of_b, None
+
+
+def _forward(x: Tensor, weights: AdaptedWeights) -> tuple[Tensor, Tensor]:
+    """The result, and `x A^T` `[..., r]`."""
+    base, bias, lora_a, lora_b, scale = weights
+    result = torch.nn.functional.linear(x, base, bias)
+    reduced = torch.nn.functional.linear(x.to(lora_a.dtype), lora_a)
+    _add_product(result, reduced, lora_b.t(), scale)
+    return result, reduced
+
+
+def _backward(
+    grad: Tensor, x: Tensor, reduced: Tensor, weights: AdaptedWeights, *, needs_input: bool
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Gradients by x, A and B."""
+    wide = grad.to(weights.lora_b.dtype)
+    of_reduced = (wide @ weights.lora_b).mul_(weights.scale)
+    of_b = (wide.flatten(0, -2).t() @ reduced.flatten(0, -2)).mul_(weights.scale)
+    of_a = of_reduced.flatten(0, -2).t() @ x.flatten(0, -2).to(of_reduced.dtype)
+    if not needs_input:
+        return None, of_a, of_b
+    of_x = grad @ weights.base
+    _add_product(of_x, of_reduced, weights.lora_a, 1.0)
+    return of_x, of_a, of_b
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
+    """`total += scale * left @ right`, in place; the product is in its factors' dtype."""
+    if total.dtype == left.dtype and total.is_contiguous():
+        total.view(-1, total.shape[-1]).addmm_(left.flatten(0, -2), right, alpha=scale)
+    else:
+        total.add_(left @ right, alpha=scale)
