@@ -81,10 +81,8 @@ def token_interval(P: TokenDistribution, token_ids: Tensor) -> tuple[Tensor, Ten
         ValueError: if token_ids are not in the leading shape of P.
     """
     _require_leading_shape("token_ids", token_ids, P)
-    F = P.cdf()
     j, found = P.find(token_ids)
-    upper = F.gather(-1, j[..., None]).squeeze(-1)
-    lower = F.gather(-1, (j[..., None] - 1).clamp(min=0)).squeeze(-1).where(j > 0, 0.0)
+    lower, upper = P.interval(j)
     has_interval = found & (lower < upper)
     return lower.where(has_interval, 0.0), upper.where(has_interval, 0.0)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -45,15 +45,51 @@ class TokenDistribution(NamedTuple):
     probabilities: Tensor
     token_ids: Tensor | None = None
 
+    @property
+    def shape(self) -> torch.Size:
+        """Of the distributions: `[...]`."""
+        return self.probabilities.shape[:-1]
+
+    def at(self, index: Any) -> TokenDistribution:
+        """Some of them: `index` is what a tensor of the shape `[...]` would be indexed with."""
+        index = (*index, slice(None)) if isinstance(index, tuple) else (index, slice(None))
+        return TokenDistribution(self.probabilities[index], None if self.token_ids is None else self.token_ids[index])
+
+    def flat(self) -> TokenDistribution:
+        """One after the other: `[... , K]` as `[M, K]`."""
+        token_ids = self.token_ids
+        return TokenDistribution(
+            self.probabilities.flatten(0, -2), None if token_ids is None else token_ids.flatten(0, -2)
+        )
+
+    def now(self) -> TokenDistribution:
+        """Themselves; see `LazyDistributions.now`."""
+        return self
+
+    @torch.no_grad()
+    def units(self) -> Tensor:
+        """Probability in whole units of 2^-52: `[..., K]`, float64.
+
+        Whole numbers below 2^53 add without rounding. Sums of them therefore do not depend on the order of adding, on
+        batch shape or on device, and entries of probability zero change none of them. A probability below 2^-53 counts
+        as zero.
+        """
+        return self.probabilities.to(torch.float64, copy=True).mul_(MASS_UNITS).round_()
+
     @torch.no_grad()
     def cumulative_units(self) -> Tensor:
-        """Cumulative probability in whole units of 2^-52: `[..., K]`, float64, never decreasing.
+        """Cumulative probability in `units`: `[..., K]`, float64, never decreasing."""
+        return self.units().cumsum(-1)
 
-        Whole numbers below 2^53 add without rounding. The sums therefore do not depend on the order in which a
-        parallel scan adds, on batch shape or on device, and entries of probability zero change none of them.
-        A probability below 2^-53 counts as zero.
-        """
-        return self.probabilities.to(torch.float64, copy=True).mul_(MASS_UNITS).round_().cumsum(-1)
+    @torch.no_grad()
+    def interval(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """`F_{k-1}` and `F_k` `[...]` of entries k `[...]`, the very numbers of `cdf`, without all the others."""
+        units, index = self.units(), index.unsqueeze(-1)
+        total = units.sum(-1)
+        own = units.gather(-1, index).squeeze(-1)
+        before = torch.arange(units.shape[-1], device=units.device) < index
+        below = units.mul_(before).sum(-1)
+        return below / total, (below + own) / total
 
     @torch.no_grad()
     def cdf(self) -> Tensor:
@@ -113,6 +149,10 @@ class SamplingConfig:
             raise ValueError(f"top_p must satisfy 0 < top_p <= 1, found {self.top_p}")
         if self.order not in get_args(Order):
             raise ValueError(f"order must be one of {', '.join(get_args(Order))}, found {self.order!r}")
+
+    def lists_all(self, vocab_size: int) -> bool:
+        """Whether distributions list every token of the vocabulary."""
+        return self.temperature > 0 and (self.top_k is None or self.top_k >= vocab_size)
 
     def target(self) -> SamplingConfig:
         """What students learn: everything but top-p.

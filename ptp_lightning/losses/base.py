@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from ptp_lightning.lazy_distributions import Distributions
 from ptp_lightning.sampling import TokenDistribution
-
 
 CHUNK_LOGITS_CPU = 2**22
 """Logits of a chunk, unless its size is given: so many still fit into a processor's cache."""
@@ -50,12 +50,12 @@ class SlotTargets(NamedTuple):
 
     Attributes:
         token_ids: [M] int64, the reference tokens; anything where the weight is 0.
-        teacher: the teacher's distributions, [M, K]; None if only the tokens are known.
+        teacher: the teacher's M distributions; None if only the tokens are known.
         weights: [M] float, the weight of each slot; 0 masks it.
     """
 
     token_ids: Tensor
-    teacher: TokenDistribution | None
+    teacher: Distributions | None
     weights: Tensor
 
 
@@ -155,7 +155,7 @@ class Loss(ABC):
         kept = weights.nonzero().squeeze(-1)
         hidden, token_ids = hidden[kept], token_ids[kept]
         if teacher is not None and self.needs_teacher:
-            teacher = _take(teacher, kept)
+            teacher = teacher.at(kept)
         with torch.enable_grad():
             no_logits = head(hidden[:0].detach())
         chunks = self._chunks(kept.numel(), no_logits)
@@ -167,7 +167,7 @@ class Loss(ABC):
             if measure is not None and rows.start not in measured:
                 with torch.no_grad():
                     measured[rows.start] = measure(logits.detach(), kept[rows])
-            chunk_teacher = _take(teacher, rows) if teacher is not None and self.needs_teacher else None
+            chunk_teacher = teacher.at(rows).now() if teacher is not None and self.needs_teacher else None
             return self.per_slot(logits, token_ids[rows], chunk_teacher)
 
         if len(chunks) == 1 and no_logits.requires_grad:  # computing the logits twice would save nothing
@@ -211,10 +211,9 @@ class Loss(ABC):
                 f"{type(self).__name__} compares with the teacher's distribution, but the targets hold only tokens. "
                 "Choose a `loss` that needs no teacher (CrossEntropy), or a training module that provides one."
             )
-        if target.teacher.probabilities.shape[:-1] != (num_slots,):
+        if target.teacher.shape != (num_slots,):
             raise ValueError(
-                f"Expected teacher probabilities [M, K] with M = {num_slots}, "
-                f"found {list(target.teacher.probabilities.shape)}."
+                f"Expected teacher distributions of M = {num_slots} slots, found {list(target.teacher.shape)}."
             )
 
 
@@ -243,11 +242,3 @@ class _LossesWithGradients(torch.autograd.Function):
     def backward(ctx: Any, grad_nats: Tensor) -> tuple[Tensor | None, ...]:
         (gradients,) = ctx.saved_tensors
         return (gradients * grad_nats.unsqueeze(-1)).to(gradients.dtype), None, None
-
-
-def _take(distribution: TokenDistribution, rows: Tensor | slice) -> TokenDistribution:
-    token_ids = distribution.token_ids
-    return distribution._replace(
-        probabilities=distribution.probabilities[rows],
-        token_ids=None if token_ids is None else token_ids[rows],
-    )

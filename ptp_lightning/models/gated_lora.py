@@ -319,9 +319,9 @@ def _trained_weights(layer: LoraLayer, x: Tensor) -> AdaptedWeights | None:
 
 
 def _attach_gated_units(model: nn.Module, gate: Gate) -> None:
-    """Let MLPs of Llama and its kin keep less for the backward pass: `down(act(gate(x)) * up(x))`, see `adapted_linear`.
+    """Let MLPs of Llama and its kin keep less for the backward pass, see `adapted_product`.
 
-    Whether an MLP with such parts computes just this is tried out, for its class is not known.
+    Whether one with such parts computes just `down(act(gate(x)) * up(x))` is tried out, for its class is not known.
     """
     for module in model.modules():
         parts = {name: module._modules.get(name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")}

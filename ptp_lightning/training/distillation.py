@@ -23,15 +23,13 @@ from ptp_lightning.metrics import PositionMeans, WindowMetrics, as_tags
 from ptp_lightning.models.context import Context
 from ptp_lightning.models.predictor_config import PredictorConfig
 from ptp_lightning.randomness import keyed_generator
-from ptp_lightning.sampling import Sampler, SamplingConfig, TokenDistribution, require
+from ptp_lightning.sampling import Sampler, SamplingConfig, require
 from ptp_lightning.training.optimization import OptimizerSettings
 from ptp_lightning.training.predictor_module import PredictorModule
 from ptp_lightning.training.proposals import best_of
 from ptp_lightning.training.right_probability import right_probability
 from ptp_lightning.training.student import propose
-from ptp_lightning.training.windows import TeacherWindows, WindowSample, WindowSource
-
-SLOTS = slice(1, None)  # positions of a window that slots predict
+from ptp_lightning.training.windows import SLOTS, TeacherWindows, WindowSample, WindowSource
 
 
 class DistillationModule(PredictorModule):
@@ -173,7 +171,7 @@ class DistillationModule(PredictorModule):
     def _slot_loss(self, hidden: Tensor, sample: WindowSample, sampling: Sampler) -> LossSum:
         """Loss of the slots' hidden states `[B, N, L - 1, H]`; `sampling` is what their proposals are made with."""
         mask = sample.mask[..., 1:]
-        flat = _flat_at(sample.target, SLOTS)
+        flat = sample.target.at(SLOTS).flat()
         targets = SlotTargets(sample.token_ids[..., 1:].flatten(), flat, mask.flatten().to(torch.float32))
         measure = right_probability(self.predictor, sample, sampling) if self.position_weights.needs_right else None
         losses = self.loss.of_slots(hidden.flatten(0, 2), self.predictor.slot_logits, targets, measure)
@@ -207,7 +205,7 @@ class DistillationModule(PredictorModule):
         generator = keyed_generator(self.seed, *keys)
         sample, logits = self._measure(batch, context, generator, self.val_metrics)
         if self.predictor.config.objective.predicts_distribution:
-            target, mask = _flat_at(sample.target, SLOTS), sample.mask[..., 1:]
+            target, mask = sample.target.at(SLOTS).flat().now(), sample.mask[..., 1:]
             divergences = KullbackLeibler().per_slot(logits.flatten(0, -2), sample.token_ids[..., 1:].flatten(), target)
             positions = torch.arange(1, self.predictor.config.window_length, device=mask.device).expand_as(mask)
             self.val_divergences.update(divergences.view_as(mask)[mask], positions[mask])
@@ -224,7 +222,7 @@ class DistillationModule(PredictorModule):
         """Windows under the settings of the context, and the student's logits `[B, N, L - 1, V]` for them."""
         sample = self.val_source.sample(self.predictor, batch, context, generator, self.end_of_text)
         # The first token needs no slot: the base model's own distribution is what decoding picks it from.
-        first = _at(sample.teacher, 0)
+        first = sample.teacher.at((..., 0)).now()
         first_nll = -first.probability_of(sample.token_ids[..., 0]).log()
         draft = propose(self.predictor, context, sample.auxiliaries, pick(sample.auxiliaries[..., 0], first))
         logits = self.predictor.slot_logits(draft.hidden).float()
@@ -245,17 +243,3 @@ def sampling_label(sampling: SamplingConfig, usual: SamplingConfig) -> str:
         if getattr(sampling, name) != getattr(usual, name)
     ]
     return f"temperature_{sampling.temperature:.2f}" + "".join(others)
-
-
-def _at(distribution: TokenDistribution, position: int | slice) -> TokenDistribution:
-    """`[..., L, K]` at one or several positions of the window."""
-    token_ids = distribution.token_ids
-    return TokenDistribution(
-        distribution.probabilities[..., position, :], None if token_ids is None else token_ids[..., position, :]
-    )
-
-
-def _flat_at(distribution: TokenDistribution, positions: slice) -> TokenDistribution:
-    """`[B, N, L, K]` at M positions of each window, one after the other: `[B * N * M, K]`."""
-    probabilities, token_ids = _at(distribution, positions)
-    return TokenDistribution(probabilities.flatten(0, 2), None if token_ids is None else token_ids.flatten(0, 2))

@@ -5,8 +5,8 @@ from torch import Tensor
 
 from ptp_lightning.losses import SlotMeasure
 from ptp_lightning.models.predictor import ParallelTokenPredictor
-from ptp_lightning.sampling import Sampler, TokenDistribution
-from ptp_lightning.training.windows import WindowSample
+from ptp_lightning.sampling import Sampler
+from ptp_lightning.training.windows import SLOTS, WindowSample
 
 
 def right_probability(predictor: ParallelTokenPredictor, sample: WindowSample, sampling: Sampler) -> SlotMeasure:
@@ -21,14 +21,10 @@ def right_probability(predictor: ParallelTokenPredictor, sample: WindowSample, s
         A measure of slots that are numbered through `[B, N, L - 1]`.
     """
     objective = predictor.config.objective
-    # Views: teacher distributions over a whole vocabulary are not copied for all slots at once.
-    tokens = sample.token_ids[..., 1:]
-    probabilities = sample.teacher.probabilities[..., 1:, :]
-    token_ids = None if sample.teacher.token_ids is None else sample.teacher.token_ids[..., 1:, :]
+    tokens, teachers = sample.token_ids[..., 1:], sample.teacher.at(SLOTS)
 
     def measure(logits: Tensor, slots: Tensor) -> Tensor:
         index = torch.unravel_index(slots, tokens.shape)
-        teacher = TokenDistribution(probabilities[index], None if token_ids is None else token_ids[index])
-        return objective.right_probability(logits, tokens[index], teacher, sampling)
+        return objective.right_probability(logits, tokens[index], teachers.at(index).now(), sampling)
 
     return measure

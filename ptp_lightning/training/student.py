@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from ptp_lightning.auxiliary import token_interval
 from ptp_lightning.auxiliary_strategies import StudentAnswer, StudentProbe
+from ptp_lightning.lazy_distributions import Distributions, LazyDistributions
 from ptp_lightning.models.context import Context
 from ptp_lightning.models.predictor import ParallelTokenPredictor
 from ptp_lightning.models.refiner import refine_draft
@@ -120,7 +122,7 @@ def student_probe(predictor: ParallelTokenPredictor, context: Context, token_ids
 @torch.no_grad()
 def distributions_along(
     predictor: ParallelTokenPredictor, context: Context, token_ids: Tensor
-) -> tuple[TokenDistribution, TokenDistribution]:
+) -> tuple[Distributions, Distributions]:
     """The base model's distributions along given windows, in one parallel pass with the gate closed.
 
     Args:
@@ -129,12 +131,18 @@ def distributions_along(
         token_ids: `[B, N, L]` int64; the last token of each window is not read.
 
     Returns:
-        `SamplingConfig.with_target` at every position, `[B, N, L, K]` each: that at k follows the tokens before k.
+        Teacher and target at every position, `[B, N, L]` each: that at k follows the tokens before k. Distributions
+        over a whole vocabulary are lazy.
     """
     read = token_ids.shape[2] - 1
     sampling = context.sampling
     with predictor.gate.closed():
         hidden = predictor.window_reader(context).read(predictor.decode, predictor.embed(token_ids[..., :-1]))
+    if sampling.settings.lists_all(predictor.base_model.config.vocab_size):
+        lazy = LazyDistributions(
+            torch.cat([context.first_hidden.unsqueeze(2), hidden], dim=2), predictor.logits, sampling
+        )
+        return lazy, replace(lazy, is_target=True)
     # Position 0 is computed for itself, as everywhere else, so that rounding gives the same token everywhere.
     first = sampling.with_target(predictor.logits(context.first_hidden))
     chunks = _by_chunk(lambda chunk: sampling.with_target(predictor.logits(chunk)), hidden.flatten(0, 2))

@@ -6,6 +6,7 @@ import torch
 
 from ptp_lightning.auxiliary import draw_auxiliaries, pick
 from ptp_lightning.data.batch import PackedBatch
+from ptp_lightning.lazy_distributions import picks
 from ptp_lightning.models.context import Context
 from ptp_lightning.models.predictor import ParallelTokenPredictor
 from ptp_lightning.training.student import distributions_along, propose
@@ -46,8 +47,10 @@ class StudentWindows(WindowSource):
         first = context.sampling.distribution(predictor.logits(context.first_hidden))
         draft = propose(predictor, context, auxiliaries, pick(auxiliaries[..., 0], first)).token_ids
         teacher, target = distributions_along(predictor, context, draft)
+        token_ids = picks(auxiliaries, teacher)
+        token_ids[..., 0] = draft[..., 0]  # the teacher's own, however the rounding of another call's logits falls out
         return WindowSample(
-            token_ids=pick(auxiliaries, teacher),
+            token_ids=token_ids,
             auxiliaries=auxiliaries,
             mask=until_end(draft, end_of_text),
             teacher=teacher,

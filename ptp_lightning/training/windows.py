@@ -5,19 +5,26 @@ teacher distributions. A new source is one class with `sample`.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ptp_lightning.auxiliary import draw_auxiliaries, pick, token_interval
+from ptp_lightning.auxiliary import draw_auxiliaries, pick
 from ptp_lightning.auxiliary_strategies import AuxiliaryStrategy, UniformInInterval
 from ptp_lightning.data.batch import PackedBatch
+from ptp_lightning.lazy_distributions import Distributions, LazyDistributions, intervals
 from ptp_lightning.models.context import Context
 from ptp_lightning.models.predictor import ParallelTokenPredictor
 from ptp_lightning.sampling import TokenDistribution
 from ptp_lightning.training.student import student_probe
+
+SLOTS = (..., slice(1, None))
+"""Positions of windows that slots predict, as an index into `[B, N, L]`."""
+
+DistributionPair = tuple[Distributions, Distributions]
+"""What tokens are picked from, and what students learn."""
 
 
 class WindowSample(NamedTuple):
@@ -27,8 +34,8 @@ class WindowSample(NamedTuple):
         token_ids: `[B, N, L]` int64.
         auxiliaries: `[B, N, L]` float64; `pick(auxiliaries, teacher) == token_ids` wherever the mask is true.
         mask: `[B, N, L]` bool, true on a prefix of each window.
-        teacher: distributions `[B, N, L, K]` the tokens were picked from.
-        target: distributions `[B, N, L, K]` that students learn, see `SamplingConfig.target`.
+        teacher: `[B, N, L]` distributions that the tokens were picked from.
+        target: `[B, N, L]` distributions that students learn, see `SamplingConfig.target`.
         conditioning_ids: `[B, N, L]` int64, the tokens that stand in the windows: the distributions at k follow those
             before k. They are `token_ids`, unless the student wrote the windows.
     """
@@ -36,8 +43,8 @@ class WindowSample(NamedTuple):
     token_ids: Tensor
     auxiliaries: Tensor
     mask: Tensor
-    teacher: TokenDistribution
-    target: TokenDistribution
+    teacher: Distributions
+    target: Distributions
     conditioning_ids: Tensor
 
 
@@ -99,25 +106,21 @@ class TeacherWindows(WindowSource):
         auxiliaries = draw_auxiliaries(shape, generator, batch.input_ids.device)
         hidden = context.first_hidden
         tokens: list[Tensor] = []
-        teachers: list[TokenDistribution] = []
-        targets: list[TokenDistribution] = []
+        along = _Along(predictor, context)
         reader = predictor.window_reader(context, keeps=True)
         with predictor.gate.closed():
             for offset in range(length):
                 if offset > 0:
                     newest = predictor.embed(tokens[-1]).unsqueeze(2)
                     hidden = reader.read(predictor.decode, newest).squeeze(2)
-                teacher, target = context.sampling.with_target(predictor.logits(hidden))
-                teachers.append(teacher)
-                targets.append(target)
-                tokens.append(pick(auxiliaries[..., offset], teacher))
+                tokens.append(pick(auxiliaries[..., offset], along.add(hidden)))
         token_ids = torch.stack(tokens, dim=-1)
         mask = until_end(token_ids, end_of_text)
-        teacher = stack(teachers)
+        teacher, target = along.result()
         if self.strategy is not None:
-            interval = token_interval(teacher, token_ids)
+            interval = intervals(teacher, token_ids)
             auxiliaries = self.strategy.draw(*interval, generator, student_probe(predictor, context, token_ids))
-        return WindowSample(token_ids, auxiliaries, mask, teacher, stack(targets), token_ids)
+        return WindowSample(token_ids, auxiliaries, mask, teacher, target, token_ids)
 
 
 @dataclass(frozen=True)
@@ -149,8 +152,11 @@ class DatasetWindows(WindowSource):
         """See `WindowSource.sample`."""
         length = predictor.config.window_length
         token_ids, mask = window_tokens(batch, length)
-        teacher, target = context.sampling.with_target(predictor.logits(hidden_before_tokens(batch, context, length)))
-        lower, upper = token_interval(teacher, token_ids)
+        teacher, target = distributions(predictor, context, hidden_before_tokens(batch, context, length))
+        if isinstance(teacher, LazyDistributions):
+            lower, upper = _intervals_of_text(teacher, batch, context, length, mask)
+        else:
+            lower, upper = intervals(teacher, token_ids)
         mask = (mask & (upper > lower)).cumprod(-1).bool()
         auxiliaries = self.strategy.draw(lower, upper, generator, student_probe(predictor, context, token_ids))
         return WindowSample(token_ids, auxiliaries, mask, teacher, target, token_ids)
@@ -175,6 +181,23 @@ def hidden_before_tokens(batch: PackedBatch, context: Context, length: int) -> T
     return context.hidden.gather(1, of_hidden).unflatten(1, index.shape[1:])
 
 
+def _intervals_of_text(
+    teacher: LazyDistributions, batch: PackedBatch, context: Context, length: int, mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Intervals `[B, N, L]` of the windows' own tokens: each token of a row once, though windows overlap."""
+    index = _window_index(batch, length)
+    if index.is_cuda:  # to know which are needed would mean to wait for the device
+        ends = intervals(replace(teacher, hidden=context.hidden[:, :-1]), batch.input_ids[:, 1:])
+        rows = [torch.nn.functional.pad(end, (1, 0)) for end in ends]
+    else:
+        needed = torch.zeros_like(batch.input_ids).scatter_add_(1, index.flatten(1), mask.flatten(1).long())
+        row, place = needed.nonzero(as_tuple=True)
+        ends = intervals(replace(teacher, hidden=context.hidden[row, place - 1]), batch.input_ids[row, place])
+        rows = [end.new_zeros(needed.shape).index_put((row, place), end) for end in ends]
+    lower, upper = (row.gather(1, index.flatten(1)).view_as(index) for row in rows)
+    return lower, upper
+
+
 def _window_index(batch: PackedBatch, length: int) -> Tensor:
     """Row indices `[B, N, L]` of the windows' tokens; past the row, that of its last token."""
     offset = torch.arange(length, device=batch.window_starts.device)
@@ -187,6 +210,44 @@ def until_end(token_ids: Tensor, end_of_text: int | None) -> Tensor:
         return torch.ones_like(token_ids, dtype=torch.bool)
     ended = (token_ids == end_of_text).cumsum(-1)
     return (ended - (token_ids == end_of_text).long()) == 0
+
+
+def distributions(predictor: ParallelTokenPredictor, context: Context, hidden: Tensor) -> DistributionPair:
+    """What the base model's hidden states `[..., H]` say comes next, as teacher and target.
+
+    Distributions over a whole vocabulary are made when they are needed; those of a few candidates are kept.
+    """
+    sampling = context.sampling
+    if sampling.settings.lists_all(predictor.base_model.config.vocab_size):
+        lazy = LazyDistributions(hidden, predictor.logits, sampling)
+        return lazy, replace(lazy, is_target=True)
+    return sampling.with_target(predictor.logits(hidden))
+
+
+class _Along:
+    """Distributions of L positions of windows, one after the other; see `distributions`."""
+
+    def __init__(self, predictor: ParallelTokenPredictor, context: Context) -> None:
+        self._predictor = predictor
+        self._context = context
+        self._is_lazy = context.sampling.settings.lists_all(predictor.base_model.config.vocab_size)
+        self._hidden: list[Tensor] = []
+        self._pairs: list[tuple[TokenDistribution, TokenDistribution]] = []
+
+    def add(self, hidden: Tensor) -> TokenDistribution:
+        """The teacher's at the next position, `[B, N]`, from `[B, N, H]`."""
+        if self._is_lazy:
+            self._hidden.append(hidden)
+            return self._context.sampling.distribution(self._predictor.logits(hidden))
+        self._pairs.append(self._context.sampling.with_target(self._predictor.logits(hidden)))
+        return self._pairs[-1][0]
+
+    def result(self) -> DistributionPair:
+        """Teacher and target at all of them, `[B, N, L]`."""
+        if self._is_lazy:
+            return distributions(self._predictor, self._context, torch.stack(self._hidden, dim=2))
+        teachers, targets = zip(*self._pairs, strict=True)
+        return stack(list(teachers)), stack(list(targets))
 
 
 def stack(distributions: list[TokenDistribution]) -> TokenDistribution:

@@ -18,7 +18,7 @@ from ptp_lightning.models.continuous_features import CosineFeatures
 from ptp_lightning.models.gated_lora import LoraSettings
 from ptp_lightning.models.predictor import ParallelTokenPredictor
 from ptp_lightning.models.predictor_config import PredictorConfig
-from ptp_lightning.sampling import SamplingConfig, TokenDistribution
+from ptp_lightning.sampling import Sampler, SamplingConfig, TokenDistribution
 from ptp_lightning.training.mixture_windows import MixtureWindows
 from ptp_lightning.training.student_windows import StudentWindows
 from ptp_lightning.training.windows import DatasetWindows, TeacherWindows, WindowSample, WindowSource, until_end
@@ -89,7 +89,7 @@ class TestEverySource:
             sample, _ = sample_from(source, make_predictor(sampling=sampling), seed=seed)
             assert sample.token_ids.shape == sample.auxiliaries.shape == sample.mask.shape == (2, 3, 4)
             assert sample.auxiliaries.dtype == torch.float64
-            picked = pick(sample.auxiliaries, sample.teacher)
+            picked = pick(sample.auxiliaries, sample.teacher.now())
             assert torch.equal(picked[sample.mask], sample.token_ids[sample.mask])
             assert not (sample.mask[..., 1:] & ~sample.mask[..., :-1]).any(), "not a prefix"
             assert sample.conditioning_ids.shape == sample.token_ids.shape
@@ -112,7 +112,7 @@ class TestEverySource:
 
     def test_takes_no_gradient(self, source: WindowSource) -> None:
         sample, _ = sample_from(source, make_predictor())
-        tensors: list[Tensor | None] = [sample.auxiliaries, *sample.teacher, *sample.target]
+        tensors: list[Tensor | None] = [sample.auxiliaries, *sample.teacher.now(), *sample.target.now()]
         assert not any(tensor.requires_grad for tensor in tensors if tensor is not None)
 
     def test_leaves_the_modes_alone(self, source: WindowSource) -> None:
@@ -129,7 +129,7 @@ class TestTeacherWindows:
         again, _ = sample_from(TeacherWindows(BetaInInterval(0.5)), make_predictor())
         assert torch.equal(again.token_ids, plain.token_ids)
         assert not (again.auxiliaries == plain.auxiliaries).any()
-        assert torch.equal(pick(again.auxiliaries, plain.teacher), plain.token_ids)
+        assert torch.equal(pick(again.auxiliaries, plain.teacher.now()), plain.token_ids)
 
     @pytest.mark.parametrize("family", TINY_MODELS)
     def test_equals_a_loop_without_cache(self, family: str) -> None:
@@ -146,9 +146,9 @@ class TestTeacherWindows:
                     logits = teacher(input_ids=torch.tensor([token_ids]), use_cache=False).logits[0, -1]
                 Q = SAMPLING.distribution(logits)
                 token_ids.append(int(pick(auxiliaries[row, window, place], Q)))
-                probabilities = sample.teacher.probabilities[row, window, place]
+                probabilities = sample.teacher.now().probabilities[row, window, place]
                 torch.testing.assert_close(probabilities, Q.probabilities, atol=1e-5, rtol=1e-4)
-                target = sample.target.probabilities[row, window, place]
+                target = sample.target.now().probabilities[row, window, place]
                 before_the_cut = SAMPLING.target().distribution(logits).probabilities
                 torch.testing.assert_close(target, before_the_cut, atol=1e-5, rtol=1e-4)
             assert sample.token_ids[row, window].tolist() == token_ids[-4:], (row, window)
@@ -191,9 +191,10 @@ class TestDatasetWindows:
             logits.scatter_(2, ((token_ids + step) % 10).unsqueeze(-1), 0.0)
         predictor: Any = SimpleNamespace(
             config=SimpleNamespace(window_length=4),
+            base_model=SimpleNamespace(config=SimpleNamespace(vocab_size=10)),
             logits=lambda hidden: hidden,
         )
-        context: Any = SimpleNamespace(hidden=logits, sampling=SamplingConfig(order="vocabulary"))
+        context: Any = SimpleNamespace(hidden=logits, sampling=Sampler(SamplingConfig(order="vocabulary")))
         batch = PackedBatch(token_ids, documents, torch.empty(0), torch.tensor([starts]), completion)
         return DatasetWindows().sample(predictor, batch, context, torch.Generator().manual_seed(0), None)
 
@@ -204,7 +205,7 @@ class TestDatasetWindows:
     def test_the_text_itself(self) -> None:
         sample = self.sample([1, 2, 4, 5, 6, 8], starts=[1, 2])
         assert self.seen(sample) == [[2, 4, 5, 6], [4, 5, 6, 8]]
-        assert torch.equal(pick(sample.auxiliaries, sample.teacher), sample.token_ids)
+        assert torch.equal(pick(sample.auxiliaries, sample.teacher.now()), sample.token_ids)
 
     def test_auxiliaries_lie_in_the_interval_of_their_token(self) -> None:
         auxiliaries = self.sample([1, 2, 4, 5, 6, 8], starts=[1]).auxiliaries[0, 0]
@@ -212,7 +213,7 @@ class TestDatasetWindows:
         assert (auxiliaries < 0.5).tolist() == [True, False, True, True]
 
     def test_teacher_of_every_position(self) -> None:
-        teacher: TokenDistribution = self.sample([1, 2, 4, 5, 6, 8], starts=[2]).teacher
+        teacher: TokenDistribution = self.sample([1, 2, 4, 5, 6, 8], starts=[2]).teacher.now()
         possible = [row.nonzero().flatten().tolist() for row in teacher.probabilities[0, 0]]
         assert possible == [[3, 4], [5, 6], [6, 7], [7, 8]]
 

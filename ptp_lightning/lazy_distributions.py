@@ -1,0 +1,80 @@
+"""Distributions over whole vocabularies that are made from hidden states when they are asked for, a few at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ptp_lightning.auxiliary import pick, token_interval
+from ptp_lightning.sampling import Sampler, TokenDistribution
+
+CHUNK_LOGITS = 2**21  # that exist at the same time
+
+
+@dataclass(frozen=True)
+class LazyDistributions:
+    """What `sampler` makes of the logits of hidden states; no gradients.
+
+    Args:
+        hidden: `[..., H]`.
+        head: hidden states `[m, H]` to logits `[m, V]`.
+        sampler: from logits to distributions.
+        is_target: whether they are what students learn (`SamplingConfig.target`) instead of what is sampled from.
+    """
+
+    hidden: Tensor
+    head: Callable[[Tensor], Tensor]
+    sampler: Sampler
+    is_target: bool = False
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the distributions: `[...]`."""
+        return self.hidden.shape[:-1]
+
+    def at(self, index: Any) -> LazyDistributions:
+        """Some of them; see `TokenDistribution.at`."""
+        index = (*index, slice(None)) if isinstance(index, tuple) else (index, slice(None))
+        return replace(self, hidden=self.hidden[index])
+
+    def flat(self) -> LazyDistributions:
+        """One after the other."""
+        return replace(self, hidden=self.hidden.flatten(0, -2))
+
+    @torch.no_grad()
+    def now(self) -> TokenDistribution:
+        """All of them at once: `[..., K]`."""
+        return self.sampler.with_target(self.head(self.hidden))[int(self.is_target)]
+
+    def chunks(self, values: Tensor) -> Iterator[tuple[TokenDistribution, Tensor]]:
+        """A few distributions at a time, and of `values` `[...]` those that belong to them."""
+        hidden = self.hidden.flatten(0, -2)
+        rows = max(CHUNK_LOGITS // self.head(hidden[:0]).shape[-1], 1)
+        for chunk, own in zip(hidden.split(rows), values.flatten().split(rows), strict=True):
+            yield replace(self, hidden=chunk).now(), own
+
+
+Distributions = TokenDistribution | LazyDistributions
+"""Anything with `shape`, `at`, `flat` and `now`."""
+
+
+@torch.no_grad()
+def picks(u: Tensor, P: Distributions) -> Tensor:
+    """`pick(u, P)`, a few at a time where P is lazy."""
+    if isinstance(P, TokenDistribution):
+        return pick(u, P)
+    return torch.cat([pick(own, chunk) for chunk, own in P.chunks(u)]).view(u.shape)
+
+
+@torch.no_grad()
+def intervals(P: Distributions, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """`token_interval(P, token_ids)`, a few at a time where P is lazy."""
+    if isinstance(P, TokenDistribution):
+        return token_interval(P, token_ids)
+    ends = [token_interval(chunk, own) for chunk, own in P.chunks(token_ids)]
+    lower, upper = (torch.cat(parts).view(token_ids.shape) for parts in zip(*ends, strict=True))
+    return lower, upper
