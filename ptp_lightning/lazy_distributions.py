@@ -67,7 +67,12 @@ def picks(u: Tensor, P: Distributions) -> Tensor:
     """`pick(u, P)`, a few at a time where P is lazy."""
     if isinstance(P, TokenDistribution):
         return pick(u, P)
-    return torch.cat([pick(own, chunk) for chunk, own in P.chunks(u)]).view(u.shape)
+    token_ids = u.new_empty(u.numel(), dtype=torch.long)
+    begin = 0
+    for chunk, own in P.chunks(u):
+        token_ids[begin : begin + len(own)] = pick(own, chunk)
+        begin += len(own)
+    return token_ids.view(u.shape)
 
 
 @torch.no_grad()
@@ -75,6 +80,10 @@ def intervals(P: Distributions, token_ids: Tensor) -> tuple[Tensor, Tensor]:
     """`token_interval(P, token_ids)`, a few at a time where P is lazy."""
     if isinstance(P, TokenDistribution):
         return token_interval(P, token_ids)
-    ends = [token_interval(chunk, own) for chunk, own in P.chunks(token_ids)]
-    lower, upper = (torch.cat(parts).view(token_ids.shape) for parts in zip(*ends, strict=True))
-    return lower, upper
+    lower, upper = torch.empty(2, token_ids.numel(), dtype=torch.float64, device=token_ids.device)
+    begin = 0
+    for chunk, own in P.chunks(token_ids):
+        rows = slice(begin, begin + len(own))
+        lower[rows], upper[rows] = token_interval(chunk, own)
+        begin = rows.stop
+    return lower.view(token_ids.shape), upper.view(token_ids.shape)

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from ptp_lightning.lazy_distributions import Distributions
 from ptp_lightning.sampling import TokenDistribution
 
-CHUNK_LOGITS_CPU = 2**22
+CHUNK_LOGITS_CPU = 2**21
 """Logits of a chunk, unless its size is given: so many still fit into a processor's cache."""
 CHUNK_LOGITS_GPU = 2**26
 
@@ -227,15 +227,17 @@ class _LossesWithGradients(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, chunk_losses: Callable[[Tensor, slice], Tensor], chunks: list[slice]
     ) -> Tensor:
-        gradients, nats = torch.empty_like(hidden), []
+        # What stays is allocated before what goes: small pieces that stay in between would cut freed memory up.
+        gradients = torch.empty_like(hidden)
+        nats = hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
         for rows in chunks:
             with torch.enable_grad():
                 leaf = hidden[rows].detach().requires_grad_()
                 losses = chunk_losses(leaf, rows)
                 (gradients[rows],) = torch.autograd.grad(losses.sum(), leaf)
-            nats.append(losses.detach())
+            nats[rows] = losses.detach()
         ctx.save_for_backward(gradients)
-        return torch.cat(nats)
+        return nats
 
     @staticmethod
     @once_differentiable

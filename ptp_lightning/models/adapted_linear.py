@@ -8,12 +8,14 @@ by x are added up in place. The last layer of a gated unit, x = act(g) u, keeps 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+PART_ROWS = 512
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -55,7 +57,10 @@ class _AdaptedLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, base: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scale: float
     ) -> Tensor:
-        result, reduced = _forward(x, AdaptedWeights(base, bias, lora_a, lora_b, scale))
+        result = x.new_empty(*x.shape[:-1], base.shape[0])
+        reduced = lora_a.new_empty(*x.shape[:-1], lora_a.shape[0])
+        weights = AdaptedWeights(base, bias, lora_a, lora_b, scale)
+        _forward(x.flatten(0, -2), weights, result.flatten(0, -2), reduced.flatten(0, -2))
         ctx.save_for_backward(x, reduced, base, lora_a, lora_b)
         ctx.scale = scale
         return result
@@ -82,7 +87,12 @@ class _AdaptedProduct(torch.autograd.Function):
         lora_b: Tensor,
         scale: float,
     ) -> Tensor:
-        result, reduced = _forward(activation(gate) * up, AdaptedWeights(base, bias, lora_a, lora_b, scale))
+        weights = AdaptedWeights(base, bias, lora_a, lora_b, scale)
+        # What stays is allocated before what goes: small pieces that stay in between would cut freed memory up.
+        result = gate.new_empty(*gate.shape[:-1], base.shape[0])
+        reduced = lora_a.new_empty(*gate.shape[:-1], lora_a.shape[0])
+        for own_gate, own_up, to_result, to_reduced in zip(*map(_in_parts, (gate, up, result, reduced)), strict=True):
+            _forward(activation(own_gate).mul_(own_up), weights, to_result, to_reduced)
         ctx.save_for_backward(gate, up, reduced, base, lora_a, lora_b)
         ctx.activation, ctx.scale = activation, scale
         return result
@@ -91,24 +101,39 @@ class _AdaptedProduct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gate, up, reduced, base, lora_a, lora_b = ctx.saved_tensors
-        with torch.enable_grad():
-            leaf = gate.detach().requires_grad_()
-            activated = ctx.activation(leaf)
         weights = AdaptedWeights(base, None, lora_a, lora_b, ctx.scale)
-        of_x, of_a, of_b = _backward(grad, activated.detach() * up, reduced, weights, needs_input=True)
-        assert of_x is not None
-        of_up = of_x * activated.detach()
-        (of_gate,) = torch.autograd.grad(activated, leaf, of_x.mul_(up))
+        of_gate, of_up = torch.empty_like(gate), torch.empty_like(up)
+        of_a, of_b = torch.zeros_like(lora_a), torch.zeros_like(lora_b)
+        tensors = (grad, gate, up, reduced, of_gate, of_up)
+        for own_grad, own_gate, own_up, own_reduced, to_gate, to_up in zip(*map(_in_parts, tensors), strict=True):
+            with torch.enable_grad():
+                leaf = own_gate.detach().requires_grad_()
+                activated = ctx.activation(leaf)
+            x = activated.detach() * own_up
+            of_x, more_of_a, more_of_b = _backward(own_grad, x, own_reduced, weights, needs_input=True)
+            assert of_x is not None
+            of_a += more_of_a
+            of_b += more_of_b
+            torch.mul(of_x, activated.detach(), out=to_up)
+            to_gate.copy_(torch.autograd.grad(activated, leaf, of_x.mul_(own_up))[0])
         return of_gate, of_up, None, None, None, of_a, of_b, None
 
 
-def _forward(x: Tensor, weights: AdaptedWeights) -> tuple[Tensor, Tensor]:
-    """The result, and `x A^T` `[..., r]`."""
+def _in_parts(tensor: Tensor) -> Sequence[Tensor]:
+    """Rows `[..., D]` as a few `[m, D]` at a time: on a CPU, what is made of them stays in the cache, and is small."""
+    rows = tensor.flatten(0, -2)
+    return [rows] if rows.is_cuda else rows.split(PART_ROWS)
+
+
+def _forward(x: Tensor, weights: AdaptedWeights, result: Tensor, reduced: Tensor) -> None:
+    """Of x `[m, in]`, fill in the result and `x A^T` `[m, r]`."""
     base, bias, lora_a, lora_b, scale = weights
-    result = torch.nn.functional.linear(x, base, bias)
-    reduced = torch.nn.functional.linear(x.to(lora_a.dtype), lora_a)
+    if bias is None:
+        torch.mm(x, base.t(), out=result)
+    else:
+        torch.addmm(bias, x, base.t(), out=result)
+    torch.mm(x.to(lora_a.dtype), lora_a.t(), out=reduced)
     _add_product(result, reduced, lora_b.t(), scale)
-    return result, reduced
 
 
 def _backward(
@@ -128,7 +153,7 @@ def _backward(
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
     """`total += scale * left @ right`, in place; the product is in its factors' dtype."""
-    if total.dtype == left.dtype and total.is_contiguous():
+    if total.dtype == left.dtype:
         total.view(-1, total.shape[-1]).addmm_(left.flatten(0, -2), right, alpha=scale)
     else:
         total.add_(left @ right, alpha=scale)

@@ -55,6 +55,7 @@ class WindowKeys:
         self._context = context
         self._keeps = keeps
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+        self._sees: Tensor | None = None
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, sees_context: Tensor, scale: float
@@ -90,19 +91,21 @@ class WindowKeys:
             blocks.flatten(3, 4),
             (context.keys, context.values),
             own,
-            self._sees_all(sees_context, places, own[0].shape[3]).repeat(1, 1, shared, 1),
+            self._sees_all(sees_context, shared, places, own[0].shape[3]),
             scale,
         )
         attended = attended.unflatten(3, (shared, places))  # [B, key-value heads, N, shared, J, E]
         return attended.permute(0, 2, 4, 1, 3, 5).flatten(3, 4).flatten(1, 2)
 
-    def _sees_all(self, sees_context: Tensor, places: int, num_own: int) -> Tensor:
-        """`[B, N, J, S + K]`: the newest J of K places of a window see those up to themselves."""
+    def _sees_all(self, sees_context: Tensor, shared: int, places: int, num_own: int) -> Tensor:
+        """`[B, N, shared * J, S + K]`: the newest J of K places of a window see those up to themselves."""
+        if self._sees is not None and self._sees.shape[2:] == (shared * places, sees_context.shape[2] + num_own):
+            return self._sees  # the same in all layers
         num_rows, num_windows, _ = sees_context.shape
         own = torch.ones(places, num_own, dtype=torch.bool, device=sees_context.device).tril(num_own - places)
-        return torch.cat(
-            [sees_context.unsqueeze(2).expand(-1, -1, places, -1), own.expand(num_rows, num_windows, -1, -1)], dim=-1
-        )
+        context = sees_context.unsqueeze(2).expand(-1, -1, places, -1)
+        self._sees = torch.cat([context, own.expand(num_rows, num_windows, -1, -1)], dim=-1).repeat(1, 1, shared, 1)
+        return self._sees
 
 
 def attend_windows(
