@@ -25,9 +25,11 @@ from torch.utils.checkpoint import checkpoint
 from ptp_lightning.lazy_distributions import Distributions
 from ptp_lightning.sampling import TokenDistribution
 
-CHUNK_LOGITS_CPU = 2**21
-"""Logits of a chunk, unless its size is given: so many still fit into a processor's cache."""
+CHUNK_LOGITS_CPU = 2**20
+"""Logits of a chunk, unless its size is given: so many stay in a processor's cache."""
 CHUNK_LOGITS_GPU = 2**26
+LEAST_CHUNK_SIZE = 64
+"""Unless it is given: fewer rows make a slow matrix product."""
 
 
 class LossSum(NamedTuple):
@@ -189,7 +191,7 @@ class Loss(ABC):
 
     def _chunks(self, num_slots: int, no_logits: Tensor) -> list[slice]:
         most = CHUNK_LOGITS_GPU if no_logits.is_cuda else CHUNK_LOGITS_CPU
-        size = self.chunk_size or max(most // no_logits.shape[-1], 1)
+        size = self.chunk_size or max(most // no_logits.shape[-1], LEAST_CHUNK_SIZE)
         return [slice(start, min(start + size, num_slots)) for start in range(0, max(num_slots, 1), size)]
 
     def weighted_sum(self, losses: SlotLosses, weights: Tensor) -> LossSum:

@@ -60,8 +60,9 @@ class _BlockAttention(torch.autograd.Function):
         ctx.scale = scale
         attended = query.new_empty(*query.shape[:-1], own_values.shape[-1])
         size = context_keys.shape[2]
+        scores, weights = _room_for_scores(query, sees), _room_for_scores(query, sees)
         for row in range(query.shape[0]):
-            weights = _weights(query[row], context_keys[row], own_keys[row], sees[row], scale)
+            _attention_weights(query[row], context_keys[row], own_keys[row], sees[row], scale, scores, weights)
             of_context = weights[..., :size] @ _wide(context_values[row])
             of_own = _by_window(weights[..., size:], own_values[row]) @ _wide(own_values[row])
             attended[row] = of_own.add_(of_context.view_as(of_own))
@@ -77,18 +78,18 @@ class _BlockAttention(torch.autograd.Function):
             for tensor, needed in zip(ctx.saved_tensors[:5], ctx.needs_input_grad, strict=False)
         ]
         of_query, of_context_keys, of_context_values, of_own_keys, of_own_values = grads
+        slopes, weights = _room_for_scores(query, sees), _room_for_scores(query, sees)
         for row in range(query.shape[0]):
-            weights = _weights(query[row], context_keys[row], own_keys[row], sees[row], scale)
+            _attention_weights(query[row], context_keys[row], own_keys[row], sees[row], scale, slopes, weights)
             grad = _wide(grad_attended[row])
-            grad_rows = grad.flatten(1, 2)
-            slopes = _products(grad, context_values[row], own_values[row])
             if of_context_values is not None:
-                of_context_values[row] = weights[..., :size].transpose(1, 2) @ grad_rows
+                of_context_values[row] = weights[..., :size].transpose(1, 2) @ grad.flatten(1, 2)
             if of_own_values is not None:
                 of_own_values[row] = _by_window(weights[..., size:], grad).transpose(2, 3) @ grad
             # d score = weight (d weight - sum of weight times d weight)
-            slopes = torch._softmax_backward_data(slopes, weights, -1, weights.dtype).mul_(scale)  # pyright: ignore[reportPrivateImportUsage]
-            to_context, to_own = slopes[..., :size], _by_window(slopes[..., size:], grad)
+            _products(grad, context_values[row], own_values[row], slopes)
+            torch._softmax_backward_data(slopes, weights, -1, weights.dtype, grad_input=slopes)  # pyright: ignore[reportPrivateImportUsage]
+            to_context, to_own = slopes.mul_(scale)[..., :size], _by_window(slopes[..., size:], grad)
             if of_query is not None:
                 through_own = to_own @ _wide(own_keys[row])
                 of_query[row] = through_own.add_((to_context @ _wide(context_keys[row])).view_as(through_own))
@@ -99,21 +100,27 @@ class _BlockAttention(torch.autograd.Function):
         return (*grads, None, None)
 
 
-def _weights(query: Tensor, context_keys: Tensor, own_keys: Tensor, sees: Tensor, scale: float) -> Tensor:
-    """Attention weights `[H, N * Q, S + K]` of one row."""
-    scores = _products(_wide(query) * scale, context_keys, own_keys)
+def _room_for_scores(query: Tensor, sees: Tensor) -> Tensor:
+    """`[H, N * Q, S + K]`, for one row, in float32 or better."""
+    _, num_heads, num_windows, num_queries, _ = query.shape
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    return query.new_empty(num_heads, num_windows * num_queries, sees.shape[-1], dtype=dtype)
+
+
+def _attention_weights(
+    query: Tensor, context_keys: Tensor, own_keys: Tensor, sees: Tensor, scale: float, scores: Tensor, weights: Tensor
+) -> None:
+    """Fill in the attention weights of one row; `scores` is room for them on the way."""
+    _products(_wide(query) * scale, context_keys, own_keys, scores)
     scores.view(*query.shape[:-1], -1).masked_fill_(~sees, -math.inf)
-    return scores.softmax(-1)
+    torch.softmax(scores, -1, out=weights)
 
 
-def _products(rows: Tensor, context: Tensor, own: Tensor) -> Tensor:
+def _products(rows: Tensor, context: Tensor, own: Tensor, products: Tensor) -> None:
     """Inner products of `[H, N, Q, D]` with `[H, S, D]`, and within windows with `[H, N, K, D]`: `[H, N Q, S + K]`."""
-    num_heads, num_windows, num_queries, _ = rows.shape
     size = context.shape[1]
-    products = rows.new_empty(num_heads, num_windows * num_queries, size + own.shape[2])
     torch.bmm(rows.flatten(1, 2), _wide(context).transpose(1, 2), out=products[..., :size])
     products[..., size:] = (rows @ _wide(own).transpose(2, 3)).flatten(1, 2)
-    return products
 
 
 def _by_window(entries: Tensor, like: Tensor) -> Tensor:
