@@ -92,7 +92,11 @@ def draw_auxiliaries(shape: Sequence[int], generator: torch.Generator, device: t
 
     Drawn where the generator lives and then moved, so a CPU generator gives the same numbers to every device.
     """
-    return torch.rand(tuple(shape), generator=generator, device=generator.device, dtype=torch.float64).to(device)
+    drawn = torch.rand(tuple(shape), generator=generator, device=generator.device, dtype=torch.float64)
+    if torch.device(device).type == "cuda" and not drawn.is_cuda:
+        # From pinned memory the copy waits for nothing, and nothing waits for it.
+        return drawn.pin_memory().to(device, non_blocking=True)
+    return drawn.to(device)
 
 
 def _require_leading_shape(name: str, tensor: Tensor, P: TokenDistribution) -> None:

@@ -62,11 +62,11 @@ class SlotTargets(NamedTuple):
 
 
 class SlotLosses(NamedTuple):
-    """The losses of the m slots that are not masked, each by itself.
+    """The losses of m slots, each by itself: of those that are not masked, and on some devices of all (see `of_slots`).
 
     Attributes:
         slots: [m] int64, which of the M slots these are, in ascending order.
-        nats: [m] float32 or better, their losses, not weighted.
+        nats: [m] float32 or better, their losses, not weighted; 0 where masked.
         measured: [m], what was measured of their logits, without gradient; None if nothing was.
     """
 
@@ -139,6 +139,9 @@ class Loss(ABC):
     ) -> SlotLosses:
         """The loss of each slot that is not masked.
 
+        On a CPU masked slots are left out and cost nothing. On other devices they are computed and set to 0: how many
+        there are is not known without waiting for the device.
+
         Args:
             hidden: [M, H], the last hidden states of the slots.
             head: the language model head, [m, H] to [m, V]. It is called with no row at all first, which tells V and
@@ -152,10 +155,15 @@ class Loss(ABC):
         """
         self._check(hidden, target)
         token_ids, teacher, weights = target
-        # Masked slots are dropped before the projection: they cost nothing, and whatever stands in them (a NaN, the
-        # token id -100) reaches neither the sum nor the gradients.
-        kept = weights.nonzero().squeeze(-1)
-        hidden, token_ids = hidden[kept], token_ids[kept]
+        # Whatever stands in masked slots (a NaN, the token id -100) reaches neither the sum nor the gradients.
+        counts = weights != 0
+        drops_masked = sizes_may_depend_on_values(hidden.device)
+        if drops_masked:
+            kept = counts.nonzero().squeeze(-1)
+            hidden, token_ids = hidden[kept], token_ids[kept]
+        else:
+            kept = torch.arange(len(hidden), device=hidden.device)
+            hidden, token_ids = torch.where(counts.unsqueeze(-1), hidden, 0), torch.where(counts, token_ids, 0)
         if teacher is not None and self.needs_teacher:
             teacher = teacher.at(kept)
         with torch.enable_grad():
@@ -187,7 +195,11 @@ class Loss(ABC):
             assert isinstance(nats, Tensor)
         else:
             nats = torch.cat([chunk_losses(hidden[rows], rows) for rows in chunks])
-        return SlotLosses(kept, nats, torch.cat(list(measured.values())) if measured else None)
+        of_slots = torch.cat(list(measured.values())) if measured else None
+        if not drops_masked:
+            nats = torch.where(counts, nats, 0)
+            of_slots = None if of_slots is None else torch.where(counts, of_slots, 0)
+        return SlotLosses(kept, nats, of_slots)
 
     def _chunks(self, num_slots: int, no_logits: Tensor) -> list[slice]:
         most = CHUNK_LOGITS_GPU if no_logits.is_cuda else CHUNK_LOGITS_CPU
@@ -217,6 +229,11 @@ class Loss(ABC):
             raise ValueError(
                 f"Expected teacher distributions of M = {num_slots} slots, found {list(target.teacher.shape)}."
             )
+
+
+def sizes_may_depend_on_values(device: torch.device) -> bool:
+    """Whether asking for a tensor's values costs nothing, so that work may be left out that they make unnecessary."""
+    return device.type == "cpu"
 
 
 class _LossesWithGradients(torch.autograd.Function):

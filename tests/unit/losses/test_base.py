@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ptp_lightning.losses import CrossEntropy, Loss, SlotTargets
+from ptp_lightning.losses import CrossEntropy, Loss, SlotTargets, base
 from ptp_lightning.sampling import SamplingConfig, TokenDistribution
 from tests.tiny_losses import H, M, V, every_loss, identity, random_logits, random_targets, reference
 
@@ -62,7 +62,14 @@ def test_chunks_change_nothing(loss: type[Loss], chunk_size: int) -> None:
         torch.testing.assert_close(chunked, whole, rtol=1e-5, atol=1e-6)
 
 
+@pytest.fixture(params=["left out", "set to 0"])
+def masked_slots_are(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CPU, and as on other devices."""
+    monkeypatch.setattr(base, "sizes_may_depend_on_values", lambda device: request.param == "left out")
+
+
 @pytest.mark.parametrize("garbage", [1e30, math.inf, math.nan])
+@pytest.mark.usefixtures("masked_slots_are")
 @every_loss
 def test_masked_slots_contribute_nothing(loss: type[Loss], garbage: float) -> None:
     token_ids, teacher, weights = random_targets()
@@ -86,6 +93,7 @@ def test_masked_slots_contribute_nothing(loss: type[Loss], garbage: float) -> No
     torch.testing.assert_close(dirty.grad, clean.grad, rtol=0, atol=0)
 
 
+@pytest.mark.usefixtures("masked_slots_are")
 @every_loss
 def test_no_slot_at_all_gives_zero_with_a_gradient(loss: type[Loss]) -> None:
     token_ids, teacher, weights = random_targets()
@@ -257,6 +265,25 @@ def test_a_measure_sees_every_slot_once_and_leaves_the_loss_alone(loss: type[Los
         gradients.append(hidden.grad)
     assert seen == weights.nonzero().squeeze(-1).tolist()  # not again in the backward pass
     assert torch.equal(totals[0], totals[1]) and torch.equal(gradients[0], gradients[1])
+
+
+@pytest.mark.usefixtures("masked_slots_are")
+def test_behind_a_frozen_head_masked_slots_contribute_nothing() -> None:
+    """Nor what is measured of them."""
+    token_ids, _, weights = random_targets()
+    hidden = torch.randn(M, H, generator=torch.Generator().manual_seed(4))
+    hidden[weights == 0] = math.nan
+    hidden.requires_grad_()
+    weight = torch.randn(V, H, generator=torch.Generator().manual_seed(5))
+    scorer = CrossEntropy(chunk_size=4)
+    losses = scorer.of_slots(
+        hidden, lambda chunk: F.linear(chunk, weight), SlotTargets(token_ids, None, weights), largest_logit
+    )
+    scorer.weighted_sum(losses, weights).total.backward()
+    assert hidden.grad is not None and losses.measured is not None
+    assert torch.equal(hidden.grad.any(-1), weights != 0)
+    everywhere = losses.measured_on(torch.zeros(M))
+    assert everywhere is not None and torch.equal(everywhere != 0, weights != 0)
 
 
 def test_weights_may_come_after_the_losses() -> None:
