@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ptp_lightning.models.block_attention import block_attention
+from ptp_lightning.models.flex_windows import FlexWindows, suits
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
@@ -49,13 +50,19 @@ class WindowKeys:
     Args:
         context: holds those of the context.
         keeps: whether those of a call stay for the next one.
+
+    Attributes:
+        flexes: whether FlexAttention is used where it suits; false to compare.
     """
+
+    flexes = True
 
     def __init__(self, context: Cache, keeps: bool) -> None:
         self._context = context
         self._keeps = keeps
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
         self._sees: Tensor | None = None
+        self._flex: FlexWindows | None = None
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, sees_context: Tensor, scale: float
@@ -76,6 +83,10 @@ class WindowKeys:
         context = cast("DynamicLayer", self._context.layers[layer])
         assert context.keys is not None and context.values is not None, "the context has been read"
         num_windows = sees_context.shape[1]
+        if not self._keeps and self.flexes and suits(query):
+            if self._flex is None:
+                self._flex = FlexWindows(sees_context, key.shape[2] // num_windows)
+            return self._flex.attend(query, (context.keys, context.values), (key, value), scale)
         own = key.unflatten(2, (num_windows, -1)), value.unflatten(2, (num_windows, -1))
         if layer in self._kept:
             keys, values = self._kept[layer]

@@ -10,10 +10,13 @@ import torch
 import yaml
 
 from ptp_lightning.data.batch import PackedBatch
+from ptp_lightning.models.window_keys import WindowKeys
 from ptp_lightning.randomness import keyed_generator
 from ptp_lightning.training.student_windows import StudentWindows
 from ptp_lightning.training.windows import DatasetWindows, TeacherWindows, WindowSource
+from tests.numerics.test_window_attention import encode, inputs, make_batch, make_predictor
 from tests.tiny_distillation import make_module
+from tests.tiny_models import cast_weights
 
 CONFIG = Path(__file__).parents[2] / "configs" / "gated_lora.yaml"
 
@@ -102,3 +105,46 @@ def test_a_checkpoint_of_the_gpu_decodes_on_the_cpu(tmp_path: Path) -> None:
         finished = subprocess.run([*command, *options], check=True, capture_output=True, text=True)
         texts.append(json.loads(finished.stdout)["text"])
     assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_flex_attention_is_attention_by_blocks(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bfloat16, states and gradients; both are as near to float64 as numbers of 8 bits can be."""
+    results = []
+    for dtype, flexes in ((torch.float64, False), (torch.bfloat16, False), (torch.bfloat16, True)):
+        monkeypatch.setattr(WindowKeys, "flexes", flexes)
+        predictor = make_predictor.__wrapped__(family)
+        predictor = predictor.double() if dtype == torch.float64 else cast_weights(predictor, dtype)
+        input_ids, auxiliaries = inputs()
+        batch = make_batch(input_ids)
+        predictor = predictor.cuda()
+        hidden = predictor.slot_hidden(encode(predictor, batch.to("cuda")), auxiliaries.cuda())
+        hidden.double().square().sum().backward()
+        gradients = [parameter.grad for parameter in predictor.parameters() if parameter.grad is not None]
+        results.append([tensor.double() for tensor in (hidden.detach(), *gradients)])
+    exact, by_blocks, by_flex = results
+    for right, blocks, flex in zip(exact, by_blocks, by_flex, strict=True):
+        errors = [(found - right).norm() / right.norm() for found in (blocks, flex)]
+        assert errors[1] < max(2 * errors[0], 0.02), errors
+
+
+@pytest.mark.parametrize(
+    "source", [TeacherWindows(), DatasetWindows(), StudentWindows()], ids=lambda source: type(source).__name__
+)
+def test_no_step_waits_for_the_device(source: WindowSource) -> None:
+    module = make_module(source=source).to("cuda")
+    batch = a_batch("cuda")
+
+    def step(number: int) -> None:
+        context = module._encode(batch)
+        sample = source.sample(module.predictor, batch, context, keyed_generator(number), None)
+        hidden = module.predictor.slot_hidden(context, sample.auxiliaries)
+        loss = module._first_pass_loss(context, hidden, sample)
+        (loss.total / loss.count + module._refined_loss(context, hidden, sample).total).backward()
+
+    step(0)  # what is made once may wait
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

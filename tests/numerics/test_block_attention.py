@@ -1,5 +1,7 @@
 """Attention by blocks is dense attention under the mask of windows, in values, gradients and whole models."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,6 +9,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ptp_lightning.models import ParallelTokenPredictor
 from ptp_lightning.models.block_attention import block_attention
+from ptp_lightning.models.flex_windows import FlexWindows
+from ptp_lightning.models.window_keys import WindowKeys
 from tests.numerics.test_window_attention import encode, inputs, make_batch, make_predictor
 from tests.tiny_models import TINY_MODELS
 
@@ -62,6 +66,23 @@ def test_values_and_gradients_are_those_of_dense_attention(frozen: list[int]) ->
         torch.autograd.grad(found, trained, upstream), torch.autograd.grad(expected, trained, upstream), strict=True
     ):
         torch.testing.assert_close(own, reference, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("heads", [3, 6])
+def test_flex_attention_sees_the_same(heads: int) -> None:
+    """Its values alone: on a CPU it has no gradients. With 6 query heads, two share the keys of one."""
+    generator = torch.Generator().manual_seed(0)
+    context_keys, context_values = (torch.randn(ROWS, 3, CONTEXT, SIZE, generator=generator) for _ in range(2))
+    keys, values = (torch.randn(ROWS, 3, WINDOWS * 5, SIZE, generator=generator) for _ in range(2))
+    query = torch.randn(ROWS, heads, WINDOWS * 5, SIZE, generator=generator)
+    sees_context = torch.rand(ROWS, WINDOWS, CONTEXT, generator=generator) < 0.5
+    sees_context[..., 0] = True
+    layer = SimpleNamespace(keys=context_keys, values=context_values)
+    blocks = WindowKeys(SimpleNamespace(layers=[layer]), keeps=False)  # pyright: ignore[reportArgumentType]
+    expected = blocks.attend(0, query, keys, values, sees_context, 0.3)
+    flex = FlexWindows(sees_context, 5)
+    found = flex.attend(query, (context_keys, context_values), (keys, values), 0.3)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_bfloat16_is_rounded_once() -> None:
