@@ -5,7 +5,7 @@
 
 On a CPU times are CPU seconds of one thread and memory is the peak of resident memory above the start; on a GPU they
 are seconds of the device and its own peak. The GEMM rate of the same process stands beside them, because machines
-differ.
+differ, and the share of it that the operations reach which a step cannot do without (`needed_operations`).
 """
 
 from __future__ import annotations
@@ -77,8 +77,13 @@ def main() -> None:
     rows = []
     for vocab in options.vocab:
         for windows in options.windows:
-            rows.append({"vocab": vocab, "windows": windows} | measure(options, vocab, windows, device))
-            print("V {vocab:>6}  N {windows:>3}  {seconds:8.3f} s a step  {megabytes:8.0f} MB".format(**rows[-1]))
+            row = {"vocab": vocab, "windows": windows} | measure(options, vocab, windows, device)
+            row["share"] = needed_operations(options, vocab, windows) / row["seconds"] / 1e9 / rate
+            rows.append(row)
+            print(
+                "V {vocab:>6}  N {windows:>3}  {seconds:8.3f} s a step  {megabytes:8.0f} MB  "
+                "{share:4.0%} of the product's rate".format(**row)
+            )
     if options.json is not None:
         options.json.write_text(json.dumps({"options": vars(options), "gemm_gflops": rate, "rows": rows}, default=str))
 
@@ -131,6 +136,32 @@ def random_batch(options: argparse.Namespace, vocab: int, windows: int) -> Packe
         starts.sort(dim=1).values,
         torch.ones(shape, dtype=torch.bool),
     )
+
+
+def needed_operations(options: argparse.Namespace, vocab: int, windows: int) -> float:
+    """Floating point operations of a step's matrix products, each where it is needed and once.
+
+    The context forward without gradient; the teacher's head at tokens of windows; slots forward, and backward by
+    activations and adapters alone; a slot's attention over its own context and window, whose gradients by the context's
+    keys and values are not needed; the head forward and backward for every slot.
+    """
+    model = MODELS[options.model]
+    width, inner, depth = model["hidden_size"], model["intermediate_size"], model["num_hidden_layers"]
+    of_keys = width * model.get("num_key_value_heads", model["num_attention_heads"]) // model["num_attention_heads"]
+    sizes = [(width, width), (width, of_keys), (width, of_keys), (width, width)]
+    sizes += [(width, inner), (width, inner), (inner, width)]
+    weights, adapters = sum(a * b for a, b in sizes), options.rank * sum(a + b for a, b in sizes)
+    starts = random_batch(options, vocab, windows).window_starts
+    length = options.window_length
+    tokens, slots = options.rows * options.row_length, options.rows * windows * (length - 1)
+    in_windows = (starts.unsqueeze(-1) + torch.arange(length)).flatten(1)
+    tokens_of_windows = sum(len(row.unique()) for row in in_windows)
+    pairs_in_context = tokens * (options.row_length + 1) / 2
+    pairs_with_context = int(starts.sum()) * (length - 1)
+    pairs_in_windows = slots * length / 2
+    of_stack = 2 * tokens * weights + slots * (4 * weights + 6 * adapters)
+    of_attention = 4 * width * (pairs_in_context + 2 * pairs_with_context + 3 * pairs_in_windows)
+    return depth * (of_stack + of_attention) + 2 * width * vocab * (tokens_of_windows + 2 * slots)
 
 
 def clock(device: torch.device) -> float:
