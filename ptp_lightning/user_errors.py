@@ -19,8 +19,8 @@ _NOISE = re.compile(
 def run_plainly(dispatch: Callable[[list[str]], None]) -> None:
     """Run a command on the arguments of the command line.
 
-    What a user can mend (ValueError, FileNotFoundError, a missing package) ends as one message and status 2. Set
-    PTP_TRACEBACK=1 to see where it was raised.
+    What a user can mend (ValueError, a missing file, a full disk, a missing package) ends as one message and status 2.
+    Set PTP_TRACEBACK=1 to see where it was raised.
     """
     args = sys.argv[1:]
     if os.environ.get("PTP_TRACEBACK"):
@@ -28,7 +28,7 @@ def run_plainly(dispatch: Callable[[list[str]], None]) -> None:
         return
     try:
         dispatch(args)
-    except (ValueError, FileNotFoundError, ImportError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"error: {plain_reason(str(error))}", file=sys.stderr)
         sys.exit(EXIT_CODE)
 

@@ -12,6 +12,8 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from ptp_lightning.training.termination import TerminateTogether
 from ptp_lightning.user_errors import EXIT_CODE, plain_reason
 
+CHECKPOINT_IO = "ptp_lightning.training.checkpoint_io.AtomicCheckpointIO"
+
 
 class PlainErrorParser(LightningArgumentParser):
     """A parser whose errors are the reason alone, not the list of all options.
@@ -54,7 +56,7 @@ def parsed(
         LightningModule,
         LightningDataModule,
         trainer_class=Trainer,
-        trainer_defaults={"callbacks": [TerminateTogether()]},
+        trainer_defaults={"callbacks": [TerminateTogether()], "plugins": {"class_path": CHECKPOINT_IO}},
         subclass_mode_model=True,
         subclass_mode_data=True,
         seed_everything_default=0,
