@@ -4,8 +4,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data.distributed import DistributedSampler
 
 from ptp_lightning.data.batch import PackedBatch
 from ptp_lightning.data.corpus import Split
@@ -55,16 +57,19 @@ class PackedDataModule(LightningDataModule, ABC):
         return DataLoader(self.training_stream(), batch_size=None)
 
     def val_dataloader(self) -> DataLoader[PackedBatch]:
-        """The validation rows, the same on every call."""
+        """The validation rows, the same on every call; on all processes equally many batches."""
         return self._fixed_loader("val")
 
     def test_dataloader(self) -> DataLoader[PackedBatch]:
-        """The test rows, the same on every call."""
+        """The test rows; otherwise like `val_dataloader`."""
         return self._fixed_loader("test")
 
     def _fixed_loader(self, split: Split) -> DataLoader[PackedBatch]:
-        batches: Any = self.fixed_batches(split)  # a list is a map-style dataset, which the stubs do not know
-        return DataLoader(batches, batch_size=None)
+        batches = self.fixed_batches(split)
+        # Processes that share a model's weights can only run it together.
+        dataset: Any = batches[: fewest_of_all_processes(len(batches))]  # a map-style one, which the stubs do not know
+        # Lightning would share them out among the processes once more, if they had another sampler.
+        return DataLoader(dataset, batch_size=None, sampler=DistributedSampler(dataset, 1, 0, shuffle=False))
 
     def state_dict(self) -> dict[str, Any]:
         """How far the training stream was consumed; batches that were only prefetched do not count."""
@@ -86,6 +91,15 @@ class PackedDataModule(LightningDataModule, ABC):
     def rank_and_world(self) -> tuple[int, int]:
         """This process among how many; (0, 1) without a trainer."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+
+
+def fewest_of_all_processes(count: int) -> int:
+    """The smallest of the counts that all processes have; asked by all of them together."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return count
+    counts: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(counts, count)
+    return min(counts)
 
 
 def require_at_least(sizes: Mapping[str, tuple[int, int]]) -> None:

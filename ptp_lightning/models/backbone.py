@@ -71,7 +71,7 @@ def load_backbone(settings: BackboneSettings) -> "PreTrainedModel":
 
     dtype = getattr(torch, settings.dtype)
     if settings.from_config is not None:
-        return _random_model(_config_from_dict(settings.from_config), dtype)
+        return random_model(_config_from_dict(settings.from_config), dtype)
     source = locate(settings.path, revision=settings.revision)
     is_local = "local_files_only" in source
     if is_local and "gguf_file" not in source:
@@ -80,7 +80,7 @@ def load_backbone(settings: BackboneSettings) -> "PreTrainedModel":
         if settings.random_weights:
             config = AutoConfig.from_pretrained(**source)
             _drop_quantization(config)
-            return _random_model(config, dtype)
+            return random_model(config, dtype)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             **source, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
         )
@@ -153,7 +153,8 @@ def _config_from_dict(entries: dict[str, Any]) -> "PreTrainedConfig":
     return config
 
 
-def _random_model(config: "PreTrainedConfig", dtype: torch.dtype) -> "PreTrainedModel":
+def random_model(config: "PreTrainedConfig", dtype: torch.dtype) -> "PreTrainedModel":
+    """A fresh model in eval mode with sdpa attention."""
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
@@ -162,7 +163,7 @@ def _random_model(config: "PreTrainedConfig", dtype: torch.dtype) -> "PreTrained
 def _dequantized(model: "PreTrainedModel", dtype: torch.dtype) -> "PreTrainedModel":
     """An ordinary model with the weights of one read from GGUF, which claims to be quantized and cannot be saved."""
     _drop_quantization(model.config)
-    plain = _random_model(model.config, dtype)
+    plain = random_model(model.config, dtype)
     plain.load_state_dict(model.state_dict())
     return plain
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 from torch import nn
@@ -44,3 +45,9 @@ def decoder_stack(model: PreTrainedModel, num_layers: int, key: str, instead: st
             f"expected one list of {depth} layers in {type(decoder).__name__}, found {len(stacks)}: {instead}"
         )
     return DecoderStack(decoder, *stacks[0])
+
+
+def decoder_layers(models: Iterable[PreTrainedModel], instead: str) -> list[nn.Module]:
+    """All layers of some models; `instead` and errors as in `decoder_stack`."""
+    stacks = [decoder_stack(model, model.config.num_hidden_layers, "num_hidden_layers", instead) for model in models]
+    return [layer for stack in stacks for layer in stack.layers]

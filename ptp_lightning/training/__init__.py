@@ -6,6 +6,7 @@ from ptp_lightning.training.mixture_windows import MixtureWindows
 from ptp_lightning.training.optimization import OptimizerSettings
 from ptp_lightning.training.pretraining import AutoregressiveModule
 from ptp_lightning.training.self_training import InverseAutoregressiveModule
+from ptp_lightning.training.strategies import FullyShardedStrategy
 from ptp_lightning.training.student_windows import StudentWindows
 from ptp_lightning.training.windows import DatasetWindows, TeacherWindows
 
@@ -14,6 +15,7 @@ __all__ = [
     "AutoregressiveModule",
     "DatasetWindows",
     "DistillationModule",
+    "FullyShardedStrategy",
     "InverseAutoregressiveModule",
     "MixtureWindows",
     "OptimizerSettings",

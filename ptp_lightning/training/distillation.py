@@ -23,7 +23,7 @@ from ptp_lightning.metrics import PositionMeans, WindowMetrics, as_tags
 from ptp_lightning.models.context import Context
 from ptp_lightning.models.predictor_config import PredictorConfig
 from ptp_lightning.randomness import keyed_generator
-from ptp_lightning.sampling import Sampler, SamplingConfig, require
+from ptp_lightning.sampling import Sampler, SamplingConfig
 from ptp_lightning.training.optimization import OptimizerSettings
 from ptp_lightning.training.predictor_module import PredictorModule
 from ptp_lightning.training.proposals import best_of
@@ -54,6 +54,8 @@ class DistillationModule(PredictorModule):
         position_weights: how much each slot of a window weighs in both losses.
         val_sampling: further settings to validate, with the same auxiliaries; `predictor.sampling` always is, and its
             order is theirs. What they give is logged as `val/correct_tokens/temperature_0.50`, see `sampling_label`.
+        activation_checkpointing: compute what decoder layers remember again in the backward pass instead: less memory,
+            more time.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class DistillationModule(PredictorModule):
         seed: int = 0,
         position_weights: PositionWeights = UniformWeights(),  # noqa: B008  frozen
         val_sampling: tuple[SamplingConfig, ...] = (),
+        activation_checkpointing: bool = False,
     ) -> None:
         require_sound(loss, predictor.objective.name)
         if predictor.student.trains_base:
@@ -76,7 +79,7 @@ class DistillationModule(PredictorModule):
                 "it is to learn: set predictor.student to FullCopyStudent or GatedLoraStudent, or train without a "
                 "teacher (InverseAutoregressiveModule)"
             )
-        super().__init__(predictor, optimizer)
+        super().__init__(predictor, optimizer, activation_checkpointing)
         self.loss = loss
         self.source = source
         self.val_source = val_source
@@ -109,35 +112,30 @@ class DistillationModule(PredictorModule):
         generator = keyed_generator(self.seed, "train", self.global_rank, self.global_step, batch_idx)
         context = self._encode(batch, self._training_settings(batch_idx))
         progress = min(1.0, self.global_step / self.trainer.estimated_stepping_batches)
-        source = self.source.choose(progress, generator)
+        # Not keyed by the rank: all choose alike, see `MixtureWindows`.
+        source = self.source.choose(progress, keyed_generator(self.seed, "source", self.global_step, batch_idx))
         sample = source.sample(self.predictor, batch, context, generator, self.end_of_text)
         hidden = self.predictor.slot_hidden(context, sample.auxiliaries)
         prediction = first_pass = self._first_pass_loss(context, hidden, sample)
         if self.predictor.refiner is not None:
             prediction = self._refined_loss(context, hidden, sample)
         # Both losses count the same slots, but weights may depend on what the student says.
-        mean_count, first_pass_count = self._mean_counts(prediction.count, first_pass.count)
+        mean_count, first_pass_count = self._mean_counts(batch, prediction, first_pass)
         total = prediction.total
         if self.predictor.refiner is not None:
             # The ratio is exactly 1 where weights do not depend on the student.
             total = total + self.first_pass_loss_weight * (first_pass.total * (mean_count / first_pass_count))
-        require(
-            total.isfinite(),
-            total,
-            "the training loss must be finite: weights or gradients have overflowed (lower "
-            "optimizer.learning_rate, set trainer.gradient_clip_val, or try trainer.precision: 32-true)",
-        )
         self.log("train/loss_nats", prediction.total.detach() / mean_count, prog_bar=True)
         self.log("train/first_pass_loss_nats", first_pass.total.detach() / first_pass_count)
         return total / mean_count
 
     def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
         """Propose every window and compare with the teacher's picks for the same auxiliaries."""
-        self._evaluate(batch, "val", self.global_rank, batch_idx)
+        self._evaluate(batch, "val", batch_idx)
 
     def test_step(self, batch: PackedBatch, batch_idx: int) -> None:
         """As in validation."""
-        self._evaluate(batch, "test", self.global_rank, batch_idx)
+        self._evaluate(batch, "test", batch_idx)
 
     def on_validation_epoch_end(self) -> None:
         """Log the tags of the finished validation."""
@@ -200,10 +198,12 @@ class DistillationModule(PredictorModule):
         return dict(zip(self.val_sampling, cast("list[WindowMetrics]", self.val_sampling_metrics), strict=True))
 
     @torch.no_grad()
-    def _evaluate(self, batch: PackedBatch, *keys: int | str) -> None:
+    def _evaluate(self, batch: PackedBatch, stage: str, batch_idx: int) -> None:
         context = self._encode(batch)
-        generator = keyed_generator(self.seed, *keys)
-        sample, logits = self._measure(batch, context, generator, self.val_metrics)
+        keys = (self.seed, stage, self.global_rank, batch_idx)
+        generator = keyed_generator(*keys)
+        source = self.val_source.choose(1.0, keyed_generator(self.seed, "source", stage, batch_idx))
+        sample, logits = self._measure(batch, context, source, generator, self.val_metrics)
         if self.predictor.config.objective.predicts_distribution:
             target, mask = sample.target.at(SLOTS).flat().now(), sample.mask[..., 1:]
             divergences = KullbackLeibler().per_slot(logits.flatten(0, -2), sample.token_ids[..., 1:].flatten(), target)
@@ -214,13 +214,18 @@ class DistillationModule(PredictorModule):
             self.best_of_metrics.update(*chosen)
         for label, metrics in self._metrics_by_label().items():
             sampler = self.predictor.sampler(self.val_sampling[label])
-            self._measure(batch, context._replace(sampling=sampler), keyed_generator(self.seed, *keys), metrics)
+            self._measure(batch, context._replace(sampling=sampler), source, keyed_generator(*keys), metrics)
 
     def _measure(
-        self, batch: PackedBatch, context: Context, generator: torch.Generator, metrics: WindowMetrics
+        self,
+        batch: PackedBatch,
+        context: Context,
+        source: WindowSource,
+        generator: torch.Generator,
+        metrics: WindowMetrics,
     ) -> tuple[WindowSample, Tensor]:
         """Windows under the settings of the context, and the student's logits `[B, N, L - 1, V]` for them."""
-        sample = self.val_source.sample(self.predictor, batch, context, generator, self.end_of_text)
+        sample = source.sample(self.predictor, batch, context, generator, self.end_of_text)
         # The first token needs no slot: the base model's own distribution is what decoding picks it from.
         first = sample.teacher.at((..., 0)).now()
         first_nll = -first.probability_of(sample.token_ids[..., 0]).log()

@@ -16,9 +16,9 @@ class MixtureWindows(WindowSource):
     """Chooses a source for every training step at random, so that a step costs what one source costs.
 
     The weights are `start` until the share `begin` of the training steps is done, `end` from the share `until` on, and
-    linear in between; equal shares make a sudden change. The choice is the first draw of the step's generator, hence
-    the same on every run. Ranks and accumulated batches choose for themselves. Outside training a mixture is as at its
-    end.
+    linear in between; equal shares make a sudden change. The choice is drawn from a generator of the step, hence
+    the same on every run, and on all ranks: sources differ in how often they run the base model, which ranks may share.
+    Accumulated batches choose for themselves. Outside training a mixture is as at its end.
 
     Args:
         sources: what is mixed.

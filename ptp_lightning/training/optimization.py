@@ -1,13 +1,14 @@
 """Optimisers and learning-rate schedules, chosen by settings and the same for every module."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 # Embedding tables are looked up, not multiplied by: neither orthogonalised updates nor decay make sense for them.
 EMBEDDING_NAMES = ("embed", "wte", "wpe")
@@ -99,7 +100,7 @@ def configure(
         total_steps: length of the schedule, the trainer's `estimated_stepping_batches`.
 
     Raises:
-        ValueError: the number of steps is not known, so the schedule has no end.
+        ValueError: the number of steps is not known, so the schedule has no end; or Muon cannot update a shard.
     """
     if not 0 < total_steps < math.inf:  # Lightning says -1 or inf for an endless stream without a limit
         raise ValueError(f"expected a limited number of steps, found {total_steps}: set trainer.max_steps")
@@ -113,6 +114,7 @@ def configure(
     others = [parameter for _, parameter in trainable if id(parameter) not in chosen]
     rate = settings.learning_rate
     if settings.name == "muon":
+        _require_rows_for_all(dict(trainable), chosen)
         optimizer: torch.optim.Optimizer = JointOptimizer(
             [
                 torch.optim.Muon(matrices, lr=rate, weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw"),
@@ -138,3 +140,17 @@ def configure(
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def _require_rows_for_all(trainable: Mapping[str, nn.Parameter], matrices: set[int]) -> None:
+    """Muon's update of a sharded matrix is that of the whole one, but torch fails where processes have no row of it."""
+    for name, parameter in trainable.items():
+        if id(parameter) not in matrices or not isinstance(parameter, DTensor):
+            continue
+        processes, rows = parameter.device_mesh.size(), parameter.shape[0]
+        if rows < processes:
+            raise ValueError(
+                f"expected matrices of at least {processes} rows, one for each process that trainer.strategy shards "
+                f"them out to, beside optimizer.name muon, found {rows} in {name}: set optimizer.name to adamw, "
+                "trainer.strategy to ddp, or raise predictor.lora.rank"
+            )

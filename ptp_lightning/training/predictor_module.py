@@ -5,10 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from lightning import LightningModule
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
@@ -18,31 +16,49 @@ from ptp_lightning.data.completions import FOLDER_KEY, CompletionSettings
 from ptp_lightning.data.completions_datamodule import CompletionsDataModule
 from ptp_lightning.data.packed_datamodule import PackedDataModule
 from ptp_lightning.metrics import WindowSummary, as_tags
+from ptp_lightning.models.activation_checkpointing import checkpoint_layers
 from ptp_lightning.models.context import Context
 from ptp_lightning.models.predictor import ParallelTokenPredictor
 from ptp_lightning.models.predictor_config import PredictorConfig
 from ptp_lightning.sampling import SamplingConfig
 from ptp_lightning.training.optimization import OptimizerSettings, configure
+from ptp_lightning.training.training_module import TrainingModule
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
-class PredictorModule(LightningModule):
+class PredictorModule(TrainingModule):
     """A predictor in training.
 
     Args:
         predictor: the base model and everything that is trained.
         optimizer: optimiser and schedule.
+        activation_checkpointing: keep only what decoder layers and refiner read, and compute the rest again in the
+            backward pass: less memory, about a third more time.
 
     Attributes:
         val_summary: of the last validation or test; the callbacks show it.
         end_of_text: the token id that ends a text, if there is one; known after `setup`.
     """
 
-    def __init__(self, predictor: PredictorConfig, optimizer: OptimizerSettings) -> None:
-        super().__init__()
+    def __init__(
+        self, predictor: PredictorConfig, optimizer: OptimizerSettings, activation_checkpointing: bool = False
+    ) -> None:
+        super().__init__(optimizer)
         self.strict_loading = False  # frozen weights are not in the checkpoint
-        self.optimizer_settings = optimizer
         self.predictor = ParallelTokenPredictor(predictor)
         self.val_summary: WindowSummary | None = None
+        if activation_checkpointing:
+            layers = self.decoder_layers("set model.init_args.activation_checkpointing to false")
+            refiner = self.predictor.refiner
+            checkpoint_layers(layers if refiner is None else [*layers, *refiner.layers], self.predictor.gate)
+
+    @property
+    def networks(self) -> list[PreTrainedModel]:
+        """The base model, and the student's copy of it where there is one."""
+        copy = self.predictor.student_copy
+        return [self.predictor.base_model] if copy is None else [self.predictor.base_model, copy]
 
     @property
     def reads_windows_from_rows(self) -> bool:
@@ -110,14 +126,6 @@ class PredictorModule(LightningModule):
         return self.predictor.encode(
             batch.input_ids, batch.document_ids, batch.position_ids, batch.window_starts, sampling
         )
-
-    def _mean_counts(self, *counts: Tensor) -> Tensor:
-        """Means over ranks of what sums are divided by, one a count; 1 for a mean of 0.
-
-        DDP averages gradients over ranks, so a local sum over a mean count gives the mean over all of them.
-        """
-        means = self.trainer.strategy.reduce(torch.stack(counts), reduce_op="mean")
-        return torch.where(means > 0, means, 1.0)
 
     def _log_summary(
         self, stage: str, summary: WindowSummary, more: Mapping[str, float] = MappingProxyType({})

@@ -1,20 +1,28 @@
 """AutoregressiveModule: ordinary next-token training, for small teachers and autoregressive references."""
 
+import copy
 import math
 import re
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from lightning import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from ptp_lightning.data.batch import PackedBatch
+from ptp_lightning.losses import LossSum
 from ptp_lightning.metrics import PositionMeans
-from ptp_lightning.models.backbone import BackboneSettings, load_backbone
+from ptp_lightning.models.activation_checkpointing import checkpoint_layers
+from ptp_lightning.models.backbone import BackboneSettings, load_backbone, random_model
+from ptp_lightning.models.gated_lora import Gate
 from ptp_lightning.models.window_attention import context_mask
 from ptp_lightning.training.optimization import OptimizerSettings, configure
+from ptp_lightning.training.training_module import TrainingModule
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 IGNORED_LABEL = -100
 SPECIAL_TOKEN = r"<\|\w+\|>"
@@ -36,7 +44,7 @@ def token_byte_lengths(tokens: list[str]) -> Tensor:
     return torch.tensor([0 if re.fullmatch(SPECIAL_TOKEN, token) else len(token) for token in tokens])
 
 
-class AutoregressiveModule(LightningModule):
+class AutoregressiveModule(TrainingModule):
     """Train a causal LM with cross entropy on packed rows.
 
     Logs `train/loss_nats` and `val/loss_nats` (per token), `val/bits_per_byte` where the data have a tokenizer and
@@ -51,6 +59,8 @@ class AutoregressiveModule(LightningModule):
         output_dtype: number format of the weights in `output`.
         perplexity_positions: log `val/perplexity/position_00` and so on for so many tokens of each document, counted
             from the one after its first: the tokens of a window that starts there.
+        activation_checkpointing: compute what decoder layers remember again in the backward pass instead: less memory,
+            more time.
     """
 
     def __init__(
@@ -61,18 +71,25 @@ class AutoregressiveModule(LightningModule):
         compile: bool = False,
         output_dtype: Literal["float32", "bfloat16"] = "bfloat16",
         perplexity_positions: int = 0,
+        activation_checkpointing: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(optimizer)
         if perplexity_positions < 0:
             raise ValueError(f"expected model.init_args.perplexity_positions >= 0, found {perplexity_positions}")
-        self.optimizer_settings = optimizer
         self.output = output
         self.output_dtype = output_dtype
         self.perplexity = PositionMeans(perplexity_positions) if perplexity_positions else None
         self.model = load_backbone(backbone)
         self.model.requires_grad_(True).train()  # dropout included, where the network has any
+        if activation_checkpointing:
+            checkpoint_layers(self.decoder_layers("set model.init_args.activation_checkpointing to false"), Gate())
         if compile:
             self.model.compile()
+
+    @property
+    def networks(self) -> "list[PreTrainedModel]":
+        """The one that is trained."""
+        return [self.model]
 
     def setup(self, stage: str) -> None:
         """Compare data and model; learn how many bytes each token stands for."""
@@ -104,9 +121,10 @@ class AutoregressiveModule(LightningModule):
         return nats.view_as(labels), labels
 
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
-        """Mean cross entropy in nats per token."""
+        """Mean cross entropy in nats per token, normalised by the tokens of all ranks."""
         nats, labels = self._nats(batch)
-        loss = nats.sum() / (labels != IGNORED_LABEL).sum()
+        total = nats.sum()
+        loss = total / self._mean_counts(batch, LossSum(total, (labels != IGNORED_LABEL).sum())).squeeze()
         self.log("train/loss_nats", loss, prog_bar=True)
         return loss
 
@@ -160,14 +178,21 @@ class AutoregressiveModule(LightningModule):
 
     def on_fit_end(self) -> None:
         """Write the Hugging Face folder."""
-        if self.output is None or not self.trainer.is_global_zero:
+        if self.output is None or self.trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
             return
-        if self.trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
+        # Weights may be shared out among processes, which gather them together, one by one.
+        state = {name: _whole(value).cpu() for name, value in self.model.state_dict().items()}
+        if not self.trainer.is_global_zero:
             return
-        import copy
-
-        written: Any = copy.deepcopy(self.model)
-        written.to(getattr(torch, self.output_dtype)).save_pretrained(self.output)
+        written = random_model(copy.deepcopy(self.model.config), getattr(torch, self.output_dtype))
+        written.generation_config = copy.deepcopy(self.model.generation_config)
+        written.load_state_dict(state)
+        written.save_pretrained(self.output)
         tokenizer = self.trainer.datamodule.tokenizer  # type: ignore[attr-defined]
         if tokenizer is not None:
             tokenizer.save_pretrained(self.output)
+
+
+def _whole(value: Tensor) -> Tensor:
+    """A tensor that may be sharded, as one; for all processes together."""
+    return value.full_tensor() if isinstance(value, DTensor) else value

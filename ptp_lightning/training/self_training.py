@@ -26,7 +26,7 @@ from ptp_lightning.models.context import Context
 from ptp_lightning.models.predictor_config import PredictorConfig
 from ptp_lightning.models.slots import CategoricalObjective
 from ptp_lightning.randomness import keyed_generator
-from ptp_lightning.sampling import TokenDistribution, require
+from ptp_lightning.sampling import TokenDistribution
 from ptp_lightning.training.inversion import followed_by_nothing, invert
 from ptp_lightning.training.optimization import OptimizerSettings
 from ptp_lightning.training.predictor_module import PredictorModule
@@ -80,6 +80,8 @@ class InverseAutoregressiveModule(PredictorModule):
             along the data, which get no gradient; `loss`, the default, compares them with the data's tokens, as in the
             paper. Both have the same optimum, and a distribution says at once what takes many sampled tokens.
         position_weights: how much each slot of a window weighs in the slots' loss.
+        activation_checkpointing: compute what decoder layers remember again in the backward pass instead: less memory,
+            more time.
 
     Raises:
         ValueError: the student, objective, loss, position weights, refiner or temperature has no teacher-free training;
@@ -96,6 +98,7 @@ class InverseAutoregressiveModule(PredictorModule):
         seed: int = 0,
         slot_loss: Loss | None = None,
         position_weights: PositionWeights = UniformWeights(),  # noqa: B008  frozen
+        activation_checkpointing: bool = False,
     ) -> None:
         require_teacher_free(predictor)
         slot_loss = loss if slot_loss is None else slot_loss
@@ -115,7 +118,7 @@ class InverseAutoregressiveModule(PredictorModule):
                 f"{type(position_weights).__name__}: no teacher says which proposals are right; set UniformWeights or "
                 "GeometricWeights"
             )
-        super().__init__(predictor, optimizer)
+        super().__init__(predictor, optimizer, activation_checkpointing)
         self.loss = loss
         self.slot_loss = slot_loss
         self.position_weights = position_weights
@@ -137,15 +140,9 @@ class InverseAutoregressiveModule(PredictorModule):
         labels = next_token_labels(batch)
         of_tokens = self._sum(self.loss, context.hidden, labels, labels != IGNORED_LABEL)
         slot_nats, token_nats = torch.stack([of_slots.total, of_tokens.total]) / self._mean_counts(
-            of_slots.count, of_tokens.count
+            batch, of_slots, of_tokens
         )
         total = slot_nats + self.autoregressive_loss_weight * token_nats
-        require(
-            total.isfinite(),
-            total,
-            "the training loss must be finite: weights or gradients have overflowed (lower "
-            "optimizer.learning_rate, set trainer.gradient_clip_val, or try trainer.precision: 32-true)",
-        )
         self.log("train/loss_nats", slot_nats.detach(), prog_bar=True)
         self.log("train/autoregressive_loss_nats", token_nats.detach())
         return total

@@ -1,4 +1,4 @@
-"""How SIGTERM ends a training of several processes: all of them behind the same step, with a checkpoint."""
+"""How a training of several processes ends early: all of them behind the same step, or each for itself."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import signal
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from ptp_lightning.training.training_module import NotFiniteError
 
 
 class TerminateTogether(Callback):
@@ -15,6 +18,10 @@ class TerminateTogether(Callback):
     Lightning's own handler talks to the other processes while it handles the signal. That may cross with what they
     exchange about gradients, and then all wait for ever (Lightning issue 20806). Here the handler only takes note, and
     processes ask each other where all of them come by. A single process is left to Lightning.
+
+    A process that fails by itself ends at once, and whoever started them ends the others. It must not write a
+    checkpoint, which takes all of them, while these wait for it somewhere else: the one to go on from is the last that
+    was written.
     """
 
     def __init__(self) -> None:
@@ -34,6 +41,13 @@ class TerminateTogether(Callback):
         """
         if trainer.world_size > 1 and trainer.strategy.reduce_boolean_decision(self._received, all=False):
             raise SIGTERMException
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Keep checkpoint callbacks, whose turn is next, from waiting for processes that do not come."""
+        if trainer.world_size > 1 and not isinstance(exception, (SIGTERMException, NotFiniteError)):
+            for callback in trainer.checkpoint_callbacks:
+                if isinstance(callback, ModelCheckpoint):
+                    callback.save_on_exception = False
 
     def _take_note(self, *_: Any) -> None:
         self._received = True

@@ -155,9 +155,9 @@ def test_ranks_share_one_mean(monkeypatch: pytest.MonkeyPatch, weights: Position
     module = make_module(position_weights=weights)
     sums = [[LossSum(torch.tensor(3.0), torch.tensor(0.25)), LossSum(torch.tensor(4.0), torch.tensor(0.5))]]
     sums.append([LossSum(torch.tensor(0.0), torch.tensor(0.0)), LossSum(torch.tensor(0.0), torch.tensor(0.0))])
-    means = torch.tensor([0.125, 0.25])  # of the counts over both ranks
+    means = torch.tensor([[1.5, 2.0], [0.125, 0.25]])  # of the totals and of the counts over both ranks
     module._trainer = SimpleNamespace(  # pyright: ignore[reportAttributeAccessIssue]
-        strategy=SimpleNamespace(reduce=lambda counts, reduce_op: means),
+        strategy=SimpleNamespace(reduce=lambda sums, reduce_op: means),
         global_rank=0,
         global_step=0,
         estimated_stepping_batches=1,

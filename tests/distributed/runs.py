@@ -1,0 +1,163 @@
+"""Trainings of all kinds that two processes go through together, to be compared with one process.
+
+Run by `torchrun --nproc_per_node 2 tests/distributed/runs.py FOLDER NAME..`; rank zero writes FOLDER/NAME.json. A NAME
+is `STRATEGY-RUN`, or `STRATEGY-RUN-resumed` to go on from the middle of what one process did.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, Strategy
+
+from ptp_lightning.models import (
+    BackboneSettings,
+    CosineFeatures,
+    FullCopyStudent,
+    LoraSettings,
+    PredictorConfig,
+    RefinerSettings,
+    SharedStudent,
+)
+from ptp_lightning.sampling import SamplingConfig
+from ptp_lightning.training import (
+    AutoregressiveModule,
+    DatasetWindows,
+    DistillationModule,
+    FullyShardedStrategy,
+    InverseAutoregressiveModule,
+    OptimizerSettings,
+)
+from tests.distributed.shared_rows import Centres, SharedRows
+from tests.tiny_distillation import GPT2, LLAMA
+
+STEPS, HALF = 20, 10
+TIED = LLAMA | {"tie_word_embeddings": True}
+CHECKPOINTED = {"activation_checkpointing": True}
+EXACT = {"precision": "64-true"}  # auxiliaries that a network infers itself amplify rounding
+STRATEGIES: dict[str, type[Strategy]] = {"ddp": DDPStrategy, "fsdp2": FullyShardedStrategy}
+
+
+class Run(NamedTuple):
+    """What is trained, and how; `module` and `trainer` are further arguments."""
+
+    kind: str = "adapter"
+    backbone: dict[str, Any] = LLAMA
+    optimizer: str = "adamw"
+    dtype: str = "float32"
+    rank: int = 2
+    module: Mapping[str, Any] = MappingProxyType({})
+    trainer: Mapping[str, Any] = MappingProxyType({})
+
+
+RUNS: dict[str, Run] = {
+    "adapter": Run(),
+    "adapter_tied": Run(backbone=GPT2),
+    "copy": Run("copy", TIED),
+    "shared": Run("shared", TIED, trainer=EXACT),
+    "autoregressive": Run("autoregressive", TIED),
+    "muon": Run(optimizer="muon"),
+    "muon_rank_1": Run(optimizer="muon", rank=1),
+    "clipped": Run(trainer={"gradient_clip_val": 0.05}),
+    "accumulated": Run(trainer={"accumulate_grad_batches": 2, "max_steps": HALF}),
+    "checkpointed": Run(module=CHECKPOINTED),
+    "checkpointed_copy": Run("copy", TIED, module=CHECKPOINTED),
+    "checkpointed_shared": Run("shared", TIED, module=CHECKPOINTED, trainer=EXACT),
+    "checkpointed_autoregressive": Run("autoregressive", TIED, module=CHECKPOINTED),
+    "bf16_base": Run(dtype="bfloat16"),
+    "bf16_mixed": Run(trainer={"precision": "bf16-mixed"}),
+    "bf16_true": Run(trainer={"precision": "bf16-true"}, dtype="bfloat16"),
+}
+
+
+def make_module(run: Run) -> LightningModule:
+    """The same weights on every call."""
+    torch.manual_seed(0)
+    backbone = BackboneSettings(from_config=run.backbone, dtype=run.dtype)  # pyright: ignore[reportArgumentType]
+    optimizer = OptimizerSettings(run.optimizer, learning_rate=0.003, warmup_steps=2)  # pyright: ignore[reportArgumentType]
+    if run.kind == "autoregressive":
+        return AutoregressiveModule(backbone, optimizer, **run.module)
+    config = PredictorConfig(backbone, features=CosineFeatures(4), window_length=4)
+    if run.kind == "shared":
+        config = replace(config, student=SharedStudent())
+        return InverseAutoregressiveModule(config, strategy=Centres(), optimizer=optimizer, **run.module)
+    config = replace(config, sampling=SamplingConfig(temperature=0.8), lora=LoraSettings(run.rank))
+    if run.kind == "copy":
+        config = replace(config, student=FullCopyStudent())
+    elif run.backbone["model_type"] == "llama":
+        config = replace(config, refiner=RefinerSettings(num_layers=1, intermediate_size=16, base_layers=1))
+    source = DatasetWindows(Centres())
+    return DistillationModule(config, source=source, val_source=source, optimizer=optimizer, **run.module)
+
+
+class Outcome(NamedTuple):
+    """Attributes: the loss of every batch, over all ranks; and which part of all weights a process held in the end."""
+
+    losses: list[float]
+    share: float
+
+
+def train(
+    run: Run, folder: Path, strategy: str | Strategy = "auto", devices: int = 1, resume: Path | None = None
+) -> Outcome:
+    """Leaves checkpoints of the middle and of the end in `folder`."""
+    module = make_module(run)
+    losses: list[float] = []
+
+    def note(outputs: Any, batch: Any, batch_idx: int) -> None:
+        losses.append(float(trainer.strategy.reduce(outputs["loss"].detach().double(), reduce_op="mean")))
+        if trainer.global_step == HALF and resume is None:
+            trainer.save_checkpoint(folder / "half.ckpt")
+
+    module.on_train_batch_end = note
+    defaults: dict[str, Any] = {"max_steps": STEPS, "num_sanity_val_steps": 0, "val_check_interval": STEPS}
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    trainer = Trainer(
+        accelerator="cpu",
+        strategy=strategy,
+        devices=devices,
+        default_root_dir=folder,
+        logger=False,
+        **(defaults | quiet | dict(run.trainer)),
+    )
+    trainer.fit(module, datamodule=SharedRows(), ckpt_path=resume)
+    trainer.save_checkpoint(folder / "end.ckpt")
+    parameters = list(module.parameters())
+    held = sum(getattr(parameter, "to_local", lambda own=parameter: own)().numel() for parameter in parameters)
+    return Outcome(losses, held / sum(parameter.numel() for parameter in parameters))
+
+
+def together(folder: Path, *names: str, seconds: float = 300) -> str:
+    """Two processes go through runs, one after the other; returns what they printed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", __file__, str(folder), *names]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=seconds)
+    assert done.returncode == 0, done.stderr[-5000:]
+    return done.stdout
+
+
+def outcome(folder: Path, name: str) -> Outcome:
+    return Outcome(**json.loads((folder / f"{name}.json").read_text()))
+
+
+def main(folder: Path, names: list[str]) -> None:
+    for name in names:
+        strategy, run, *resumed = name.split("-")
+        resume = folder / run / "half.ckpt" if resumed else None
+        result = train(RUNS[run], folder / name, STRATEGIES[strategy](), devices=2, resume=resume)
+        if torch.distributed.get_rank() == 0:
+            (folder / f"{name}.json").write_text(json.dumps(result._asdict()))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
