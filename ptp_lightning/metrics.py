@@ -6,10 +6,12 @@ Tensor sizes: L window length; `...` any batch shape (rows, windows).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 from torchmetrics import Metric
 
 
@@ -45,7 +47,15 @@ class WindowSummary(NamedTuple):
     num_likelihoods: Tensor
 
 
-class WindowMetrics(Metric):
+class _Sums(Metric):
+    """A metric whose sums keep their number format when a module around it is cast, as `precision: bf16-true` does."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Module:
+        """To another device, that is."""
+        return super()._apply(lambda tensor: fn(tensor).to(tensor.dtype), exclude_state)
+
+
+class WindowMetrics(_Sums):
     """Accumulates how far and how well windows agree with their reference tokens.
 
     Args:
@@ -138,7 +148,7 @@ class WindowMetrics(Metric):
         )
 
 
-class PositionMeans(Metric):
+class PositionMeans(_Sums):
     """Means of any quantity at each of the positions 0 .. P - 1.
 
     Args:

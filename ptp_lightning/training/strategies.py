@@ -36,7 +36,13 @@ class FullyShardedStrategy(ModelParallelStrategy):
         )
 
     def setup_environment(self) -> None:
-        """One shard a process, where Lightning would make one a node."""
+        """One shard a process, where Lightning would make one a node.
+
+        Raises:
+            ValueError: there are other processes than `trainer.devices` and `trainer.num_nodes` say.
+        """
+        assert self.cluster_environment is not None
+        self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 

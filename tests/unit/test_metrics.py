@@ -167,3 +167,14 @@ class TestPositionMeans:
         for _ in range(3):
             means.update(torch.ones(1), torch.zeros(1, dtype=torch.int64))
         assert means.compute() == {0: (2.0**26 + 3) / 4}
+
+
+def test_sums_keep_their_number_format() -> None:
+    """`trainer.precision: bf16-true` casts the module that metrics are part of."""
+    holder = torch.nn.ModuleList([WindowMetrics(2), PositionMeans(2)]).to(torch.bfloat16)
+    metrics, means = holder
+    assert isinstance(metrics, WindowMetrics) and isinstance(means, PositionMeans)
+    assert metrics.nats.dtype == means.totals.dtype == torch.float64
+    means.reset()
+    means.update(torch.tensor([1.0, 1 / 512]), torch.tensor([0, 0]))
+    assert means.compute() == {0: (1 + 1 / 512) / 2}  # bfloat16 has no room for it
