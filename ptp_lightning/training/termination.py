@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -43,11 +44,23 @@ class TerminateTogether(Callback):
             raise SIGTERMException
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Keep checkpoint callbacks, whose turn is next, from waiting for processes that do not come."""
-        if trainer.world_size > 1 and not isinstance(exception, (SIGTERMException, NotFiniteError)):
-            for callback in trainer.checkpoint_callbacks:
-                if isinstance(callback, ModelCheckpoint):
-                    callback.save_on_exception = False
+        """Keep checkpoint callbacks, whose turn is next, from waiting for processes that do not come; name these."""
+        if trainer.world_size == 1 or isinstance(exception, (SIGTERMException, NotFiniteError)):
+            return
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint):
+                callback.save_on_exception = False
+        # Of processes that this one has started; others belong to whoever started all of them, and tells.
+        for local_rank, process in enumerate(getattr(trainer.strategy.launcher, "procs", []), start=1):
+            if process.poll():
+                print(
+                    f"error: process {local_rank} of this node has ended, {_how(process.returncode)}", file=sys.stderr
+                )
 
     def _take_note(self, *_: Any) -> None:
         self._received = True
+
+
+def _how(status: int) -> str:
+    """What an exit status other than 0 says."""
+    return f"with status {status}" if status > 0 else f"killed by {signal.Signals(-status).name}"

@@ -133,7 +133,7 @@ def test_a_process_that_fails_ends_the_job(tmp_path: Path, launcher: str, strate
     if way == "raise":
         assert REASON in printed
     elif way == "kill":
-        assert "SIGKILL" in printed or "-9" in printed or "closed by peer" in printed
+        assert "SIGKILL" in printed
     else:
         (file,) = kept
         assert file.name == f"not_finite_step_{PERIOD}_rank_1.pt"

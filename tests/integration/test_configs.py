@@ -22,6 +22,7 @@ from ptp_lightning.losses import (
     UniformWeights,
 )
 from ptp_lightning.training import DistillationModule
+from ptp_lightning.training.checkpoint_io import AtomicCheckpointIO
 from tests.byte_tokenizer import byte_tokenizer
 from tests.tiny_configs import CORPUS_LINE, localize, shrink
 
@@ -81,6 +82,38 @@ def test_every_data_configuration_goes_behind_another(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["ptp_lightning", *run, "--config", str(tmp_path / "data.yaml")])
     main()
+
+
+def test_activation_checkpointing_goes_behind_another(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    again: list[bool] = []
+    first = ROOT / "configs" / "embedded_adapter.yaml"
+    second = ROOT / "configs" / "strategy" / "activation_checkpointing.yaml"
+    monkeypatch.setattr(
+        "ptp_lightning.models.activation_checkpointing.checkpoint",
+        lambda function, **_: again.append(True) or function(),
+    )
+    monkeypatch.chdir(tmp_path)
+    run = ["fit", "--config", str(shrink(first, corpus, tmp_path)), "--config", str(second)]
+    monkeypatch.setattr(sys, "argv", ["ptp_lightning", *run])
+    main()
+    assert again
+
+
+def test_checkpoints_appear_complete_or_not_at_all(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever a configuration says."""
+    found: list[object] = []
+    monkeypatch.setattr(
+        DistillationModule, "on_train_end", lambda module: found.append(module.trainer.strategy.checkpoint_io)
+    )
+    monkeypatch.chdir(tmp_path)
+    path = shrink(ROOT / "configs" / "gated_lora.yaml", corpus, tmp_path)
+    monkeypatch.setattr(sys, "argv", ["ptp_lightning", "fit", "--config", str(path)])
+    main()
+    assert [type(io) for io in found] == [AtomicCheckpointIO]
 
 
 def test_vicuna_hears_the_words_that_it_was_trained_with() -> None:

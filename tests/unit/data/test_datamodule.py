@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.data.distributed import DistributedSampler
 
 from ptp_lightning.data.batch import PackedBatch
 from ptp_lightning.data.datamodule import CorpusDataModule, TrainingStream, tokenized
@@ -174,3 +175,21 @@ class TestBadInput:
         data = CorpusDataModule(Texts())
         data.setup("fit")
         assert data.tokenizer is not None and len(data.tokenizer) == 2048
+
+
+def test_ranks_evaluate_equally_many_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or those that share a network would wait for each other; and nobody shares them out once more."""
+    data = on_trainer(tiny_data(eval_rows=7))
+    assert len(data.val_dataloader()) == 4
+
+    def gather(counts: list[int], own: int) -> None:
+        counts[:] = [own, 3]
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    loader: Any = data.val_dataloader()
+    assert all_same(loader.dataset, data.fixed_batches("val")[:3])
+    assert list(loader.sampler) == [0, 1, 2]
+    assert isinstance(loader.sampler, DistributedSampler)  # which Lightning leaves as it is
+    assert len(data.test_dataloader()) == 3

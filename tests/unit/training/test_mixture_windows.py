@@ -119,3 +119,27 @@ def test_a_mixture_trains(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, max_steps=6)
     trainer.fit(module, datamodule=tiny_data())
     assert float(trainer.callback_metrics["train/loss_nats"]) > 0
+
+
+@dataclass(frozen=True)
+class Drawn(TeacherWindows):
+    """Notes what the generator of its choice would draw first."""
+
+    def choose(self, progress: float, generator: torch.Generator) -> WindowSource:
+        RECORDED.append(float(torch.rand(1, generator=generator)))
+        return self
+
+
+def test_ranks_choose_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or those that share a network would wait for each other in layers that only one of them runs."""
+    choices = []
+    for rank in range(2):
+        RECORDED.clear()
+        module = make_module(source=Drawn())
+        monkeypatch.setattr(type(module), "global_rank", rank)
+        make_trainer(tmp_path, max_steps=3, limit_val_batches=2, val_check_interval=3).fit(
+            module, datamodule=tiny_data()
+        )
+        choices.append(list(RECORDED))
+    assert choices[0] == choices[1]
+    assert len(set(choices[0])) == 5  # in each of three steps and two validation batches anew

@@ -1,0 +1,78 @@
+"""Activation checkpointing computes the same, behind a cache and a gate, and remembers less."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ptp_lightning.models import LoraSettings, ParallelTokenPredictor, PredictorConfig, RefinerSettings
+from ptp_lightning.models.activation_checkpointing import checkpoint_layers
+from ptp_lightning.models.decoder_stack import decoder_layers
+from tests.tiny_models import TINY_MODELS
+from tests.tiny_predictors import STUDENTS
+from tests.tiny_shared_students import encode, make_batch
+
+LENGTH = 5
+
+
+def make_predictor(family: str, student: str, checkpointed: bool) -> ParallelTokenPredictor:
+    """Trained a little, with a refiner where that is possible, and dropout in the adapter."""
+    torch.manual_seed(1)
+    refiner = RefinerSettings() if student == "shared" else RefinerSettings(num_layers=1)
+    lora = LoraSettings(rank=4, dropout=0.5)
+    config = PredictorConfig(lora=lora, window_length=LENGTH, refiner=refiner, student=STUDENTS[student])
+    predictor = ParallelTokenPredictor(config, TINY_MODELS[family](vocab_size=30))
+    for parameter in predictor.parameters():
+        if parameter.requires_grad and not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    if checkpointed:
+        copy = predictor.student_copy
+        models = [predictor.base_model] if copy is None else [predictor.base_model, copy]
+        layers = decoder_layers(models, "")
+        checkpoint_layers(layers if predictor.refiner is None else [*layers, *predictor.refiner.layers], predictor.gate)
+    return predictor
+
+
+def loss(predictor: ParallelTokenPredictor, auxiliaries: Tensor) -> Tensor:
+    """Of slots behind a context whose cache they share, twice, refined if possible."""
+    context = encode(predictor, make_batch())
+    hidden = predictor.slot_hidden(context, auxiliaries)
+    again = predictor.slot_hidden(context, 1 - auxiliaries)
+    if predictor.refiner is not None:
+        pairs = predictor.refiner_context(context)
+        hidden = predictor.refine(context, pairs, hidden, auxiliaries[..., 1:].mul(30).long())
+    assert context.cache.get_seq_length() == make_batch().input_ids.shape[1]
+    return predictor.slot_logits(hidden + 2 * again).logsumexp(-1).sum()
+
+
+def gradients(predictor: ParallelTokenPredictor) -> dict[str, Any]:
+    return {name: parameter.grad for name, parameter in predictor.named_parameters() if parameter.requires_grad}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("student", STUDENTS)
+def test_gradients_are_the_same(family: str, student: str) -> None:
+    auxiliaries = torch.rand(*make_batch().window_starts.shape, LENGTH, dtype=torch.float64)
+    found, saved = [], []
+    for checkpointed in (False, True):
+        predictor = make_predictor(family, student, checkpointed)
+        sizes: list[int] = []
+        torch.manual_seed(2)  # of the dropout
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, to=sizes: to.append(x.numel()) or x, lambda x: x):
+            value = loss(predictor, auxiliaries)
+        saved.append(sum(sizes))
+        value.backward(retain_graph=True)
+        value.backward()  # layers are computed a third time, behind a cache that has gone on
+        found.append((value.detach(), gradients(predictor)))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+    assert saved[1] < 0.6 * saved[0]
+
+
+def test_nothing_is_kept_without_gradients() -> None:
+    predictor = make_predictor("llama", "gated_lora", checkpointed=True)
+    with torch.no_grad():
+        hidden = predictor.slot_hidden(encode(predictor, make_batch()), torch.rand(2, 3, LENGTH, dtype=torch.float64))
+    assert not hidden.requires_grad

@@ -1,0 +1,73 @@
+"""A checkpoint that cannot be written whole leaves the earlier one as it was."""
+
+from __future__ import annotations
+
+import errno
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ptp_lightning.training.checkpoint_io import AtomicCheckpointIO
+
+FULL = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # an error instead, as on a full disk
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+import torch
+from ptp_lightning.training.checkpoint_io import AtomicCheckpointIO
+AtomicCheckpointIO().save_checkpoint({"weight": torch.ones(1_000_000)}, sys.argv[1])
+"""
+
+
+def earlier(folder: Path) -> Path:
+    path = folder / "checkpoints" / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"weight": torch.zeros(3)}, path)
+    return path
+
+
+def is_as_it_was(path: Path) -> bool:
+    return torch.load(path, weights_only=True)["weight"].tolist() == [0, 0, 0] and list(path.parent.iterdir()) == [path]
+
+
+def test_a_checkpoint_takes_the_place_of_the_earlier_one(tmp_path: Path) -> None:
+    path = earlier(tmp_path)
+    permissions = path.stat().st_mode
+    AtomicCheckpointIO().save_checkpoint({"weight": torch.ones(2)}, path)
+    assert torch.load(path, weights_only=True)["weight"].tolist() == [1, 1]
+    assert list(path.parent.iterdir()) == [path]
+    other = tmp_path / "other"
+    other.touch()
+    assert permissions == path.stat().st_mode == other.stat().st_mode
+
+
+def test_a_full_disk(tmp_path: Path) -> None:
+    path = earlier(tmp_path)
+    done = subprocess.run([sys.executable, "-c", FULL, str(path)], capture_output=True, text=True)
+    assert f"{path} could not be written (File too large); the one before is as it was: make room" in done.stderr
+    assert is_as_it_was(path)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()], ids=repr)
+def test_a_writer_that_stops_halfway(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    path = earlier(tmp_path)
+
+    def half(checkpoint: Any, file: Any) -> None:
+        file.write(b"half")
+        raise error
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(type(error), match="" if isinstance(error, KeyboardInterrupt) else "No space left on device"):
+        AtomicCheckpointIO().save_checkpoint({}, path)
+    assert is_as_it_was(path)
+
+
+def test_it_is_on_disk_before_it_is_in_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, events = earlier(tmp_path), []
+    monkeypatch.setattr("os.fsync", lambda descriptor: events.append("sync"))
+    monkeypatch.setattr(Path, "replace", lambda draft, target: events.append(f"{target.name} replaced"))
+    AtomicCheckpointIO().save_checkpoint({}, path)
+    assert events == ["sync", "last.ckpt replaced", "sync"]
