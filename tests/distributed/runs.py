@@ -157,6 +157,8 @@ def main(folder: Path, names: list[str]) -> None:
         result = train(RUNS[run], folder / name, STRATEGIES[strategy](), devices=2, resume=resume)
         if torch.distributed.get_rank() == 0:
             (folder / f"{name}.json").write_text(json.dumps(result._asdict()))
+    torch.distributed.barrier()  # gloo may abort a process whose peer has left
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

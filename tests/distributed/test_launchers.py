@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -67,6 +69,8 @@ class Job:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job's children ignore it
         )
 
     def run(self, launcher: str, *more: str) -> tuple[int, str]:
@@ -148,3 +152,24 @@ def test_a_process_that_fails_ends_the_job(tmp_path: Path, launcher: str, strate
     again = Job(tmp_path, {"class_path": "ptp_lightning.training.TeacherWindows"})
     status, printed = again.run("alone", "--ckpt_path", str(checkpoint), "--trainer.max_steps", str(PERIOD + 1))
     assert status == 0, printed
+
+
+def test_ctrl_c_ends_all_behind_the_same_step(tmp_path: Path) -> None:
+    checkpoint = checkpoint_in(tmp_path)
+    job = Job(tmp_path, {"class_path": "ptp_lightning.training.TeacherWindows"})
+    options = ("--trainer.devices", "2", "--trainer.max_steps", "1000000", "--trainer.val_check_interval", "1000000")
+    run = job.start(ALONE, "--config", str(CONFIGS / "strategy" / "fsdp2.yaml"), *options)
+    try:
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not checkpoint.exists():
+            assert run.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        os.killpg(run.pid, signal.SIGINT)
+        printed, _ = run.communicate(timeout=PATIENCE_SECONDS)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)
+    assert run.returncode == 1
+    step = torch.load(checkpoint, weights_only=True)["global_step"]
+    assert step > 0
+    assert f"at step {step};" in printed  # where it stopped, not where it last wrote a periodic one
