@@ -79,13 +79,14 @@ RUNS: dict[str, Run] = {
 }
 
 
-def make_module(run: Run) -> LightningModule:
-    """The same weights on every call."""
+def make_module(run: Run, folder: Path) -> LightningModule:
+    """The same weights on every call; what it writes besides checkpoints goes to `folder`."""
     torch.manual_seed(0)
     backbone = BackboneSettings(from_config=run.backbone, dtype=run.dtype)  # pyright: ignore[reportArgumentType]
     optimizer = OptimizerSettings(run.optimizer, learning_rate=0.003, warmup_steps=2)  # pyright: ignore[reportArgumentType]
     if run.kind == "autoregressive":
-        return AutoregressiveModule(backbone, optimizer, **run.module)
+        output = str(folder / "model")
+        return AutoregressiveModule(backbone, optimizer, output, output_dtype="float32", **run.module)
     config = PredictorConfig(backbone, features=CosineFeatures(4), window_length=4)
     if run.kind == "shared":
         config = replace(config, student=SharedStudent())
@@ -101,17 +102,24 @@ def make_module(run: Run) -> LightningModule:
 
 
 class Outcome(NamedTuple):
-    """Attributes: the loss of every batch, over all ranks; and which part of all weights a process held in the end."""
+    """What came of a run.
+
+    Attributes:
+        losses: of every batch, over all ranks.
+        share: the part of all weights that a process held in the end.
+        validated: what a fresh module says of the validation rows with the last checkpoint.
+    """
 
     losses: list[float]
     share: float
+    validated: dict[str, float]
 
 
 def train(
-    run: Run, folder: Path, strategy: str | Strategy = "auto", devices: int = 1, resume: Path | None = None
+    run: Run, folder: Path, strategy: type[Strategy] | None = None, devices: int = 1, resume: Path | None = None
 ) -> Outcome:
     """Leaves checkpoints of the middle and of the end in `folder`."""
-    module = make_module(run)
+    module = make_module(run, folder)
     losses: list[float] = []
 
     def note(outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -119,22 +127,27 @@ def train(
         if trainer.global_step == HALF and resume is None:
             trainer.save_checkpoint(folder / "half.ckpt")
 
+    def make_trainer() -> Trainer:
+        defaults: dict[str, Any] = {"max_steps": STEPS, "num_sanity_val_steps": 0, "val_check_interval": STEPS}
+        quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+        return Trainer(
+            accelerator="cpu",
+            strategy="auto" if strategy is None else strategy(),
+            devices=devices,
+            default_root_dir=folder,
+            logger=False,
+            **(defaults | quiet | dict(run.trainer)),
+        )
+
     module.on_train_batch_end = note
-    defaults: dict[str, Any] = {"max_steps": STEPS, "num_sanity_val_steps": 0, "val_check_interval": STEPS}
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-    trainer = Trainer(
-        accelerator="cpu",
-        strategy=strategy,
-        devices=devices,
-        default_root_dir=folder,
-        logger=False,
-        **(defaults | quiet | dict(run.trainer)),
-    )
+    trainer = make_trainer()
     trainer.fit(module, datamodule=SharedRows(), ckpt_path=resume)
     trainer.save_checkpoint(folder / "end.ckpt")
     parameters = list(module.parameters())
     held = sum(getattr(parameter, "to_local", lambda own=parameter: own)().numel() for parameter in parameters)
-    return Outcome(losses, held / sum(parameter.numel() for parameter in parameters))
+    options: dict[str, Any] = {"datamodule": SharedRows(), "ckpt_path": folder / "end.ckpt", "verbose": False}
+    (validated,) = make_trainer().validate(make_module(run, folder), **options)
+    return Outcome(losses, held / sum(parameter.numel() for parameter in parameters), dict(validated))
 
 
 def together(folder: Path, *names: str, seconds: float = 300) -> str:
@@ -154,7 +167,7 @@ def main(folder: Path, names: list[str]) -> None:
     for name in names:
         strategy, run, *resumed = name.split("-")
         resume = folder / run / "half.ckpt" if resumed else None
-        result = train(RUNS[run], folder / name, STRATEGIES[strategy](), devices=2, resume=resume)
+        result = train(RUNS[run], folder / name, STRATEGIES[strategy], devices=2, resume=resume)
         if torch.distributed.get_rank() == 0:
             (folder / f"{name}.json").write_text(json.dumps(result._asdict()))
     torch.distributed.barrier()  # gloo may abort a process whose peer has left

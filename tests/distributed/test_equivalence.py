@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from ptp_lightning.models.backbone import BackboneSettings, load_backbone
 from tests.distributed.runs import HALF, RUNS, STEPS, Outcome, outcome, together, train
 
 TOLERANCE = 1e-5  # nats
 # Muon orthogonalises in bfloat16, where the order of a sum shows; autocast rounds what depends on the batch.
 ROUGH = {"muon": 5e-3, "bf16_mixed": 2e-2, "bf16_true": 5e-2}
 STRATEGIES = ("ddp", "fsdp2")
+RESUMED = ("adapter", "copy", "muon")
 OTHERS = [name for name in RUNS if name not in ("adapter", "muon_rank_1")]
 
 
@@ -27,7 +29,7 @@ class Pair:
         self.folder = folder
         self.alone = {name: train(RUNS[name], folder / name) for name in names}
         runs = [f"{strategy}-{name}" for strategy in STRATEGIES for name in names]
-        together(folder, *runs, *(f"{run}-resumed" for run in runs if run.endswith("-adapter")))
+        together(folder, *runs, *(f"{run}-resumed" for run in runs if run.partition("-")[2] in RESUMED))
 
     def together(self, strategy: str, name: str, *more: str) -> Outcome:
         return outcome(self.folder, "-".join([strategy, name, *more]))
@@ -45,6 +47,11 @@ class TestAnAdapter:
         assert len(alone) == len(shared) == STEPS
         assert abs(alone[0] - alone[-1]) > 0.5  # it has learned something
         assert largest_difference(alone, shared) < TOLERANCE
+
+    def test_a_checkpoint_is_validated_alike(self, adapter: Pair, strategy: str) -> None:
+        alone, shared = adapter.alone["adapter"].validated, adapter.together(strategy, "adapter").validated
+        assert alone["val/correct_tokens"] > 1
+        assert shared == pytest.approx(alone, rel=1e-5)
 
     def test_a_process_holds_its_share(self, adapter: Pair, strategy: str) -> None:
         share = adapter.together(strategy, "adapter").share
@@ -81,6 +88,24 @@ def test_other_losses_are_those_of_one_process(others: Pair, strategy: str, name
     alone, shared = others.alone[name].losses, others.together(strategy, name).losses
     assert len(alone) == len(shared)
     assert largest_difference(alone, shared) < ROUGH.get(name, TOLERANCE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["copy", "muon"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_go_on_from_one(others: Pair, strategy: str, name: str) -> None:
+    resumed = others.together(strategy, name, "resumed").losses
+    assert largest_difference(others.alone[name].losses[HALF:], resumed) < ROUGH.get(name, TOLERANCE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_whole_model_is_written(others: Pair, strategy: str) -> None:
+    alone, shared = (
+        load_backbone(BackboneSettings(str(others.folder / run / "model"))).state_dict()
+        for run in ("autoregressive", f"{strategy}-autoregressive")
+    )
+    torch.testing.assert_close(shared, alone, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow
