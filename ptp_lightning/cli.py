@@ -9,6 +9,7 @@ HELP = """usage: python -m ptp_lightning COMMAND [options]
   fit          train:   --config configs/gated_lora.yaml [--trainer.max_steps 100 ...] [--ckpt_path last.ckpt]
   validate     measure a checkpoint on the validation split: --config ... --ckpt_path P
   test         the same on the test split
+  plan         say what memory a training step needs: --config ... [--gpus 8] [--memory 80GB] [--backbone 7b] [--json]
   pregenerate  let the teacher complete prompts, to train from: --config ... --output DIR [--num_completions 4 ...]
   generate     continue text: --prompt TEXT | --prompts FILE [--ckpt_path P] [--temperature 0.7 ...] [--json]
   evaluate     compare decoders on a benchmark: --output DIR [--benchmark spec_bench --questions FILE] [--ckpt_path P]
@@ -32,6 +33,11 @@ def dispatch(args: list[str]) -> None:
         from ptp_lightning.training.cli import run
 
         run()
+        return
+    if command == "plan":
+        from ptp_lightning.training.plan import run
+
+        run(args[1:])
         return
     if command == "pregenerate":
         from ptp_lightning.training.pregenerate import run
