@@ -27,7 +27,7 @@ from ptp_lightning.data.batch import PackedBatch
 from ptp_lightning.data.packed_datamodule import PackedDataModule
 from ptp_lightning.training.cli import PlainErrorParser, TrainingCLI, parsed
 from ptp_lightning.training.predictor_module import PredictorModule
-from ptp_lightning.training.rank_memory import RankMemory, layer_groups, replicated, sharded
+from ptp_lightning.training.rank_memory import ROWS, RankMemory, layer_groups, replicated, sharded
 from ptp_lightning.training.step_memory import StepMemory, measure_step
 from ptp_lightning.training.unallocated import building, running
 
@@ -171,14 +171,14 @@ def _measure(cli: PlanCLI, num_ranks: int) -> Layouts:
         module.end_of_text = None
     on_gpu = trainer["accelerator"] != "cpu"
     with running(module, on_gpu=on_gpu):
-        step = measure_step(module, _full_batch(data), plugin.train_step_context, on_gpu=on_gpu)
+        step = measure_step(module, full_batch(data), plugin.train_step_context, on_gpu=on_gpu)
     columns = {"replicated": replicated(step, num_ranks)}
     if num_ranks > 1:
         columns["sharded"] = sharded(step, layer_groups(module), num_ranks)
     return Layouts(columns, step)
 
 
-def _full_batch(data: Any) -> PackedBatch:
+def full_batch(data: Any) -> PackedBatch:
     """Rows without padding, each of one document, every window in it whole."""
     shape = (data.batch_size, data.row_length)
     return PackedBatch(
@@ -240,7 +240,8 @@ def _table(cli: PlanCLI, layouts: Layouts, savings: dict[str, Layouts], num_rank
     parameters = list(cli.model.parameters())
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     data: Any = cli.datamodule
-    names = list(dict.fromkeys(name for memory in layouts.columns.values() for name in memory.parts))
+    columns = layouts.columns.values()
+    names = [name for name in ROWS if any(name in memory.parts for memory in columns)]
     whose = "the GPU" if num_ranks == 1 else f"each of {num_ranks} GPUs"
     return [
         f"Model        {sum(parameter.numel() for parameter in parameters):,} parameters, {trained:,} of them trained",
@@ -248,7 +249,7 @@ def _table(cli: PlanCLI, layouts: Layouts, savings: dict[str, Layouts], num_rank
         f"{cli.config['trainer']['precision'] or '32-true'}",
         "",
         f"{'GB on ' + whose:<{WIDTH}}" + "".join(f"{name:>12}" for name in layouts.columns),
-        *(_row(name, [memory.parts.get(name) for memory in layouts.columns.values()]) for name in names),
+        *(_row(name, [memory.parts.get(name) for memory in columns]) for name in names),
         _row("total", layouts.totals),
         *(_row(name, lowered.totals) for name, lowered in savings.items()),
     ]

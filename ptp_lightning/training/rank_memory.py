@@ -17,6 +17,7 @@ BUCKETS = "gradient buckets of DDP"
 GATHERED = "layers gathered from all ranks"
 KEPT = "activations kept for the backward pass"
 WORKING = "working memory"
+ROWS = (FROZEN, TRAINED, GRADIENTS, BUCKETS, STATES, GATHERED, KEPT, WORKING)
 
 PREFETCHED = 2  # layers that are whole at the same time: while one computes, the next is gathered
 
@@ -37,7 +38,11 @@ class LayerGroups(NamedTuple):
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes on one GPU when most is in use, by part, in the order of a table."""
+    """Bytes on one GPU when most is in use.
+
+    Attributes:
+        parts: by what they are for; keys are among `ROWS`.
+    """
 
     parts: dict[str, int]
 
@@ -83,9 +88,9 @@ def sharded(step: StepMemory, groups: LayerGroups, num_ranks: int) -> RankMemory
 
 def layer_groups(module: LightningModule) -> LayerGroups:
     """Sizes of the decoder layers of all networks in a module, and of what is outside them."""
-    networks: Any = module
-    predictor = getattr(module, "predictor", None)
-    networks = [networks.model] if predictor is None else [predictor.base_model, predictor.student_model]
+    parts: Any = module
+    predictor: Any = getattr(module, "predictor", None)
+    networks = [parts.model] if predictor is None else [predictor.base_model, predictor.student_model]
     layers = [
         layer
         for network in dict.fromkeys(networks)

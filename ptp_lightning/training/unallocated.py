@@ -81,13 +81,13 @@ class _Answers(TorchDispatchMode):
         if func is aten._local_scalar_dense.default:
             if args[0].dtype == torch.bool:
                 return args[0] not in self._exceptions
-            return 1.0 if args[0].is_floating_point() else 1
+            return 0.5 if args[0].is_floating_point() else 1  # may be a share
         if func in EQUAL:
             return True
         if func is aten.nonzero.default:
             return args[0].new_empty(args[0].numel(), args[0].ndim, dtype=torch.int64)
         if func is aten.masked_select.default:
-            return args[0].new_empty(args[1].numel())
+            return args[0].new_empty(torch.broadcast_shapes(args[0].shape, args[1].shape).numel())
         if func is aten._to_copy.default and args[0].is_meta and kwargs.get("device") == CPU:
             kwargs = kwargs | {"device": args[0].device}
         if func in INDEXING:

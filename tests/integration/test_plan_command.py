@@ -1,0 +1,158 @@
+"""`python -m ptp_lightning plan`: the memory of a training step, from its configuration alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ptp_lightning import cli
+from ptp_lightning.training.plan import BACKBONES
+from tests.tiny_configs import CORPUS_LINE, SHRUNKEN, shrink
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+TOLERANCE = 0.15
+NUM_PARAMETERS = {"1b": 1_100_048_384, "7b": 6_738_415_616, "70b": 68_976_648_192}
+EXACT_HEAP = {"MALLOC_MMAP_THRESHOLD_": "32768", "MALLOC_TRIM_THRESHOLD_": "0"}  # see tests.resident_memory
+
+
+class Printed(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Printed]
+
+
+@pytest.fixture
+def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Plans for a configuration of the repository with a tiny network."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PTP_TRACEBACK", raising=False)
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text(CORPUS_LINE * 400)
+
+    def run(name: str, *args: str) -> Printed:
+        config = shrink(CONFIGS / f"{name}.yaml", corpus, tmp_path)
+        if name == "gated_lora":
+            args = ("--model.init_args.predictor.window_length", "4", *args)
+        monkeypatch.setattr(sys, "argv", ["ptp_lightning", "plan", "--config", str(config), *args])
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+        return Printed(status, *capsys.readouterr())
+
+    return run
+
+
+def test_a_row_for_every_part_and_a_total(plan: Run) -> None:
+    printed = plan("gated_lora", "--gpus", "2", "--memory", "1GB", "--data.init_args.num_windows", "8")
+    assert printed.status == 0
+    header, *rows = printed.out.partition("\n\n")[2].partition("\n\n")[0].splitlines()
+    assert header.split() == ["GB", "on", "each", "of", "2", "GPUs", "replicated", "sharded"]
+    numbers = {row[:40].strip(): [float(number) for number in row[40:].split()] for row in rows}
+    assert len(numbers["gradient buckets of DDP"]) == len(numbers["layers gathered from all ranks"]) == 1
+    assert printed.out.endswith("Fits         replicated yes, sharded yes (in 90% of 1.0 GB)\n")
+    assert "8 windows in each" in printed.out
+
+
+def test_json_adds_up(plan: Run) -> None:
+    result: dict[str, Any] = json.loads(plan("gated_lora", "--json", "--trainer.devices", "2").out)
+    assert result["gpus"] == 2  # the configuration's own
+    for parts in result["bytes"].values():
+        assert parts.pop("total") == sum(parts.values())
+    assert result["fits"] is None and result["lowered"] == {}
+
+
+def test_what_does_not_fit_is_told_what_would_lower_it(plan: Run) -> None:
+    result = json.loads(plan("gated_lora", "--json", "--memory", "1MB", "--data.init_args.batch_size", "4").out)
+    assert result["fits"] == {"replicated": False}
+    total = result["bytes"]["replicated"]["total"]
+    lowered = {name: entry["replicated"]["total"] for name, entry in result["lowered"].items()}
+    assert list(lowered) == [
+        "data.batch_size: 2 instead of 4",
+        "predictor.window_length: 2 instead of 4",
+        "loss.chunk_size: 1024 instead of 4096",
+    ]
+    assert lowered["data.batch_size: 2 instead of 4"] < total
+    assert lowered["predictor.window_length: 2 instead of 4"] < total
+
+
+@pytest.mark.parametrize("name", ["conditioned_adapter", "embedded_teacher", "nyc_self_trained"])
+def test_every_kind_of_module_can_be_planned(plan: Run, name: str) -> None:
+    assert json.loads(plan(name, "--json").out)["bytes"]["replicated"]["total"] > 0
+
+
+def test_the_precision_of_the_trainer_counts(plan: Run) -> None:
+    plans = [
+        json.loads(plan("gated_lora", "--json", "--trainer.precision", name).out) for name in ("32-true", "bf16-true")
+    ]
+    single, half = [entry["bytes"]["replicated"] for entry in plans]
+    assert single["trained parameters"] == 2 * half["trained parameters"]
+    kept = "activations kept for the backward pass"
+    assert half[kept] < 0.8 * single[kept]
+
+
+@pytest.mark.parametrize(
+    ("args", "reason"),
+    [
+        (["--memory", "much"], "expected --memory such as 80GB, found 'much'"),
+        (["--gpus", "0"], "expected --gpus >= 1, found 0"),
+        (["--backbone", "2b"], "expected --backbone 1b, 7b, 70b, found '2b'"),
+        (["--data.init_args.batch_size", "0"], "expected data.batch_size >= 1, found 0"),
+    ],
+)
+def test_mistakes_are_refused_with_the_reason(plan: Run, args: list[str], reason: str) -> None:
+    printed = plan("gated_lora", *args)
+    assert printed.status == 2
+    assert reason in printed.err
+
+
+@pytest.mark.parametrize("name", list(BACKBONES))
+def test_backbones_have_their_numbers_of_parameters(name: str) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**BACKBONES[name]))
+    assert model.num_parameters() == NUM_PARAMETERS[name]
+
+
+def test_a_backbone_takes_the_place_of_the_configuration_s_own(plan: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BACKBONES, "1b", SHRUNKEN | {"hidden_size": 48})
+    printed = plan("gated_lora", "--backbone", "1b").out
+    total, trained = re.findall(r"(\d[\d,]*) (?:parameters|of them)", printed)
+    frozen = int(total.replace(",", "")) - int(trained.replace(",", ""))
+    assert frozen == 2048 * 48 * 2 + 2 * (4 * 48 * 48 + 3 * 48 * 64 + 2 * 48) + 48
+
+
+def test_a_hub_id_is_not_asked_for_a_backbone_that_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BACKBONES, "7b", SHRUNKEN)
+    monkeypatch.setattr(
+        sys, "argv", ["ptp_lightning", "plan", "--config", str(CONFIGS / "vicuna.yaml"), "--backbone", "7b"]
+    )
+    cli.main()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_windows", [16, 48])
+def test_a_plan_is_what_a_real_training_takes(num_windows: int) -> None:
+    """Of the embedded model, by the resident memory of Lightning's own steps."""
+    options = ["--config", str(CONFIGS / "gated_lora.yaml"), "--data.init_args.num_windows", str(num_windows)]
+
+    def printed_by(*command: str) -> str:
+        ran = [sys.executable, "-m", *command, *options, "--trainer.accelerator", "cpu"]
+        return subprocess.run(ran, env=os.environ | EXACT_HEAP, capture_output=True, text=True, check=True).stdout
+
+    expected = json.loads(printed_by("ptp_lightning", "plan", "--json"))["bytes"]["replicated"]["total"]
+    found = int(printed_by("tests.resident_memory").splitlines()[-1])
+    assert expected == pytest.approx(found, rel=TOLERANCE)

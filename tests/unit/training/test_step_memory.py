@@ -1,0 +1,115 @@
+"""A step that is measured without memory needs what a real one gets from torch's allocator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from ptp_lightning.losses import CrossEntropy, KullbackLeibler
+from ptp_lightning.models.gated_lora import LoraSettings
+from ptp_lightning.models.refiner import RefinerSettings
+from ptp_lightning.models.slots import OneHotObjective
+from ptp_lightning.models.students import FullCopyStudent
+from ptp_lightning.sampling import SamplingConfig
+from ptp_lightning.training.distillation import DistillationModule
+from ptp_lightning.training.plan import full_batch
+from ptp_lightning.training.rank_memory import replicated
+from ptp_lightning.training.step_memory import measure_step
+from ptp_lightning.training.unallocated import building, running
+from ptp_lightning.training.windows import DatasetWindows
+from tests.tiny_distillation import make_module
+
+TOLERANCE = 0.05  # kernels may take memory for themselves; to 15 % a plan can be relied on
+NETWORK = {
+    "model_type": "llama",
+    "vocab_size": 2048,
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+SIZES = SimpleNamespace(batch_size=2, row_length=64, num_windows=8)
+SETTINGS: dict[str, dict[str, Any]] = {
+    "activations": {"objective": OneHotObjective(), "loss": CrossEntropy(), "lora": LoraSettings(rank=16)},
+    # Nearly all of it are weights, gradients and the optimiser's states.
+    "weights": {
+        "student": FullCopyStudent(),
+        "window_length": 2,
+        "refiner": RefinerSettings(),
+        "loss": KullbackLeibler(chunk_size=16),
+    },
+    # Nearly all of it are logits: a vocabulary beside which everything else is small.
+    "logits": {
+        "backbone": NETWORK | {"vocab_size": 32768, "hidden_size": 32, "intermediate_size": 32},
+        "source": DatasetWindows(),
+        "sampling": SamplingConfig(),  # under which no token of the data is impossible, and so none masked
+        "refiner": RefinerSettings(),
+    },
+}
+
+
+def make(settings: dict[str, Any]) -> DistillationModule:
+    module = make_module(**({"backbone": NETWORK, "window_length": 8} | settings))
+    module.end_of_text = None
+    return module
+
+
+def estimate(settings: dict[str, Any]) -> int:
+    with building():
+        module = make(settings)
+    with running(module, on_gpu=False):
+        step = measure_step(module, full_batch(SIZES))
+    return replicated(step, 1).total
+
+
+def allocated(work: Callable[[], None]) -> int:
+    """The most that torch's allocator has given out at a time, as the profiler records it."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        work()
+    assert record.profiler is not None
+    events: list[Any] = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
+def real_steps(module: DistillationModule, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Two optimiser steps in Lightning's order: gradients are removed between the forward and the backward pass."""
+    trainer: Any = SimpleNamespace(
+        estimated_stepping_batches=2, strategy=SimpleNamespace(reduce=lambda tensor, reduce_op: tensor)
+    )
+    monkeypatch.setattr(type(module), "trainer", trainer)
+    monkeypatch.setattr(type(module), "global_step", 0)
+    monkeypatch.setattr(type(module), "global_rank", 0)
+    monkeypatch.setattr(type(module), "log", lambda *args, **options: None)
+    batch = full_batch(SIZES)
+    batch = batch._replace(input_ids=torch.randint(2048, batch.input_ids.shape))
+    optimizer: Any = module.configure_optimizers()
+
+    def work() -> None:
+        for _ in range(2):
+            loss = module.training_step(batch, 0)
+            optimizer["optimizer"].zero_grad()
+            loss.backward()
+            del loss
+            optimizer["optimizer"].step()
+
+    return work
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_the_estimate_is_what_a_real_step_takes(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = estimate(settings)
+    module = make(settings)
+    weights = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+    found = weights + allocated(real_steps(module, monkeypatch))
+    assert expected == pytest.approx(found, rel=TOLERANCE)
