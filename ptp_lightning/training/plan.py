@@ -5,6 +5,8 @@ with its optimiser runs on tensors that have shapes only, in full depth and widt
 `ptp_lightning.training.unallocated`), while the bytes of all tensors that live are counted. So the estimate follows
 the code as it changes. Extrapolating from a few layers would save seconds and stumble over whatever names a layer.
 
+A step that does not fit is measured again with one thing lowered, for each that can be.
+
 Not in it: what kernels need for themselves, the CUDA context and the gaps of the allocator (`USABLE` leaves room for
 them), and validations, which keep no activations.
 """
@@ -58,14 +60,15 @@ BACKBONES: dict[str, dict[str, Any]] = {
 BACKBONE_KEYS = ("model.init_args.predictor.backbone", "model.init_args.backbone")
 ORDER_KEY = "model.init_args.predictor.sampling.order"
 COMPILE_KEY = "model.init_args.compile"
-# What can be lowered, and to which share of what it is.
+# What can be lowered, by which factor, and the least that it can be.
 SAVINGS = {
-    "data.init_args.batch_size": 2,
-    "data.init_args.num_windows": 2,
-    "model.init_args.predictor.window_length": 2,
-    "model.init_args.loss.init_args.chunk_size": 4,
+    "data.init_args.batch_size": (2, 1),
+    "data.init_args.num_windows": (2, 1),
+    "model.init_args.predictor.window_length": (2, 2),
+    "model.init_args.loss.init_args.chunk_size": (4, 1),
 }
-WIDTH = 40
+DTYPE_KEY = "model.init_args.predictor.backbone.dtype"
+WIDTH = 56
 
 
 class PlanParser(PlainErrorParser):
@@ -145,13 +148,16 @@ def run(args: Sequence[str]) -> None:
     num_ranks = cli.config["gpus"] or _num_ranks(cli.config["trainer"])
     layouts = _measure(cli, num_ranks)
     room = _num_bytes(cli.config["memory"])
-    savings: dict[str, Layouts] = {}
+    lowered: dict[str, Layouts] = {}
+    if not cli.config["json"]:
+        print("\n".join([*_table(cli, layouts, num_ranks), *_verdict(layouts, room)]), flush=True)
     if room is not None and max(layouts.totals) > USABLE * room:
-        savings = _savings(cli.config, args, num_ranks)
+        for name, override in _savings(cli.config).items():
+            lowered[name] = _measure(_parsed([*args, override]), num_ranks)
+            if not cli.config["json"]:  # one after the other, for a large model takes its time
+                print(_row(name, lowered[name].totals), flush=True)
     if cli.config["json"]:
-        print(json.dumps(_plain(layouts, savings, num_ranks, room)))
-    else:
-        print("\n".join([*_table(cli, layouts, savings, num_ranks), *_verdict(layouts, room)]))
+        print(json.dumps(_plain(layouts, lowered, num_ranks, room)))
 
 
 def _parsed(args: Sequence[str]) -> PlanCLI:
@@ -223,20 +229,23 @@ def _num_bytes(memory: str | None) -> float | None:
     return float(found[1]) * UNITS[found[2]]
 
 
-def _savings(config: Namespace, args: Sequence[str], num_ranks: int) -> dict[str, Layouts]:
-    """The same with one thing lowered, for each that can be, by what is written in a configuration."""
+def _savings(config: Namespace) -> dict[str, str]:
+    """What can be lowered, as it is written in a configuration, and the option of the command line that does it."""
     savings = {}
-    for key, divisor in SAVINGS.items():
+    for key, (divisor, least) in SAVINGS.items():
         value: int | None = config.get(key)
-        if value is None or value // divisor < 2:
-            continue
-        name = key.replace(".init_args", "").removeprefix("model.")
-        lowered = _parsed([*args, f"--{key}={value // divisor}"])
-        savings[f"{name}: {value // divisor} instead of {value}"] = _measure(lowered, num_ranks)
+        if value is not None and value // divisor >= least:
+            savings[f"{_short(key)}: {value // divisor} instead of {value}"] = f"--{key}={value // divisor}"
+    if config.get(DTYPE_KEY) == "float32":
+        savings[f"{_short(DTYPE_KEY)}: bfloat16 instead of float32"] = f"--{DTYPE_KEY}=bfloat16"
     return savings
 
 
-def _table(cli: PlanCLI, layouts: Layouts, savings: dict[str, Layouts], num_ranks: int) -> list[str]:
+def _short(key: str) -> str:
+    return key.replace(".init_args", "").removeprefix("model.")
+
+
+def _table(cli: PlanCLI, layouts: Layouts, num_ranks: int) -> list[str]:
     parameters = list(cli.model.parameters())
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     data: Any = cli.datamodule
@@ -251,7 +260,6 @@ def _table(cli: PlanCLI, layouts: Layouts, savings: dict[str, Layouts], num_rank
         f"{'GB on ' + whose:<{WIDTH}}" + "".join(f"{name:>12}" for name in layouts.columns),
         *(_row(name, [memory.parts.get(name) for memory in columns]) for name in names),
         _row("total", layouts.totals),
-        *(_row(name, lowered.totals) for name, lowered in savings.items()),
     ]
 
 
@@ -263,10 +271,11 @@ def _verdict(layouts: Layouts, room: float | None) -> list[str]:
     if room is None:
         return []
     words = [f"{name} {'yes' if memory.total <= USABLE * room else 'no'}" for name, memory in layouts.columns.items()]
-    return ["", f"Fits         {', '.join(words)} (in {USABLE:.0%} of {room / GIGABYTE:,.1f} GB)"]
+    verdict = ["", f"Fits         {', '.join(words)} (in {USABLE:.0%} of {room / GIGABYTE:,.1f} GB)"]
+    return verdict if max(layouts.totals) <= USABLE * room else [*verdict, "", "total with"]
 
 
-def _plain(layouts: Layouts, savings: dict[str, Layouts], num_ranks: int, room: float | None) -> dict[str, Any]:
+def _plain(layouts: Layouts, lowered: dict[str, Layouts], num_ranks: int, room: float | None) -> dict[str, Any]:
     def plain(entry: Layouts) -> dict[str, Any]:
         return {name: memory.parts | {"total": memory.total} for name, memory in entry.columns.items()}
 
@@ -277,7 +286,7 @@ def _plain(layouts: Layouts, savings: dict[str, Layouts], num_ranks: int, room: 
         "gpus": num_ranks,
         "bytes": plain(layouts),
         "fits": fits,
-        "lowered": {name: plain(entry) for name, entry in savings.items()},
+        "lowered": {name: plain(entry) for name, entry in lowered.items()},
     }
 
 

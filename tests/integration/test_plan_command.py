@@ -16,7 +16,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ptp_lightning import cli
-from ptp_lightning.training.plan import BACKBONES
+from ptp_lightning.training.plan import BACKBONES, WIDTH
 from tests.tiny_configs import CORPUS_LINE, SHRUNKEN, shrink
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -62,7 +62,7 @@ def test_a_row_for_every_part_and_a_total(plan: Run) -> None:
     assert printed.status == 0
     header, *rows = printed.out.partition("\n\n")[2].partition("\n\n")[0].splitlines()
     assert header.split() == ["GB", "on", "each", "of", "2", "GPUs", "replicated", "sharded"]
-    numbers = {row[:40].strip(): [float(number) for number in row[40:].split()] for row in rows}
+    numbers = {row[:WIDTH].strip(): [float(number) for number in row[WIDTH:].split()] for row in rows}
     assert len(numbers["gradient buckets of DDP"]) == len(numbers["layers gathered from all ranks"]) == 1
     assert printed.out.endswith("Fits         replicated yes, sharded yes (in 90% of 1.0 GB)\n")
     assert "8 windows in each" in printed.out
@@ -77,17 +77,19 @@ def test_json_adds_up(plan: Run) -> None:
 
 
 def test_what_does_not_fit_is_told_what_would_lower_it(plan: Run) -> None:
-    result = json.loads(plan("gated_lora", "--json", "--memory", "1MB", "--data.init_args.batch_size", "4").out)
+    sizes = ["--data.init_args.batch_size", "2", "--model.init_args.predictor.window_length", "3"]
+    result = json.loads(plan("gated_lora", "--json", "--memory", "1MB", *sizes).out)
     assert result["fits"] == {"replicated": False}
     total = result["bytes"]["replicated"]["total"]
     lowered = {name: entry["replicated"]["total"] for name, entry in result["lowered"].items()}
-    assert list(lowered) == [
-        "data.batch_size: 2 instead of 4",
-        "predictor.window_length: 2 instead of 4",
+    assert list(lowered) == [  # no window of 1
+        "data.batch_size: 1 instead of 2",
+        "data.num_windows: 1 instead of 2",
         "loss.chunk_size: 1024 instead of 4096",
+        "predictor.backbone.dtype: bfloat16 instead of float32",
     ]
-    assert lowered["data.batch_size: 2 instead of 4"] < total
-    assert lowered["predictor.window_length: 2 instead of 4"] < total
+    assert lowered["data.batch_size: 1 instead of 2"] < total
+    assert lowered["loss.chunk_size: 1024 instead of 4096"] == total  # no chunk was full
 
 
 @pytest.mark.parametrize("name", ["conditioned_adapter", "embedded_teacher", "nyc_self_trained"])
