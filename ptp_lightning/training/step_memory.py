@@ -51,7 +51,7 @@ def measure_step(
         on_gpu: let the optimiser update all parameters at once, torch's default on GPUs; it needs memory for that.
     """
     live = LiveBytes()
-    with _trainer_of(module), live:
+    with silent_trainer(module), live:
         parameters = list(module.parameters())
         trained = [parameter for parameter in parameters if parameter.requires_grad]
         live.claim(TRAINED, trained)
@@ -88,7 +88,7 @@ def measure_step(
 
 
 @contextmanager
-def _trainer_of(module: LightningModule) -> Iterator[None]:
+def silent_trainer(module: LightningModule) -> Iterator[None]:
     """A trainer that the module can ask for its step and its ranks, and that logs nothing."""
     messages = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     previous = messages.level
