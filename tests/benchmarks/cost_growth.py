@@ -175,7 +175,7 @@ def draw(options: argparse.Namespace, title: str, costs: dict[str, list[Cost]], 
     figure.suptitle(title)
     for column, (axis, measured) in enumerate(costs.items()):
         values: list[int] = getattr(options, axis)
-        for panel, name, numbers in zip(panels[:, column], Cost._fields, zip(*measured, strict=True), strict=True):
+        for panel, numbers in zip(panels[:, column], zip(*measured, strict=True), strict=True):
             panel.loglog(values, numbers, "o-", color="tab:blue", label=f"slope {slope(values, numbers):.2f}")
             panel.loglog(values, [numbers[0] * value / values[0] for value in values], ":", color="tab:gray")
             panel.set_xticks(values, [str(value) for value in values])
