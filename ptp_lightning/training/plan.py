@@ -1,14 +1,14 @@
 """The command `plan`: a run's configuration in, the memory of its training step out, before anything is loaded.
 
 It measures and models nothing: the module of the configuration is built without memory, and one real training step
-with its optimiser runs on tensors that have shapes only, in full depth and width (see
+with its optimiser, and a validation step, run on tensors that have shapes only, in full depth and width (see
 `ptp_lightning.training.unallocated`), while the bytes of all tensors that live are counted. So the estimate follows
 the code as it changes. Extrapolating from a few layers would save seconds and stumble over whatever names a layer.
 
 A step that does not fit is measured again with one thing lowered, for each that can be.
 
-Not in it: what kernels need for themselves, the CUDA context and the gaps of the allocator (`USABLE` leaves room for
-them), and validations, which keep no activations.
+Not in it: what kernels need for themselves, the CUDA context and the gaps of the allocator; `USABLE` leaves room for
+them.
 """
 
 from __future__ import annotations
@@ -173,11 +173,12 @@ def _measure(cli: PlanCLI, num_ranks: int) -> Layouts:
     with building():
         module = plugin.convert_module(module)
     assert isinstance(module, LightningModule), "it was one before"
-    if isinstance(module, PredictorModule):
+    validates = isinstance(module, PredictorModule)  # others keep less than in training
+    if validates:
         module.end_of_text = None
     on_gpu = trainer["accelerator"] != "cpu"
     with running(module, on_gpu=on_gpu):
-        step = measure_step(module, full_batch(data), plugin.train_step_context, on_gpu=on_gpu)
+        step = measure_step(module, full_batch(data), plugin.train_step_context, on_gpu=on_gpu, validates=validates)
     columns = {"replicated": replicated(step, num_ranks)}
     if num_ranks > 1:
         columns["sharded"] = sharded(step, layer_groups(module), num_ranks)

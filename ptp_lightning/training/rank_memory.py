@@ -11,7 +11,7 @@ from torch import nn
 
 from ptp_lightning.models.decoder_stack import decoder_stack
 from ptp_lightning.training.live_bytes import OTHER
-from ptp_lightning.training.step_memory import FROZEN, GRADIENTS, STATES, TRAINED, StepMemory
+from ptp_lightning.training.step_memory import BACKWARD, FORWARD, FROZEN, GRADIENTS, STATES, TRAINED, StepMemory
 
 BUCKETS = "gradient buckets of DDP"
 GATHERED = "layers gathered from all ranks"
@@ -73,7 +73,7 @@ def sharded(step: StepMemory, groups: LayerGroups, num_ranks: int) -> RankMemory
 
     def at(stage: str) -> RankMemory:
         gathered = groups.rest + PREFETCHED * groups.layer
-        if stage == "backward":
+        if stage == BACKWARD:
             gathered += groups.layer_gradients
         return RankMemory(
             {kind: -(-step.parts[kind] // num_ranks) for kind in (FROZEN, TRAINED)}
@@ -110,7 +110,7 @@ def layer_groups(module: LightningModule) -> LayerGroups:
 def _activations(step: StepMemory, stage: str) -> dict[str, int]:
     """What does not stay, in two parts."""
     total = step.peaks[stage][OTHER]
-    kept = min(step.kept, total)
+    kept = min(step.kept, total) if stage in (FORWARD, BACKWARD) else 0
     return {KEPT: kept, WORKING: total - kept}
 
 

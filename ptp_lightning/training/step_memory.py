@@ -17,6 +17,8 @@ from ptp_lightning.training.live_bytes import OTHER, LiveBytes
 
 FROZEN, TRAINED, GRADIENTS, STATES = "frozen parameters", "trained parameters", "gradients", "optimiser states"
 
+FORWARD, BACKWARD = "forward", "backward"
+
 
 class StepMemory(NamedTuple):
     """Bytes of a training step after the first, on one device that holds everything.
@@ -24,8 +26,8 @@ class StepMemory(NamedTuple):
     Attributes:
         parts: that stay: frozen parameters (and buffers), trained parameters, all gradients, all optimiser states.
         kept: activations that the forward pass leaves for the backward pass.
-        peaks: by stage (forward, backward, optimiser step) what was in use when it was most, by kind: gradients that
-            are there, and everything that does not stay.
+        peaks: by stage (forward, backward, optimiser step, validation) what was in use when it was most, by kind:
+            gradients that are there, and everything that does not stay.
     """
 
     parts: dict[str, int]
@@ -39,6 +41,7 @@ def measure_step(
     forward_context: Callable[[], AbstractContextManager[Any]] = nullcontext,
     *,
     on_gpu: bool = False,
+    validates: bool = False,
 ) -> StepMemory:
     """Run the module's own step and its optimiser, in Lightning's order, and watch.
 
@@ -49,6 +52,7 @@ def measure_step(
         batch: on the module's device.
         forward_context: of the trainer's precision.
         on_gpu: let the optimiser update all parameters at once, torch's default on GPUs; it needs memory for that.
+        validates: measure a validation step of the same batch, too.
     """
     live = LiveBytes()
     with silent_trainer(module), live:
@@ -64,10 +68,10 @@ def measure_step(
         live.restart()
         with forward_context():
             loss = cast(torch.Tensor, module.training_step(batch, 0))
-        peaks["forward"], kept = live.peak, live.now[OTHER]
+        peaks[FORWARD], kept = live.peak, live.now[OTHER]
         live.restart()
         loss.backward()
-        peaks["backward"] = live.peak
+        peaks[BACKWARD] = live.peak
         del loss
         optimizer = cast(Any, module.configure_optimizers())["optimizer"]
         if on_gpu:
@@ -79,8 +83,15 @@ def measure_step(
         live.restart()
         optimizer.step()
         peaks["optimiser step"] = live.peak
+        if validates:
+            module.eval()
+            live.restart()
+            with torch.no_grad(), forward_context():
+                cast(Any, module).validation_step(batch, 0)
+            peaks["validation"] = live.peak
+            module.train()
         parts = {kind: live.now[kind] for kind in (FROZEN, TRAINED, GRADIENTS, STATES)}
-    peaks["forward"][GRADIENTS] = parts[GRADIENTS]
+    peaks[FORWARD][GRADIENTS] = parts[GRADIENTS]
     for stage in peaks.values():
         for kind in (FROZEN, TRAINED, STATES):
             del stage[kind]

@@ -63,9 +63,9 @@ def _replace(module: nn.Module, mode: FakeTensorMode) -> None:
         return fakes[id(tensor)][1]
 
     for part in module.modules():
-        tables: list[dict[str, Any]] = [part._parameters, part._buffers]
+        tables: list[dict[str, Any]] = [part._parameters, part._buffers, vars(part)]  # metrics keep sums in the last
         for table in tables:
-            table.update({name: fake(tensor) for name, tensor in table.items() if tensor is not None})
+            table.update({name: fake(entry) for name, entry in table.items() if isinstance(entry, Tensor)})
 
 
 class _Answers(TorchDispatchMode):
@@ -88,6 +88,8 @@ class _Answers(TorchDispatchMode):
             return args[0].new_empty(args[0].numel(), args[0].ndim, dtype=torch.int64)
         if func is aten.masked_select.default:
             return args[0].new_empty(torch.broadcast_shapes(args[0].shape, args[1].shape).numel())
+        if func is aten.bincount.default:  # no number reaches the least length
+            return args[0].new_empty(args[2], dtype=torch.int64)
         if func is aten._to_copy.default and args[0].is_meta and kwargs.get("device") == CPU:
             kwargs = kwargs | {"device": args[0].device}
         if func in INDEXING:

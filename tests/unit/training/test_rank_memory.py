@@ -49,9 +49,13 @@ def test_shards_and_two_layers_that_are_whole() -> None:
     assert memory.total == 117  # of the backward pass; in the forward pass it is 105
 
 
+def test_a_validation_keeps_no_activations() -> None:
+    memory = replicated(STEP._replace(peaks={**STEP.peaks, "validation": Counter({GRADIENTS: 16, OTHER: 61})}), 1)
+    assert memory.parts == {FROZEN: 80, TRAINED: 16, GRADIENTS: 16, STATES: 32, KEPT: 0, WORKING: 61}
+
+
 @pytest.mark.parametrize("student", [GatedLoraStudent(), FullCopyStudent()])
 def test_layers_with_their_adapters_are_groups_and_the_rest_is_one(student: Student) -> None:
-    # 3 layers whose width leaves no doubt which number is which
     module = make_module(LLAMA | {"num_hidden_layers": 3}, student=student)
     sizes = {name: 4 * parameter.numel() for name, parameter in module.named_parameters()}
     trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}

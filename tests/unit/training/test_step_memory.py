@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from ptp_lightning.data.batch import PackedBatch
 from ptp_lightning.losses import CrossEntropy, KullbackLeibler
 from ptp_lightning.models.gated_lora import LoraSettings
 from ptp_lightning.models.refiner import RefinerSettings
@@ -17,9 +18,10 @@ from ptp_lightning.models.slots import OneHotObjective
 from ptp_lightning.models.students import FullCopyStudent
 from ptp_lightning.sampling import SamplingConfig
 from ptp_lightning.training.distillation import DistillationModule
+from ptp_lightning.training.live_bytes import OTHER
 from ptp_lightning.training.plan import full_batch
 from ptp_lightning.training.rank_memory import replicated
-from ptp_lightning.training.step_memory import measure_step
+from ptp_lightning.training.step_memory import StepMemory, measure_step
 from ptp_lightning.training.unallocated import building, running
 from ptp_lightning.training.windows import DatasetWindows
 from tests.tiny_distillation import make_module
@@ -61,12 +63,12 @@ def make(settings: dict[str, Any]) -> DistillationModule:
     return module
 
 
-def estimate(settings: dict[str, Any]) -> int:
+def measured(settings: dict[str, Any], *, validates: bool = False) -> StepMemory:
+    """Without memory."""
     with building():
         module = make(settings)
     with running(module, on_gpu=False):
-        step = measure_step(module, full_batch(SIZES))
-    return replicated(step, 1).total
+        return measure_step(module, full_batch(SIZES), validates=validates)
 
 
 def allocated(work: Callable[[], None]) -> int:
@@ -82,17 +84,25 @@ def allocated(work: Callable[[], None]) -> int:
     return most
 
 
-def real_steps(module: DistillationModule, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Two optimiser steps in Lightning's order: gradients are removed between the forward and the backward pass."""
+@pytest.fixture
+def with_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the steps of a module ask their trainer."""
     trainer: Any = SimpleNamespace(
         estimated_stepping_batches=2, strategy=SimpleNamespace(reduce=lambda tensor, reduce_op: tensor)
     )
-    monkeypatch.setattr(type(module), "trainer", trainer)
-    monkeypatch.setattr(type(module), "global_step", 0)
-    monkeypatch.setattr(type(module), "global_rank", 0)
-    monkeypatch.setattr(type(module), "log", lambda *args, **options: None)
+    entries = {"trainer": trainer, "global_step": 0, "global_rank": 0, "log": lambda *args, **options: None}
+    for name, entry in entries.items():
+        monkeypatch.setattr(DistillationModule, name, entry)
+
+
+def real_batch() -> PackedBatch:
     batch = full_batch(SIZES)
-    batch = batch._replace(input_ids=torch.randint(2048, batch.input_ids.shape))
+    return batch._replace(input_ids=torch.randint(2048, batch.input_ids.shape))
+
+
+def real_steps(module: DistillationModule) -> Callable[[], None]:
+    """Two optimiser steps in Lightning's order: gradients are removed between the forward and the backward pass."""
+    batch = real_batch()
     optimizer: Any = module.configure_optimizers()
 
     def work() -> None:
@@ -106,10 +116,24 @@ def real_steps(module: DistillationModule, monkeypatch: pytest.MonkeyPatch) -> C
     return work
 
 
+@pytest.mark.usefixtures("with_trainer")
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_the_estimate_is_what_a_real_step_takes(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = estimate(settings)
+def test_the_estimate_is_what_a_real_step_takes(settings: dict[str, Any]) -> None:
+    expected = replicated(measured(settings), 1).total
     module = make(settings)
     weights = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
-    found = weights + allocated(real_steps(module, monkeypatch))
+    found = weights + allocated(real_steps(module))
     assert expected == pytest.approx(found, rel=TOLERANCE)
+
+
+@pytest.mark.usefixtures("with_trainer")
+def test_so_is_that_of_a_validation() -> None:
+    settings = SETTINGS["activations"] | {"refiner": RefinerSettings(num_layers=1, rounds=1)}
+    expected = measured(settings, validates=True).peaks["validation"][OTHER]
+    module, batch = make(settings).eval(), real_batch()
+
+    @torch.no_grad()
+    def validate() -> None:
+        module.validation_step(batch, 0)
+
+    assert expected == pytest.approx(allocated(validate), rel=TOLERANCE)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torchmetrics import MeanMetric
 
 from ptp_lightning.training.unallocated import building, running
 
@@ -39,6 +40,15 @@ def test_checks_pass_and_nothing_is_masked() -> None:
         assert rows[mask.view(2, 2).view(4, 1).expand(4, 3)].shape == (12,)
         assert rows.masked_select(mask.unsqueeze(1)).shape == (12,)
         rows[mask] = torch.ones(3)
+        assert mask.long().bincount(minlength=7).shape == (7,)
+
+
+def test_sums_of_metrics_are_no_buffers_and_go_along() -> None:
+    with building():
+        mean = MeanMetric()
+    with running(mean, on_gpu=False):
+        mean.update(torch.ones(3))
+        assert mean.compute().device.type == "cpu"
 
 
 @pytest.mark.parametrize("on_gpu", [False, True])
