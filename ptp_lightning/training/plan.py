@@ -178,7 +178,14 @@ def _measure(cli: PlanCLI, num_ranks: int) -> Layouts:
         module.end_of_text = None
     on_gpu = trainer["accelerator"] != "cpu"
     with running(module, on_gpu=on_gpu):
-        step = measure_step(module, full_batch(data), plugin.train_step_context, on_gpu=on_gpu, validates=validates)
+        step = measure_step(
+            module,
+            full_batch(data),
+            plugin.train_step_context,
+            on_gpu=on_gpu,
+            validates=validates,
+            accumulates=trainer["accumulate_grad_batches"] > 1,
+        )
     columns = {"replicated": replicated(step, num_ranks)}
     if num_ranks > 1:
         columns["sharded"] = sharded(step, layer_groups(module), num_ranks)

@@ -42,6 +42,7 @@ def measure_step(
     *,
     on_gpu: bool = False,
     validates: bool = False,
+    accumulates: bool = False,
 ) -> StepMemory:
     """Run the module's own step and its optimiser, in Lightning's order, and watch.
 
@@ -53,6 +54,7 @@ def measure_step(
         forward_context: of the trainer's precision.
         on_gpu: let the optimiser update all parameters at once, torch's default on GPUs; it needs memory for that.
         validates: measure a validation step of the same batch, too.
+        accumulates: of several batches to a step, one after the first: gradients are there in its backward pass.
     """
     live = LiveBytes()
     with silent_trainer(module), live:
@@ -91,10 +93,11 @@ def measure_step(
             peaks["validation"] = live.peak
             module.train()
         parts = {kind: live.now[kind] for kind in (FROZEN, TRAINED, GRADIENTS, STATES)}
-    peaks[FORWARD][GRADIENTS] = parts[GRADIENTS]
-    for stage in peaks.values():
+    for stage in (FORWARD, BACKWARD) if accumulates else (FORWARD,):
+        peaks[stage][GRADIENTS] = parts[GRADIENTS]
+    for peak in peaks.values():
         for kind in (FROZEN, TRAINED, STATES):
-            del stage[kind]
+            del peak[kind]
     return StepMemory(parts, kept, peaks)
 
 

@@ -63,12 +63,12 @@ def make(settings: dict[str, Any]) -> DistillationModule:
     return module
 
 
-def measured(settings: dict[str, Any], *, validates: bool = False) -> StepMemory:
+def measured(settings: dict[str, Any], **options: bool) -> StepMemory:
     """Without memory."""
     with building():
         module = make(settings)
     with running(module, on_gpu=False):
-        return measure_step(module, full_batch(SIZES), validates=validates)
+        return measure_step(module, full_batch(SIZES), **options)
 
 
 def allocated(work: Callable[[], None]) -> int:
@@ -100,15 +100,19 @@ def real_batch() -> PackedBatch:
     return batch._replace(input_ids=torch.randint(2048, batch.input_ids.shape))
 
 
-def real_steps(module: DistillationModule) -> Callable[[], None]:
-    """Two optimiser steps in Lightning's order: gradients are removed between the forward and the backward pass."""
+def real_steps(module: DistillationModule, *, accumulates: bool = False) -> Callable[[], None]:
+    """Two optimiser steps in Lightning's order: gradients are removed between the forward and the backward pass.
+
+    To accumulate, they are not removed.
+    """
     batch = real_batch()
     optimizer: Any = module.configure_optimizers()
 
     def work() -> None:
         for _ in range(2):
             loss = module.training_step(batch, 0)
-            optimizer["optimizer"].zero_grad()
+            if not accumulates:
+                optimizer["optimizer"].zero_grad()
             loss.backward()
             del loss
             optimizer["optimizer"].step()
@@ -124,6 +128,17 @@ def test_the_estimate_is_what_a_real_step_takes(settings: dict[str, Any]) -> Non
     weights = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
     found = weights + allocated(real_steps(module))
     assert expected == pytest.approx(found, rel=TOLERANCE)
+
+
+@pytest.mark.usefixtures("with_trainer")
+def test_gradients_that_are_added_up_stay_in_the_backward_pass() -> None:
+    settings = SETTINGS["weights"] | {"loss": KullbackLeibler(), "window_length": 4}
+    one, several = (measured(settings, accumulates=accumulates) for accumulates in (False, True))
+    assert one.peaks["backward"].total() < several.peaks["backward"].total()
+    module = make(settings)
+    weights = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+    found = weights + allocated(real_steps(module, accumulates=True))
+    assert replicated(several, 1).total == pytest.approx(found, rel=TOLERANCE)
 
 
 @pytest.mark.usefixtures("with_trainer")
