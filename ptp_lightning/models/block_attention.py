@@ -74,11 +74,12 @@ class _BlockAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_attended: Tensor) -> tuple[Tensor | None, ...]:
-        query, context_keys, context_values, own_keys, own_values, sees = ctx.saved_tensors
+        *inputs, sees = ctx.saved_tensors
+        query, context_keys, context_values, own_keys, own_values = inputs
         scale, size = ctx.scale, context_keys.shape[2]
         grads = [
             torch.empty_like(tensor) if needed else None
-            for tensor, needed in zip(ctx.saved_tensors[:5], ctx.needs_input_grad, strict=False)
+            for tensor, needed in zip(inputs, ctx.needs_input_grad, strict=False)
         ]
         of_query, of_context_keys, of_context_values, of_own_keys, of_own_values = grads
         for rows, slopes, weights in _groups_of_rows(query, sees):

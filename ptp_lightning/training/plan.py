@@ -67,6 +67,7 @@ SAVINGS = {
     "model.init_args.predictor.window_length": (2, 2),
     "model.init_args.loss.init_args.chunk_size": (4, 1),
 }
+CHECKPOINTING_KEY = "model.init_args.activation_checkpointing"
 DTYPE_KEY = "model.init_args.predictor.backbone.dtype"
 WIDTH = 56
 
@@ -244,6 +245,8 @@ def _savings(config: Namespace) -> dict[str, str]:
         value: int | None = config.get(key)
         if value is not None and value // divisor >= least:
             savings[f"{_short(key)}: {value // divisor} instead of {value}"] = f"--{key}={value // divisor}"
+    if config.get(CHECKPOINTING_KEY) is False:
+        savings[f"{_short(CHECKPOINTING_KEY)}: true"] = f"--{CHECKPOINTING_KEY}=true"
     if config.get(DTYPE_KEY) == "float32":
         savings[f"{_short(DTYPE_KEY)}: bfloat16 instead of float32"] = f"--{DTYPE_KEY}=bfloat16"
     return savings

@@ -84,11 +84,11 @@ def test_what_does_not_fit_is_told_what_would_lower_it(plan: Run) -> None:
     assert list(lowered) == [  # no window of 1
         "data.batch_size: 1 instead of 2",
         "data.num_windows: 1 instead of 2",
-        "loss.chunk_size: 256 instead of 1024",
+        "activation_checkpointing: true",
         "predictor.backbone.dtype: bfloat16 instead of float32",
     ]
     assert lowered["data.batch_size: 1 instead of 2"] < total
-    assert lowered["loss.chunk_size: 256 instead of 1024"] == total  # no chunk was full
+    assert lowered["activation_checkpointing: true"] < total
 
 
 @pytest.mark.parametrize("name", ["conditioned_adapter", "embedded_teacher", "nyc_self_trained"])
