@@ -37,10 +37,15 @@ class AdaptedWeights(NamedTuple):
     lora_b: Tensor
     scale: float
 
+    def to(self, dtype: torch.dtype) -> AdaptedWeights:
+        """All of them in a dtype, with gradients for those that have some."""
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return AdaptedWeights(self.base.to(dtype), bias, self.lora_a.to(dtype), self.lora_b.to(dtype), self.scale)
+
 
 def adapted_linear(x: Tensor, weights: AdaptedWeights) -> Tensor:
-    """`[..., in]` to `[..., out]`, with gradients for x, A and B."""
-    result = _AdaptedLinear.apply(x, *weights)
+    """`[..., in]` to `[..., out]` in the dtype of W, with gradients for x, A and B."""
+    result = _AdaptedLinear.apply(x.to(weights.base.dtype), *weights)
     assert isinstance(result, Tensor)
     return result
 

@@ -282,7 +282,7 @@ def _forward(layer: LoraLayer, gate: Gate, x: Tensor, *args: Any, **kwargs: Any)
     if is_plain and opening is None:
         return modules["base_layer"](x)
     if is_plain and opening == Opening(None, None) and torch.is_grad_enabled():
-        weights = _trained_weights(layer, x)
+        weights = _trained_weights(layer, x.device.type)
         if weights is not None:
             return adapted_linear(x, weights)
     if is_plain and opening is not None and opening.suffix and not torch.is_grad_enabled():
@@ -306,16 +306,20 @@ def _forward(layer: LoraLayer, gate: Gate, x: Tensor, *args: Any, **kwargs: Any)
     return type(layer).forward(layer, x, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _trained_weights(layer: LoraLayer, x: Tensor) -> AdaptedWeights | None:
-    """The weights with which `adapted_linear` does what PEFT would do; None where it would do anything else."""
+def _trained_weights(layer: LoraLayer, device: str) -> AdaptedWeights | None:
+    """The weights with which `adapted_linear` does what PEFT would do; None where it would do anything else.
+
+    Under autocast on this kind of device they are in its dtype, as linear layers have them there.
+    """
     base, adapters = layer.get_base_layer(), layer.active_adapters
     if type(base) is not nn.Linear or len(adapters) != 1 or layer.disable_adapters or base.weight.requires_grad:
         return None
     dropout = layer.lora_dropout[adapters[0]]
-    if torch.is_autocast_enabled(x.device.type) or (dropout.training and not isinstance(dropout, nn.Identity)):
+    if dropout.training and not isinstance(dropout, nn.Identity):
         return None
     lora_a, lora_b = (cast(nn.Linear, part[adapters[0]]).weight for part in (layer.lora_A, layer.lora_B))
-    return AdaptedWeights(base.weight, base.bias, lora_a, lora_b, layer.scaling[adapters[0]])
+    weights = AdaptedWeights(base.weight, base.bias, lora_a, lora_b, layer.scaling[adapters[0]])
+    return weights.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else weights
 
 
 def _attach_gated_units(model: nn.Module, gate: Gate) -> None:
@@ -345,7 +349,7 @@ def _is_gated_unit(module: Any) -> bool:
 def _gated_unit(module: Any, forward: Callable[..., Tensor], gate: Gate, x: Tensor) -> Tensor:
     down = module.down_proj
     if gate.opening == Opening(None, None) and torch.is_grad_enabled() and len(down.lora_variant) == len(down.scaling):
-        weights = _trained_weights(down, x)
+        weights = _trained_weights(down, x.device.type)
         if weights is not None:
             return adapted_product(module.gate_proj(x), module.up_proj(x), module.act_fn, weights)
     return forward(module, x)

@@ -69,10 +69,10 @@ class TestDefinition:
         assert torch.equal(gate, before[0]) and torch.equal(up, before[1])
 
 
-def run(family: str, dtype: torch.dtype, *, short_way: bool) -> dict[str, Tensor]:
+def run(family: str, dtype: torch.dtype, *, short_way: bool, autocast: bool = False) -> dict[str, Tensor]:
     """Hidden states of a call with the gate open, and the gradients of its adapter."""
     model = cast_weights(TINY_MODELS[family](), dtype)
-    peft_model, gate = add_gated_lora(model, LoraSettings(rank=2))
+    peft_model, gate = add_gated_lora(model, LoraSettings(rank=2, alpha=1.0))
     if dtype == torch.float64:
         peft_model.double()
     torch.manual_seed(0)
@@ -82,10 +82,11 @@ def run(family: str, dtype: torch.dtype, *, short_way: bool) -> dict[str, Tensor
     with pytest.MonkeyPatch.context() as patch:
         if not short_way:
             patch.setattr(gated_lora, "_trained_weights", lambda *_: None)
-        with gate.open():
+        with gate.open(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             decoder = getattr(model, model.base_model_prefix)
             hidden = decoder(input_ids=torch.arange(14).view(2, 7), use_cache=False).last_hidden_state
-    hidden.to(torch.promote_types(dtype, torch.float32)).square().sum().backward()
+    upstream = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1)).to(hidden.dtype)
+    hidden.backward(upstream)
     gradients = {name: parameter.grad for name, parameter in peft_model.named_parameters() if parameter.requires_grad}
     assert gradients and all(gradient is not None and gradient.any() for gradient in gradients.values())
     return {"hidden": hidden.detach(), **gradients}  # pyright: ignore[reportReturnType]
@@ -98,13 +99,17 @@ def test_a_model_trains_as_by_the_long_way(family: str) -> None:
         torch.testing.assert_close(short[name], expected, atol=1e-8, rtol=1e-8, msg=name)
 
 
-def test_a_bfloat16_model_with_a_float32_adapter() -> None:
-    short, long = (run("llama", torch.bfloat16, short_way=short_way) for short_way in (True, False))
-    assert short["hidden"].dtype == torch.bfloat16
+@pytest.mark.parametrize(
+    ("dtype", "autocast"), [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float32, True)]
+)
+def test_in_bfloat16_with_a_float32_adapter(dtype: torch.dtype, autocast: bool) -> None:
+    short, long = (run("llama", dtype, short_way=short_way, autocast=autocast) for short_way in (True, False))
+    assert short["hidden"].dtype == long["hidden"].dtype == dtype
     assert {gradient.dtype for name, gradient in short.items() if name != "hidden"} == {torch.float32}
-    for name, expected in long.items():
-        error = (short[name] - expected).float().norm() / expected.float().norm()
-        assert error < 0.03, (name, error)
+    exact = run("llama", torch.float64, short_way=False)
+    for name, right in exact.items():
+        by_short, by_long = ((found[name] - right).norm() / right.norm() for found in (short, long))
+        assert by_short < 1.5 * by_long + 0.01, (name, by_short, by_long)
 
 
 class TestWhereTheLongWayIsTaken:
@@ -112,25 +117,20 @@ class TestWhereTheLongWayIsTaken:
         peft_model, gate = add_gated_lora(tiny_llama(), LoraSettings(rank=2, **settings))
         return peft_model, peft_model.get_base_model().model.layers[0].mlp, gate  # pyright: ignore
 
-    def weights(self, layer: Any, autocast: bool = False) -> AdaptedWeights | None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            return gated_lora._trained_weights(layer, torch.zeros(1, 1, 32))
-
     def test_everything_else(self) -> None:
         _, mlp, _ = self.layer()
-        assert self.weights(mlp.down_proj) is not None
-        assert self.weights(mlp.down_proj, autocast=True) is None
+        assert gated_lora._trained_weights(mlp.down_proj, "cpu") is not None
         mlp.down_proj.enable_adapters(False)
-        assert self.weights(mlp.down_proj) is None
+        assert gated_lora._trained_weights(mlp.down_proj, "cpu") is None
         mlp.down_proj.enable_adapters(True)
         mlp.down_proj.base_layer.weight.requires_grad_(True)
-        assert self.weights(mlp.down_proj) is None
+        assert gated_lora._trained_weights(mlp.down_proj, "cpu") is None
 
     def test_dropout_while_it_acts(self) -> None:
         peft_model, mlp, _ = self.layer(dropout=0.5)
-        assert self.weights(mlp.down_proj) is not None
+        assert gated_lora._trained_weights(mlp.down_proj, "cpu") is not None
         peft_model.train()
-        assert self.weights(mlp.down_proj) is None
+        assert gated_lora._trained_weights(mlp.down_proj, "cpu") is None
 
     def test_an_mlp_with_the_same_parts_that_computes_something_else(self) -> None:
         _, mlp, _ = self.layer()
