@@ -84,6 +84,22 @@ def test_every_data_configuration_goes_behind_another(
     main()
 
 
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_strategies_go_behind_another(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What processes do together is tested in tests/distributed."""
+    paths = [str(ROOT / "configs" / file) for file in ("gated_lora.yaml", f"strategy/{name}.yaml")]
+    monkeypatch.setattr(
+        sys, "argv", ["ptp_lightning", "fit", "--config", paths[0], "--config", paths[1], "--print_config"]
+    )
+    with pytest.raises(SystemExit, match="0"):
+        main()
+    trainer = yaml.safe_load(capsys.readouterr().out)["trainer"]
+    assert (trainer["devices"], trainer["max_steps"]) == ("auto", 260)
+    assert "ddp" in str(trainer["strategy"]) if name == "ddp" else "FullyShardedStrategy" in str(trainer["strategy"])
+
+
 def test_activation_checkpointing_goes_behind_another(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
