@@ -5,6 +5,7 @@ import sys
 import warnings
 from typing import Any, NoReturn, TypeVar
 
+import torch
 from jsonargparse import set_parsing_settings
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -44,6 +45,8 @@ AnyCLI = TypeVar("AnyCLI", bound=TrainingCLI)
 def run(args: list[str] | None = None) -> None:
     """Parse `args`, by default the command line (`fit --config ...`), and run them."""
     parsed(TrainingCLI, PlainErrorParser, args)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        _leave_together()
 
 
 def parsed(
@@ -66,6 +69,16 @@ def parsed(
         args=args,
         **options,
     )
+
+
+def _leave_together() -> None:
+    """Close gloo's connections on all processes: one that loses its peer's while it ends may be aborted.
+
+    Those of nccl are closed by Lightning.
+    """
+    if torch.distributed.get_backend() == "gloo":
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 def silence_library_noise() -> None:

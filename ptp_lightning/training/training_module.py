@@ -67,6 +67,10 @@ class TrainingModule(LightningModule, ABC):
         """Of all networks; raises as `decoder_stack`, with what to do `instead` where they are not found."""
         return decoder_layers(self.networks, instead)
 
+    def on_train_start(self) -> None:
+        """Forget what an earlier run left in the middle of a step."""
+        self._seen = []
+
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Refuse losses and gradients that would spoil the weights, so that a checkpoint can still be gone on from.
 
