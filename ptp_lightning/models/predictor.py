@@ -19,13 +19,13 @@ from ptp_lightning.models.slots import SlotEncoder
 from ptp_lightning.models.token_order import require_permutation, similar_tokens_together
 from ptp_lightning.models.window_attention import context_mask
 from ptp_lightning.models.window_keys import attend_by_windows
-from ptp_lightning.models.window_reader import WindowReader
+from ptp_lightning.models.window_reader import WindowReader, read_jointly
 from ptp_lightning.sampling import Sampler, SamplingConfig
 
 TOKEN_PLACES = "slot_encoder.token_places"
 
 if TYPE_CHECKING:
-    from transformers import Cache, DynamicCache, PreTrainedModel
+    from transformers import Cache, PreTrainedModel
 
     from ptp_lightning.decoding.generation import Generation
 
@@ -195,20 +195,12 @@ class ParallelTokenPredictor(nn.Module):
             `[B, N, L - 1, H]`, for `slot_logits`, with gradients for all that is trained.
         """
         slots = self.embed_slots(auxiliaries, context.sampling.settings)
-        reader = self.window_reader(context)
         if self.student_copy is not None:
-            reader = WindowReader(context.window_places, self._read_by_copy(context), in_blocks=self._in_blocks)
+            tokens = self.student_embed(context.input_ids)
+            places = context.window_places
+            return read_jointly(places, self.student_decode, tokens, context.position_ids, slots, self._in_blocks)
         with self.gate.open():
-            return reader.read(self.student_decode, slots)
-
-    def _read_by_copy(self, context: Context) -> DynamicCache:
-        """The copy's own keys and values of the context, through which gradients reach its reading of it."""
-        from transformers import DynamicCache
-
-        cache = DynamicCache()
-        tokens = self.student_embed(context.input_ids)
-        self.student_decode(tokens, context.position_ids, context_mask(context.document_ids), cache)
-        return cache
+            return self.window_reader(context).read(self.decode, slots)
 
     def window_reader(self, context: Context, *, keeps: bool = False) -> WindowReader:
         """Reads windows behind what the base model has read; `read` it with `decode` or `student_decode`."""

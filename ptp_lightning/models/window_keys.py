@@ -57,7 +57,7 @@ class WindowKeys:
 
     flexes = True
 
-    def __init__(self, context: Cache, keeps: bool) -> None:
+    def __init__(self, context: Cache | None, keeps: bool) -> None:
         self._context = context
         self._keeps = keeps
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
@@ -80,13 +80,26 @@ class WindowKeys:
         Returns:
             `[B, N * J, heads, E]`.
         """
+        assert self._context is not None
         context = cast("DynamicLayer", self._context.layers[layer])
         assert context.keys is not None and context.values is not None, "the context has been read"
-        num_windows = sees_context.shape[1]
         if not self._keeps and self.flexes and suits(query):
             if self._flex is None:
-                self._flex = FlexWindows(sees_context, key.shape[2] // num_windows)
+                self._flex = FlexWindows(sees_context, key.shape[2] // sees_context.shape[1])
             return self._flex.attend(query, (context.keys, context.values), (key, value), scale)
+        return self._by_blocks(layer, query, key, value, (context.keys, context.values), sees_context, scale)
+
+    def _by_blocks(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        context: tuple[Tensor, Tensor],
+        sees_context: Tensor,
+        scale: float,
+    ) -> Tensor:
+        num_windows = sees_context.shape[1]
         own = key.unflatten(2, (num_windows, -1)), value.unflatten(2, (num_windows, -1))
         if layer in self._kept:
             keys, values = self._kept[layer]
@@ -100,7 +113,7 @@ class WindowKeys:
         places = blocks.shape[4]
         attended = block_attention(
             blocks.flatten(3, 4),
-            (context.keys, context.values),
+            context,
             own,
             self._sees_all(sees_context, shared, places, own[0].shape[3]),
             scale,
@@ -117,6 +130,31 @@ class WindowKeys:
         context = sees_context.unsqueeze(2).expand(-1, -1, places, -1)
         self._sees = torch.cat([context, own.expand(num_rows, num_windows, -1, -1)], dim=-1).repeat(1, 1, shared, 1)
         return self._sees
+
+
+class JointKeys(WindowKeys):
+    """Keys and values for a call that reads the context as well: its S tokens first, then J places of each window.
+
+    Args:
+        context_mask: `[B, 1, S, S]` bool.
+    """
+
+    def __init__(self, context_mask: Tensor) -> None:
+        super().__init__(context=None, keeps=False)
+        self._mask = context_mask
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, sees_context: Tensor, scale: float
+    ) -> Tensor:
+        """As `WindowKeys.attend`, for S + N * J places."""
+        size = sees_context.shape[2]
+        (q, k, v), (queries, keys, values) = zip(
+            *(tensor.split([size, tensor.shape[2] - size], dim=2) for tensor in (query, key, value)), strict=True
+        )
+        grouped = q.shape[1] != k.shape[1]
+        tokens = torch.nn.functional.scaled_dot_product_attention(q, k, v, self._mask, scale=scale, enable_gqa=grouped)
+        places = self._by_blocks(layer, queries, keys, values, (k, v), sees_context, scale)
+        return torch.cat([tokens.transpose(1, 2), places], dim=1)
 
 
 def attend_windows(

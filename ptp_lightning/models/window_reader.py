@@ -6,13 +6,14 @@ see all windows of a row through one dense mask.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
 
-from ptp_lightning.models.window_attention import sees_context, slot_mask
-from ptp_lightning.models.window_keys import WindowKeys
+from ptp_lightning.models.window_attention import context_mask, sees_context, slot_mask
+from ptp_lightning.models.window_keys import JointKeys, WindowKeys
 
 if TYPE_CHECKING:
     from transformers import Cache, DynamicCache
@@ -79,7 +80,7 @@ class WindowReader:
             hidden = run(rows, positions, self._sees, None, window_keys=self._keys)
         else:
             cache = same_keys(self._cache)
-            hidden = run(rows, positions, self._dense_mask(num_windows, places), cache)
+            hidden = run(rows, positions, _dense_mask(self._places, num_windows, [*self._calls, places]), cache)
             if self._keeps:
                 self._cache = cache
         if self._keeps:
@@ -87,22 +88,56 @@ class WindowReader:
             self._calls.append(places)
         return hidden.unflatten(1, (num_windows, places))
 
-    def _dense_mask(self, num_windows: int, places: int) -> Tensor:
-        """`[B, 1, N * J, S + N * K]`: what the cache holds of windows lies call by call, window by window in each."""
-        device = self._places.positions.device
-        windows, offsets, begin = [], [], 0
-        for length in [*self._calls, places]:
-            windows.append(torch.arange(num_windows, device=device).repeat_interleave(length))
-            offsets.append((begin + torch.arange(length, device=device)).repeat(num_windows))
-            begin += length
-        return slot_mask(
-            self._places.document_ids,
-            self._places.window_starts,
-            query_window=windows[-1],
-            query_offset=offsets[-1],
-            key_window=torch.cat(windows),
-            key_offset=torch.cat(offsets),
-        )
+
+def read_jointly(
+    places: WindowPlaces, run: Run, tokens: Tensor, token_positions: Tensor, embeddings: Tensor, in_blocks: bool
+) -> Tensor:
+    """The context and windows behind it in one call, so that gradients reach both.
+
+    Args:
+        places: of the windows.
+        run: the layers.
+        tokens: `[B, S, H]`, input embeddings of the context.
+        token_positions: `[B, S]`, their position ids.
+        embeddings: `[B, N, J, H]`, of the windows' first J places.
+        in_blocks: see `WindowReader`.
+
+    Returns:
+        Last hidden states of the windows, `[B, N, J, H]`.
+    """
+    num_windows, length = embeddings.shape[1:3]
+    offsets = torch.arange(length, device=embeddings.device)
+    positions = torch.cat([token_positions, (places.positions.unsqueeze(-1) + offsets).flatten(1)], dim=1)
+    rows = torch.cat([tokens, embeddings.flatten(1, 2).to(tokens.dtype)], dim=1)
+    of_context = context_mask(places.document_ids)
+    if in_blocks:
+        mask = sees_context(places.document_ids, places.window_starts).unsqueeze(1)
+        hidden = run(rows, positions, mask, None, window_keys=JointKeys(of_context))
+    else:
+        no_slots = torch.nn.functional.pad(of_context, (0, num_windows * length))  # context tokens see no slot
+        hidden = run(rows, positions, torch.cat([no_slots, _dense_mask(places, num_windows, [length])], dim=2), None)
+    return hidden[:, tokens.shape[1] :].unflatten(1, (num_windows, length))
+
+
+def _dense_mask(places: WindowPlaces, num_windows: int, calls: Sequence[int]) -> Tensor:
+    """`[B, 1, N * J, S + N * K]` of the last of some calls that read so many places of each window.
+
+    What a cache holds of windows lies call by call, window by window in each.
+    """
+    device = places.positions.device
+    windows, offsets, begin = [], [], 0
+    for length in calls:
+        windows.append(torch.arange(num_windows, device=device).repeat_interleave(length))
+        offsets.append((begin + torch.arange(length, device=device)).repeat(num_windows))
+        begin += length
+    return slot_mask(
+        places.document_ids,
+        places.window_starts,
+        query_window=windows[-1],
+        query_offset=offsets[-1],
+        key_window=torch.cat(windows),
+        key_offset=torch.cat(offsets),
+    )
 
 
 def same_keys(cache: DynamicCache) -> DynamicCache:

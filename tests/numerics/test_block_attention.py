@@ -1,5 +1,6 @@
 """Attention by blocks is dense attention under the mask of windows, in values, gradients and whole models."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,8 +11,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from ptp_lightning.models import ParallelTokenPredictor
 from ptp_lightning.models.block_attention import block_attention
 from ptp_lightning.models.flex_windows import FlexWindows
+from ptp_lightning.models.students import FullCopyStudent, GatedLoraStudent, Student
 from ptp_lightning.models.window_keys import WindowKeys
-from tests.numerics.test_window_attention import encode, inputs, make_batch, make_predictor
+from tests.numerics.test_window_attention import VOCAB_SIZE, encode, inputs, make_batch, make_predictor
 from tests.tiny_models import TINY_MODELS
 
 ROWS, HEADS, WINDOWS, QUERIES, CONTEXT, OWN, SIZE, VALUE_SIZE = 2, 3, 4, 5, 7, 6, 8, 9
@@ -97,8 +99,9 @@ def test_bfloat16_is_rounded_once() -> None:
 class TestInAModel:
     """Grouped queries, learned positions, partly rotary ones; against the dense mask, which other models get."""
 
-    def test_slots(self, family: str) -> None:
-        blocks, dense = (self.make(family, in_blocks) for in_blocks in (True, False))
+    @pytest.mark.parametrize("student", [GatedLoraStudent(), FullCopyStudent()], ids=lambda student: student.name)
+    def test_slots(self, family: str, student: Student) -> None:
+        blocks, dense = (self.make(family, in_blocks, student) for in_blocks in (True, False))
         input_ids, auxiliaries = inputs()
         hidden = [
             predictor.slot_hidden(encode(predictor, make_batch(input_ids)), auxiliaries)
@@ -128,8 +131,12 @@ class TestInAModel:
             torch.testing.assert_close(found[0], other, atol=1e-9, rtol=0)
 
     @staticmethod
-    def make(family: str, in_blocks: bool) -> ParallelTokenPredictor:
+    def make(family: str, in_blocks: bool, student: Student | None = None) -> ParallelTokenPredictor:
         predictor = make_predictor.__wrapped__(family).double()
+        if student is not None:
+            torch.manual_seed(2)
+            config = replace(predictor.config, student=student)
+            predictor = ParallelTokenPredictor(config, TINY_MODELS[family](vocab_size=VOCAB_SIZE)).double().eval()
         assert predictor._in_blocks, "all of these hand keyword arguments on to their attention"
         predictor._in_blocks = in_blocks
         return predictor
