@@ -1,0 +1,116 @@
+"""Steps of training: windows by blocks against one dense mask, in results first, then in time and memory."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from ptp_lightning.randomness import keyed_generator
+from ptp_lightning.training import DatasetWindows
+from tests.benchmarks import training_step
+from tests.benchmarks.on_a_gpu.rows import Figure, Record, attempt
+from tests.tiny_distillation import LLAMA, make_module
+
+LARGEST_DIFFERENCE = 1e-4  # of norms, in float32
+GFLOPS_PER_TFLOP = 1000
+COMPARED = argparse.Namespace(rows=2, row_length=32, window_length=4)
+
+
+def rows(record: Record, *, device: str, options: dict[str, Any], windows: list[int]) -> None:
+    """Compare both ways, then measure them.
+
+    Args:
+        record: takes the rows.
+        device: where.
+        options: of `training_step`, without the dashes, but for the number of windows.
+        windows: numbers of windows a row.
+    """
+    if attempt(record, "blocks = dense", lambda: difference(torch.device(device))) is None:
+        return  # what computes something else need not be timed
+    for number in windows:
+        found = {}
+        for way in ("blocks", "dense"):
+            arguments = {**options, "device": device, "windows": number}
+            found[way] = attempt(
+                record, f"N {number}, {way}", lambda way=way, arguments=arguments: step(way == "blocks", arguments)
+            )
+        blocks, dense = found["blocks"], found["dense"]
+        if blocks is not None and dense is not None:
+            attempt(record, f"N {number}, dense / blocks", lambda b=blocks, d=dense: _ratios(d, b))
+
+
+def difference(device: torch.device) -> dict[str, Figure]:
+    """How far hidden states and gradients of both ways are apart, in comparison with their norms.
+
+    Raises:
+        ValueError: it is more than rounding.
+    """
+    module = make_module(source=DatasetWindows()).to(device)
+    predictor = module.predictor
+    assert predictor._in_blocks, "a Llama hands keyword arguments on to its attention"
+    batch = training_step.random_batch(COMPARED, LLAMA["vocab_size"], 5).to(device)
+    with torch.no_grad():
+        for parameter in predictor.parameters():  # where the low-rank term is zero, half of the gradients are
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=keyed_generator(1)).to(parameter)
+
+    def results() -> tuple[Tensor, Tensor]:
+        module.zero_grad()
+        context = predictor.encode(batch.input_ids, batch.document_ids, batch.position_ids, batch.window_starts)
+        sample = module.source.sample(predictor, batch, context, keyed_generator(0), None)
+        hidden = predictor.slot_hidden(context, sample.auxiliaries)
+        hidden.square().sum().backward()
+        gradients = [one.grad.flatten() for one in predictor.parameters() if one.grad is not None]
+        return hidden.detach(), torch.cat(gradients)
+
+    by_blocks = results()
+    predictor._in_blocks = False
+    densely = results()
+    states, gradients = (float((a - b).norm() / b.norm()) for a, b in zip(by_blocks, densely, strict=True))
+    if not max(states, gradients) <= LARGEST_DIFFERENCE:
+        raise ValueError(
+            f"expected hidden states and gradients to differ by at most {LARGEST_DIFFERENCE:g} of their norms, found "
+            f"{states:.1e} and {gradients:.1e}"
+        )
+    return {"difference_hidden": states, "difference_gradients": gradients}
+
+
+def step(in_blocks: bool, arguments: dict[str, Any]) -> dict[str, Figure]:
+    """What `training_step` measures for these arguments."""
+    if arguments["device"] == "cuda":
+        torch.cuda.empty_cache()
+    with tempfile.TemporaryDirectory() as folder, nullcontext() if in_blocks else dense_windows():
+        file = Path(folder) / "figures.json"
+        words = [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
+        with patch.object(sys, "argv", ["training_step", *words, "--json", str(file)]):
+            training_step.main()
+        found = json.loads(file.read_text(encoding="utf-8"))
+    (row,) = found["rows"]
+    return {
+        "dtype": arguments["dtype"],
+        "seconds": row["seconds"],
+        "megabytes": row["megabytes"],
+        "gemm_tflops": found["gemm_gflops"] / GFLOPS_PER_TFLOP,
+    }
+
+
+@contextmanager
+def dense_windows() -> Iterator[None]:
+    """Inside the block, predictors are made that read all windows of a row through one dense mask."""
+    with patch("ptp_lightning.models.predictor.attend_by_windows", return_value=False):
+        yield
+
+
+def _ratios(dense: dict[str, Figure], blocks: dict[str, Figure]) -> dict[str, Figure]:
+    found = {name: (dense[name], blocks[name]) for name in ("seconds", "megabytes")}
+    return {f"times_{name}": float(a) / float(b) if a is not None and b else None for name, (a, b) in found.items()}
