@@ -29,14 +29,15 @@ class CapturedDecoder:
     """Partial quadratic decoding of one text; without branches, one token a call.
 
     Args:
-        predictor: in eval mode, with slots in the base model's own call and without a refiner.
+        predictor: in eval mode; with branches, slots have to be in the base model's own call, and nothing refines them.
         settings: of the text.
         prompt_length: of all prompts.
         branches: slots after 0, 1, .. D correct tokens of a draft of D; none for one token a call.
         guesses: what is proposed at each place of the text instead of what the predictor proposes; -1 past its end.
 
     Raises:
-        ValueError: the predictor has a refiner or a copy of the base model, or a branch is longer than a draft.
+        ValueError: slots are asked for, and the predictor has a refiner or a copy of the base model; or a branch is
+            longer than a draft.
     """
 
     @torch.inference_mode()
@@ -48,7 +49,7 @@ class CapturedDecoder:
         branches: Sequence[int] = (),
         guesses: Tensor | None = None,
     ) -> None:
-        if predictor.refiner is not None or predictor.student_copy is not None:
+        if branches and (predictor.refiner is not None or predictor.student_copy is not None):
             raise ValueError("expected a predictor with neither a refiner nor a copied student, found one that has it")
         num_drafted = max(0, len(branches) - 1)
         if max(branches, default=0) > num_drafted:

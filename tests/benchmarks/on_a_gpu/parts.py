@@ -14,7 +14,7 @@ SHORT_STEP = {"dtype": "float32", "vocab": 64, "rows": 1, "row_length": 32, "win
 
 
 def _machine(device: str, dtypes: list[str]) -> Part:
-    return Part("machine", f"{HERE}.machine:rows", {"device": device, "dtypes": dtypes}, share=1)
+    return Part("machine", f"{HERE}.machine:rows", {"device": device, "dtypes": dtypes}, share=0.8)
 
 
 def _exactness(device: str, vocab: int, sizes: dict[str, Any]) -> Part:
@@ -38,7 +38,7 @@ def _training(device: str, model: str, options: dict[str, Any], windows: list[in
 
 def _tests(options: list[str]) -> Part:
     # The last, because they get what all others leave.
-    return Part("tests", f"{HERE}.marked_tests:rows", {"options": options}, share=5)
+    return Part("tests", f"{HERE}.marked_tests:rows", {"options": options}, share=4)
 
 
 PARTS = {
@@ -46,8 +46,8 @@ PARTS = {
         _machine("cuda", ["float32", "bfloat16"]),
         _exactness("cuda", 32000, TEXT),
         _shipped("cuda", TEXT),
-        _decoding("cuda", "135m", 32000, "bfloat16", TEXT, share=1.5),
-        _decoding("cuda", "1.1b", 32000, "bfloat16", TEXT, share=2),
+        _decoding("cuda", "135m", 32000, "bfloat16", TEXT, share=2.5),
+        _decoding("cuda", "1.1b", 32000, "bfloat16", TEXT, share=2.5),
         _training("cuda", "135m", STEP, [16, 64], share=1.5),
         _training("cuda", "1.1b", STEP, [16, 64], share=2.5),
         _tests(["-m", "gpu", "tests/gpu"]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import groupby
 from pathlib import Path
 
 from tests.benchmarks.on_a_gpu.process import Outcome
@@ -50,34 +51,32 @@ class Report:
         blocks = [f"## {self.date[:10]}: on a GPU (commit {self.commit})", f"`{self.command}`, {self.seconds:.0f} s"]
         for part in self.parts:
             blocks.append(f"### {part.name}")
-            head, *lines = cells(part.rows)
-            if lines:
-                blocks.append("\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *lines)))
-            blocks.append("\n".join(f"* **{reason}**" for reason in reasons(part)))
+            for head, *lines in tables(part.rows):
+                table = [head, ["---"] * len(head), *lines]
+                blocks.append("\n".join("| " + " | ".join(line) + " |" for line in table))
+            blocks.append("\n".join(f"* **failed: {reason}**" for reason in reasons(part)))
         return "\n\n".join(block for block in blocks if block) + "\n"
 
 
 def as_text(part: Outcome) -> str:
-    """A part as a table of aligned columns, and what went wrong."""
-    head, *lines = cells(part.rows)
-    table = [head, *lines] if lines else []
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    """A part as tables of aligned columns, and what went wrong."""
     said = [f"== {part.name}: {part.seconds:.0f} s of at most {part.limit_seconds:.0f} s"]
-    for label, *figures in table:
-        aligned = [figure.rjust(width) for figure, width in zip(figures, widths[1:], strict=True)]
-        said.append("  ".join([label.ljust(widths[0]), *aligned]).rstrip())
+    labels = max((len(row.label) for row in part.rows), default=0)
+    for table in tables(part.rows):
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        for label, *figures in table:
+            aligned = [figure.rjust(width) for figure, width in zip(figures, widths[1:], strict=True)]
+            said.append("  ".join([label.ljust(labels), *aligned]).rstrip())
     return "\n".join([*said, *(f"failed: {reason}" for reason in reasons(part))]) + "\n"
 
 
-def cells(rows: Sequence[Row]) -> list[list[str]]:
-    """Names of figures, then a line for each row; a figure that it has not is left open."""
-    names = list(dict.fromkeys(name for row in rows for name in row.figures))
-    head = ["", *(name.replace("_", " ") for name in names)]
-    lines = [[row.label, *(_shown(row.figures.get(name)) for name in names)] for row in rows if row.reason is None]
-    failed = [
-        [row.label, *["failed"] * bool(names), *[""] * (len(names) - 1)] for row in rows if row.reason is not None
-    ]
-    return [head, *lines, *failed]
+def tables(rows: Sequence[Row]) -> list[list[list[str]]]:
+    """Rows that follow each other with the same figures, with these names above them; failures are not among them."""
+    found = []
+    for names, alike in groupby((row for row in rows if row.reason is None), lambda row: tuple(row.figures)):
+        head = ["", *(name.replace("_", " ") for name in names)]
+        found.append([head, *([row.label, *map(_shown, row.figures.values())] for row in alike)])
+    return found
 
 
 def reasons(part: Outcome) -> list[str]:

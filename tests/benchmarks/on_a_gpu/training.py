@@ -64,12 +64,14 @@ def difference(device: torch.device) -> dict[str, Figure]:
             if parameter.requires_grad:
                 parameter += 0.1 * torch.randn(parameter.shape, generator=keyed_generator(1)).to(parameter)
 
+    weights = torch.randn(LLAMA["hidden_size"], generator=keyed_generator(2)).to(device)
+
     def results() -> tuple[Tensor, Tensor]:
         module.zero_grad()
         context = predictor.encode(batch.input_ids, batch.document_ids, batch.position_ids, batch.window_starts)
         sample = module.source.sample(predictor, batch, context, keyed_generator(0), None)
         hidden = predictor.slot_hidden(context, sample.auxiliaries)
-        hidden.square().sum().backward()
+        (hidden * weights).sum().backward()  # not their norms, which are the same for all
         gradients = [one.grad.flatten() for one in predictor.parameters() if one.grad is not None]
         return hidden.detach(), torch.cat(gradients)
 
@@ -82,7 +84,7 @@ def difference(device: torch.device) -> dict[str, Figure]:
             f"expected hidden states and gradients to differ by at most {LARGEST_DIFFERENCE:g} of their norms, found "
             f"{states:.1e} and {gradients:.1e}"
         )
-    return {"difference_hidden": states, "difference_gradients": gradients}
+    return {"dtype": "float32", "difference_hidden": states, "difference_gradients": gradients}
 
 
 def step(in_blocks: bool, arguments: dict[str, Any]) -> dict[str, Figure]:
