@@ -47,7 +47,7 @@ GREEDY = SamplingConfig(temperature=0)
 SAMPLED = SamplingConfig(temperature=0.7, top_k=50, top_p=0.9)
 RANK = 16
 SUCCESSOR_SCALE = 100.0  # of the counting model's embeddings, so that layers add little to them
-NUM_WARM_UP = 2  # texts: in the first transformers compiles, in the next it records its graph
+NUM_WARM_UP = 2  # texts: in the first transformers compiles
 NUM_TIMED_CALLS = 8
 MILLISECONDS_PER_SECOND = 1000
 GFLOPS_PER_TFLOP = 1000
@@ -55,10 +55,10 @@ LIBRARY, LIBRARY_GRAPHS = "transformers.generate", "transformers.generate, stati
 ONE_TOKEN, ONE_TOKEN_GRAPHS = "one token a call", "one token a call, graphs"
 QUADRATIC, QUADRATIC_GRAPHS = "partial quadratic", "partial quadratic, graphs"
 WITH_GRAPHS = (LIBRARY_GRAPHS, ONE_TOKEN_GRAPHS, QUADRATIC_GRAPHS)
-Write = Callable[[], tuple[list[int], int]]
-"""Gives the new tokens, and how many calls they took."""
 SMALLEST_GAIN = 1e-4  # of tokens and rates
 NUM_DOUBLINGS = 12
+Write = Callable[[], tuple[list[int], int]]
+"""Gives the new tokens, and how many calls they took."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,7 @@ def speed(record: Record, *, device: str, model: str, vocab: int, dtype: str, si
 def shipped(record: Record, *, device: str, sizes: dict[str, Any]) -> None:
     """Of the adapter that ships with the package, whose drafts are its own; made without graphs: it has a refiner."""
     size = Sizes(**sizes)
+    attempt(record, "square product", partial(_product, torch.device(device), "float32"))
     predictor = load_predictor().to(device)
     plain = load_backbone(predictor.config.backbone).to(device).eval()  # pyright: ignore[reportArgumentType]
     subject = Subject(predictor, plain, held_out_prompt(predictor, size.prompt))
@@ -151,7 +152,6 @@ def writers(
     lengths = CorrectLengths.geometric(size.right, size.drafted)
     branches = best_branches(size.drafted, size.slots, size.right)
     proposer = Guesses(StudentProposer(predictor.config.objective, predictor.sampler(settings.sampling)), guesses)
-
     quadratic = partial(decode_partially_quadratically, proposer=proposer, lengths=lengths)
     return {
         LIBRARY: partial(library, subject, settings),
@@ -303,7 +303,7 @@ def guessed(reference: Sequence[int], right: float, predictor: ParallelTokenPred
     """The text, each token right with a given probability."""
     tokens = torch.tensor(reference)
     is_right = torch.rand(len(tokens), generator=torch.Generator().manual_seed(7)) < right
-    other = (tokens + 1) % predictor.base_model.config.vocab_size  # pyright: ignore[reportAttributeAccessIssue]
+    other = (tokens + 1) % predictor.base_model.config.vocab_size
     return torch.where(is_right, tokens, other).to(predictor.base_model.device)
 
 
@@ -320,10 +320,10 @@ def counting_subject(device: torch.device, model: str, vocab: int, dtype: str, p
 @torch.no_grad()
 def let_count(model: PreTrainedModel) -> None:
     """Let the output head find the embedding of the latest token, and answer with the one after it."""
-    table: Tensor = model.get_input_embeddings().weight  # pyright: ignore[reportAssignmentType]
-    head: Tensor = model.get_output_embeddings().weight  # pyright: ignore[reportAssignmentType]
-    head.copy_(table.roll(1, 0))
-    table.mul_(SUCCESSOR_SCALE)
+    embeddings: Any = model.get_input_embeddings()
+    output: Any = model.get_output_embeddings()
+    output.weight.copy_(embeddings.weight.roll(1, 0))
+    embeddings.weight.mul_(SUCCESSOR_SCALE)
 
 
 def _subject(

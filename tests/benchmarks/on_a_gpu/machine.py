@@ -1,22 +1,20 @@
-"""The machine, the libraries, and how fast products of matrices are."""
+"""The machine and the libraries. How fast products of matrices are stands beside the figures that depend on it."""
 
 from __future__ import annotations
 
 import platform
 import subprocess
+from importlib.metadata import version
 
 import torch
-import transformers
 
 from tests.benchmarks.on_a_gpu.rows import Figure, Record, attempt
-from tests.benchmarks.training_step import gemm_rate, name_of
 
 GIGABYTE = 1e9
-GFLOPS_PER_TFLOP = 1000
 
 
-def rows(record: Record, *, device: str, dtypes: list[str]) -> None:
-    """What it is, then a product in each dtype.
+def rows(record: Record, *, device: str) -> None:
+    """What it is.
 
     Raises:
         RuntimeError: the device is not there.
@@ -24,16 +22,14 @@ def rows(record: Record, *, device: str, dtypes: list[str]) -> None:
     if device == "cuda" and not torch.cuda.is_available():
         raise RuntimeError("expected a CUDA device for --device cuda, found none: use --device cpu")
     attempt(record, "machine", lambda: description(torch.device(device)))
-    for dtype in dtypes:
-        attempt(record, f"square product, {dtype}", lambda dtype=dtype: product(torch.device(device), dtype))
 
 
 def description(device: torch.device) -> dict[str, Figure]:
     """Device, driver and versions."""
     found: dict[str, Figure] = {
-        "device": name_of(device),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "one CPU thread",
         "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "transformers": version("transformers"),
         "python": platform.python_version(),
     }
     if device.type == "cuda":
@@ -45,11 +41,6 @@ def description(device: torch.device) -> dict[str, Figure]:
             "memory_gb": properties.total_memory / GIGABYTE,
         }
     return found
-
-
-def product(device: torch.device, dtype: str) -> dict[str, Figure]:
-    """Speed of a square product in this process."""
-    return {"tflops": gemm_rate(device, getattr(torch, dtype)) / GFLOPS_PER_TFLOP}
 
 
 def _driver() -> str:

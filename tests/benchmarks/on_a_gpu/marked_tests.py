@@ -8,12 +8,14 @@ from tests.benchmarks.on_a_gpu.rows import LONGEST_REASON, Record, Row
 
 
 def rows(record: Record, *, options: list[str]) -> None:
-    """Run pytest in this process.
+    """Run pytest in this process. What tests print is captured, but for what their own processes print.
 
     Raises:
         RuntimeError: it could not run the tests, or found none.
     """
-    status = pytest.main([*options, "-n", "0", "-s", "-p", "no:cacheprovider"], plugins=[_Recorder(record)])
+    status = pytest.main(
+        [*options, "-n", "0", "--capture", "sys", "-p", "no:cacheprovider"], plugins=[_Recorder(record)]
+    )
     if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         raise RuntimeError(f"pytest ended with {pytest.ExitCode(status).name}")
 
@@ -39,7 +41,8 @@ class _Recorder:
         if report.when == "teardown":
             said = self._said.pop(test)
             reason = _last_line(said) if said.failed else None
-            figures = {"outcome": said.outcome, "seconds": self._seconds.pop(test)}
+            printed = said.capstdout.strip().splitlines()[-1:]
+            figures = {"outcome": said.outcome, "seconds": self._seconds.pop(test), "printed": "".join(printed)}
             self._record(Row(test.removeprefix("tests/"), figures, reason))
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:

@@ -13,8 +13,8 @@ STEP = {"dtype": "bfloat16", "vocab": 32000}
 SHORT_STEP = {"dtype": "float32", "vocab": 64, "rows": 1, "row_length": 32, "window_length": 4, "steps": 1}
 
 
-def _machine(device: str, dtypes: list[str]) -> Part:
-    return Part("machine", f"{HERE}.machine:rows", {"device": device, "dtypes": dtypes}, share=0.8)
+def _machine(device: str) -> Part:
+    return Part("machine", f"{HERE}.machine:rows", {"device": device}, share=0.8)
 
 
 def _exactness(device: str, vocab: int, sizes: dict[str, Any]) -> Part:
@@ -43,7 +43,7 @@ def _tests(options: list[str]) -> Part:
 
 PARTS = {
     "cuda": (
-        _machine("cuda", ["float32", "bfloat16"]),
+        _machine("cuda"),
         _exactness("cuda", 32000, TEXT),
         _shipped("cuda", TEXT),
         _decoding("cuda", "135m", 32000, "bfloat16", TEXT, share=2.5),
@@ -53,11 +53,11 @@ PARTS = {
         _tests(["-m", "gpu", "tests/gpu"]),
     ),
     "cpu": (
-        _machine("cpu", ["float32"]),
+        _machine("cpu"),
         _exactness("cpu", 64, SHORT_TEXT),
         _shipped("cpu", SHORT_TEXT),
         _decoding("cpu", "small", 64, "float32", SHORT_TEXT, share=1),
         _training("cpu", "small", SHORT_STEP, [2], share=1),
-        _tests(["tests/unit/test_pretrained.py"]),
+        _tests(["tests/unit/losses/test_position_weights.py"]),
     ),
 }

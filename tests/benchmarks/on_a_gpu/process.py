@@ -22,6 +22,12 @@ from typing import Any
 from tests.benchmarks.on_a_gpu.rows import Row, in_short
 
 ROOT = Path(__file__).parents[3]
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "OMP_NUM_THREADS": "1",  # threads of the host only wait for each other while a GPU works
+    "PYTHONUNBUFFERED": "1",
+}
 
 
 @dataclass(frozen=True)
@@ -77,13 +83,12 @@ def run_part(part: Part, limit_seconds: float, folder: Path) -> Outcome:
     rows, log = folder / f"{stem}.rows.jsonl", folder / f"{stem}.log"
     rows.write_text("")
     command = [sys.executable, "-m", __name__, part.function, json.dumps(dict(part.arguments)), str(rows)]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
     begin = monotonic()
     with log.open("w") as output:
         process = subprocess.Popen(
             command,
             cwd=ROOT,
-            env=environment,
+            env=os.environ | ENVIRONMENT,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

@@ -1,0 +1,169 @@
+"""The one command for a GPU: its parts on a CPU, and what becomes of parts that fail."""
+
+import json
+import math
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.benchmarks.on_a_gpu import __main__ as on_a_gpu
+from tests.benchmarks.on_a_gpu.parts import PARTS
+from tests.benchmarks.on_a_gpu.process import Outcome, Part
+from tests.benchmarks.on_a_gpu.rows import Record, Row, attempt
+
+COMMAND = "python -m tests.benchmarks.on_a_gpu"
+
+
+def sound(record: Record) -> None:
+    record(Row("first", {"seconds": 2.5}))
+
+
+def broken(record: Record) -> None:
+    record(Row("before", {"seconds": 1.0}))
+    raise RuntimeError("CUDA error: no kernel image\nis available")
+
+
+def crashing(record: Record) -> None:
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def hanging(record: Record) -> None:
+    record(Row("before", {"seconds": 1.0}))
+    time.sleep(1000)
+
+
+def silent(record: Record) -> None:
+    """Records nothing."""
+
+
+def with_a_failing_row(record: Record) -> None:
+    attempt(record, "too large", lambda: {"seconds": 1 / 0})
+    attempt(record, "small", lambda: {"seconds": 3})
+
+
+def part(function: Any, share: float = 1.0) -> Part:
+    return Part(function.__name__, f"{__name__}:{function.__name__}", {}, share)
+
+
+def run(folder: Path, *parts: Part, minutes: float = 1.0) -> tuple[int, dict[str, Any]]:
+    """Exit status and the report, with its parts by name."""
+    status = on_a_gpu.run(parts, folder, minutes, COMMAND)
+    report = json.loads((folder / "report.json").read_text())
+    return status, report | {"parts": {one["name"]: one for one in report["parts"]}}
+
+
+def test_every_part_has_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status = on_a_gpu.main(["--output", str(tmp_path), "--device", "cpu", "--minutes", "4.5"])
+    printed = capsys.readouterr().out
+    assert status == 0, printed
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["passed"]
+    assert report["command"] == f"{COMMAND} --output {tmp_path} --device cpu --minutes 4.5"
+    names = [part["name"] for part in report["parts"]]
+    assert names == [part.name for part in PARTS["cpu"]]
+    rows = {part["name"]: {row["label"]: row["figures"] for row in part["rows"]} for part in report["parts"]}
+    figures = [figure for part in rows.values() for row in part.values() for figure in row.values()]
+    assert all(math.isfinite(figure) for figure in figures if isinstance(figure, float))
+    assert rows["machine"]["machine"]["torch"]
+    assert {row["same_tokens"] for row in rows["texts in float32"].values()} == {"12 of 12"}
+    for part in ("decoding shipped", "decoding small"):
+        timed = {label: row for label, row in rows[part].items() if "tokens_per_s" in row}
+        assert all(row["tokens_per_s"] > 0 and row["same_tokens"] == "12 of 12" for row in timed.values())
+        assert timed["partial quadratic, graphs" if part == "decoding small" else "speculative"]["tokens_per_call"] > 1
+        assert timed["transformers.generate"]["x_transformers"] == 1
+        assert rows[part]["square product"]["tflops"] > 0
+    assert rows["decoding small"]["a call, 3 tokens, 4 slots, graphs"]["steps"] > 1
+    assert rows["training small"]["blocks = dense"]["difference_gradients"] > 0
+    blocks, dense, ratio = (rows["training small"][f"N 2, {way}"] for way in ("blocks", "dense", "dense / blocks"))
+    assert ratio["times_seconds"] == dense["seconds"] / blocks["seconds"]
+    assert {row["outcome"] for row in rows["tests"].values()} == {"passed"}
+    text = (tmp_path / "report.md").read_text()
+    assert all(f"### {name}\n" in text and f"== {name}:" in printed for name in names)
+
+
+def test_parts_of_both_devices_are_the_same() -> None:
+    functions = {device: [part.function for part in parts] for device, parts in PARTS.items()}
+    assert list(dict.fromkeys(functions["cuda"])) == functions["cpu"]
+
+
+@pytest.mark.parametrize(
+    ("failing", "reason", "kept"),
+    [
+        (broken, "exit status 1: RuntimeError: CUDA error: no kernel image", ["before"]),
+        (crashing, "ended by SIGSEGV", []),
+        (silent, None, []),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_part_that_fails_is_told_of_and_the_next_one_has_its_turn(
+    failing: Any, reason: str | None, kept: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, report = run(tmp_path, part(failing), part(sound))
+    assert status == 1
+    assert not report["passed"]
+    outcome = report["parts"][failing.__name__]
+    assert outcome["reason"] == reason
+    assert [row["label"] for row in outcome["rows"]] == kept
+    assert report["parts"]["sound"]["rows"] == [{"label": "first", "figures": {"seconds": 2.5}, "reason": None}]
+    said = f"failed: {failing.__name__}: {reason or 'nothing was recorded'}"
+    assert said in capsys.readouterr().out
+    assert f"* **{said}**" in (tmp_path / "report.md").read_text()
+
+
+def test_a_part_that_hangs_is_stopped_and_keeps_its_rows(tmp_path: Path) -> None:
+    begin = time.monotonic()
+    status, report = run(tmp_path, part(hanging, share=1.0), part(sound, share=4.0), minutes=0.25)
+    assert time.monotonic() - begin < 15
+    assert status == 1
+    assert report["parts"]["hanging"]["reason"] == "stopped after its 3 s"
+    assert report["parts"]["hanging"]["rows"][0]["label"] == "before"
+    assert report["parts"]["sound"]["reason"] is None
+
+
+def test_a_row_that_fails_lets_the_part_go_on(tmp_path: Path) -> None:
+    status, report = run(tmp_path, part(with_a_failing_row))
+    assert status == 1
+    failed, after = report["parts"]["with_a_failing_row"]["rows"]
+    assert failed == {"label": "too large", "figures": {}, "reason": "ZeroDivisionError: division by zero"}
+    assert after["figures"] == {"seconds": 3}
+
+
+def test_what_was_measured_is_there_when_the_run_is_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(part: Part, limit_seconds: float, folder: Path) -> Outcome:
+        if part.name == "second":
+            raise KeyboardInterrupt
+        return Outcome(part.name, [Row("row", {"seconds": 1.5})], 1.0, limit_seconds, None)
+
+    monkeypatch.setattr(on_a_gpu, "run_part", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        on_a_gpu.run([Part("first", "", {}, 1.0), Part("second", "", {}, 1.0)], tmp_path, 1.0, COMMAND)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [part["name"] for part in report["parts"]] == ["first"]
+
+
+def test_failing_tests_are_rows(tmp_path: Path) -> None:
+    (tmp_path / "test_three.py").write_text(
+        "import pytest\n"
+        "def test_right():\n    print('none of 5 texts deviates')\n    assert 1 + 1 == 2\n"
+        "def test_wrong():\n    assert 1 + 1 == 3\n"
+        "@pytest.fixture\ndef missing():\n    pytest.skip('no device')\n"
+        "def test_skipped(missing):\n    pass\n"
+    )
+    options = {"options": [str(tmp_path / "test_three.py"), "-m", "not gpu"]}
+    status, report = run(tmp_path, Part("tests", "tests.benchmarks.on_a_gpu.marked_tests:rows", options, 1.0))
+    assert status == 1
+    outcome = report["parts"]["tests"]
+    assert outcome["reason"] is None
+    assert outcome["rows"][0]["figures"]["printed"] == "none of 5 texts deviates"
+    found = {row["label"].partition("::")[2]: (row["figures"]["outcome"], row["reason"]) for row in outcome["rows"]}
+    assert found == {
+        "test_right": ("passed", None),
+        "test_wrong": ("failed", "assert (1 + 1) == 3"),
+        "test_skipped": ("skipped", None),
+    }

@@ -1,0 +1,198 @@
+"""What the command for a GPU measures computes the right thing, and can be captured, as far as a CPU can tell."""
+
+from collections.abc import Callable
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ptp_lightning.decoding import GenerationSettings, decode_autoregressively
+from ptp_lightning.decoding.lookahead import Lookahead
+from ptp_lightning.models import (
+    BackboneSettings,
+    LoraSettings,
+    ParallelTokenPredictor,
+    PredictorConfig,
+    RefinerSettings,
+)
+from ptp_lightning.models import window_keys as window_keys_module
+from ptp_lightning.sampling import SamplingConfig
+from tests.benchmarks.on_a_gpu import decoding, training
+from tests.benchmarks.on_a_gpu.captured import CapturedDecoder
+from tests.benchmarks.on_a_gpu.decoding import Subject, best_branches, break_even, expected_tokens
+from tests.tiny_decoding import PROMPT, reference
+from tests.tiny_distillation import LLAMA, make_module
+
+SAMPLING = {
+    "sampled": SamplingConfig(temperature=0.7, top_k=50, top_p=0.9),
+    "plain": SamplingConfig(),
+    "greedy": SamplingConfig(temperature=0),
+}
+BRANCHES = ((), (1, 0), (2, 0, 2), (4, 3, 2, 2, 1))
+NUM_TOKENS = 31
+NUM_CALLS = 1 + 20
+by_sampling = pytest.mark.parametrize("sampling", SAMPLING.values(), ids=SAMPLING)
+
+
+def predictor(**more: Any) -> ParallelTokenPredictor:
+    torch.manual_seed(0)
+    backbone = BackboneSettings(from_config=LLAMA | {"vocab_size": 64, "max_position_embeddings": 256})
+    return ParallelTokenPredictor(PredictorConfig(backbone, lora=LoraSettings(rank=4), **more)).eval()
+
+
+def settings(sampling: SamplingConfig) -> GenerationSettings:
+    return GenerationSettings(sampling, NUM_TOKENS, seed=3, window_length=5)
+
+
+@pytest.mark.parametrize("sampling", [SAMPLING["sampled"], SAMPLING["greedy"]], ids=["sampled", "greedy"])
+@pytest.mark.parametrize("branches", BRANCHES, ids=str)
+@pytest.mark.parametrize("drafts", ["its own", "mostly right", "right"])
+def test_texts_are_those_of_one_token_a_call(sampling: SamplingConfig, branches: tuple[int, ...], drafts: str) -> None:
+    model = predictor()
+    expected = reference(model, settings(sampling))
+    right = {"mostly right": 0.8, "right": 1.0}.get(drafts)
+    guesses = None if right is None else decoding.guessed(expected, right, model)
+    decoder = CapturedDecoder(model, settings(sampling), len(PROMPT), branches, guesses)
+    for _ in range(2):  # nothing of a text is left in the next one
+        text, num_calls = decoder.decode(PROMPT)
+        assert text == expected
+    if not branches:
+        assert num_calls == NUM_TOKENS
+    if drafts == "right" and branches == (1, 0):
+        assert num_calls == NUM_CALLS  # after the prompt's token 1 and 2 tokens in turn
+
+
+class OfTheHost(TorchDispatchMode):
+    """Collects what reads from the host's memory, or writes to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)]
+        if any(tensor.device.type != "meta" for tensor in tensors):
+            self.found.append(str(func))
+        return result
+
+
+@torch.inference_mode()
+def host_operations(model: ParallelTokenPredictor, decoder: CapturedDecoder, call: Callable[[], Any]) -> list[str]:
+    """Of a call on a device whose tensors have no values, so that whoever asks for one raises."""
+    model.to("meta")
+    for name, value in vars(decoder).items():
+        if isinstance(value, Tensor):
+            setattr(decoder, name, value.to("meta"))
+        elif isinstance(value, Lookahead):
+            setattr(decoder, name, Lookahead(*(part.to("meta") for part in value)))
+    for layer in decoder._cache.layers:
+        layer.keys, layer.values = layer.keys.to("meta"), layer.values.to("meta")  # pyright: ignore
+    # What torch can be asked for without waiting for a GPU is asked for there alone.
+    with patch.object(Tensor, "is_cuda", True), OfTheHost() as operations:
+        call()
+    return operations.found
+
+
+@by_sampling
+@pytest.mark.parametrize("branches", BRANCHES, ids=str)
+def test_a_call_can_be_captured(sampling: SamplingConfig, branches: tuple[int, ...]) -> None:
+    """A CUDA graph can hold it: it neither waits for the device nor copies from the host."""
+    model = predictor()
+    guesses = torch.zeros(NUM_TOKENS, dtype=torch.long)
+    decoder = CapturedDecoder(model, settings(sampling), len(PROMPT), branches, guesses)
+    assert host_operations(model, decoder, decoder.call) == []
+
+
+def test_what_cannot_be_captured_is_noticed() -> None:
+    model = predictor()
+    decoder = CapturedDecoder(model, settings(SAMPLING["greedy"]), len(PROMPT))
+    with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+        host_operations(model, decoder, lambda: decoder._found.tolist())
+    copied = host_operations(model, decoder, lambda: torch.tensor([1, 2]).to("meta"))
+    assert copied != []
+
+
+def test_slots_that_something_refines_are_refused() -> None:
+    model = predictor(refiner=RefinerSettings(num_layers=1))
+    assert CapturedDecoder(model, settings(SAMPLING["greedy"]), len(PROMPT)).decode(PROMPT)[1] == NUM_TOKENS
+    with pytest.raises(ValueError, match="neither a refiner nor a copied student"):
+        CapturedDecoder(model, settings(SAMPLING["greedy"]), len(PROMPT), (1, 0))
+
+
+def test_the_counting_model_counts() -> None:
+    device = torch.device("cpu")
+    subject = decoding.counting_subject(device, "small", 64, "bfloat16", 5)
+    (decoded,) = decode_autoregressively(subject.predictor, [[7, 3, 61]], settings(SAMPLING["greedy"]))
+    assert decoded.token_ids == [(62 + k) % 64 for k in range(NUM_TOKENS)]
+
+
+def test_another_text_is_not_timed() -> None:
+    model = predictor()
+    subject = Subject(model, model.base_model, PROMPT)
+    expected = reference(model, settings(SAMPLING["greedy"]))
+    wrong = [*expected[:20], (expected[20] + 1) % 64, *expected[21:]]
+    _, said = decoding._checked(lambda: lambda: (expected, 1), subject, settings(SAMPLING["greedy"]), expected)
+    assert said == {"same_tokens": "31 of 31"}
+    for text, place in ((wrong, 20), (expected[:25], 25)):
+        with pytest.raises(ValueError, match=f"another one from token {place} on"):
+            decoding._checked(lambda text=text: lambda: (text, 1), subject, settings(SAMPLING["greedy"]), expected)
+
+
+def test_expected_tokens_are_those_of_many_calls() -> None:
+    branches, right = (3, 1, 0, 2), 0.6
+    generator = np.random.default_rng(0)
+    length = committed = 0
+    for _ in range(20_000):
+        draws = generator.random(length) < right
+        correct = length if draws.all() else int(draws.argmin())
+        committed += correct + 1
+        length = branches[correct]
+    assert expected_tokens(branches, right) == pytest.approx(committed / 20_000, rel=0.02)
+
+
+def test_perfect_drafts() -> None:
+    assert expected_tokens((1, 0), 1.0) == pytest.approx(1.5, rel=1e-3)  # 1 and 2 tokens in turn
+    assert expected_tokens((2, 2, 2), 1.0) == pytest.approx(3.0, rel=1e-3)
+
+
+def test_break_even() -> None:
+    branches = (2, 2, 2)
+    rate = break_even(branches, 2.0)
+    assert rate is not None
+    assert expected_tokens(branches, rate) == pytest.approx(2.0, rel=1e-3)
+    assert rate == pytest.approx((5**0.5 - 1) / 2, abs=1e-3)  # 1 + r + r^2 = 2
+    assert break_even(branches, 3.5) is None
+
+
+@pytest.mark.parametrize(("longest", "slots", "right"), [(2, 4, 0.8), (7, 32, 0.8)])
+def test_slots_are_divided_better_than_for_full_drafts(longest: int, slots: int, right: float) -> None:
+    branches = best_branches(longest, slots, right)
+    assert sum(branches) == slots
+    assert max(branches) <= longest
+    even = [slots // (longest + 1)] * (longest + 1)
+    assert expected_tokens(branches, right) > expected_tokens(even, right)
+
+
+def test_windows_that_attend_to_something_else_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = training.difference(torch.device("cpu"))
+    assert 0 < float(found["difference_gradients"] or 0) < 1e-5
+    attention = window_keys_module.block_attention
+
+    def sees_everything(queries: Tensor, context: Any, own: Any, sees: Tensor, scale: float) -> Tensor:
+        return attention(queries, context, own, torch.ones_like(sees), scale)
+
+    monkeypatch.setattr(window_keys_module, "block_attention", sees_everything)
+    with pytest.raises(ValueError, match="expected hidden states and gradients to differ by at most"):
+        training.difference(torch.device("cpu"))
+
+
+def test_dense_windows() -> None:
+    with training.dense_windows():
+        assert not make_module().predictor._in_blocks
+    assert make_module().predictor._in_blocks
