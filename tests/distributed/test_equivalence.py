@@ -11,8 +11,8 @@ from ptp_lightning.models.backbone import BackboneSettings, load_backbone
 from tests.distributed.runs import HALF, RUNS, STEPS, Outcome, outcome, together, train
 
 TOLERANCE = 1e-5  # nats
-# Muon orthogonalises in bfloat16, where the order of a sum shows. So it does where activations are in bfloat16: sums over
-# rows of other batches end on the other side of a border now and then.
+# Muon orthogonalises in bfloat16, where the order of a sum shows. So it does where activations are in bfloat16: sums of
+# other batches end on the other side of a border now and then.
 ROUGH = {"muon": 5e-3, "bf16_base": 2e-2, "bf16_mixed": 5e-2, "bf16_true": 5e-2}
 STRATEGIES = ("ddp", "fsdp2")
 RESUMED = ("adapter", "copy", "muon")
