@@ -12,7 +12,10 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from time import perf_counter, thread_time
@@ -75,21 +78,24 @@ def main() -> None:
     rate = gemm_rate(device, getattr(torch, options.dtype))
     print(f"{options.model} on {name_of(device)}, {options.dtype}; {rate:.0f} GFLOP/s in a square product")
     rows = []
-    for vocab in options.vocab:
-        for windows in options.windows:
-            row = {"vocab": vocab, "windows": windows} | measure(options, vocab, windows, device)
-            row["share"] = needed_operations(options, vocab, windows) / row["seconds"] / 1e9 / rate
+    # Each in a process of its own: a heap that has grown once has room for what comes next.
+    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as alone:
+        for vocab, windows in itertools.product(options.vocab, options.windows):
+            row = {"vocab": vocab, "windows": windows}
+            row |= alone.submit(measure, options, vocab, windows, device).result()
+            row["share"] = needed_operations(options, vocab, windows) / row["seconds"] / 1e9 / row["gemm_gflops"]
             rows.append(row)
             print(
                 "V {vocab:>6}  N {windows:>3}  {seconds:8.3f} s a step  {megabytes:8.0f} MB  "
-                "{share:4.0%} of the product's rate".format(**row)
+                "{share:4.0%} of the product's rate".format(**row),
+                flush=True,
             )
     if options.json is not None:
         options.json.write_text(json.dumps({"options": vars(options), "gemm_gflops": rate, "rows": rows}, default=str))
 
 
 def measure(options: argparse.Namespace, vocab: int, windows: int, device: torch.device) -> dict[str, float]:
-    """Seconds and megabytes of a step, without those of the model that is there before."""
+    """Seconds and megabytes of a step, without those of the model that is there before; the product's rate beside it."""
     torch.manual_seed(0)
     model = MODELS[options.model] | {"model_type": "llama", "vocab_size": vocab, "max_position_embeddings": 4096}
     config = PredictorConfig(
@@ -114,6 +120,8 @@ def measure(options: argparse.Namespace, vocab: int, windows: int, device: torch
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
+    torch.set_num_threads(1)
+    rate = gemm_rate(device, getattr(torch, options.dtype))
     gc.collect()
     before = torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
     seconds = []
@@ -122,7 +130,11 @@ def measure(options: argparse.Namespace, vocab: int, windows: int, device: torch
             begin = clock(device)
             step(number)
             seconds.append(clock(device) - begin)
-    return {"seconds": median(seconds[NUM_WARM_UP:]), "megabytes": (memory.peak_bytes - before) / MEGABYTE}
+    return {
+        "seconds": median(seconds[NUM_WARM_UP:]),
+        "megabytes": (memory.peak_bytes - before) / MEGABYTE,
+        "gemm_gflops": rate,
+    }
 
 
 def random_batch(options: argparse.Namespace, vocab: int, windows: int) -> PackedBatch:
