@@ -86,8 +86,10 @@ def test_every_part_has_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_parts_of_both_devices_are_the_same() -> None:
-    functions = {device: [part.function for part in parts] for device, parts in PARTS.items()}
-    assert list(dict.fromkeys(functions["cuda"])) == functions["cpu"]
+    wanted = {part.function: part.arguments.keys() for part in PARTS["cpu"]}
+    assert [one.function for one in PARTS["cpu"]] == list(dict.fromkeys(one.function for one in PARTS["cuda"]))
+    for one in PARTS["cuda"]:
+        assert one.arguments.keys() == wanted[one.function]
 
 
 @pytest.mark.parametrize(
@@ -112,6 +114,16 @@ def test_a_part_that_fails_is_told_of_and_the_next_one_has_its_turn(
     said = f"failed: {failing.__name__}: {reason or 'nothing was recorded'}"
     assert said in capsys.readouterr().out
     assert f"* **{said}**" in (tmp_path / "report.md").read_text()
+
+
+def test_nothing_is_tried_without_a_device(tmp_path: Path) -> None:
+    machine = Part("machine", "tests.benchmarks.on_a_gpu.machine:rows", {"device": "cuda"}, 1.0, is_required=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        status, report = run(tmp_path, machine, part(sound))
+    assert status == 1
+    assert list(report["parts"]) == ["machine"]
+    assert "expected a CUDA device for --device cuda, found none" in report["parts"]["machine"]["reason"]
 
 
 def test_a_part_that_hangs_is_stopped_and_keeps_its_rows(tmp_path: Path) -> None:

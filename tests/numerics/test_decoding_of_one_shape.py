@@ -1,6 +1,8 @@
 """What the command for a GPU measures computes the right thing, and can be captured, as far as a CPU can tell."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -23,7 +25,7 @@ from ptp_lightning.models import (
 from ptp_lightning.models import window_keys as window_keys_module
 from ptp_lightning.sampling import SamplingConfig
 from tests.benchmarks.on_a_gpu import decoding, training
-from tests.benchmarks.on_a_gpu.captured import CapturedDecoder
+from tests.benchmarks.on_a_gpu.captured import CapturedDecoder, captured
 from tests.benchmarks.on_a_gpu.decoding import Subject, best_branches, break_even, expected_tokens
 from tests.tiny_decoding import PROMPT, reference
 from tests.tiny_distillation import LLAMA, make_module
@@ -116,6 +118,34 @@ def test_what_cannot_be_captured_is_noticed() -> None:
         host_operations(model, decoder, lambda: decoder._found.tolist())
     copied = host_operations(model, decoder, lambda: torch.tensor([1, 2]).to("meta"))
     assert copied != []
+
+
+def test_a_graph_is_made_behind_calls_on_another_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the order that torch asks for; the calls of torch.cuda are written down instead of made."""
+    happened: list[str] = []
+
+    def stream(name: str) -> SimpleNamespace:
+        return SimpleNamespace(name=name, wait_stream=lambda other: happened.append(f"{name} waits for {other.name}"))
+
+    @contextmanager
+    def noted(what: str) -> Iterator[None]:
+        happened.append(f"{what} begins")
+        yield
+        happened.append(f"{what} ends")
+
+    def replay() -> None:
+        happened.append("replay")
+
+    usual = stream("usual")
+    graph = SimpleNamespace(replay=replay)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream("side"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: usual)
+    monkeypatch.setattr(torch.cuda, "stream", lambda side: noted(side.name))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda given: noted("capture" if given is graph else "another graph"))
+    captured(lambda: happened.append("call"), torch.device("cuda"))()
+    warm_up = ["side waits for usual", "side begins", *["call"] * 3, "side ends", "usual waits for side"]
+    assert happened == [*warm_up, "capture begins", "call", "capture ends", "replay"]
 
 
 def test_slots_that_something_refines_are_refused() -> None:

@@ -65,6 +65,8 @@ def run(parts: Sequence[Part], folder: Path, minutes: float, command: str) -> in
         report.seconds = monotonic() - begin
         report.write(folder)
         print(as_text(report.parts[-1]), flush=True)
+        if part.is_required and not report.passed:
+            break
     failed = [part.name for part in report.parts if not part.passed]
     print(f"{report.seconds:.0f} s; {'failed: ' + ', '.join(failed) if failed else 'all passed'}; {folder}/report.md")
     return 0 if report.passed else 1

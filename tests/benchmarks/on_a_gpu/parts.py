@@ -14,7 +14,7 @@ SHORT_STEP = {"dtype": "float32", "vocab": 64, "rows": 1, "row_length": 32, "win
 
 
 def _machine(device: str) -> Part:
-    return Part("machine", f"{HERE}.machine:rows", {"device": device}, share=0.8)
+    return Part("machine", f"{HERE}.machine:rows", {"device": device}, share=0.8, is_required=True)
 
 
 def _exactness(device: str, vocab: int, sizes: dict[str, Any]) -> Part:

@@ -39,12 +39,14 @@ class Part:
         function: `module:function`, which gets a recorder of rows first, then `arguments` by name.
         arguments: plain data.
         share: of the time that is left, in comparison with the parts that follow.
+        is_required: whether none can follow if it fails.
     """
 
     name: str
     function: str
     arguments: Mapping[str, Any]
     share: float
+    is_required: bool = False
 
 
 @dataclass(frozen=True)
