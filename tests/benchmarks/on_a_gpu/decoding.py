@@ -46,7 +46,7 @@ from tests.benchmarks.training_step import MODELS, clock, gemm_rate
 GREEDY = SamplingConfig(temperature=0)
 SAMPLED = SamplingConfig(temperature=0.7, top_k=50, top_p=0.9)
 RANK = 16
-SUCCESSOR_SCALE = 100.0  # of the counting model's embeddings, so that layers add little to them
+SUCCESSOR_SCALE = 1000.0  # of the counting model's embeddings, so that layers add little to them
 NUM_WARM_UP = 2  # texts: in the first transformers compiles
 NUM_TIMED_CALLS = 8
 MILLISECONDS_PER_SECOND = 1000
