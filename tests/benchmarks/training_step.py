@@ -58,8 +58,8 @@ NUM_WARM_UP = 2
 MEGABYTE = 1e6
 
 
-def main() -> None:
-    """Measure and print a row for each vocabulary and number of windows."""
+def parsed(args: list[str] | None = None) -> argparse.Namespace:
+    """Options, by default of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=list(MODELS), default="small")
     parser.add_argument("--vocab", type=int, nargs="+", default=[2048, 32000])
@@ -71,8 +71,14 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the base model")
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--dense", action="store_true", help="attend through one mask of all windows of a row")
     parser.add_argument("--json", type=Path, help="a file for the figures")
-    options = parser.parse_args()
+    return parser.parse_args(args)
+
+
+def main() -> None:
+    """Measure and print a row for each vocabulary and number of windows."""
+    options = parsed()
     torch.set_num_threads(1)
     device = torch.device(options.device)
     rate = gemm_rate(device, getattr(torch, options.dtype))
@@ -95,7 +101,7 @@ def main() -> None:
 
 
 def measure(options: argparse.Namespace, vocab: int, windows: int, device: torch.device) -> dict[str, float]:
-    """Seconds and megabytes of a step, without those of the model that is there before; the product's rate beside it."""
+    """Seconds and megabytes of a step, without those of the model that is there before, and the product's rate."""
     torch.manual_seed(0)
     model = MODELS[options.model] | {"model_type": "llama", "vocab_size": vocab, "max_position_embeddings": 4096}
     config = PredictorConfig(
@@ -106,6 +112,7 @@ def measure(options: argparse.Namespace, vocab: int, windows: int, device: torch
         sampling=SamplingConfig(),
     )
     module = DistillationModule(config, loss=CrossEntropy(), source=DatasetWindows()).to(device)
+    module.predictor._in_blocks = module.predictor._in_blocks and not options.dense
     trained = [parameter for parameter in module.predictor.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=device.type == "cuda")
     batch = random_batch(options, vocab, windows).to(device)

@@ -23,12 +23,13 @@ from ptp_lightning.models import (
     RefinerSettings,
 )
 from ptp_lightning.models import window_keys as window_keys_module
+from ptp_lightning.models.window_reader import WindowReader
 from ptp_lightning.sampling import SamplingConfig
 from tests.benchmarks.on_a_gpu import decoding, training
 from tests.benchmarks.on_a_gpu.captured import CapturedDecoder, captured
 from tests.benchmarks.on_a_gpu.decoding import Subject, best_branches, break_even, expected_tokens
 from tests.tiny_decoding import PROMPT, reference
-from tests.tiny_distillation import LLAMA, make_module
+from tests.tiny_distillation import LLAMA
 
 SAMPLING = {
     "sampled": SamplingConfig(temperature=0.7, top_k=50, top_p=0.9),
@@ -222,7 +223,21 @@ def test_windows_that_attend_to_something_else_are_not_timed(monkeypatch: pytest
         training.difference(torch.device("cpu"))
 
 
-def test_dense_windows() -> None:
-    with training.dense_windows():
-        assert not make_module().predictor._in_blocks
-    assert make_module().predictor._in_blocks
+def test_a_dense_step_reads_windows_through_one_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the other does not; both are measured."""
+    calls: list[bool] = []
+    monkeypatch.setattr(WindowReader, "__init__", noting(WindowReader.__init__, calls))
+    sizes = {"rows": 1, "row_length": 12, "window_length": 3, "windows": 1, "vocab": 40, "rank": 1, "steps": 1}
+    for in_blocks in (True, False):
+        calls.clear()
+        found = training.step(in_blocks, {"device": "cpu", "dtype": "float32", **sizes})
+        assert calls and all(found_in_blocks == in_blocks for found_in_blocks in calls)
+        assert found["seconds"]
+
+
+def noting(init: Any, calls: list[bool]) -> Any:
+    def wrapped(*args: Any, in_blocks: bool, **named: Any) -> None:
+        calls.append(in_blocks)
+        init(*args, in_blocks=in_blocks, **named)
+
+    return wrapped

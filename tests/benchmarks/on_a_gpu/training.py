@@ -3,14 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -91,27 +84,16 @@ def step(in_blocks: bool, arguments: dict[str, Any]) -> dict[str, Figure]:
     """What `training_step` measures for these arguments."""
     if arguments["device"] == "cuda":
         torch.cuda.empty_cache()
-    with tempfile.TemporaryDirectory() as folder, nullcontext() if in_blocks else dense_windows():
-        file = Path(folder) / "figures.json"
-        words = [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
-        with patch.object(sys, "argv", ["training_step", *words, "--json", str(file)]):
-            training_step.main()
-        found = json.loads(file.read_text(encoding="utf-8"))
-    (row,) = found["rows"]
+    words = [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
+    options = training_step.parsed(words if in_blocks else [*words, "--dense"])
+    found = training_step.measure(options, options.vocab[0], options.windows[0], torch.device(options.device))
     return {
-        "dtype": arguments["dtype"],
-        "seconds": row["seconds"],
+        "dtype": options.dtype,
+        "seconds": found["seconds"],
         # On a CPU it is resident memory, of which what was measured before has left some free.
-        "megabytes": row["megabytes"] if arguments["device"] == "cuda" else None,
+        "megabytes": found["megabytes"] if options.device == "cuda" else None,
         "gemm_tflops": found["gemm_gflops"] / GFLOPS_PER_TFLOP,
     }
-
-
-@contextmanager
-def dense_windows() -> Iterator[None]:
-    """Inside the block, predictors are made that read all windows of a row through one dense mask."""
-    with patch("ptp_lightning.models.predictor.attend_by_windows", return_value=False):
-        yield
 
 
 def _ratios(dense: dict[str, Figure], blocks: dict[str, Figure]) -> dict[str, Figure]:
