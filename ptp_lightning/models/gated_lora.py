@@ -67,6 +67,11 @@ class Opening(NamedTuple):
     mask: Tensor | None
     suffix: int | None
 
+    @property
+    def is_everywhere(self) -> bool:
+        """All positions."""
+        return self.mask is None and self.suffix is None
+
 
 class Gate:
     """The one switch of all gated layers of a model; closed unless a `with` block opens it.
@@ -281,7 +286,7 @@ def _forward(layer: LoraLayer, gate: Gate, x: Tensor, *args: Any, **kwargs: Any)
     )  # all adapters are behind the gate
     if is_plain and opening is None:
         return modules["base_layer"](x)
-    if is_plain and opening == Opening(None, None) and torch.is_grad_enabled():
+    if is_plain and opening is not None and opening.is_everywhere and torch.is_grad_enabled():
         weights = _trained_weights(layer, x.device.type)
         if weights is not None:
             return adapted_linear(x, weights)
@@ -347,8 +352,9 @@ def _is_gated_unit(module: Any) -> bool:
 
 
 def _gated_unit(module: Any, forward: Callable[..., Tensor], gate: Gate, x: Tensor) -> Tensor:
-    down = module.down_proj
-    if gate.opening == Opening(None, None) and torch.is_grad_enabled() and len(down.lora_variant) == len(down.scaling):
+    down, opening = module.down_proj, gate.opening
+    is_plain = len(down.lora_variant) == len(down.scaling)
+    if is_plain and opening is not None and opening.is_everywhere and torch.is_grad_enabled():
         weights = _trained_weights(down, x.device.type)
         if weights is not None:
             return adapted_product(module.gate_proj(x), module.up_proj(x), module.act_fn, weights)

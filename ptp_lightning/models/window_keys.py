@@ -151,9 +151,10 @@ class JointKeys(WindowKeys):
         (q, k, v), (queries, keys, values) = zip(
             *(tensor.split([size, tensor.shape[2] - size], dim=2) for tensor in (query, key, value)), strict=True
         )
-        grouped = q.shape[1] != k.shape[1]
-        tokens = torch.nn.functional.scaled_dot_product_attention(q, k, v, self._mask, scale=scale, enable_gqa=grouped)
         places = self._by_blocks(layer, queries, keys, values, (k, v), sees_context, scale)
+        if (shared := q.shape[1] // k.shape[1]) > 1:  # fused kernels want as many keys as queries beside a mask
+            k, v = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1)
+        tokens = torch.nn.functional.scaled_dot_product_attention(q, k, v, self._mask, scale=scale)
         return torch.cat([tokens.transpose(1, 2), places], dim=1)
 
 
