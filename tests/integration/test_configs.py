@@ -170,7 +170,7 @@ def test_the_papers_settings(name: str, rank: int) -> None:
         (
             "CategoricalObjective",
             TotalVariation(chunk_size=7),
-            ["position_weights.init_args.decay=0.8"],
+            ["loss.init_args.chunk_size=7", "position_weights.init_args.decay=0.8"],
             GeometricWeights(decay=0.8),
         ),
     ],
@@ -189,7 +189,6 @@ def test_losses_and_position_weights_are_named_by_class_path(
     choices = [
         f"predictor.objective=ptp_lightning.models.{objective}",
         f"loss=ptp_lightning.losses.{type(loss).__name__}",
-        f"loss.init_args.chunk_size={loss.chunk_size}",
         f"position_weights=ptp_lightning.losses.{type(weights).__name__}",
         *options,
     ]
