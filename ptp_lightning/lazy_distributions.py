@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ptp_lightning.auxiliary import pick, token_interval
-from ptp_lightning.sampling import Sampler, TokenDistribution
+from ptp_lightning.sampling import Sampler, TokenDistribution, leading
 
 CHUNK_LOGITS = 2**21  # that exist at the same time
 
@@ -38,8 +38,7 @@ class LazyDistributions:
 
     def at(self, index: Any) -> LazyDistributions:
         """Some of them; see `TokenDistribution.at`."""
-        index = (*index, slice(None)) if isinstance(index, tuple) else (index, slice(None))
-        return replace(self, hidden=self.hidden[index])
+        return replace(self, hidden=self.hidden[leading(index)])
 
     def flat(self) -> LazyDistributions:
         """One after the other."""

@@ -34,6 +34,16 @@ def require(valid: Tensor, values: Tensor, message: str) -> None:
         raise ValueError(f"{message}; found {offending[0].item()} ({offending.numel()} of {values.numel()})")
 
 
+def sizes_may_depend_on_values(device: torch.device) -> bool:
+    """Whether asking for a tensor's values costs nothing, so that work may be left out that they make unnecessary."""
+    return device.type == "cpu"
+
+
+def leading(index: Any) -> tuple[Any, ...]:
+    """An index into the shape `[...]`, as one into tensors `[..., K]` that leaves the last dimension whole."""
+    return (*index, slice(None)) if isinstance(index, tuple) else (index, slice(None))
+
+
 class TokenDistribution(NamedTuple):
     """Distributions over tokens, listed in the order in which the cumulative distribution runs.
 
@@ -52,7 +62,7 @@ class TokenDistribution(NamedTuple):
 
     def at(self, index: Any) -> TokenDistribution:
         """Some of them: `index` is what a tensor of the shape `[...]` would be indexed with."""
-        index = (*index, slice(None)) if isinstance(index, tuple) else (index, slice(None))
+        index = leading(index)
         return TokenDistribution(self.probabilities[index], None if self.token_ids is None else self.token_ids[index])
 
     def flat(self) -> TokenDistribution:

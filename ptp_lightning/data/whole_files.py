@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 TEMPORARY_SUFFIX = ".unfinished"
 
@@ -16,6 +18,13 @@ def temporary_path(path: Path, host: str, pid: int) -> Path:
 
 
 def write_whole(path: Path, content: bytes) -> None:
+    """Write a file as in `writing_whole`."""
+    with writing_whole(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def writing_whole(path: Path) -> Iterator[BinaryIO]:
     """Write, reach the disk, and only then take the name; another process may write the same content meanwhile.
 
     Raises:
@@ -24,7 +33,7 @@ def write_whole(path: Path, content: bytes) -> None:
     temporary = temporary_path(path, platform.node(), os.getpid())
     try:
         with temporary.open("wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

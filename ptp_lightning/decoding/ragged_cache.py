@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -59,13 +59,21 @@ class RaggedCache(Cache):
         return self._columns
 
 
-class _RaggedLayer(CacheLayerMixin):
+class HasCapacity(Protocol):
+    """Attributes: how many columns there is room for at first."""
+
+    capacity: int
+
+
+AnyCache = TypeVar("AnyCache", bound=HasCapacity)
+
+
+class LayerWithRoom(CacheLayerMixin, Generic[AnyCache]):
     """One layer's keys and values, `[B, heads, capacity, head size]`; zeros where nothing was ever written."""
 
     is_sliding = False
-    is_croppable = True
 
-    def __init__(self, cache: RaggedCache) -> None:
+    def __init__(self, cache: AnyCache) -> None:
         super().__init__()
         self._cache = cache
 
@@ -76,6 +84,12 @@ class _RaggedLayer(CacheLayerMixin):
             for states in (key_states, value_states)
         )
         self.is_initialized = True
+
+
+class _RaggedLayer(LayerWithRoom["RaggedCache"]):
+    """Of rows that end at different places."""
+
+    is_croppable = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write `[B, heads, T, head size]` behind each row; returns all columns up to the longest row's end."""

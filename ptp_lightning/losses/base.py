@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from ptp_lightning.lazy_distributions import Distributions
-from ptp_lightning.sampling import TokenDistribution
+from ptp_lightning.sampling import TokenDistribution, sizes_may_depend_on_values
 
 CHUNK_LOGITS_CPU = 2**20
 """Logits of a chunk, unless its size is given: so many stay in a processor's cache."""
@@ -229,11 +229,6 @@ class Loss(ABC):
             raise ValueError(
                 f"Expected teacher distributions of M = {num_slots} slots, found {list(target.teacher.shape)}."
             )
-
-
-def sizes_may_depend_on_values(device: torch.device) -> bool:
-    """Whether asking for a tensor's values costs nothing, so that work may be left out that they make unnecessary."""
-    return device.type == "cpu"
 
 
 class _LossesWithGradients(torch.autograd.Function):

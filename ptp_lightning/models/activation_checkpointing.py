@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -11,10 +10,11 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from ptp_lightning.models.caches import same_tensors
 from ptp_lightning.models.gated_lora import Gate
 
 if TYPE_CHECKING:
-    from transformers import Cache
+    pass
 
 
 def checkpoint_layers(layers: Iterable[nn.Module], gate: Gate) -> None:
@@ -54,12 +54,7 @@ def _run(forward: Callable[..., Any], gate: Gate, *args: Any, **kwargs: Any) -> 
 
 
 def _as_it_stands(argument: Any) -> Any:
-    """A cache that shares all tensors with a given one and keeps them when that one goes on; anything else as it is."""
+    """Of a cache, what goes its own way when that one goes on; anything else as it is."""
     from transformers import Cache
 
-    if not isinstance(argument, Cache):
-        return argument
-    # A cache grows and shrinks by new tensors in the attributes of its layers, never inside old ones.
-    kept: Cache = copy.copy(argument)
-    kept.layers = [copy.copy(layer) for layer in argument.layers]
-    return kept
+    return same_tensors(argument) if isinstance(argument, Cache) else argument

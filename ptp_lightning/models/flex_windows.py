@@ -15,8 +15,12 @@ from torch import Tensor
 
 
 def suits(query: Tensor) -> bool:
-    """Whether this attention is the better one for such numbers on such a device."""
-    return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
+    """Whether this attention is the better one for such numbers on such a device.
+
+    Not for tensors without memory, which are on no device: a plan counts what attention by blocks keeps, which is the
+    same but for the keys and values of the context side by side with a window's own.
+    """
+    return query.device.type == "cuda" and query.dtype in (torch.bfloat16, torch.float16)
 
 
 class FlexWindows:

@@ -7,17 +7,17 @@ see all windows of a row through one dense mask.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from ptp_lightning.models.caches import same_tensors
 from ptp_lightning.models.window_attention import context_mask, sees_context, slot_mask
 from ptp_lightning.models.window_keys import JointKeys, WindowKeys
 
 if TYPE_CHECKING:
     from transformers import Cache, DynamicCache
-    from transformers.cache_utils import DynamicLayer
 
 
 class Run(Protocol):
@@ -79,7 +79,7 @@ class WindowReader:
             assert self._sees is not None
             hidden = run(rows, positions, self._sees, None, window_keys=self._keys)
         else:
-            cache = same_keys(self._cache)
+            cache = same_tensors(self._cache)
             hidden = run(rows, positions, _dense_mask(self._places, num_windows, [*self._calls, places]), cache)
             if self._keeps:
                 self._cache = cache
@@ -138,16 +138,3 @@ def _dense_mask(places: WindowPlaces, num_windows: int, calls: Sequence[int]) ->
         key_window=torch.cat(windows),
         key_offset=torch.cat(offsets),
     )
-
-
-def same_keys(cache: DynamicCache) -> DynamicCache:
-    """A cache of the same tensors, which can grow while this one stays as it is."""
-    from transformers import DynamicCache
-
-    copy = DynamicCache()
-    for index, layer in enumerate(cast("list[DynamicLayer]", cache.layers)):
-        assert layer.keys is not None and layer.values is not None, "the context has been read"
-        copy.update(layer.keys[..., :0, :], layer.values[..., :0, :], index)
-        own = cast("DynamicLayer", copy.layers[index])
-        own.keys, own.values = layer.keys, layer.values
-    return copy

@@ -10,6 +10,8 @@ import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import get_filesystem
 
+from ptp_lightning.data.whole_files import writing_whole
+
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint beside the earlier one of its name, and only then puts it in its place.
@@ -30,16 +32,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             return
         target = Path(os.fspath(path).removeprefix("file://"))
         target.parent.mkdir(parents=True, exist_ok=True)
-        draft = target.with_name(f".{target.name}.{os.getpid()}")
         try:
-            with draft.open("wb") as file:
+            with writing_whole(target) as file:
                 torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            draft.replace(target)
-            _settle(target.parent)
         except BaseException as error:
-            draft.unlink(missing_ok=True)
             reason = _reason(error)
             if reason is None:
                 raise
@@ -56,12 +52,3 @@ def _reason(error: BaseException | None) -> OSError | None:
     while error is not None and not isinstance(error, OSError):
         error = error.__context__
     return error
-
-
-def _settle(folder: Path) -> None:
-    """Let the folder's new entry outlast a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

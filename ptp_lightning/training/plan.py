@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from jsonargparse import Namespace
-from lightning import LightningModule, Trainer
+from lightning import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
 
@@ -31,6 +31,7 @@ from ptp_lightning.training.cli import PlainErrorParser, TrainingCLI, parsed
 from ptp_lightning.training.predictor_module import PredictorModule
 from ptp_lightning.training.rank_memory import ROWS, RankMemory, layer_groups, replicated, sharded
 from ptp_lightning.training.step_memory import StepMemory, measure_step
+from ptp_lightning.training.training_module import TrainingModule
 from ptp_lightning.training.unallocated import building, running
 
 USABLE = 0.9  # share of a GPU's memory that a step may fill
@@ -173,7 +174,7 @@ def _measure(cli: PlanCLI, num_ranks: int) -> Layouts:
     plugin = _precision(str(trainer["precision"] or "32-true"))
     with building():
         module = plugin.convert_module(module)
-    assert isinstance(module, LightningModule), "it was one before"
+    assert isinstance(module, TrainingModule), "all modules of this package are"
     validates = isinstance(module, PredictorModule)  # others keep less than in training
     if validates:
         module.end_of_text = None

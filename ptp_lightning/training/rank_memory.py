@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from lightning import LightningModule
 from torch import nn
 
-from ptp_lightning.models.decoder_stack import decoder_stack
 from ptp_lightning.training.live_bytes import OTHER
 from ptp_lightning.training.step_memory import BACKWARD, FORWARD, FROZEN, GRADIENTS, STATES, TRAINED, StepMemory
+from ptp_lightning.training.training_module import TrainingModule
 
 BUCKETS = "gradient buckets of DDP"
 GATHERED = "layers gathered from all ranks"
@@ -86,16 +85,9 @@ def sharded(step: StepMemory, groups: LayerGroups, num_ranks: int) -> RankMemory
     return _largest(at(stage) for stage in step.peaks)
 
 
-def layer_groups(module: LightningModule) -> LayerGroups:
+def layer_groups(module: TrainingModule) -> LayerGroups:
     """Sizes of the decoder layers of all networks in a module, and of what is outside them."""
-    parts: Any = module
-    predictor: Any = getattr(module, "predictor", None)
-    networks = [parts.model] if predictor is None else [predictor.base_model, predictor.student_model]
-    layers = [
-        layer
-        for network in dict.fromkeys(networks)
-        for layer in decoder_stack(network, 0, "layers", "plan for another base model").layers
-    ]
+    layers = module.decoder_layers("plan for another base model")
     inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
     rest = [parameter for parameter in module.parameters() if id(parameter) not in inside]
     return LayerGroups(

@@ -25,6 +25,9 @@ CHUNK_SLOTS = 1024  # slots whose logits exist at the same time
 
 _Result = TypeVar("_Result")
 
+DistributionPair = tuple[Distributions, Distributions]
+"""What tokens are picked from, and what students learn."""
+
 
 class StudentDraft(NamedTuple):
     """Windows as the student proposes them.
@@ -119,10 +122,19 @@ def student_probe(predictor: ParallelTokenPredictor, context: Context, token_ids
     return ask
 
 
+def are_lazy(predictor: ParallelTokenPredictor, context: Context) -> bool:
+    """Whether distributions are made when they are needed: over a whole vocabulary. A few candidates are kept."""
+    return context.sampling.settings.lists_all(predictor.base_model.config.vocab_size)
+
+
+def lazily(predictor: ParallelTokenPredictor, context: Context, hidden: Tensor) -> DistributionPair:
+    """What the base model's hidden states `[..., H]` say comes next, as teacher and target."""
+    teacher = LazyDistributions(hidden, predictor.logits, context.sampling)
+    return teacher, replace(teacher, is_target=True)
+
+
 @torch.no_grad()
-def distributions_along(
-    predictor: ParallelTokenPredictor, context: Context, token_ids: Tensor
-) -> tuple[Distributions, Distributions]:
+def distributions_along(predictor: ParallelTokenPredictor, context: Context, token_ids: Tensor) -> DistributionPair:
     """The base model's distributions along given windows, in one parallel pass with the gate closed.
 
     Args:
@@ -138,11 +150,8 @@ def distributions_along(
     sampling = context.sampling
     with predictor.gate.closed():
         hidden = predictor.window_reader(context).read(predictor.decode, predictor.embed(token_ids[..., :-1]))
-    if sampling.settings.lists_all(predictor.base_model.config.vocab_size):
-        lazy = LazyDistributions(
-            torch.cat([context.first_hidden.unsqueeze(2), hidden], dim=2), predictor.logits, sampling
-        )
-        return lazy, replace(lazy, is_target=True)
+    if are_lazy(predictor, context):
+        return lazily(predictor, context, torch.cat([context.first_hidden.unsqueeze(2), hidden], dim=2))
     # Position 0 is computed for itself, as everywhere else, so that rounding gives the same token everywhere.
     first = sampling.with_target(predictor.logits(context.first_hidden))
     chunks = _by_chunk(lambda chunk: sampling.with_target(predictor.logits(chunk)), hidden.flatten(0, 2))

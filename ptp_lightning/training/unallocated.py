@@ -22,8 +22,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ptp_lightning.models.window_keys import WindowKeys
-
 aten = torch.ops.aten
 CPU = torch.device("cpu")
 ANY = (aten.any.default, aten.any.dim, aten.any.dims)
@@ -48,14 +46,8 @@ def running(module: nn.Module, *, on_gpu: bool) -> Iterator[None]:
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)  # tables that are part of no module are real
     _replace(module, mode)
-    # FlexAttention has no backward pass on what claims to be a CPU; attention by blocks keeps what it keeps, but for
-    # keys and values of the context side by side with a window's own.
-    flexes, WindowKeys.flexes = WindowKeys.flexes, False
-    try:
-        with mode, _Answers(), _Attributes(on_gpu=on_gpu):
-            yield
-    finally:
-        WindowKeys.flexes = flexes
+    with mode, _Answers(), _Attributes(on_gpu=on_gpu):
+        yield
 
 
 def _replace(module: nn.Module, mode: FakeTensorMode) -> None:

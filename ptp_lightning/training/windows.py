@@ -5,26 +5,23 @@ teacher distributions. A new source is one class with `sample`.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ptp_lightning.auxiliary import draw_auxiliaries, pick
+from ptp_lightning.auxiliary import draw_auxiliaries, pick, token_interval
 from ptp_lightning.auxiliary_strategies import AuxiliaryStrategy, UniformInInterval
 from ptp_lightning.data.batch import PackedBatch
-from ptp_lightning.lazy_distributions import Distributions, LazyDistributions, intervals
+from ptp_lightning.lazy_distributions import Distributions, intervals
 from ptp_lightning.models.context import Context
 from ptp_lightning.models.predictor import ParallelTokenPredictor
-from ptp_lightning.sampling import TokenDistribution
-from ptp_lightning.training.student import student_probe
+from ptp_lightning.sampling import TokenDistribution, sizes_may_depend_on_values
+from ptp_lightning.training.student import DistributionPair, are_lazy, lazily, student_probe
 
 SLOTS = (..., slice(1, None))
 """Positions of windows that slots predict, as an index into `[B, N, L]`."""
-
-DistributionPair = tuple[Distributions, Distributions]
-"""What tokens are picked from, and what students learn."""
 
 
 class WindowSample(NamedTuple):
@@ -152,11 +149,13 @@ class DatasetWindows(WindowSource):
         """See `WindowSource.sample`."""
         length = predictor.config.window_length
         token_ids, mask = window_tokens(batch, length)
-        teacher, target = distributions(predictor, context, hidden_before_tokens(batch, context, length))
-        if isinstance(teacher, LazyDistributions):
-            lower, upper = _intervals_of_text(teacher, batch, context, length, mask)
+        hidden = hidden_before_tokens(batch, context, length)
+        if are_lazy(predictor, context):
+            teacher, target = lazily(predictor, context, hidden)
+            lower, upper = _intervals_of_text(predictor, batch, context, length, mask)
         else:
-            lower, upper = intervals(teacher, token_ids)
+            teacher, target = context.sampling.with_target(predictor.logits(hidden))
+            lower, upper = token_interval(teacher, token_ids)
         mask = (mask & (upper > lower)).cumprod(-1).bool()
         auxiliaries = self.strategy.draw(lower, upper, generator, student_probe(predictor, context, token_ids))
         return WindowSample(token_ids, auxiliaries, mask, teacher, target, token_ids)
@@ -182,18 +181,19 @@ def hidden_before_tokens(batch: PackedBatch, context: Context, length: int) -> T
 
 
 def _intervals_of_text(
-    teacher: LazyDistributions, batch: PackedBatch, context: Context, length: int, mask: Tensor
+    predictor: ParallelTokenPredictor, batch: PackedBatch, context: Context, length: int, mask: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Intervals `[B, N, L]` of the windows' own tokens: each token of a row once, though windows overlap."""
     index = _window_index(batch, length)
-    if index.is_cuda:  # to know which are needed would mean to wait for the device
-        ends = intervals(replace(teacher, hidden=context.hidden[:, :-1]), batch.input_ids[:, 1:])
-        rows = [torch.nn.functional.pad(end, (1, 0)) for end in ends]
-    else:
+    if sizes_may_depend_on_values(index.device):
         needed = torch.zeros_like(batch.input_ids).scatter_add_(1, index.flatten(1), mask.flatten(1).long())
         row, place = needed.nonzero(as_tuple=True)
-        ends = intervals(replace(teacher, hidden=context.hidden[row, place - 1]), batch.input_ids[row, place])
+        teacher, _ = lazily(predictor, context, context.hidden[row, place - 1])
+        ends = intervals(teacher, batch.input_ids[row, place])
         rows = [end.new_zeros(needed.shape).index_put((row, place), end) for end in ends]
+    else:
+        teacher, _ = lazily(predictor, context, context.hidden[:, :-1])
+        rows = [torch.nn.functional.pad(end, (1, 0)) for end in intervals(teacher, batch.input_ids[:, 1:])]
     lower, upper = (row.gather(1, index.flatten(1)).view_as(index) for row in rows)
     return lower, upper
 
@@ -212,25 +212,13 @@ def until_end(token_ids: Tensor, end_of_text: int | None) -> Tensor:
     return (ended - (token_ids == end_of_text).long()) == 0
 
 
-def distributions(predictor: ParallelTokenPredictor, context: Context, hidden: Tensor) -> DistributionPair:
-    """What the base model's hidden states `[..., H]` say comes next, as teacher and target.
-
-    Distributions over a whole vocabulary are made when they are needed; those of a few candidates are kept.
-    """
-    sampling = context.sampling
-    if sampling.settings.lists_all(predictor.base_model.config.vocab_size):
-        lazy = LazyDistributions(hidden, predictor.logits, sampling)
-        return lazy, replace(lazy, is_target=True)
-    return sampling.with_target(predictor.logits(hidden))
-
-
 class _Along:
-    """Distributions of L positions of windows, one after the other; see `distributions`."""
+    """Distributions of L positions of windows, one after the other."""
 
     def __init__(self, predictor: ParallelTokenPredictor, context: Context) -> None:
         self._predictor = predictor
         self._context = context
-        self._is_lazy = context.sampling.settings.lists_all(predictor.base_model.config.vocab_size)
+        self._is_lazy = are_lazy(predictor, context)
         self._hidden: list[Tensor] = []
         self._pairs: list[tuple[TokenDistribution, TokenDistribution]] = []
 
@@ -245,7 +233,7 @@ class _Along:
     def result(self) -> DistributionPair:
         """Teacher and target at all of them, `[B, N, L]`."""
         if self._is_lazy:
-            return distributions(self._predictor, self._context, torch.stack(self._hidden, dim=2))
+            return lazily(self._predictor, self._context, torch.stack(self._hidden, dim=2))
         teachers, targets = zip(*self._pairs, strict=True)
         return stack(list(teachers)), stack(list(targets))
 

@@ -23,13 +23,9 @@ from typing import Any, NamedTuple
 import torch
 
 from ptp_lightning.evaluation.memory import PeakMemory
-from ptp_lightning.losses import CrossEntropy
-from ptp_lightning.models import BackboneSettings, LoraSettings, OneHotObjective, PredictorConfig
-from ptp_lightning.sampling import SamplingConfig
-from ptp_lightning.training import DatasetWindows, DistillationModule
 from ptp_lightning.training.rank_memory import replicated
 from ptp_lightning.training.step_memory import FROZEN, TRAINED, measure_step, silent_trainer
-from tests.benchmarks.training_step import MEGABYTE, NUM_WARM_UP, clock, gemm_rate, name_of, random_batch
+from tests.benchmarks.training_step import MEGABYTE, NUM_WARM_UP, clock, gemm_rate, make_module, name_of, random_batch
 
 AXES = {
     "windows": ("N", [8, 16, 32, 64]),
@@ -90,7 +86,8 @@ def measure(options: argparse.Namespace, sizes: dict[str, int], device: torch.de
     """Median seconds of a step, and what it needs beside the weights."""
     torch.manual_seed(0)
     options = argparse.Namespace(**vars(options) | sizes)
-    module = make_module(options).to(device)
+    module = make_module(network_of(options), options).to(device)
+    module.end_of_text = None
     batch = random_batch(options, options.vocab, options.windows).to(device)
     seconds = []
     gc.collect()
@@ -114,9 +111,9 @@ def measure(options: argparse.Namespace, sizes: dict[str, int], device: torch.de
     return Cost(median(seconds[NUM_WARM_UP:]), num_bytes / MEGABYTE)
 
 
-def make_module(options: argparse.Namespace) -> DistillationModule:
-    """A Llama with gated LoRA on all linear layers, trained on the rows' own tokens."""
-    network = {
+def network_of(options: argparse.Namespace) -> dict[str, Any]:
+    """A Llama of this width."""
+    return {
         "model_type": "llama",
         "vocab_size": options.vocab,
         "hidden_size": options.width,
@@ -125,16 +122,6 @@ def make_module(options: argparse.Namespace) -> DistillationModule:
         "num_attention_heads": max(1, options.width // HEAD_SIZE),
         "max_position_embeddings": 2 * max(options.row_length, 1024),
     }
-    config = PredictorConfig(
-        BackboneSettings(from_config=network, dtype=options.dtype),
-        objective=OneHotObjective(),
-        window_length=options.window_length,
-        lora=LoraSettings(rank=options.rank),
-        sampling=SamplingConfig(),
-    )
-    module = DistillationModule(config, loss=CrossEntropy(), source=DatasetWindows())
-    module.end_of_text = None
-    return module
 
 
 def slope(values: Sequence[int], numbers: Sequence[float]) -> float:

@@ -36,6 +36,7 @@ from ptp_lightning.models import (
 from ptp_lightning.randomness import keyed_generator
 from ptp_lightning.sampling import SamplingConfig
 from ptp_lightning.training import DatasetWindows, DistillationModule
+from ptp_lightning.training.plan import BACKBONES, LLAMA
 
 MODELS: dict[str, dict[str, Any]] = {
     "small": {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4},
@@ -46,13 +47,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_attention_heads": 9,
         "num_key_value_heads": 3,
     },
-    "1.1b": {
-        "hidden_size": 2048,
-        "intermediate_size": 5632,
-        "num_hidden_layers": 22,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-    },
+    "1.1b": BACKBONES["1b"],
 }
 NUM_WARM_UP = 2
 MEGABYTE = 1e6
@@ -103,15 +98,8 @@ def main() -> None:
 def measure(options: argparse.Namespace, vocab: int, windows: int, device: torch.device) -> dict[str, float]:
     """Seconds and megabytes of a step, without those of the model that is there before, and the product's rate."""
     torch.manual_seed(0)
-    model = MODELS[options.model] | {"model_type": "llama", "vocab_size": vocab, "max_position_embeddings": 4096}
-    config = PredictorConfig(
-        BackboneSettings(from_config=model, dtype=options.dtype),
-        objective=OneHotObjective(),
-        window_length=options.window_length,
-        lora=LoraSettings(rank=options.rank),
-        sampling=SamplingConfig(),
-    )
-    module = DistillationModule(config, loss=CrossEntropy(), source=DatasetWindows()).to(device)
+    network = LLAMA | MODELS[options.model] | {"vocab_size": vocab}
+    module = make_module(network, options).to(device)
     module.predictor._in_blocks = module.predictor._in_blocks and not options.dense
     trained = [parameter for parameter in module.predictor.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=device.type == "cuda")
@@ -142,6 +130,18 @@ def measure(options: argparse.Namespace, vocab: int, windows: int, device: torch
         "megabytes": (memory.peak_bytes - before) / MEGABYTE,
         "gemm_gflops": rate,
     }
+
+
+def make_module(network: dict[str, Any], options: argparse.Namespace) -> DistillationModule:
+    """Gated LoRA on all linear layers of a model of this configuration, trained on the rows' own tokens."""
+    config = PredictorConfig(
+        BackboneSettings(from_config=network, dtype=options.dtype),
+        objective=OneHotObjective(),
+        window_length=options.window_length,
+        lora=LoraSettings(rank=options.rank),
+        sampling=SamplingConfig(),
+    )
+    return DistillationModule(config, loss=CrossEntropy(), source=DatasetWindows())
 
 
 def random_batch(options: argparse.Namespace, vocab: int, windows: int) -> PackedBatch:

@@ -7,9 +7,8 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ptp_lightning import cli
 from ptp_lightning.training.plan import BACKBONES, WIDTH
+from tests.printed import Printed, Run, run_here
 from tests.tiny_configs import CORPUS_LINE, SHRUNKEN, shrink
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -25,20 +25,10 @@ NUM_PARAMETERS = {"1b": 1_100_048_384, "7b": 6_738_415_616, "70b": 68_976_648_19
 EXACT_HEAP = {"MALLOC_MMAP_THRESHOLD_": "32768", "MALLOC_TRIM_THRESHOLD_": "0"}  # see tests.resident_memory
 
 
-class Printed(NamedTuple):
-    status: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Printed]
-
-
 @pytest.fixture
 def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """Plans for a configuration of the repository with a tiny network."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("PTP_TRACEBACK", raising=False)
     corpus = tmp_path / "corpus.txt"
     corpus.write_text(CORPUS_LINE * 400)
 
@@ -46,13 +36,7 @@ def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         config = shrink(CONFIGS / f"{name}.yaml", corpus, tmp_path)
         if name != "embedded_teacher":  # which has no windows
             args = ("--model.init_args.predictor.window_length", "3", *args)
-        monkeypatch.setattr(sys, "argv", ["ptp_lightning", "plan", "--config", str(config), *args])
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            status = int(stop.code or 0)
-        return Printed(status, *capsys.readouterr())
+        return run_here(monkeypatch, capsys, "plan", "--config", str(config), *args)
 
     return run
 

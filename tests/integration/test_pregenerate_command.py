@@ -10,18 +10,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from ptp_lightning import cli
 from ptp_lightning.data.whole_files import temporary_path
 from ptp_lightning.pretrained import load_tokenizer
 from ptp_lightning.training import pregenerate
+from tests.printed import Run, run_here
 from tests.tiny_configs import CORPUS_LINE, shrink
 
 CONFIG = Path(__file__).parents[2] / "configs" / "gated_lora.yaml"
@@ -39,31 +39,11 @@ OPTIONS = {
 }
 
 
-class Printed(NamedTuple):
-    status: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Printed]
-
-
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """Runs a command in this process and in the test's folder."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("PTP_TRACEBACK", raising=False)
-
-    def run(*args: str) -> Printed:
-        monkeypatch.setattr(sys, "argv", ["ptp_lightning", *args])
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            status = int(stop.code or 0)
-        return Printed(status, *capsys.readouterr())
-
-    return run
+    return partial(run_here, monkeypatch, capsys)
 
 
 @pytest.fixture

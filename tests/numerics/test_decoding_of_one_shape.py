@@ -26,8 +26,9 @@ from ptp_lightning.models import window_keys as window_keys_module
 from ptp_lightning.models.window_reader import WindowReader
 from ptp_lightning.sampling import SamplingConfig
 from tests.benchmarks.on_a_gpu import decoding, training
+from tests.benchmarks.on_a_gpu.branches import best_branches, break_even, expected_tokens
 from tests.benchmarks.on_a_gpu.captured import CapturedDecoder, captured
-from tests.benchmarks.on_a_gpu.decoding import Subject, best_branches, break_even, expected_tokens
+from tests.benchmarks.on_a_gpu.subjects import Subject, counting_subject
 from tests.tiny_decoding import PROMPT, reference
 from tests.tiny_distillation import LLAMA
 
@@ -158,7 +159,7 @@ def test_slots_that_something_refines_are_refused() -> None:
 
 def test_the_counting_model_counts() -> None:
     device = torch.device("cpu")
-    subject = decoding.counting_subject(device, "small", 64, "bfloat16", 5)
+    subject = counting_subject(device, "small", 64, "bfloat16", 5)
     (decoded,) = decode_autoregressively(subject.predictor, [[7, 3, 61]], settings(SAMPLING["greedy"]))
     assert decoded.token_ids == [(62 + k) % 64 for k in range(NUM_TOKENS)]
 

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
 from ptp_lightning.auxiliary import pick
 from ptp_lightning.decoding import GenerationSettings, StudentProposer
 from ptp_lightning.decoding.lookahead import Lookahead, place
+from ptp_lightning.decoding.ragged_cache import LayerWithRoom
 from ptp_lightning.models import ParallelTokenPredictor
 
 NUM_WARM_UP = 3
@@ -197,22 +198,8 @@ class _FixedCache(Cache):
         super().__init__(layer_class_to_replicate=partial(_FixedLayer, self))  # pyright: ignore[reportArgumentType]
 
 
-class _FixedLayer(CacheLayerMixin):
-    """One layer of it, `[1, heads, capacity, head size]`."""
-
-    is_sliding = False
-
-    def __init__(self, cache: _FixedCache) -> None:
-        super().__init__()
-        self._cache = cache
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        # Zeros, because masked keys must be finite.
-        self.keys, self.values = (
-            states.new_zeros(*states.shape[:2], self._cache.capacity, states.shape[3])
-            for states in (key_states, value_states)
-        )
-        self.is_initialized = True
+class _FixedLayer(LayerWithRoom[_FixedCache]):
+    """One layer of it."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write `[1, heads, T, head size]` to the columns; returns all of them."""

@@ -8,20 +8,16 @@ with a given probability; what the predictor itself proposes is computed and thr
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
-from itertools import permutations
+from functools import partial
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from transformers import CompileConfig, PreTrainedModel
+from transformers import CompileConfig
 
-from ptp_lightning.data import StandardLibrary
 from ptp_lightning.decoding import (
     CorrectLengths,
     Decoded,
@@ -31,22 +27,20 @@ from ptp_lightning.decoding import (
     decode_partially_quadratically,
     decode_speculatively,
 )
-from ptp_lightning.decoding.slot_allocation import allocate
 from ptp_lightning.decoding.slot_budget import measured_budget
-from ptp_lightning.decoding.text import tokenizer_of
 from ptp_lightning.evaluation.near_ties import explains, first_difference
-from ptp_lightning.models import BackboneSettings, LoraSettings, ParallelTokenPredictor, PredictorConfig
+from ptp_lightning.models import ParallelTokenPredictor
 from ptp_lightning.models.backbone import load_backbone
 from ptp_lightning.models.checkpoint import load_predictor
 from ptp_lightning.sampling import SamplingConfig
+from tests.benchmarks.on_a_gpu.branches import best_branches, break_even
 from tests.benchmarks.on_a_gpu.captured import CapturedDecoder
 from tests.benchmarks.on_a_gpu.rows import Figure, Record, Row, attempt
-from tests.benchmarks.training_step import MODELS, clock, gemm_rate
+from tests.benchmarks.on_a_gpu.subjects import Subject, counting_subject, held_out_prompt, random_subject
+from tests.benchmarks.training_step import clock, gemm_rate
 
 GREEDY = SamplingConfig(temperature=0)
 SAMPLED = SamplingConfig(temperature=0.7, top_k=50, top_p=0.9)
-RANK = 16
-SUCCESSOR_SCALE = 1000.0  # of the counting model's embeddings, so that layers add little to them
 NUM_WARM_UP = 2  # texts: in the first transformers compiles
 NUM_TIMED_CALLS = 8
 MILLISECONDS_PER_SECOND = 1000
@@ -55,8 +49,6 @@ LIBRARY, LIBRARY_GRAPHS = "transformers.generate", "transformers.generate, stati
 ONE_TOKEN, ONE_TOKEN_GRAPHS = "one token a call", "one token a call, graphs"
 QUADRATIC, QUADRATIC_GRAPHS = "partial quadratic", "partial quadratic, graphs"
 WITH_GRAPHS = (LIBRARY_GRAPHS, ONE_TOKEN_GRAPHS, QUADRATIC_GRAPHS)
-SMALLEST_GAIN = 1e-4  # of tokens and rates
-NUM_DOUBLINGS = 12
 Write = Callable[[], tuple[list[int], int]]
 """Gives the new tokens, and how many calls they took."""
 
@@ -80,14 +72,6 @@ class Sizes:
     slots: int
     right: float
     repetitions: int
-
-
-class Subject(NamedTuple):
-    """A model that writes, with and without an adapter, and what it should write after its prompt."""
-
-    predictor: ParallelTokenPredictor
-    plain: PreTrainedModel
-    prompt: list[int]
 
 
 def exactness(record: Record, *, device: str, model: str, vocab: int, sizes: dict[str, Any]) -> None:
@@ -222,63 +206,6 @@ def call_costs(subject: Subject, settings: GenerationSettings, size: Sizes) -> d
     }
 
 
-@cache
-def best_branches(longest: int, num_slots: int, right: float) -> tuple[int, ...]:
-    """The division of slots among branches that commits most tokens, as far as moving single slots finds it.
-
-    Args:
-        longest: D, most slots of a branch.
-        num_slots: at most D * (D + 1), which is all that branches can hold.
-        right: see `expected_tokens`.
-    """
-    branches = list(allocate(CorrectLengths.geometric(right, longest), longest, num_slots))
-    best = expected_tokens(branches, right)
-    moves = list(permutations(range(longest + 1), 2))
-    improved = True
-    while improved:
-        improved = False
-        for giver, taker in moves:
-            if branches[giver] == 0 or branches[taker] == longest:
-                continue
-            changed = list(branches)
-            changed[giver], changed[taker] = changed[giver] - 1, changed[taker] + 1
-            expected = expected_tokens(changed, right)
-            if expected > best + SMALLEST_GAIN:
-                branches, best, improved = changed, expected, True
-    return tuple(branches)
-
-
-def break_even(branches: Sequence[int], steps: float) -> float | None:
-    """The rate of right tokens with which a call of so many steps commits as many tokens; None if none is enough."""
-    if expected_tokens(branches, 1.0) < steps:
-        return None
-    below, above = 0.0, 1.0
-    while above - below > SMALLEST_GAIN:
-        middle = (below + above) / 2
-        below, above = (below, middle) if expected_tokens(branches, middle) >= steps else (middle, above)
-    return above
-
-
-def expected_tokens(branches: Sequence[int], right: float) -> float:
-    """Tokens that a call commits in the long run, whose branches are the same however long its draft is.
-
-    Args:
-        branches: slots after 0, 1, .. D correct tokens.
-        right: probability of each token of a draft, if those before it are right.
-    """
-    longest = len(branches) - 1
-    survival = right ** np.arange(longest + 1.0)
-    committed = survival.cumsum()  # by a draft of 0, 1, .. D tokens
-    moves = np.zeros((longest + 1, longest + 1))  # from the length of a draft to that of the next
-    for length in range(longest + 1):
-        np.add.at(moves[length], list(branches[: length + 1]), -np.diff([*survival[: length + 1], 0.0]))
-    shares = np.eye(longest + 1)[0]  # the first draft has no token
-    for _ in range(NUM_DOUBLINGS):  # the mean over 2, 4, 8 .. calls: perfect drafts go round in circles
-        shares = (shares + shares @ moves) / 2
-        moves = moves @ moves
-    return float(shares @ committed)
-
-
 @dataclass(frozen=True)
 class Guesses:
     """Lets the predictor propose, and proposes something else.
@@ -305,53 +232,6 @@ def guessed(reference: Sequence[int], right: float, predictor: ParallelTokenPred
     is_right = torch.rand(len(tokens), generator=torch.Generator().manual_seed(7)) < right
     other = (tokens + 1) % predictor.base_model.config.vocab_size
     return torch.where(is_right, tokens, other).to(predictor.base_model.device)
-
-
-def random_subject(device: torch.device, model: str, vocab: int, dtype: str, prompt_length: int) -> Subject:
-    """Random weights of a model of `training_step`."""
-    return _subject(device, model, vocab, dtype, prompt_length, change=lambda _: None)
-
-
-def counting_subject(device: torch.device, model: str, vocab: int, dtype: str, prompt_length: int) -> Subject:
-    """One whose next token is the latest plus one."""
-    return _subject(device, model, vocab, dtype, prompt_length, change=let_count)
-
-
-@torch.no_grad()
-def let_count(model: PreTrainedModel) -> None:
-    """Let the output head find the embedding of the latest token, and answer with the one after it."""
-    embeddings: Any = model.get_input_embeddings()
-    output: Any = model.get_output_embeddings()
-    output.weight.copy_(embeddings.weight.roll(1, 0))
-    embeddings.weight.mul_(SUCCESSOR_SCALE)
-
-
-def _subject(
-    device: torch.device,
-    model: str,
-    vocab: int,
-    dtype: str,
-    prompt_length: int,
-    change: Callable[[PreTrainedModel], None],
-) -> Subject:
-    torch.manual_seed(0)
-    network = MODELS[model] | {"model_type": "llama", "vocab_size": vocab, "max_position_embeddings": 4096}
-    network |= {"bos_token_id": None, "eos_token_id": None}  # texts of equal lengths
-    settings = BackboneSettings(from_config=network, dtype=dtype)  # pyright: ignore[reportArgumentType]
-    backbone = load_backbone(settings).to(device).eval()  # pyright: ignore[reportArgumentType]
-    change(backbone)
-    plain = copy.deepcopy(backbone)
-    config = PredictorConfig(settings, lora=LoraSettings(rank=RANK))
-    predictor = ParallelTokenPredictor(config, backbone).to(device).eval()
-    prompt = torch.randint(vocab, (prompt_length,), generator=torch.Generator().manual_seed(1)).tolist()
-    return Subject(predictor, plain, prompt)
-
-
-def held_out_prompt(predictor: ParallelTokenPredictor, length: int) -> list[int]:
-    """The beginning of a file that nothing was trained on."""
-    tokenizer = tokenizer_of(predictor)
-    encoded = (tokenizer.encode(document.text) for document in StandardLibrary().documents("val"))
-    return next(token_ids[:length] for token_ids in encoded if len(token_ids) > length)
 
 
 def _settings(sampling: SamplingConfig, size: Sizes) -> GenerationSettings:
