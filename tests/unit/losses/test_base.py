@@ -284,6 +284,8 @@ def test_behind_a_frozen_head_masked_slots_contribute_nothing() -> None:
     assert torch.equal(hidden.grad.any(-1), weights != 0)
     everywhere = losses.measured_on(torch.zeros(M))
     assert everywhere is not None and torch.equal(everywhere != 0, weights != 0)
+    nats = torch.zeros(M).index_copy(0, losses.slots, losses.nats.detach())
+    assert torch.equal(nats != 0, weights != 0)
 
 
 def test_weights_may_come_after_the_losses() -> None:
