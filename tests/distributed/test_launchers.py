@@ -104,6 +104,7 @@ def test_ranks_draw_their_own_rows_and_auxiliaries(tmp_path: Path, launcher: str
     source = {"class_path": "tests.distributed.sources.RecordedWindows", "init_args": {"folder": str(tmp_path)}}
     status, printed = Job(tmp_path, source).run(launcher, "--config", str(CONFIGS / "strategy" / strategy))
     assert status == 0, printed
+    assert "It is recommended to use `self.log" not in printed
     assert sorted(file.name for file in tmp_path.glob("rank_*.jsonl")) == ["rank_0.jsonl", "rank_1.jsonl"]
     steps = [
         [json.loads(line) for line in (tmp_path / f"rank_{rank}.jsonl").read_text().splitlines()] for rank in range(2)
