@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+LEAST_HEAD_SIZE = 16  # of its kernels
+
 
 def suits(query: Tensor) -> bool:
     """Whether this attention is the better one for such numbers on such a device.
@@ -20,7 +22,11 @@ def suits(query: Tensor) -> bool:
     Not for tensors without memory, which are on no device: a plan counts what attention by blocks keeps, which is the
     same but for the keys and values of the context side by side with a window's own.
     """
-    return query.device.type == "cuda" and query.dtype in (torch.bfloat16, torch.float16)
+    return (
+        query.device.type == "cuda"
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and query.shape[-1] >= LEAST_HEAD_SIZE
+    )
 
 
 class FlexWindows:

@@ -7,10 +7,10 @@ this module only decides, for every token position, whether they act.
 
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache
 from typing import Any, NamedTuple, NoReturn, cast
 
 import torch
@@ -267,48 +267,97 @@ def attach_gate(peft_model: PeftModel) -> Gate:
         layer.cast_input_dtype_enabled = False
         for adapter_name in layer.lora_A:
             layer.lora_variant[adapter_name] = GatedLoraVariant(gate, name)
-        cast(Any, layer).forward = partial(_forward, layer, gate)
+        _put_behind(cast(nn.Module, layer), _GatedLayer, gate)
     _attach_gated_units(peft_model, gate)
     return gate
 
 
-def _forward(layer: LoraLayer, gate: Gate, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """What an adapted layer computes, without PEFT's way to it where that is not needed.
+class _Behind:
+    """Mixed into the class of a module whose `forward` asks the gate.
+
+    A class rather than a `forward` of each object: code that torch compiles is then the same for all layers.
+
+    Attributes:
+        opened_by: the gate.
+    """
+
+    opened_by: Gate
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """For files and copies: the class is none that can be found by its name."""
+        _, _, *state = super().__reduce_ex__(protocol)
+        return (_new, (type(self).__bases__), *state)
+
+
+class _GatedLayer(_Behind):
+    """An adapted layer, without PEFT's way to what it computes where that is not needed.
 
     The way costs more than the layer itself where a call has few tokens, as in decoding: most of the difference between
     a model with an adapter and one without is saved while the gate is closed, half of the low-rank term's time while it
     is open for the last positions and nothing is trained.
     """
-    opening = gate.opening
-    modules = cast(Any, layer)._modules  # its own attributes are found sooner than a module's parts
-    is_plain = not (args or kwargs) and len(layer.lora_variant) == len(
-        layer.scaling
-    )  # all adapters are behind the gate
-    if is_plain and opening is None:
-        return modules["base_layer"](x)
-    if is_plain and opening is not None and opening.is_everywhere and torch.is_grad_enabled():
-        weights = _trained_weights(layer, x.device.type)
-        if weights is not None:
-            return adapted_linear(x, weights)
-    if is_plain and opening is not None and opening.suffix and not torch.is_grad_enabled():
-        adapters, shape = layer.active_adapters, x.shape
-        if len(adapters) == 1 and not layer.disable_adapters and len(shape) == 3 and shape[1] >= opening.suffix:
-            adapter = adapters[0]
-            lora_a, lora_b, dropout = (modules[part]._modules[adapter] for part in ("lora_A", "lora_B", "lora_dropout"))
-            lora_a, lora_b = lora_a._parameters["weight"], lora_b._parameters["weight"]
-            if lora_a.dtype == x.dtype and (isinstance(dropout, nn.Identity) or not dropout.training):
-                result = modules["base_layer"](x)
-                start = shape[1] - opening.suffix
-                # contiguous: see GatedLoraVariant.forward
-                reduced = nn.functional.linear(x[:, start:].contiguous(), lora_a)
-                # product and sum at once, in place
-                if shape[0] == 1:
-                    result[0, start:].addmm_(reduced[0], lora_b.t(), alpha=layer.scaling[adapter])
-                else:
-                    weights = lora_b.t().expand(shape[0], -1, -1)
-                    result[:, start:].baddbmm_(reduced, weights, alpha=layer.scaling[adapter])
-                return result
-    return type(layer).forward(layer, x, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """`[..., features in]` to `[..., features out]`."""
+        opening = self.opened_by.opening
+        modules = self._modules  # its own attributes are found sooner than a module's parts
+        is_plain = not (args or kwargs) and len(self.lora_variant) == len(self.scaling)  # all adapters are gated
+        if is_plain and opening is None:
+            return modules["base_layer"](x)
+        if is_plain and opening is not None and opening.is_everywhere and torch.is_grad_enabled():
+            weights = _trained_weights(self, x.device.type)
+            if weights is not None:
+                return adapted_linear(x, weights)
+        if is_plain and opening is not None and opening.suffix and not torch.is_grad_enabled():
+            adapters, shape = self.active_adapters, x.shape
+            if len(adapters) == 1 and not self.disable_adapters and len(shape) == 3 and shape[1] >= opening.suffix:
+                adapter = adapters[0]
+                parts = (modules[part]._modules[adapter] for part in ("lora_A", "lora_B", "lora_dropout"))
+                lora_a, lora_b, dropout = parts
+                lora_a, lora_b = lora_a._parameters["weight"], lora_b._parameters["weight"]
+                if lora_a.dtype == x.dtype and (isinstance(dropout, nn.Identity) or not dropout.training):
+                    result = modules["base_layer"](x)
+                    start = shape[1] - opening.suffix
+                    # contiguous: see GatedLoraVariant.forward
+                    reduced = nn.functional.linear(x[:, start:].contiguous(), lora_a)
+                    # product and sum at once, in place
+                    if shape[0] == 1:
+                        result[0, start:].addmm_(reduced[0], lora_b.t(), alpha=self.scaling[adapter])
+                    else:
+                        weights = lora_b.t().expand(shape[0], -1, -1)
+                        result[:, start:].baddbmm_(reduced, weights, alpha=self.scaling[adapter])
+                    return result
+        return super().forward(x, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class _GatedUnit(_Behind):
+    """`down(act(gate(x)) * up(x))`, see `adapted_product`."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        """`[..., width]` to the same."""
+        down, opening = self.down_proj, self.opened_by.opening
+        is_plain = len(down.lora_variant) == len(down.scaling)
+        if is_plain and opening is not None and opening.is_everywhere and torch.is_grad_enabled():
+            weights = _trained_weights(down, x.device.type)
+            if weights is not None:
+                return adapted_product(self.gate_proj(x), self.up_proj(x), self.act_fn, weights)
+        return super().forward(x)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _put_behind(module: nn.Module, kind: type[_Behind], gate: Gate) -> None:
+    if not isinstance(module, kind):
+        module.__class__ = _mixed(kind, type(module))
+    cast(Any, module).opened_by = gate
+
+
+@cache
+def _mixed(kind: type[_Behind], of: type[nn.Module]) -> type[nn.Module]:
+    return cast(type[nn.Module], type(of.__name__, (kind, of), {}))
+
+
+def _new(kind: type[_Behind], of: type[nn.Module]) -> nn.Module:
+    made = _mixed(kind, of)
+    return made.__new__(made)
 
 
 def _trained_weights(layer: LoraLayer, device: str) -> AdaptedWeights | None:
@@ -337,7 +386,7 @@ def _attach_gated_units(model: nn.Module, gate: Gate) -> None:
         down = parts["down_proj"]
         if None in parts.values() or not isinstance(down, LoraLayer) or not _is_gated_unit(module):
             continue
-        cast(Any, module).forward = partial(_gated_unit, module, type(module).forward, gate)
+        _put_behind(module, _GatedUnit, gate)
 
 
 @torch.no_grad()
@@ -349,16 +398,6 @@ def _is_gated_unit(module: Any) -> bool:
     x = torch.linspace(-1, 1, width, dtype=weight.dtype, device=weight.device).view(1, 1, width)
     expected = module.down_proj(module.act_fn(module.gate_proj(x)) * module.up_proj(x))
     return torch.equal(type(module).forward(module, x), expected)
-
-
-def _gated_unit(module: Any, forward: Callable[..., Tensor], gate: Gate, x: Tensor) -> Tensor:
-    down, opening = module.down_proj, gate.opening
-    is_plain = len(down.lora_variant) == len(down.scaling)
-    if is_plain and opening is not None and opening.is_everywhere and torch.is_grad_enabled():
-        weights = _trained_weights(down, x.device.type)
-        if weights is not None:
-            return adapted_product(module.gate_proj(x), module.up_proj(x), module.act_fn, weights)
-    return forward(module, x)
 
 
 def _low_rank_term(module: LoraLayer, adapter_name: str, x: Tensor) -> Tensor:

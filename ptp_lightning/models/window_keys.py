@@ -158,6 +158,7 @@ class JointKeys(WindowKeys):
         return torch.cat([tokens.transpose(1, 2), places], dim=1)
 
 
+@torch.compiler.disable  # keys and values are found by a layer's number, which compiled layers have to be free of
 def attend_windows(
     module: nn.Module,
     query: Tensor,

@@ -56,6 +56,7 @@ class DistillationModule(PredictorModule):
             order is theirs. What they give is logged as `val/correct_tokens/temperature_0.50`, see `sampling_label`.
         activation_checkpointing: compute what decoder layers remember again in the backward pass instead: less memory,
             more time.
+        compile: run decoder layers through `torch.compile` where gradients are wanted; see `PredictorModule`.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class DistillationModule(PredictorModule):
         position_weights: PositionWeights = UniformWeights(),  # noqa: B008  frozen
         val_sampling: tuple[SamplingConfig, ...] = (),
         activation_checkpointing: bool = False,
+        compile: bool = False,
     ) -> None:
         require_sound(loss, predictor.objective.name)
         if predictor.student.trains_base:
@@ -79,7 +81,7 @@ class DistillationModule(PredictorModule):
                 "it is to learn: set predictor.student to FullCopyStudent or GatedLoraStudent, or train without a "
                 "teacher (InverseAutoregressiveModule)"
             )
-        super().__init__(predictor, optimizer, activation_checkpointing)
+        super().__init__(predictor, optimizer, activation_checkpointing, compile)
         self.loss = loss
         self.source = source
         self.val_source = val_source

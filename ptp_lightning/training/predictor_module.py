@@ -17,6 +17,7 @@ from ptp_lightning.data.completions_datamodule import CompletionsDataModule
 from ptp_lightning.data.packed_datamodule import PackedDataModule
 from ptp_lightning.metrics import WindowSummary, as_tags
 from ptp_lightning.models.activation_checkpointing import checkpoint_layers
+from ptp_lightning.models.compiled_layers import compile_layers
 from ptp_lightning.models.context import Context
 from ptp_lightning.models.predictor import ParallelTokenPredictor
 from ptp_lightning.models.predictor_config import PredictorConfig
@@ -36,6 +37,9 @@ class PredictorModule(TrainingModule):
         optimizer: optimiser and schedule.
         activation_checkpointing: keep only what decoder layers and refiner read, and compute the rest again in the
             backward pass: less memory, about a third more time.
+        compile: run decoder layers through `torch.compile` where gradients are wanted, for a GPU that waits for Python:
+            small models, short batches. Needs a C++ compiler and minutes at the start. What reads without gradients,
+            contexts, validation and decoding, stays as it is.
 
     Attributes:
         val_summary: of the last validation or test; the callbacks show it.
@@ -43,12 +47,18 @@ class PredictorModule(TrainingModule):
     """
 
     def __init__(
-        self, predictor: PredictorConfig, optimizer: OptimizerSettings, activation_checkpointing: bool = False
+        self,
+        predictor: PredictorConfig,
+        optimizer: OptimizerSettings,
+        activation_checkpointing: bool = False,
+        compile: bool = False,
     ) -> None:
         super().__init__(optimizer)
         self.strict_loading = False  # frozen weights are not in the checkpoint
         self.predictor = ParallelTokenPredictor(predictor)
         self.val_summary: WindowSummary | None = None
+        if compile:  # first, so that what is computed again is compiled, too
+            compile_layers(self.decoder_layers("set model.init_args.compile to false"))
         if activation_checkpointing:
             layers = self.decoder_layers("set model.init_args.activation_checkpointing to false")
             refiner = self.predictor.refiner

@@ -82,6 +82,7 @@ class InverseAutoregressiveModule(PredictorModule):
         position_weights: how much each slot of a window weighs in the slots' loss.
         activation_checkpointing: compute what decoder layers remember again in the backward pass instead: less memory,
             more time.
+        compile: run decoder layers through `torch.compile` where gradients are wanted; see `PredictorModule`.
 
     Raises:
         ValueError: the student, objective, loss, position weights, refiner or temperature has no teacher-free training;
@@ -99,6 +100,7 @@ class InverseAutoregressiveModule(PredictorModule):
         slot_loss: Loss | None = None,
         position_weights: PositionWeights = UniformWeights(),  # noqa: B008  frozen
         activation_checkpointing: bool = False,
+        compile: bool = False,
     ) -> None:
         require_teacher_free(predictor)
         slot_loss = loss if slot_loss is None else slot_loss
@@ -118,7 +120,7 @@ class InverseAutoregressiveModule(PredictorModule):
                 f"{type(position_weights).__name__}: no teacher says which proposals are right; set UniformWeights or "
                 "GeometricWeights"
             )
-        super().__init__(predictor, optimizer, activation_checkpointing)
+        super().__init__(predictor, optimizer, activation_checkpointing, compile)
         self.loss = loss
         self.slot_loss = slot_loss
         self.position_weights = position_weights

@@ -67,6 +67,7 @@ def parsed(args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the base model")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--dense", action="store_true", help="attend through one mask of all windows of a row")
+    parser.add_argument("--compile", action="store_true", help="see configs/strategy/compile.yaml")
     parser.add_argument("--json", type=Path, help="a file for the figures")
     return parser.parse_args(args)
 
@@ -141,7 +142,7 @@ def make_module(network: dict[str, Any], options: argparse.Namespace) -> Distill
         lora=LoraSettings(rank=options.rank),
         sampling=SamplingConfig(),
     )
-    return DistillationModule(config, loss=CrossEntropy(), source=DatasetWindows())
+    return DistillationModule(config, loss=CrossEntropy(), source=DatasetWindows(), compile=options.compile)
 
 
 def random_batch(options: argparse.Namespace, vocab: int, windows: int) -> PackedBatch:

@@ -10,6 +10,8 @@ import torch
 import yaml
 
 from ptp_lightning.data.batch import PackedBatch
+from ptp_lightning.models.compiled_layers import compile_layers
+from ptp_lightning.models.decoder_stack import decoder_layers
 from ptp_lightning.models.window_keys import WindowKeys
 from ptp_lightning.randomness import keyed_generator
 from ptp_lightning.training.student_windows import StudentWindows
@@ -107,13 +109,16 @@ def test_a_checkpoint_of_the_gpu_decodes_on_the_cpu(tmp_path: Path) -> None:
     assert texts[0] == texts[1]
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_flex_attention_is_attention_by_blocks(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In bfloat16, states and gradients; both are as near to float64 as numbers of 8 bits can be."""
+@pytest.mark.parametrize(("family", "head_size"), [("llama", 16), ("qwen3", 16), ("llama", 8)])
+def test_flex_attention_is_attention_by_blocks(family: str, head_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bfloat16, states and gradients; both are as near to float64 as numbers of 8 bits can be.
+
+    Heads of 8 are too small for FlexAttention.
+    """
     results = []
     for dtype, flexes in ((torch.float64, False), (torch.bfloat16, False), (torch.bfloat16, True)):
         monkeypatch.setattr(WindowKeys, "flexes", flexes)
-        predictor = make_predictor.__wrapped__(family)
+        predictor = make_predictor.__wrapped__(family, hidden_size=4 * head_size)
         predictor = predictor.double() if dtype == torch.float64 else cast_weights(predictor, dtype)
         input_ids, auxiliaries = inputs()
         batch = make_batch(input_ids)
@@ -126,6 +131,24 @@ def test_flex_attention_is_attention_by_blocks(family: str, monkeypatch: pytest.
     for right, blocks, flex in zip(exact, by_blocks, by_flex, strict=True):
         errors = [(found - right).norm() / right.norm() for found in (blocks, flex)]
         assert errors[1] < max(2 * errors[0], 0.02), errors
+
+
+@pytest.mark.parametrize(("dtype", "largest"), [(torch.float32, 1e-4), (torch.bfloat16, 0.02)], ids=str)
+def test_compiled_layers_are_those_that_are_not(dtype: torch.dtype, largest: float) -> None:
+    """States and gradients, in comparison with their norms."""
+    predictor = cast_weights(make_predictor.__wrapped__("llama", hidden_size=64), dtype).cuda()
+    input_ids, auxiliaries = inputs()
+    results = []
+    for compiles in (False, True):
+        if compiles:
+            compile_layers(decoder_layers([predictor.base_model], ""))
+        predictor.zero_grad()
+        hidden = predictor.slot_hidden(encode(predictor, make_batch(input_ids).to("cuda")), auxiliaries.cuda())
+        hidden.double().square().sum().backward()
+        gradients = [parameter.grad for parameter in predictor.parameters() if parameter.grad is not None]
+        results.append([tensor.double() for tensor in (hidden.detach(), *gradients)])
+    for plain, compiled in zip(*results, strict=True):
+        assert (compiled - plain).norm() < largest * plain.norm()
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def make_batch(input_ids: Tensor) -> PackedBatch:
 
 
 @cache
-def make_predictor(family: str, objective: str = "categorical") -> ParallelTokenPredictor:
+def make_predictor(family: str, objective: str = "categorical", hidden_size: int = 32) -> ParallelTokenPredictor:
     """A predictor whose adapter is not at its initial zero."""
     torch.manual_seed(1)
     config = PredictorConfig(
@@ -42,7 +42,9 @@ def make_predictor(family: str, objective: str = "categorical") -> ParallelToken
         lora=LoraSettings(rank=4),
         window_length=WINDOW_LENGTH,
     )
-    predictor = ParallelTokenPredictor(config, TINY_MODELS[family](vocab_size=VOCAB_SIZE)).eval()
+    predictor = ParallelTokenPredictor(
+        config, TINY_MODELS[family](vocab_size=VOCAB_SIZE, hidden_size=hidden_size)
+    ).eval()
     for name, parameter in predictor.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)

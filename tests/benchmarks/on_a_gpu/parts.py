@@ -10,6 +10,7 @@ HERE = "tests.benchmarks.on_a_gpu"
 TEXT = {"prompt": 128, "new": 128, "drafted": 7, "slots": 32, "right": 0.8, "repetitions": 3}
 SHORT_TEXT = {"prompt": 16, "new": 12, "drafted": 2, "slots": 4, "right": 0.8, "repetitions": 1}
 STEP = {"dtype": "bfloat16", "vocab": 32000}
+LONG_STEP = {**STEP, "rows": 16, "row_length": 1024}  # keeps a GPU busy
 SHORT_STEP = {"dtype": "float32", "vocab": 64, "rows": 1, "row_length": 32, "window_length": 4, "steps": 1}
 
 
@@ -31,9 +32,12 @@ def _decoding(device: str, model: str, vocab: int, dtype: str, sizes: dict[str, 
     return Part(f"decoding {model}", f"{HERE}.decoding:speed", arguments, share)
 
 
-def _training(device: str, model: str, options: dict[str, Any], windows: list[int], share: float) -> Part:
-    arguments = {"device": device, "options": {"model": model, **options}, "windows": windows}
-    return Part(f"training {model}", f"{HERE}.training:rows", arguments, share)
+def _training(
+    device: str, model: str, options: dict[str, Any], windows: list[int], share: float, name: str = ""
+) -> Part:
+    options = {"model": model, **options}
+    arguments = {"device": device, "options": options, "windows": windows, "compiled": device == "cuda"}
+    return Part(f"training {model}{name}", f"{HERE}.training:rows", arguments, share)
 
 
 def _tests(options: list[str]) -> Part:
@@ -48,8 +52,9 @@ PARTS = {
         _shipped("cuda", TEXT),
         _decoding("cuda", "135m", 32000, "bfloat16", TEXT, share=2.5),
         _decoding("cuda", "1.1b", 32000, "bfloat16", TEXT, share=2.5),
-        _training("cuda", "135m", STEP, [16, 64], share=1.5),
+        _training("cuda", "135m", STEP, [16, 64], share=2.5),
         _training("cuda", "1.1b", STEP, [16, 64], share=2.5),
+        _training("cuda", "1.1b", LONG_STEP, [64], share=2.5, name=" on long rows"),
         _tests(["-m", "gpu", "tests/gpu"]),
     ),
     "cpu": (

@@ -16,30 +16,35 @@ from tests.tiny_distillation import LLAMA, make_module
 
 LARGEST_DIFFERENCE = 1e-4  # of norms, in float32
 GFLOPS_PER_TFLOP = 1000
+DENSE, COMPILED = "dense", "compiled blocks"
+WAYS = {"blocks": [], DENSE: ["--dense"], COMPILED: ["--compile"]}
+"""And the options of `training_step`."""
 COMPARED = argparse.Namespace(rows=2, row_length=32, window_length=4)
 
 
-def rows(record: Record, *, device: str, options: dict[str, Any], windows: list[int]) -> None:
-    """Compare both ways, then measure them.
+def rows(record: Record, *, device: str, options: dict[str, Any], windows: list[int], compiled: bool = False) -> None:
+    """Compare blocks and the dense mask, then measure both, and blocks in compiled layers.
 
     Args:
         record: takes the rows.
         device: where.
         options: of `training_step`, without the dashes, but for the number of windows.
         windows: numbers of windows a row.
+        compiled: whether the third is measured, too.
     """
     if attempt(record, "blocks = dense", lambda: difference(torch.device(device))) is None:
         return  # what computes something else need not be timed
     for number in windows:
         found = {}
-        for way in ("blocks", "dense"):
+        for way in [way for way in WAYS if compiled or way != COMPILED]:
             arguments = {**options, "device": device, "windows": number}
             found[way] = attempt(
-                record, f"N {number}, {way}", lambda way=way, arguments=arguments: step(way == "blocks", arguments)
+                record, f"N {number}, {way}", lambda way=way, arguments=arguments: step(way, arguments)
             )
-        blocks, dense = found["blocks"], found["dense"]
-        if blocks is not None and dense is not None:
-            attempt(record, f"N {number}, dense / blocks", lambda b=blocks, d=dense: _ratios(d, b))
+        dense = found.pop(DENSE)
+        for way, figures in found.items():
+            if figures is not None and dense is not None:
+                attempt(record, f"N {number}, {DENSE} / {way}", lambda f=figures, d=dense: _ratios(d, f))
 
 
 def difference(device: torch.device) -> dict[str, Figure]:
@@ -80,12 +85,12 @@ def difference(device: torch.device) -> dict[str, Figure]:
     return {"dtype": "float32", "difference_hidden": states, "difference_gradients": gradients}
 
 
-def step(in_blocks: bool, arguments: dict[str, Any]) -> dict[str, Figure]:
-    """What `training_step` measures for these arguments."""
+def step(way: str, arguments: dict[str, Any]) -> dict[str, Figure]:
+    """What `training_step` measures in this way for these arguments."""
     if arguments["device"] == "cuda":
         torch.cuda.empty_cache()
     words = [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
-    options = training_step.parsed(words if in_blocks else [*words, "--dense"])
+    options = training_step.parsed([*words, *WAYS[way]])
     found = training_step.measure(options, options.vocab[0], options.windows[0], torch.device(options.device))
     return {
         "dtype": options.dtype,
@@ -96,6 +101,6 @@ def step(in_blocks: bool, arguments: dict[str, Any]) -> dict[str, Figure]:
     }
 
 
-def _ratios(dense: dict[str, Figure], blocks: dict[str, Figure]) -> dict[str, Figure]:
-    found = {name: (dense[name], blocks[name]) for name in ("seconds", "megabytes")}
+def _ratios(dense: dict[str, Figure], other: dict[str, Figure]) -> dict[str, Figure]:
+    found = {name: (dense[name], other[name]) for name in ("seconds", "megabytes")}
     return {f"times_{name}": float(a) / float(b) if a is not None and b else None for name, (a, b) in found.items()}

@@ -1,0 +1,129 @@
+"""Compiled decoder layers compute the same, share what is compiled, and leave alone what reads without gradients."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from ptp_lightning.models import LoraSettings, ParallelTokenPredictor, PredictorConfig
+from ptp_lightning.models.activation_checkpointing import checkpoint_layers
+from ptp_lightning.models.compiled_layers import compile_layers
+from ptp_lightning.models.decoder_stack import decoder_layers
+from tests.tiny_models import TINY_MODELS
+from tests.tiny_predictors import STUDENTS
+from tests.tiny_shared_students import encode, make_batch
+
+LENGTH = 5
+GRAPHS_OF_A_LAYER = 4
+"""Norm, products before attention, product behind it, norm and products of the rest."""
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> None:
+    """Nothing that another test has compiled."""
+    torch._dynamo.reset()
+
+
+def make_predictor(family: str = "llama", student: str = "gated_lora", **settings: Any) -> ParallelTokenPredictor:
+    """Trained a little, without dropout."""
+    torch.manual_seed(1)
+    config = PredictorConfig(lora=LoraSettings(rank=4), window_length=LENGTH, student=STUDENTS[student])
+    predictor = ParallelTokenPredictor(config, TINY_MODELS[family](vocab_size=30, **settings))
+    for parameter in predictor.parameters():
+        if parameter.requires_grad and not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    return predictor.eval()
+
+
+def layers_of(predictor: ParallelTokenPredictor) -> list[torch.nn.Module]:
+    twin = predictor.student_copy
+    return decoder_layers([predictor.base_model] if twin is None else [predictor.base_model, twin], "")
+
+
+def slot_states(predictor: ParallelTokenPredictor) -> Tensor:
+    generator = torch.Generator().manual_seed(2)
+    auxiliaries = torch.rand(*make_batch().window_starts.shape, LENGTH, dtype=torch.float64, generator=generator)
+    return predictor.slot_hidden(encode(predictor, make_batch()), auxiliaries)
+
+
+def results(predictor: ParallelTokenPredictor) -> dict[str, Tensor]:
+    """States of slots, and gradients by everything that is trained."""
+    predictor.zero_grad()
+    hidden = slot_states(predictor)
+    hidden.square().sum().backward()
+    gradients = {name: value.grad for name, value in predictor.named_parameters() if value.grad is not None}
+    return {"hidden": hidden.detach(), **gradients}
+
+
+@pytest.mark.parametrize(
+    ("family", "student"), [*(("llama", name) for name in STUDENTS), *((name, "gated_lora") for name in TINY_MODELS)]
+)
+def test_states_and_gradients_are_the_same(family: str, student: str) -> None:
+    predictor = make_predictor(family, student)
+    plain = results(predictor)
+    counter = CompileCounterWithBackend("aot_eager")
+    compile_layers(layers_of(predictor), counter)
+    compiled = results(predictor)
+    assert counter.frame_count
+    torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-6)
+
+
+def test_layers_share_what_is_compiled() -> None:
+    """Twelve layers, more than torch compiles one function for, and a second step: still the graphs of one layer."""
+    predictor = make_predictor(num_hidden_layers=12)
+    counter = CompileCounterWithBackend("aot_eager")
+    compile_layers(layers_of(predictor), counter)
+    results(predictor)
+    results(predictor)
+    assert counter.frame_count == GRAPHS_OF_A_LAYER
+
+
+def test_what_is_compiled_for_one_layer_has_no_other_layers_weights() -> None:
+    predictor = make_predictor()
+    plain = results(predictor)
+    layers = layers_of(predictor)
+    compile_layers(layers, "aot_eager")
+    results(predictor)
+    for parameter in layers[-1].parameters():
+        parameter.data.mul_(1.5)
+    changed = results(predictor)["hidden"]
+    for parameter in layers[-1].parameters():
+        parameter.data.div_(1.5)
+    assert (changed - plain["hidden"]).abs().max() > 1e-2
+    torch.testing.assert_close(results(predictor)["hidden"], plain["hidden"], rtol=1e-4, atol=1e-6)
+
+
+def test_nothing_is_compiled_without_gradients() -> None:
+    predictor = make_predictor()
+    counter = CompileCounterWithBackend("aot_eager")
+    expected = slot_states(predictor)
+    compile_layers(layers_of(predictor), counter)
+    with torch.no_grad():
+        torch.testing.assert_close(slot_states(predictor), expected, rtol=0, atol=0)
+    assert counter.frame_count == 0
+
+
+def test_layers_may_be_computed_again() -> None:
+    predictor = make_predictor()
+    plain = results(predictor)
+    compile_layers(layers_of(predictor), "aot_eager")
+    checkpoint_layers(layers_of(predictor), predictor.gate)
+    torch.testing.assert_close(results(predictor), plain, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_of_gated_layers_have_a_gate_of_their_own(duplicate: Any) -> None:
+    """Their class is made when a gate is put in front of them, and has no name in a module."""
+    predictor = make_predictor()
+    expected = slot_states(predictor)
+    twin = duplicate(predictor)
+    torch.testing.assert_close(slot_states(twin), expected, rtol=0, atol=0)
+    assert twin.gate is not predictor.gate
+    layer = next(module for module in twin.modules() if hasattr(module, "opened_by"))
+    assert layer.opened_by is twin.gate
