@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from torch import Tensor
 
 from ptp_lightning.data.batch import PackedBatch
 from ptp_lightning.models.compiled_layers import compile_layers
@@ -109,6 +110,11 @@ def test_a_checkpoint_of_the_gpu_decodes_on_the_cpu(tmp_path: Path) -> None:
     assert texts[0] == texts[1]
 
 
+def directions(hidden: Tensor) -> Tensor:
+    """Whose sum with the states has gradients; that of normalised states' squares has none."""
+    return torch.randn(hidden.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(hidden.device)
+
+
 @pytest.mark.parametrize(("family", "head_size"), [("llama", 16), ("qwen3", 16), ("llama", 8)])
 def test_flex_attention_is_attention_by_blocks(family: str, head_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In bfloat16, states and gradients; both are as near to float64 as numbers of 8 bits can be.
@@ -124,7 +130,7 @@ def test_flex_attention_is_attention_by_blocks(family: str, head_size: int, monk
         batch = make_batch(input_ids)
         predictor = predictor.cuda()
         hidden = predictor.slot_hidden(encode(predictor, batch.to("cuda")), auxiliaries.cuda())
-        hidden.double().square().sum().backward()
+        (hidden.double() * directions(hidden)).sum().backward()
         gradients = [parameter.grad for parameter in predictor.parameters() if parameter.grad is not None]
         results.append([tensor.double() for tensor in (hidden.detach(), *gradients)])
     exact, by_blocks, by_flex = results
@@ -133,7 +139,7 @@ def test_flex_attention_is_attention_by_blocks(family: str, head_size: int, monk
         assert errors[1] < max(2 * errors[0], 0.02), errors
 
 
-@pytest.mark.parametrize(("dtype", "largest"), [(torch.float32, 1e-4), (torch.bfloat16, 0.02)], ids=str)
+@pytest.mark.parametrize(("dtype", "largest"), [(torch.float32, 1e-4), (torch.bfloat16, 0.05)], ids=str)
 def test_compiled_layers_are_those_that_are_not(dtype: torch.dtype, largest: float) -> None:
     """States and gradients, in comparison with their norms."""
     predictor = cast_weights(make_predictor.__wrapped__("llama", hidden_size=64), dtype).cuda()
@@ -144,7 +150,7 @@ def test_compiled_layers_are_those_that_are_not(dtype: torch.dtype, largest: flo
             compile_layers(decoder_layers([predictor.base_model], ""))
         predictor.zero_grad()
         hidden = predictor.slot_hidden(encode(predictor, make_batch(input_ids).to("cuda")), auxiliaries.cuda())
-        hidden.double().square().sum().backward()
+        (hidden.double() * directions(hidden)).sum().backward()
         gradients = [parameter.grad for parameter in predictor.parameters() if parameter.grad is not None]
         results.append([tensor.double() for tensor in (hidden.detach(), *gradients)])
     for plain, compiled in zip(*results, strict=True):

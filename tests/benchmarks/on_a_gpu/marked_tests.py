@@ -8,13 +8,14 @@ from tests.benchmarks.on_a_gpu.rows import LONGEST_REASON, Record, Row
 
 
 def rows(record: Record, *, options: list[str]) -> None:
-    """Run pytest in this process. What tests print is captured, but for what their own processes print.
+    """Run pytest, in this process unless the options say otherwise. What tests print is captured, but for what their
+    own processes print.
 
     Raises:
         RuntimeError: it could not run the tests, or found none.
     """
     status = pytest.main(
-        [*options, "-n", "0", "--capture", "sys", "-p", "no:cacheprovider"], plugins=[_Recorder(record)]
+        ["-n", "0", "--capture", "sys", "-p", "no:cacheprovider", *options], plugins=[_Recorder(record)]
     )
     if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         raise RuntimeError(f"pytest ended with {pytest.ExitCode(status).name}")

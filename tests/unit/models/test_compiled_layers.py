@@ -31,14 +31,14 @@ def fresh_compiler() -> None:
 
 
 def make_predictor(family: str = "llama", student: str = "gated_lora", **settings: Any) -> ParallelTokenPredictor:
-    """Trained a little, without dropout."""
+    """Trained a little, without dropout; in float64, whose rounding is no excuse."""
     torch.manual_seed(1)
     config = PredictorConfig(lora=LoraSettings(rank=4), window_length=LENGTH, student=STUDENTS[student])
     predictor = ParallelTokenPredictor(config, TINY_MODELS[family](vocab_size=30, **settings))
     for parameter in predictor.parameters():
         if parameter.requires_grad and not parameter.any():
             torch.nn.init.normal_(parameter, std=0.1)
-    return predictor.eval()
+    return predictor.double().eval()
 
 
 def layers_of(predictor: ParallelTokenPredictor) -> list[torch.nn.Module]:
@@ -56,13 +56,15 @@ def results(predictor: ParallelTokenPredictor) -> dict[str, Tensor]:
     """States of slots, and gradients by everything that is trained."""
     predictor.zero_grad()
     hidden = slot_states(predictor)
-    hidden.square().sum().backward()
+    weights = torch.randn(hidden.shape[-1], generator=torch.Generator().manual_seed(3))
+    (hidden * weights).sum().backward()  # not their norms, which are the same for all
     gradients = {name: value.grad for name, value in predictor.named_parameters() if value.grad is not None}
     return {"hidden": hidden.detach(), **gradients}
 
 
 @pytest.mark.parametrize(
-    ("family", "student"), [*(("llama", name) for name in STUDENTS), *((name, "gated_lora") for name in TINY_MODELS)]
+    ("family", "student"),
+    [*(("llama", name) for name in STUDENTS), *((name, "gated_lora") for name in TINY_MODELS if name != "llama")],
 )
 def test_states_and_gradients_are_the_same(family: str, student: str) -> None:
     predictor = make_predictor(family, student)
@@ -71,7 +73,7 @@ def test_states_and_gradients_are_the_same(family: str, student: str) -> None:
     compile_layers(layers_of(predictor), counter)
     compiled = results(predictor)
     assert counter.frame_count
-    torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(compiled, plain, rtol=1e-7, atol=1e-9)
 
 
 def test_layers_share_what_is_compiled() -> None:
@@ -96,7 +98,7 @@ def test_what_is_compiled_for_one_layer_has_no_other_layers_weights() -> None:
     for parameter in layers[-1].parameters():
         parameter.data.div_(1.5)
     assert (changed - plain["hidden"]).abs().max() > 1e-2
-    torch.testing.assert_close(results(predictor)["hidden"], plain["hidden"], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(results(predictor)["hidden"], plain["hidden"], rtol=1e-7, atol=1e-9)
 
 
 def test_nothing_is_compiled_without_gradients() -> None:
@@ -114,7 +116,7 @@ def test_layers_may_be_computed_again() -> None:
     plain = results(predictor)
     compile_layers(layers_of(predictor), "aot_eager")
     checkpoint_layers(layers_of(predictor), predictor.gate)
-    torch.testing.assert_close(results(predictor), plain, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(results(predictor), plain, rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
