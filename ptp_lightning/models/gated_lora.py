@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any, NamedTuple, NoReturn, cast
 
 import torch
@@ -21,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ptp_lightning.models.adapted_linear import AdaptedWeights, adapted_linear, adapted_product
+from ptp_lightning.models.mixed_in import MixedIn, mix_in
 
 ALL_LINEAR = "all-linear"
 
@@ -272,21 +272,14 @@ def attach_gate(peft_model: PeftModel) -> Gate:
     return gate
 
 
-class _Behind:
+class _Behind(MixedIn):
     """Mixed into the class of a module whose `forward` asks the gate.
-
-    A class rather than a `forward` of each object: code that torch compiles is then the same for all layers.
 
     Attributes:
         opened_by: the gate.
     """
 
     opened_by: Gate
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """For files and copies: the class is none that can be found by its name."""
-        _, _, *state = super().__reduce_ex__(protocol)
-        return (_new, (type(self).__bases__), *state)
 
 
 class _GatedLayer(_Behind):
@@ -345,19 +338,8 @@ class _GatedUnit(_Behind):
 
 
 def _put_behind(module: nn.Module, kind: type[_Behind], gate: Gate) -> None:
-    if not isinstance(module, kind):
-        module.__class__ = _mixed(kind, type(module))
+    mix_in(module, kind)
     cast(Any, module).opened_by = gate
-
-
-@cache
-def _mixed(kind: type[_Behind], of: type[nn.Module]) -> type[nn.Module]:
-    return cast(type[nn.Module], type(of.__name__, (kind, of), {}))
-
-
-def _new(kind: type[_Behind], of: type[nn.Module]) -> nn.Module:
-    made = _mixed(kind, of)
-    return made.__new__(made)
 
 
 def _trained_weights(layer: LoraLayer, device: str) -> AdaptedWeights | None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ptp_lightning.models.backbone import BackboneSettings, architecture_fingerprint, fingerprint, load_backbone
 from ptp_lightning.models.conditioning import SettingsEmbedding
 from ptp_lightning.models.context import Context
+from ptp_lightning.models.lean_layers import make_lean
 from ptp_lightning.models.lower_layers import LowerLayers
 from ptp_lightning.models.predictor_config import PredictorConfig
 from ptp_lightning.models.refiner import Refiner, RefinerContext
@@ -58,6 +59,8 @@ class ParallelTokenPredictor(nn.Module):
         # Weights that are trained themselves do not identify anything.
         self.base_fingerprint = (architecture_fingerprint if config.student.trains_base else fingerprint)(backbone)
         self._in_blocks = attend_by_windows(backbone)
+        if self._in_blocks:
+            make_lean(backbone)
         table: Tensor = backbone.get_input_embeddings().weight  # pyright: ignore[reportAssignmentType]
         _require_plain_head(backbone)
         self.slot_encoder = SlotEncoder(config.objective, config.features, config.head, table)

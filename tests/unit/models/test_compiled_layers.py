@@ -62,6 +62,13 @@ def results(predictor: ParallelTokenPredictor) -> dict[str, Tensor]:
     return {"hidden": hidden.detach(), **gradients}
 
 
+def assert_same(found: dict[str, Tensor], plain: dict[str, Tensor]) -> None:
+    """By norms: those of the layers are in float32 even in float64."""
+    assert found.keys() == plain.keys()
+    for name, value in plain.items():
+        assert (found[name] - value).norm() < 1e-5 * value.norm(), name
+
+
 @pytest.mark.parametrize(
     ("family", "student"),
     [*(("llama", name) for name in STUDENTS), *((name, "gated_lora") for name in TINY_MODELS if name != "llama")],
@@ -73,7 +80,7 @@ def test_states_and_gradients_are_the_same(family: str, student: str) -> None:
     compile_layers(layers_of(predictor), counter)
     compiled = results(predictor)
     assert counter.frame_count
-    torch.testing.assert_close(compiled, plain, rtol=1e-7, atol=1e-9)
+    assert_same(compiled, plain)
 
 
 def test_layers_share_what_is_compiled() -> None:
@@ -98,7 +105,7 @@ def test_what_is_compiled_for_one_layer_has_no_other_layers_weights() -> None:
     for parameter in layers[-1].parameters():
         parameter.data.div_(1.5)
     assert (changed - plain["hidden"]).abs().max() > 1e-2
-    torch.testing.assert_close(results(predictor)["hidden"], plain["hidden"], rtol=1e-7, atol=1e-9)
+    assert_same(results(predictor), plain)
 
 
 def test_nothing_is_compiled_without_gradients() -> None:
@@ -116,7 +123,7 @@ def test_layers_may_be_computed_again() -> None:
     plain = results(predictor)
     compile_layers(layers_of(predictor), "aot_eager")
     checkpoint_layers(layers_of(predictor), predictor.gate)
-    torch.testing.assert_close(results(predictor), plain, rtol=1e-7, atol=1e-9)
+    assert_same(results(predictor), plain)
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
