@@ -2,8 +2,10 @@
 
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import astuple
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -100,21 +102,32 @@ def test_strategies_go_behind_another(
     assert "ddp" in str(trainer["strategy"]) if name == "ddp" else "FullyShardedStrategy" in str(trainer["strategy"])
 
 
-def test_activation_checkpointing_goes_behind_another(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("name", "called"),
+    [
+        ("activation_checkpointing", "ptp_lightning.models.activation_checkpointing.checkpoint"),
+        ("compile", "ptp_lightning.models.compiled_layers.torch.compile"),
+    ],
+)
+def test_ways_to_run_layers_go_behind_another(
+    name: str, called: str, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    again: list[bool] = []
+    runs: list[bool] = []
+
+    def run(function: Callable[..., Any], **_: Any) -> Any:
+        """As the function called would: what it runs, or a function that runs it."""
+        if name == "compile":
+            return lambda *args, **kwargs: runs.append(True) or function(*args, **kwargs)
+        return runs.append(True) or function()
+
     first = ROOT / "configs" / "embedded_adapter.yaml"
-    second = ROOT / "configs" / "strategy" / "activation_checkpointing.yaml"
-    monkeypatch.setattr(
-        "ptp_lightning.models.activation_checkpointing.checkpoint",
-        lambda function, **_: again.append(True) or function(),
-    )
+    second = ROOT / "configs" / "strategy" / f"{name}.yaml"
+    monkeypatch.setattr(called, run)
     monkeypatch.chdir(tmp_path)
-    run = ["fit", "--config", str(shrink(first, corpus, tmp_path)), "--config", str(second)]
-    monkeypatch.setattr(sys, "argv", ["ptp_lightning", *run])
+    words = ["fit", "--config", str(shrink(first, corpus, tmp_path)), "--config", str(second)]
+    monkeypatch.setattr(sys, "argv", ["ptp_lightning", *words])
     main()
-    assert again
+    assert runs
 
 
 def test_checkpoints_appear_complete_or_not_at_all(
