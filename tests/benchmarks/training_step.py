@@ -33,6 +33,7 @@ from ptp_lightning.models import (
     OneHotObjective,
     PredictorConfig,
 )
+from ptp_lightning.models.compiled_layers import compile_layers
 from ptp_lightning.randomness import keyed_generator
 from ptp_lightning.sampling import SamplingConfig
 from ptp_lightning.training import DatasetWindows, DistillationModule
@@ -96,14 +97,25 @@ def main() -> None:
         options.json.write_text(json.dumps({"options": vars(options), "gemm_gflops": rate, "rows": rows}, default=str))
 
 
-def measure(options: argparse.Namespace, vocab: int, windows: int, device: torch.device) -> dict[str, float]:
-    """Seconds and megabytes of a step, without those of the model that is there before, and the product's rate."""
-    torch.manual_seed(0)
-    network = LLAMA | MODELS[options.model] | {"vocab_size": vocab}
-    module = make_module(network, options).to(device)
-    module.predictor._in_blocks = module.predictor._in_blocks and not options.dense
+def measure(
+    options: argparse.Namespace,
+    vocab: int,
+    windows: int,
+    device: torch.device,
+    module: DistillationModule | None = None,
+) -> dict[str, float]:
+    """Seconds and megabytes of a step, without those of the model that is there before, and the product's rate.
+
+    The model is that of the options, or one that `build` has made for them before; compiled, it remains so.
+    """
+    module = build(options, vocab, device) if module is None else module
+    in_blocks = module.predictor._in_blocks
+    module.predictor._in_blocks = in_blocks and not options.dense
+    if options.compile:
+        compile_layers(module.decoder_layers(""))
     trained = [parameter for parameter in module.predictor.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=device.type == "cuda")
+    torch.manual_seed(1)
     batch = random_batch(options, vocab, windows).to(device)
 
     def step(number: int) -> None:
@@ -126,11 +138,18 @@ def measure(options: argparse.Namespace, vocab: int, windows: int, device: torch
             begin = clock(device)
             step(number)
             seconds.append(clock(device) - begin)
+    module.predictor._in_blocks = in_blocks
     return {
         "seconds": median(seconds[NUM_WARM_UP:]),
         "megabytes": (memory.peak_bytes - before) / MEGABYTE,
         "gemm_gflops": rate,
     }
+
+
+def build(options: argparse.Namespace, vocab: int, device: torch.device) -> DistillationModule:
+    """The model of the options."""
+    torch.manual_seed(0)
+    return make_module(LLAMA | MODELS[options.model] | {"vocab_size": vocab}, options).to(device)
 
 
 def make_module(network: dict[str, Any], options: argparse.Namespace) -> DistillationModule:
@@ -142,7 +161,7 @@ def make_module(network: dict[str, Any], options: argparse.Namespace) -> Distill
         lora=LoraSettings(rank=options.rank),
         sampling=SamplingConfig(),
     )
-    return DistillationModule(config, loss=CrossEntropy(), source=DatasetWindows(), compile=options.compile)
+    return DistillationModule(config, loss=CrossEntropy(), source=DatasetWindows())
 
 
 def random_batch(options: argparse.Namespace, vocab: int, windows: int) -> PackedBatch:

@@ -78,7 +78,8 @@ def test_every_part_has_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert rows[part]["square product"]["tflops"] > 0
     assert rows["decoding small"]["a call, 3 tokens, 4 slots, graphs"]["steps"] > 1
     assert rows["training small"]["blocks = dense"]["difference_gradients"] > 0
-    blocks, dense, ratio = (rows["training small"][f"N 2, {way}"] for way in ("blocks", "dense", "dense / blocks"))
+    ways = ("blocks", "dense", "dense / blocks")
+    blocks, dense, ratio = (rows["training small"][f"1 x 32 tokens, N 2: {way}"] for way in ways)
     assert ratio["times_seconds"] == dense["seconds"] / blocks["seconds"]
     assert {row["outcome"] for row in rows["tests"].values()} == {"passed"}
     text = (tmp_path / "report.md").read_text()

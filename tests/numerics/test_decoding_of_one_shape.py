@@ -231,7 +231,7 @@ def test_a_dense_step_reads_windows_through_one_mask(monkeypatch: pytest.MonkeyP
     sizes = {"rows": 1, "row_length": 12, "window_length": 3, "windows": 1, "vocab": 40, "rank": 1, "steps": 1}
     for way, in_blocks in {"blocks": True, training.DENSE: False}.items():
         calls.clear()
-        found = training.step(way, {"device": "cpu", "dtype": "float32", **sizes})
+        found = training.step(training.parse(way, {"device": "cpu", "dtype": "float32", **sizes}))
         assert calls and all(found_in_blocks == in_blocks for found_in_blocks in calls)
         assert found["seconds"]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ptp_lightning.randomness import keyed_generator
-from ptp_lightning.training import DatasetWindows
+from ptp_lightning.training import DatasetWindows, DistillationModule
 from tests.benchmarks import training_step
 from tests.benchmarks.on_a_gpu.rows import Figure, Record, attempt
 from tests.tiny_distillation import LLAMA, make_module
@@ -22,29 +22,39 @@ WAYS = {"blocks": [], DENSE: ["--dense"], COMPILED: ["--compile"]}
 COMPARED = argparse.Namespace(rows=2, row_length=32, window_length=4)
 
 
-def rows(record: Record, *, device: str, options: dict[str, Any], windows: list[int], compiled: bool = False) -> None:
+def rows(
+    record: Record, *, device: str, options: dict[str, Any], sizes: list[dict[str, int]], compiled: bool = False
+) -> None:
     """Compare blocks and the dense mask, then measure both, and blocks in compiled layers.
 
     Args:
         record: takes the rows.
         device: where.
-        options: of `training_step`, without the dashes, but for the number of windows.
-        windows: numbers of windows a row.
-        compiled: whether the third is measured, too.
+        options: of `training_step`, without the dashes, but for sizes.
+        sizes: rows, row_length and windows of batches.
+        compiled: whether compiled layers are measured, too.
     """
     if attempt(record, "blocks = dense", lambda: difference(torch.device(device))) is None:
         return  # what computes something else need not be timed
-    for number in windows:
-        found = {}
-        for way in [way for way in WAYS if compiled or way != COMPILED]:
-            arguments = {**options, "device": device, "windows": number}
-            found[way] = attempt(
-                record, f"N {number}, {way}", lambda way=way, arguments=arguments: step(way, arguments)
-            )
-        dense = found.pop(DENSE)
-        for way, figures in found.items():
+    module: list[DistillationModule] = []  # one for all: to draw random weights takes longer than to measure
+
+    def measured(way: str, batch: dict[str, int]) -> dict[str, Figure]:
+        parsed = parse(way, {**options, **batch, "device": device})
+        if not module:
+            module.append(training_step.build(parsed, parsed.vocab[0], torch.device(device)))
+        return step(parsed, module[0])
+
+    found: dict[str, dict[str, dict[str, Figure] | None]] = {}
+    for way in [way for way in WAYS if compiled or way != COMPILED]:  # compiled layers remain so: the last
+        for batch in sizes:
+            batch_name = "{rows} x {row_length} tokens, N {windows}".format(**batch)
+            figures = attempt(record, f"{batch_name}: {way}", lambda w=way, b=batch: measured(w, b))
+            found.setdefault(batch_name, {})[way] = figures
+    for batch_name, of_ways in found.items():
+        dense = of_ways.pop(DENSE)
+        for way, figures in of_ways.items():
             if figures is not None and dense is not None:
-                attempt(record, f"N {number}, {DENSE} / {way}", lambda f=figures, d=dense: _ratios(d, f))
+                attempt(record, f"{batch_name}: {DENSE} / {way}", lambda f=figures, d=dense: _ratios(d, f))
 
 
 def difference(device: torch.device) -> dict[str, Figure]:
@@ -85,13 +95,17 @@ def difference(device: torch.device) -> dict[str, Figure]:
     return {"dtype": "float32", "difference_hidden": states, "difference_gradients": gradients}
 
 
-def step(way: str, arguments: dict[str, Any]) -> dict[str, Figure]:
-    """What `training_step` measures in this way for these arguments."""
-    if arguments["device"] == "cuda":
-        torch.cuda.empty_cache()
+def parse(way: str, arguments: dict[str, Any]) -> argparse.Namespace:
+    """Options of `training_step` for a way of attending."""
     words = [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
-    options = training_step.parsed([*words, *WAYS[way]])
-    found = training_step.measure(options, options.vocab[0], options.windows[0], torch.device(options.device))
+    return training_step.parsed([*words, *WAYS[way]])
+
+
+def step(options: argparse.Namespace, module: DistillationModule | None = None) -> dict[str, Figure]:
+    """What `training_step` measures."""
+    if options.device == "cuda":
+        torch.cuda.empty_cache()
+    found = training_step.measure(options, options.vocab[0], options.windows[0], torch.device(options.device), module)
     return {
         "dtype": options.dtype,
         "seconds": found["seconds"],
