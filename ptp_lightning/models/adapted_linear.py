@@ -8,7 +8,7 @@ by x are added up in place. The last layer of a gated unit, x = act(g) u, keeps 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-PART_ROWS = 512
+from ptp_lightning.models.row_parts import in_parts
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -108,7 +108,7 @@ class _AdaptedProduct(torch.autograd.Function):
         # What stays is allocated before what goes: small pieces that stay in between would cut freed memory up.
         result = gate.new_empty(*gate.shape[:-1], base.shape[0])
         reduced = lora_a.new_empty(*gate.shape[:-1], lora_a.shape[0])
-        for own_gate, own_up, to_result, to_reduced in zip(*map(_in_parts, (gate, up, result, reduced)), strict=True):
+        for own_gate, own_up, to_result, to_reduced in zip(*map(in_parts, (gate, up, result, reduced)), strict=True):
             _forward(activation(own_gate).mul_(own_up), weights, to_result, to_reduced)
         ctx.save_for_backward(gate, up, reduced, base, lora_a, lora_b)
         ctx.activation, ctx.scale = activation, scale
@@ -122,7 +122,7 @@ class _AdaptedProduct(torch.autograd.Function):
         of_gate, of_up = torch.empty_like(gate), torch.empty_like(up)
         of_a, of_b = torch.zeros_like(lora_a), torch.zeros_like(lora_b)
         tensors = (grad, gate, up, reduced, of_gate, of_up)
-        for own_grad, own_gate, own_up, own_reduced, to_gate, to_up in zip(*map(_in_parts, tensors), strict=True):
+        for own_grad, own_gate, own_up, own_reduced, to_gate, to_up in zip(*map(in_parts, tensors), strict=True):
             with torch.enable_grad():
                 leaf = own_gate.detach().requires_grad_()
                 activated = ctx.activation(leaf)
@@ -134,12 +134,6 @@ class _AdaptedProduct(torch.autograd.Function):
             torch.mul(of_x, activated.detach(), out=to_up)
             to_gate.copy_(torch.autograd.grad(activated, leaf, of_x.mul_(own_up))[0])
         return of_gate, of_up, None, None, None, of_a, of_b, None
-
-
-def _in_parts(tensor: Tensor) -> Sequence[Tensor]:
-    """Rows `[..., D]` as a few `[m, D]` at a time: on a CPU, what is made of them stays in the cache, and is small."""
-    rows = tensor.flatten(0, -2)
-    return [rows] if rows.is_cuda else rows.split(PART_ROWS)
 
 
 def _forward(x: Tensor, weights: AdaptedWeights, result: Tensor, reduced: Tensor) -> None:

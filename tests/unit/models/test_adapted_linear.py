@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, linear, silu
 
-from ptp_lightning.models import adapted_linear as adapted
-from ptp_lightning.models import gated_lora
+from ptp_lightning.models import gated_lora, row_parts
 from ptp_lightning.models.adapted_linear import AdaptedWeights, adapted_linear, adapted_product
 from ptp_lightning.models.gated_lora import LoraSettings, add_gated_lora
 from tests.tiny_models import TINY_MODELS, cast_weights, tiny_llama
@@ -20,7 +19,7 @@ ROWS, INPUTS, OUTPUTS, RANK = (2, 5), 4, 3, 2
 
 @pytest.fixture(autouse=True)
 def several_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adapted, "PART_ROWS", 3)  # of 10 rows
+    monkeypatch.setattr(row_parts, "PART_ROWS", 3)  # of 10 rows
 
 
 def random_weights(has_bias: bool) -> AdaptedWeights:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, apply_rotary_pos_emb
 
-from ptp_lightning.models import LoraSettings, ParallelTokenPredictor, PredictorConfig
-from ptp_lightning.models.lean_layers import PART_ROWS, make_lean, rms_norm, rotated
+from ptp_lightning.models import LoraSettings, ParallelTokenPredictor, PredictorConfig, row_parts
+from ptp_lightning.models.lean_layers import make_lean, rms_norm, rotated
 from ptp_lightning.models.mixed_in import MixedIn
 from ptp_lightning.models.window_keys import attend_by_windows
 from tests.tiny_models import TINY_MODELS, cast_weights, tiny_llama
@@ -42,7 +42,7 @@ class TestRmsNorm:
     def test_rows_in_several_parts_and_numbers_of_16_bits(self, dtype: torch.dtype) -> None:
         norm = LlamaRMSNorm(8).to(dtype)
         norm.weight.requires_grad_(False).copy_(uniform(8))
-        x = uniform(2, PART_ROWS, 8).to(dtype).requires_grad_()
+        x = uniform(2, row_parts.PART_ROWS, 8).to(dtype).requires_grad_()
         other = x.detach().clone().requires_grad_()
         expected, found = norm(x), rms_norm(other, norm.weight, norm.variance_epsilon)
         expected.backward(uniform(*x.shape).to(dtype))

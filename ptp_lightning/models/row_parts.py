@@ -1,0 +1,15 @@
+"""Tensors a few rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+PART_ROWS = 512
+
+
+def in_parts(tensor: Tensor) -> Sequence[Tensor]:
+    """Rows `[..., D]` as a few `[m, D]` at a time: on a CPU, what is made of them stays in the cache, and is small."""
+    rows = tensor.flatten(0, -2)
+    return [rows] if rows.is_cuda else rows.split(PART_ROWS)
