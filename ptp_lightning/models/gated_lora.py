@@ -329,8 +329,9 @@ class _GatedUnit(_Behind):
     def forward(self: Any, x: Tensor) -> Tensor:
         """`[..., width]` to the same."""
         down, opening = self.down_proj, self.opened_by.opening
-        is_plain = len(down.lora_variant) == len(down.scaling)
-        if is_plain and opening is not None and opening.is_everywhere and torch.is_grad_enabled():
+        is_everywhere = opening is not None and opening.is_everywhere and torch.is_grad_enabled()
+        # Once the adapter is unloaded, it is a plain layer.
+        if is_everywhere and isinstance(down, LoraLayer) and len(down.lora_variant) == len(down.scaling):
             weights = _trained_weights(down, x.device.type)
             if weights is not None:
                 return adapted_product(self.gate_proj(x), self.up_proj(x), self.act_fn, weights)

@@ -279,6 +279,16 @@ class TestFiles:
             attach_gate(tiny_llama())  # pyright: ignore[reportArgumentType]
 
 
+@pytest.mark.parametrize("family", TINY_MODELS)
+def test_unloading_gives_the_base_model_back(family: str) -> None:
+    base = TINY_MODELS[family]()
+    tokens = torch.arange(1, 9).view(1, 8)
+    expected = base(tokens).logits
+    model, gate = add_gated_lora(base, LoraSettings(rank=2))
+    with gate.open():
+        assert torch.equal(model.unload()(tokens).logits, expected)
+
+
 @pytest.mark.parametrize("method", ["merge_and_unload", "merge_adapter"])
 @pytest.mark.parametrize("safe_merge", [False, True])
 def test_merging_is_refused_and_changes_nothing(method: str, safe_merge: bool) -> None:
