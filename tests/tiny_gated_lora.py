@@ -7,7 +7,8 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ptp_lightning.models.gated_lora import Gate, LoraSettings, add_gated_lora
+from ptp_lightning.models.gate import Gate
+from ptp_lightning.models.gated_lora import LoraSettings, add_gated_lora
 
 CONTEXT, SLOTS = 7, 4
 INPUT_IDS = torch.arange(2 * (CONTEXT + SLOTS)).reshape(2, -1) % 64

@@ -18,7 +18,6 @@ from ptp_lightning.models.predictor import ParallelTokenPredictor
 from ptp_lightning.sampling import Sampler
 
 NUM_RANDOM_CHANGES = 256
-NUM_ROWS = 32  # of a batch whose products may round otherwise than those of one text
 NUM_STEPS = 2  # of the dtype, by which logits of calls of other shapes may always differ
 SMALLEST_ROUNDING = 1e-4  # of float32 logits, whose sums over layers differ by more than a step
 SPREAD_FACTOR = 2.0  # by how much more than calls that were tried others may differ
@@ -66,8 +65,7 @@ def explains(
 ) -> bool:
     """Whether rounding explains that `token_id` stands at `place`, instead of the reference's token."""
     token_ids = [*prompt, *reference[:place]]
-    fillers = settings.window_length - 1
-    shapes = ((0, 0, 1), (len(token_ids) - 1, 0, 1), (0, fillers, 1), (0, 0, NUM_ROWS), (0, fillers, NUM_ROWS))
+    shapes = ((0, 0), (len(token_ids) - 1, 0), (0, settings.window_length - 1))
     logits, *others = (_logits(predictor, token_ids, settings, *shape) for shape in shapes)
     rounding = max(
         NUM_STEPS * torch.finfo(logits.dtype).eps * float(logits.abs().max()),
@@ -84,17 +82,13 @@ def _logits(
     settings: GenerationSettings,
     num_read_before: int,
     num_fillers: int,
-    num_rows: int,
 ) -> Tensor:
-    """`[V]`, what follows the tokens; some are read in a call before, and fillers stand behind the last.
-
-    Rows of a call are all the same.
-    """
-    context, _, _, _ = begin(predictor, [token_ids] * num_rows, replace(settings, max_new_tokens=1), None, None)
-    tokens = torch.tensor([[*token_ids, *[token_ids[-1]] * num_fillers]], device=context.device).expand(num_rows, -1)
+    """`[V]`, what follows the tokens; some are read in a call before, and fillers stand behind the last."""
+    context, _, _, _ = begin(predictor, [token_ids], replace(settings, max_new_tokens=1), None, None)
+    tokens = torch.tensor([[*token_ids, *[token_ids[-1]] * num_fillers]], device=context.device)
     if num_read_before:
         context.read(tokens[:, :num_read_before])
-        context.keep([num_read_before] * num_rows)
+        context.keep([num_read_before])
     hidden, _ = context.read(tokens[:, num_read_before:])
     return predictor.logits(hidden[0, len(token_ids) - 1 - num_read_before])
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ptp_lightning.models.caches import same_tensors
-from ptp_lightning.models.gated_lora import Gate
+from ptp_lightning.models.gate import Gate
 
 if TYPE_CHECKING:
     pass

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
 
 from ptp_lightning.models.row_parts import in_parts
 
@@ -46,8 +45,6 @@ class AdaptedWeights(NamedTuple):
 
 def adapted_linear(x: Tensor, weights: AdaptedWeights) -> Tensor:
     """`[..., in]` to `[..., out]` in the dtype of W, with gradients for x, A and B."""
-    if torch.compiler.is_compiling():
-        return _plainly(x, weights)
     result = _AdaptedLinear.apply(x.to(weights.base.dtype), *weights)
     assert isinstance(result, Tensor)
     return result
@@ -55,18 +52,9 @@ def adapted_linear(x: Tensor, weights: AdaptedWeights) -> Tensor:
 
 def adapted_product(gate: Tensor, up: Tensor, activation: Activation, weights: AdaptedWeights) -> Tensor:
     """`adapted_linear(activation(gate) * up)`, with gradients for both, A and B; `activation` is elementwise."""
-    if torch.compiler.is_compiling():
-        return _plainly(activation(gate) * up, weights)
     result = _AdaptedProduct.apply(gate, up, activation, *weights)
     assert isinstance(result, Tensor)
     return result
-
-
-def _plainly(x: Tensor, weights: AdaptedWeights) -> Tensor:
-    """For a compiler, which finds out itself what to keep."""
-    base, bias, lora_a, lora_b, scale = weights
-    reduced = functional.linear(x.to(lora_a.dtype), lora_a)
-    return functional.linear(x.to(base.dtype), base, bias) + (functional.linear(reduced, lora_b) * scale).to(base.dtype)
 
 
 class _AdaptedLinear(torch.autograd.Function):

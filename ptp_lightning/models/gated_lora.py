@@ -7,10 +7,8 @@ this module only decides, for every token position, whether they act.
 
 import re
 import warnings
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, NoReturn, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from peft import LoraConfig, PeftMixedModel, PeftModel, get_peft_model
@@ -20,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ptp_lightning.models.adapted_linear import AdaptedWeights, adapted_linear, adapted_product
+from ptp_lightning.models.gate import Gate
 from ptp_lightning.models.mixed_in import MixedIn, mix_in
 
 ALL_LINEAR = "all-linear"
@@ -59,81 +58,6 @@ class LoraSettings:
         for pattern, rank in self.rank_pattern.items():
             if rank < 1:
                 raise ValueError(f"predictor.lora.rank_pattern['{pattern}'] must be at least 1, found {rank}")
-
-
-class Opening(NamedTuple):
-    """Where an open gate lets the adapter act: a mask [B, T], the last `suffix` positions, or (both None) all."""
-
-    mask: Tensor | None
-    suffix: int | None
-
-    @property
-    def is_everywhere(self) -> bool:
-        """All positions."""
-        return self.mask is None and self.suffix is None
-
-
-class Gate:
-    """The one switch of all gated layers of a model; closed unless a `with` block opens it.
-
-    While it is closed no LoRA arithmetic runs and the adapter's parameters take no part in the graph. To keep them in
-    it without any effect (DDP wants a gradient for every parameter on every rank) open it with `suffix=0`.
-
-    Activation checkpointing runs the forward pass again during backward, when the `with` block may have ended. Let the
-    recomputation see the gate as it was by passing `checkpoint_contexts`:
-
-        model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": gate.checkpoint_contexts})
-
-    Without it, keep the block open until backward is done: under another gate torch's non-reentrant checkpoint raises
-    `CheckpointError`, but the reentrant one silently returns wrong gradients.
-    """
-
-    def __init__(self) -> None:
-        self.opening: Opening | None = None  # where the adapter acts; set by the context managers only
-
-    @contextmanager
-    def open(self, mask: Tensor | None = None, *, suffix: int | None = None) -> Iterator[None]:
-        """Let the adapter act inside the block: everywhere, where a mask is true, or on each row's last positions.
-
-        Args:
-            mask: bool [B, T], True where the adapter acts.
-            suffix: Number of last positions on which it acts; like the equivalent mask, but the low-rank term is
-                computed on these positions only. 0 changes nothing and gives zero gradients.
-
-        Raises:
-            ValueError: Both are given, or either is malformed. The layers refuse inputs that the opening does not fit.
-        """
-        if mask is not None and suffix is not None:
-            raise ValueError("the gate opens by mask or by suffix, found both")
-        if mask is not None and (mask.dtype != torch.bool or mask.ndim != 2):
-            raise ValueError(f"the gate mask must be bool [B, T], found {mask.dtype} {list(mask.shape)}")
-        if suffix is not None and suffix < 0:
-            raise ValueError(f"the gate suffix must be at least 0 positions, found {suffix}")
-        with _Hold(self, Opening(mask, suffix)):
-            yield
-
-    def closed(self) -> AbstractContextManager[None]:
-        """Keep the adapter inert inside the block, also within an outer `open` (for a teacher call)."""
-        return _Hold(self, None)
-
-    def checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """The `context_fn` of `torch.utils.checkpoint`: recomputes a layer with the gate of its first computation."""
-        return nullcontext(), _Hold(self, self.opening)
-
-
-class _Hold(AbstractContextManager[None]):
-    """Holds a gate in one state; a class because checkpoints enter theirs again on every further backward."""
-
-    def __init__(self, gate: Gate, opening: Opening | None) -> None:
-        self._gate = gate
-        self._opening = opening
-
-    def __enter__(self) -> None:
-        self._previous = self._gate.opening
-        self._gate.opening = self._opening
-
-    def __exit__(self, *exception: object) -> None:
-        self._gate.opening = self._previous
 
 
 def _refuse_merge(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> NoReturn:
@@ -297,7 +221,7 @@ class _GatedLayer(_Behind):
         is_plain = not (args or kwargs) and len(self.lora_variant) == len(self.scaling)  # all adapters are gated
         if is_plain and opening is None:
             return modules["base_layer"](x)
-        if is_plain and opening is not None and opening.is_everywhere and torch.is_grad_enabled():
+        if is_plain and opening is not None and opening.is_everywhere and _keeps_little():
             weights = _trained_weights(self, x.device.type)
             if weights is not None:
                 return adapted_linear(x, weights)
@@ -329,7 +253,7 @@ class _GatedUnit(_Behind):
     def forward(self: Any, x: Tensor) -> Tensor:
         """`[..., width]` to the same."""
         down, opening = self.down_proj, self.opened_by.opening
-        is_everywhere = opening is not None and opening.is_everywhere and torch.is_grad_enabled()
+        is_everywhere = opening is not None and opening.is_everywhere and _keeps_little()
         # Once the adapter is unloaded, it is a plain layer.
         if is_everywhere and isinstance(down, LoraLayer) and len(down.lora_variant) == len(down.scaling):
             weights = _trained_weights(down, x.device.type)
@@ -341,6 +265,11 @@ class _GatedUnit(_Behind):
 def _put_behind(module: nn.Module, kind: type[_Behind], gate: Gate) -> None:
     mix_in(module, kind)
     cast(Any, module).opened_by = gate
+
+
+def _keeps_little() -> bool:
+    """Whether what autograd keeps is up to this package; a compiler finds out itself."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def _trained_weights(layer: LoraLayer, device: str) -> AdaptedWeights | None:

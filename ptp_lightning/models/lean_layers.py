@@ -124,6 +124,12 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> None:
         second.mul_(own_cos).addcmul_(before, own_sin)
 
 
+def _is_trained_in_own_dtype(x: Tensor) -> bool:
+    """Whether gradients are wanted, of no compiler, and products have the dtype of x: under autocast they do not."""
+    is_trained = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return is_trained and not torch.is_autocast_enabled(x.device.type)
+
+
 class _LeanNorm(MixedIn):
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
         """`[..., H]` to the same."""
@@ -144,7 +150,7 @@ class _LeanAttention(MixedIn):
         **kwargs: Any,
     ) -> tuple[Tensor, Any]:
         """As those of transformers: `[B, T, H]` to the same, and no weights."""
-        if window_keys is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if window_keys is not None and _is_trained_in_own_dtype(hidden_states):
             assert position_embeddings is not None and attention_mask is not None, "given where windows are read"
             return _attend(self, hidden_states, position_embeddings, attention_mask, window_keys), None
         if window_keys is not None:
@@ -159,21 +165,10 @@ def _attend(
 ) -> Tensor:
     """Attention of a layer whose queries and keys are rotated as they come."""
     query, key, value = (layer(hidden) for layer in (module.q_proj, module.k_proj, module.v_proj))
-    # Under autocast products are in another dtype than what they are rotated by, and rotated in the wider one.
-    in_place = query.dtype == key.dtype == tables[0].dtype
-    if in_place:
-        query, key = (rotated(part, *tables) for part in (query, key))
+    query, key = (rotated(part, *tables) for part in (query, key))
     query, key, value = (part.unflatten(-1, (-1, module.head_dim)).transpose(1, 2) for part in (query, key, value))
-    if not in_place:
-        query, key = (_plainly_rotated(part, *tables) for part in (query, key))
     attended = window_keys.attend(module.layer_idx, query, key, value, sees_context.squeeze(1), module.scaling)
     return module.o_proj(attended.flatten(2).contiguous())
-
-
-def _plainly_rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`[B, heads, T, D]`, in the wider of the dtypes."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos.unsqueeze(1) + torch.cat([-second, first], dim=-1) * sin.unsqueeze(1)
 
 
 @torch.no_grad()

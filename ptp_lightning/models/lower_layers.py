@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ptp_lightning.models.decoder_stack import decoder_stack
-from ptp_lightning.models.gated_lora import Gate
+from ptp_lightning.models.gate import Gate
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel

@@ -16,7 +16,7 @@ from ptp_lightning.losses import LossSum
 from ptp_lightning.metrics import PositionMeans
 from ptp_lightning.models.activation_checkpointing import checkpoint_layers
 from ptp_lightning.models.backbone import BackboneSettings, load_backbone, random_model
-from ptp_lightning.models.gated_lora import Gate
+from ptp_lightning.models.gate import Gate
 from ptp_lightning.models.window_attention import context_mask
 from ptp_lightning.training.optimization import OptimizerSettings, configure
 from ptp_lightning.training.training_module import TrainingModule

@@ -14,6 +14,7 @@ import argparse
 import gc
 import itertools
 import json
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -52,6 +53,8 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 NUM_WARM_UP = 2
 MEGABYTE = 1e6
+MICROSECONDS_PER_SECOND = 1e6
+PRODUCTS = ("aten::mm", "aten::bmm", "aten::addmm", "aten::addmm_", "aten::baddbmm_")
 
 
 def parsed(args: list[str] | None = None) -> argparse.Namespace:
@@ -69,6 +72,7 @@ def parsed(args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--dense", action="store_true", help="attend through one mask of all windows of a row")
     parser.add_argument("--compile", action="store_true", help="see configs/strategy/compile.yaml")
+    parser.add_argument("--profile", action="store_true", help="print what takes the time instead, by torch's profiler")
     parser.add_argument("--json", type=Path, help="a file for the figures")
     return parser.parse_args(args)
 
@@ -78,6 +82,10 @@ def main() -> None:
     options = parsed()
     torch.set_num_threads(1)
     device = torch.device(options.device)
+    if options.profile:
+        for vocab, windows in itertools.product(options.vocab, options.windows):
+            profile(options, vocab, windows, device)
+        return
     rate = gemm_rate(device, getattr(torch, options.dtype))
     print(f"{options.model} on {name_of(device)}, {options.dtype}; {rate:.0f} GFLOP/s in a square product")
     rows = []
@@ -106,28 +114,12 @@ def measure(
 ) -> dict[str, float]:
     """Seconds and megabytes of a step, without those of the model that is there before, and the product's rate.
 
-    The model is that of the options, or one that `build` has made for them before; compiled, it remains so.
+    The model is one that `build` has made for these options before, or made now.
     """
     module = build(options, vocab, device) if module is None else module
     in_blocks = module.predictor._in_blocks
     module.predictor._in_blocks = in_blocks and not options.dense
-    if options.compile:
-        compile_layers(module.decoder_layers(""))
-    trained = [parameter for parameter in module.predictor.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=device.type == "cuda")
-    torch.manual_seed(1)
-    batch = random_batch(options, vocab, windows).to(device)
-
-    def step(number: int) -> None:
-        predictor = module.predictor
-        context = predictor.encode(batch.input_ids, batch.document_ids, batch.position_ids, batch.window_starts)
-        sample = module.source.sample(predictor, batch, context, keyed_generator(number), None)
-        hidden = predictor.slot_hidden(context, sample.auxiliaries)
-        loss = module._first_pass_loss(context, hidden, sample)
-        (loss.total / loss.count).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
+    step = make_step(module, options, vocab, windows, device)
     torch.set_num_threads(1)
     rate = gemm_rate(device, getattr(torch, options.dtype))
     gc.collect()
@@ -146,10 +138,57 @@ def measure(
     }
 
 
+def make_step(
+    module: DistillationModule, options: argparse.Namespace, vocab: int, windows: int, device: torch.device
+) -> Callable[[int], None]:
+    """A step of training, which gets its number."""
+    trained = [parameter for parameter in module.predictor.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=device.type == "cuda")
+    torch.manual_seed(1)
+    batch = random_batch(options, vocab, windows).to(device)
+
+    def step(number: int) -> None:
+        predictor = module.predictor
+        context = predictor.encode(batch.input_ids, batch.document_ids, batch.position_ids, batch.window_starts)
+        sample = module.source.sample(predictor, batch, context, keyed_generator(number), None)
+        hidden = predictor.slot_hidden(context, sample.auxiliaries)
+        loss = module._first_pass_loss(context, hidden, sample)
+        (loss.total / loss.count).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def profile(options: argparse.Namespace, vocab: int, windows: int, device: torch.device) -> None:
+    """Print which operations of a step take the time of a CPU, and how fast and how needed matrix products are."""
+    torch.set_num_threads(1)
+    step = make_step(build(options, vocab, device), options, vocab, windows, device)
+    for number in range(NUM_WARM_UP):
+        step(number)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], with_flops=True) as profiled:
+        step(NUM_WARM_UP)
+    operations = profiled.key_averages()
+    print(operations.table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=40))
+    products = [one for one in operations if one.key in PRODUCTS]
+    counted = [one for one in products if one.flops]  # torch counts no operations of those in place, adapters' few
+    share = sum(one.self_cpu_time_total for one in products) / sum(one.self_cpu_time_total for one in operations)
+    seconds = sum(one.self_cpu_time_total for one in counted) / MICROSECONDS_PER_SECOND
+    made, needed = sum(one.flops for one in counted), needed_operations(options, vocab, windows)
+    rate = gemm_rate(device, getattr(torch, options.dtype))
+    print(
+        f"V {vocab}  N {windows}: products take {share:.0%} of the time at "
+        f"{made / seconds / 1e9 / rate:.0%} of the square product's rate; {needed / made:.0%} of them are needed"
+    )
+
+
 def build(options: argparse.Namespace, vocab: int, device: torch.device) -> DistillationModule:
     """The model of the options."""
     torch.manual_seed(0)
-    return make_module(LLAMA | MODELS[options.model] | {"vocab_size": vocab}, options).to(device)
+    module = make_module(LLAMA | MODELS[options.model] | {"vocab_size": vocab}, options).to(device)
+    if options.compile:
+        compile_layers(module.decoder_layers(""))
+    return module
 
 
 def make_module(network: dict[str, Any], options: argparse.Namespace) -> DistillationModule:

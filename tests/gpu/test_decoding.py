@@ -42,7 +42,7 @@ def on_the_gpu(name: str, dtype: str) -> ParallelTokenPredictor:
 
 
 @pytest.mark.parametrize("name", [SHIPPED, "llama", "qwen2", "gpt2", "gpt_neox"])
-@pytest.mark.parametrize(("dtype", "most"), [("float32", 0.0), ("bfloat16", 0.3)])
+@pytest.mark.parametrize(("dtype", "most"), [("float32", 0.0), ("bfloat16", 0.15)])
 def test_texts_are_those_of_one_token_a_call(name: str, dtype: str, most: float) -> None:
     """In bfloat16 a GPU's products of one row and of several round otherwise: near-ties may break the other way."""
     deviating, unexplained, total = 0, 0, 0

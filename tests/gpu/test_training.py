@@ -123,15 +123,15 @@ def states_and_gradients(predictor: ParallelTokenPredictor) -> list[Tensor]:
 
 
 def assert_as_near(exact: list[Tensor], plain: list[Tensor], other: list[Tensor]) -> None:
-    """The other's errors are at most four times the plain ones: of kernels that round where others do not."""
+    """The other's errors are at most twice the plain ones."""
     for right, *found in zip(exact, plain, other, strict=True):
         errors = [float((one - right).norm() / right.norm()) for one in found]
-        assert errors[1] < max(4 * errors[0], 0.02), errors
+        assert errors[1] < max(2 * errors[0], 0.02), errors
 
 
 @pytest.mark.parametrize(("family", "head_size"), [("llama", 16), ("qwen3", 16), ("llama", 8)])
 def test_flex_attention_is_attention_by_blocks(family: str, head_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In bfloat16, states and gradients.
+    """In bfloat16, states and gradients; both are as near to float64 as numbers of 8 bits can be.
 
     Heads of 8 are too small for FlexAttention.
     """

@@ -93,6 +93,32 @@ def test_parts_of_both_devices_are_the_same() -> None:
         assert one.arguments.keys() == wanted[one.function]
 
 
+def test_layers_are_compiled_once_and_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One module for all ways and batches, which layers cannot be taken back from."""
+    from tests.benchmarks.on_a_gpu import training  # here, because parts import this file and have little time
+
+    compiled: list[bool] = []
+    measured: list[tuple[str, bool]] = []
+    monkeypatch.setattr(training, "compile_layers", lambda _: compiled.append(True))
+    sizes = [{"rows": 1, "row_length": 12, "windows": windows} for windows in (1, 2)]
+    options = {"dtype": "float32", "vocab": 40, "window_length": 3, "rank": 1, "steps": 1}
+    training.rows(
+        lambda row: measured.append((row.label, bool(compiled))),
+        device="cpu",
+        options=options,
+        sizes=sizes,
+        compiled=True,
+    )
+    names = [f"1 x 12 tokens, N {windows}" for windows in (1, 2)]
+    assert compiled == [True]
+    assert measured == [
+        ("blocks = dense", False),
+        *((f"{name}: {way}", False) for way in ("blocks", "dense") for name in names),
+        *((f"{name}: compiled blocks", True) for name in names),
+        *((f"{name}: dense / {way}", True) for name in names for way in ("blocks", "compiled blocks")),
+    ]
+
+
 @pytest.mark.parametrize(
     ("failing", "reason", "kept"),
     [

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ptp_lightning.models.compiled_layers import compile_layers
 from ptp_lightning.randomness import keyed_generator
 from ptp_lightning.training import DatasetWindows, DistillationModule
 from tests.benchmarks import training_step
@@ -17,8 +18,8 @@ from tests.tiny_distillation import LLAMA, make_module
 LARGEST_DIFFERENCE = 1e-4  # of norms, in float32
 GFLOPS_PER_TFLOP = 1000
 DENSE, COMPILED = "dense", "compiled blocks"
-WAYS = {"blocks": [], DENSE: ["--dense"], COMPILED: ["--compile"]}
-"""And the options of `training_step`."""
+WAYS = {"blocks": [], DENSE: ["--dense"], COMPILED: []}
+"""And the options of `training_step` for a model that is there: to compile it is no such option."""
 COMPARED = argparse.Namespace(rows=2, row_length=32, window_length=4)
 
 
@@ -36,19 +37,17 @@ def rows(
     """
     if attempt(record, "blocks = dense", lambda: difference(torch.device(device))) is None:
         return  # what computes something else need not be timed
-    module: list[DistillationModule] = []  # one for all: to draw random weights takes longer than to measure
-
-    def measured(way: str, batch: dict[str, int]) -> dict[str, Figure]:
-        parsed = parse(way, {**options, **batch, "device": device})
-        if not module:
-            module.append(training_step.build(parsed, parsed.vocab[0], torch.device(device)))
-        return step(parsed, module[0])
-
+    parsed = parse("blocks", {**options, **sizes[0], "device": device})
+    # One for all ways: to draw random weights takes longer than to measure.
+    module = training_step.build(parsed, parsed.vocab[0], torch.device(device))
     found: dict[str, dict[str, dict[str, Figure] | None]] = {}
-    for way in [way for way in WAYS if compiled or way != COMPILED]:  # compiled layers remain so: the last
+    for way in [way for way in WAYS if compiled or way != COMPILED]:
+        if way == COMPILED:  # the last, because layers remain so
+            compile_layers(module.decoder_layers(""))
         for batch in sizes:
             batch_name = "{rows} x {row_length} tokens, N {windows}".format(**batch)
-            figures = attempt(record, f"{batch_name}: {way}", lambda w=way, b=batch: measured(w, b))
+            parsed = parse(way, {**options, **batch, "device": device})
+            figures = attempt(record, f"{batch_name}: {way}", lambda parsed=parsed: step(parsed, module))
             found.setdefault(batch_name, {})[way] = figures
     for batch_name, of_ways in found.items():
         dense = of_ways.pop(DENSE)

@@ -83,6 +83,15 @@ def test_states_and_gradients_are_the_same(family: str, student: str) -> None:
     assert_same(compiled, plain)
 
 
+@pytest.mark.slow
+def test_inductor_computes_the_same() -> None:
+    """What `compile: true` uses, and what needs a C++ compiler."""
+    predictor = make_predictor()
+    plain = results(predictor)
+    compile_layers(layers_of(predictor))
+    assert_same(results(predictor), plain)
+
+
 def test_layers_share_what_is_compiled() -> None:
     """Twelve layers, more than torch compiles one function for, and a second step: still the graphs of one layer."""
     predictor = make_predictor(num_hidden_layers=12)
