@@ -11,8 +11,7 @@ from torch import Tensor
 
 from ptp_lightning.auxiliary import pick, token_interval
 from ptp_lightning.sampling import Sampler, TokenDistribution, leading
-
-CHUNK_LOGITS = 2**21  # that exist at the same time
+from ptp_lightning.vocabulary_chunks import block_rows, chunk_rows
 
 
 @dataclass(frozen=True)
@@ -47,14 +46,20 @@ class LazyDistributions:
     @torch.no_grad()
     def now(self) -> TokenDistribution:
         """All of them at once: `[..., K]`."""
-        return self.sampler.with_target(self.head(self.hidden))[int(self.is_target)]
+        return self._of(self.head(self.hidden))
 
     def chunks(self, values: Tensor) -> Iterator[tuple[TokenDistribution, Tensor]]:
         """A few distributions at a time, and of `values` `[...]` those that belong to them."""
         hidden = self.hidden.flatten(0, -2)
-        rows = max(CHUNK_LOGITS // self.head(hidden[:0]).shape[-1], 1)
-        for chunk, own in zip(hidden.split(rows), values.flatten().split(rows), strict=True):
-            yield replace(self, hidden=chunk).now(), own
+        vocab_size = self.head(hidden[:0]).shape[-1]
+        size, block_size = chunk_rows(vocab_size, hidden.device), block_rows(vocab_size, hidden.device)
+        for chunk, values_of_chunk in zip(hidden.split(size), values.flatten().split(size), strict=True):
+            blocks = self.head(chunk).split(block_size)
+            for logits, own in zip(blocks, values_of_chunk.split(block_size), strict=True):
+                yield self._of(logits), own
+
+    def _of(self, logits: Tensor) -> TokenDistribution:
+        return self.sampler.with_target(logits)[int(self.is_target)]
 
 
 Distributions = TokenDistribution | LazyDistributions

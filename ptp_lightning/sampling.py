@@ -89,17 +89,16 @@ class TokenDistribution(NamedTuple):
     @torch.no_grad()
     def cumulative_units(self) -> Tensor:
         """Cumulative probability in `units`: `[..., K]`, float64, never decreasing."""
-        return self.units().cumsum(-1)
+        return self.units().cumsum_(-1)
 
     @torch.no_grad()
     def interval(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """`F_{k-1}` and `F_k` `[...]` of entries k `[...]`, the very numbers of `cdf`, without all the others."""
         units, index = self.units(), index.unsqueeze(-1)
-        total = units.sum(-1)
-        own = units.gather(-1, index).squeeze(-1)
-        before = torch.arange(units.shape[-1], device=units.device) < index
-        below = units.mul_(before).sum(-1)
-        return below / total, (below + own) / total
+        own = units.gather(-1, index)
+        cumulative = units.cumsum_(-1)
+        upper, total = cumulative.gather(-1, index), cumulative[..., -1:]
+        return ((upper - own) / total).squeeze(-1), (upper / total).squeeze(-1)
 
     @torch.no_grad()
     def cdf(self) -> Tensor:

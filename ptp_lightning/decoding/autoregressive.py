@@ -39,7 +39,7 @@ def decode_autoregressively(
         context.keep(counts)
         context.laps.lap("forward")
         last = columns_from(hidden, [count - 1 for count in counts], 1)
-        unread = pick(context.auxiliaries(texts.starts, 1), context.sampling.distribution(predictor.logits(last)))
+        unread = pick(context.auxiliaries(texts.starts, 1), context.sampling.distribution(context.logits(last)))
         picks = unread.tolist()
         context.laps.lap("verifying")
         texts.commit(picks, num_calls=1)

@@ -14,7 +14,7 @@ from ptp_lightning.decoding.laps import Laps
 from ptp_lightning.decoding.lookahead import Lookahead, place
 from ptp_lightning.decoding.packed_linear import pack_linear_layers
 from ptp_lightning.decoding.ragged_cache import RaggedCache
-from ptp_lightning.decoding.steady_attention import steady_attention
+from ptp_lightning.decoding.steady_calls import steady
 from ptp_lightning.models.predictor import ParallelTokenPredictor
 from ptp_lightning.models.refiner import RefinerContext
 
@@ -101,6 +101,11 @@ class BatchContext:
         self._latest = (token_ids, tokens, embeddings)
         return tokens, slots
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The base model's `[..., V]` of hidden states `[..., H]` of tokens, whatever others it gets beside them."""
+        with steady(self.predictor.base_model):
+            return self.predictor.logits(hidden)
+
     def keep(self, counts: Sequence[int]) -> None:
         """Of the tokens of the latest `read`, the first `counts[b]` of row b become part of its text."""
         assert self._latest is not None, "nothing was read"
@@ -149,7 +154,7 @@ class BatchContext:
     def _call(self, embeddings: Tensor, num_tokens: int, lookahead: Lookahead | None) -> Tensor:
         self.num_calls += 1
         position_ids, mask = place_within(self.predictor, self._cache.lengths, num_tokens, lookahead, self.device)
-        with steady_attention(self.predictor.base_model):
+        with steady(self.predictor.base_model):
             return self.predictor.decode(embeddings, position_ids, mask, self._cache)
 
 

@@ -72,7 +72,7 @@ def decode_partially_quadratically(
         )
         context.laps.lap("forward")
         verified = columns_from(hidden, [count - 1 for count in counts], drafts.shape[1] + 1)
-        distribution = context.sampling.distribution(predictor.logits(verified))
+        distribution = context.sampling.distribution(context.logits(verified))
         picks = pick(context.auxiliaries(starts, drafts.shape[1] + 1), distribution)
         is_draft = torch.arange(drafts.shape[1]) < torch.tensor(draft_lengths).unsqueeze(1)
         right = (drafts == picks[:, :-1]) & is_draft.to(context.device)

@@ -82,7 +82,7 @@ def measure_costs(
             slots = [allocate(lengths, length, budget)]
             tokens = torch.zeros(1, 1 + length, dtype=torch.long, device=device)
             hidden, ahead = context.read(tokens, Lookahead.branches([1], slots, device))
-            distribution = context.sampling.distribution(predictor.logits(hidden))
+            distribution = context.sampling.distribution(context.logits(hidden))
             picks = pick(context.auxiliaries([0], 1 + length), distribution)
             picks.tolist()  # waits for the device, as the decoder does
             context.keep([0])

@@ -63,7 +63,7 @@ def decode_speculatively(
         context.keep(counts)
         context.laps.lap("forward")
         last = columns_from(hidden, [count - 1 for count in counts], 1)
-        first = pick(context.auxiliaries(starts, 1), context.sampling.distribution(predictor.logits(last)))
+        first = pick(context.auxiliaries(starts, 1), context.sampling.distribution(context.logits(last)))
         if max(texts.remaining) == 1:
             single = [1] * len(starts)
             texts.commit(first.tolist(), context.num_calls - calls_before, correct=single, drafted=single)
@@ -74,7 +74,7 @@ def decode_speculatively(
         # Verify: picks[:, j] is what the base model says after draft[:, j].
         hidden, _ = context.read(draft)
         context.laps.lap("forward")
-        distribution = context.sampling.distribution(predictor.logits(hidden))
+        distribution = context.sampling.distribution(context.logits(hidden))
         picks = pick(context.auxiliaries([start + 1 for start in starts], length), distribution)
         correct = 1 + (draft[:, 1:] == picks[:, :-1]).cumprod(dim=1).sum(dim=1, keepdim=True)
 

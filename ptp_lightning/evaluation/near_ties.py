@@ -90,7 +90,7 @@ def _logits(
         context.read(tokens[:, :num_read_before])
         context.keep([num_read_before])
     hidden, _ = context.read(tokens[:, num_read_before:])
-    return predictor.logits(hidden[0, len(token_ids) - 1 - num_read_before])
+    return context.logits(hidden[0, len(token_ids) - 1 - num_read_before])
 
 
 def is_near_tie(logits: Tensor, u: Tensor, token_id: int, sampling: Sampler, rounding: float) -> bool:

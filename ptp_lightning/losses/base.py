@@ -24,12 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ptp_lightning.lazy_distributions import Distributions
 from ptp_lightning.sampling import TokenDistribution, sizes_may_depend_on_values
-
-CHUNK_LOGITS_CPU = 2**20
-"""Logits of a chunk, unless its size is given: so many stay in a processor's cache."""
-CHUNK_LOGITS_GPU = 2**26
-LEAST_CHUNK_SIZE = 64
-"""Unless it is given: fewer rows make a slow matrix product."""
+from ptp_lightning.vocabulary_chunks import block_rows, chunk_rows, slices
 
 
 class LossSum(NamedTuple):
@@ -168,17 +163,20 @@ class Loss(ABC):
             teacher = teacher.at(kept)
         with torch.enable_grad():
             no_logits = head(hidden[:0].detach())
-        chunks = self._chunks(kept.numel(), no_logits)
-        measured: dict[int, Tensor] = {}  # by the first slot of the chunk; the backward pass does not measure again
+        vocab_size = no_logits.shape[-1]
+        chunks = list(slices(kept.numel(), self.chunk_size or chunk_rows(vocab_size, hidden.device)))
+        measured: dict[int, Tensor] = {}  # by the first of the slots; the backward pass does not measure again
 
-        def chunk_losses(chunk_hidden: Tensor, rows: slice) -> Tensor:
-            logits = head(chunk_hidden)
+        def losses_of(logits: Tensor, rows: slice) -> Tensor:
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             if measure is not None and rows.start not in measured:
                 with torch.no_grad():
                     measured[rows.start] = measure(logits.detach(), kept[rows])
-            chunk_teacher = teacher.at(rows).now() if teacher is not None and self.needs_teacher else None
-            return self.per_slot(logits, token_ids[rows], chunk_teacher)
+            own_teacher = teacher.at(rows).now() if teacher is not None and self.needs_teacher else None
+            return self.per_slot(logits, token_ids[rows], own_teacher)
+
+        def chunk_losses(chunk_hidden: Tensor, rows: slice) -> Tensor:
+            return losses_of(head(chunk_hidden), rows)
 
         if len(chunks) == 1 and no_logits.requires_grad:  # computing the logits twice would save nothing
             nats = chunk_losses(hidden, chunks[0])
@@ -191,7 +189,8 @@ class Loss(ABC):
                 ]
             )
         elif hidden.requires_grad and torch.is_grad_enabled():
-            nats = _LossesWithGradients.apply(hidden, chunk_losses, chunks)
+            block_size = block_rows(vocab_size, hidden.device)
+            nats = _LossesWithGradients.apply(hidden, head, losses_of, chunks, block_size)
             assert isinstance(nats, Tensor)
         else:
             nats = torch.cat([chunk_losses(hidden[rows], rows) for rows in chunks])
@@ -200,11 +199,6 @@ class Loss(ABC):
             nats = torch.where(counts, nats, 0)
             of_slots = None if of_slots is None else torch.where(counts, of_slots, 0)
         return SlotLosses(kept, nats, of_slots)
-
-    def _chunks(self, num_slots: int, no_logits: Tensor) -> list[slice]:
-        most = CHUNK_LOGITS_GPU if no_logits.is_cuda else CHUNK_LOGITS_CPU
-        size = self.chunk_size or max(most // no_logits.shape[-1], LEAST_CHUNK_SIZE)
-        return [slice(start, min(start + size, num_slots)) for start in range(0, max(num_slots, 1), size)]
 
     def weighted_sum(self, losses: SlotLosses, weights: Tensor) -> LossSum:
         """Sum `losses`, each times its weight; `weights` [M] get no gradient."""
@@ -239,17 +233,29 @@ class _LossesWithGradients(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, chunk_losses: Callable[[Tensor, slice], Tensor], chunks: list[slice]
+        ctx: Any,
+        hidden: Tensor,
+        head: Head,
+        losses_of: Callable[[Tensor, slice], Tensor],
+        chunks: list[slice],
+        block_size: int,
     ) -> Tensor:
         # What stays is allocated before what goes: small pieces that stay in between would cut freed memory up.
         gradients = torch.empty_like(hidden)
         nats = hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
-        for rows in chunks:
+        for chunk in chunks:
+            leaf = hidden[chunk].detach().requires_grad_()
             with torch.enable_grad():
-                leaf = hidden[rows].detach().requires_grad_()
-                losses = chunk_losses(leaf, rows)
-                (gradients[rows],) = torch.autograd.grad(losses.sum(), leaf)
-            nats[rows] = losses.detach()
+                logits = head(leaf)
+            by_logits = torch.empty_like(logits)
+            for block in slices(len(leaf), block_size):
+                slots = slice(chunk.start + block.start, chunk.start + block.stop)
+                with torch.enable_grad():
+                    block_logits = logits.detach()[block].requires_grad_()
+                    losses = losses_of(block_logits, slots)
+                    (by_logits[block],) = torch.autograd.grad(losses.sum(), block_logits)
+                nats[slots] = losses.detach()
+            (gradients[chunk],) = torch.autograd.grad(logits, leaf, by_logits)
         ctx.save_for_backward(gradients)
         return nats
 
@@ -257,4 +263,4 @@ class _LossesWithGradients(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_nats: Tensor) -> tuple[Tensor | None, ...]:
         (gradients,) = ctx.saved_tensors
-        return (gradients * grad_nats.unsqueeze(-1)).to(gradients.dtype), None, None
+        return (gradients * grad_nats.unsqueeze(-1)).to(gradients.dtype), None, None, None, None

@@ -43,9 +43,10 @@ NUM_CALLS = 1 + 20
 by_sampling = pytest.mark.parametrize("sampling", SAMPLING.values(), ids=SAMPLING)
 
 
-def predictor(**more: Any) -> ParallelTokenPredictor:
+def predictor(dtype: str = "float32", **more: Any) -> ParallelTokenPredictor:
     torch.manual_seed(0)
-    backbone = BackboneSettings(from_config=LLAMA | {"vocab_size": 64, "max_position_embeddings": 256})
+    network = LLAMA | {"vocab_size": 64, "max_position_embeddings": 256}
+    backbone = BackboneSettings(from_config=network, dtype=dtype)
     return ParallelTokenPredictor(PredictorConfig(backbone, lora=LoraSettings(rank=4), **more)).eval()
 
 
@@ -103,11 +104,20 @@ def host_operations(model: ParallelTokenPredictor, decoder: CapturedDecoder, cal
     return operations.found
 
 
+def test_texts_are_those_of_one_token_a_call_in_bfloat16() -> None:
+    """Though keys of the cache that hold nothing yet are read, too."""
+    model = predictor("bfloat16")
+    expected = reference(model, settings(SAMPLING["sampled"]))
+    decoder = CapturedDecoder(model, settings(SAMPLING["sampled"]), len(PROMPT), BRANCHES[-1])
+    assert decoder.decode(PROMPT)[0] == expected
+
+
 @by_sampling
 @pytest.mark.parametrize("branches", BRANCHES, ids=str)
-def test_a_call_can_be_captured(sampling: SamplingConfig, branches: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_call_can_be_captured(sampling: SamplingConfig, branches: tuple[int, ...], dtype: str) -> None:
     """A CUDA graph can hold it: it neither waits for the device nor copies from the host."""
-    model = predictor()
+    model = predictor(dtype)
     guesses = torch.zeros(NUM_TOKENS, dtype=torch.long)
     decoder = CapturedDecoder(model, settings(sampling), len(PROMPT), branches, guesses)
     assert host_operations(model, decoder, decoder.call) == []

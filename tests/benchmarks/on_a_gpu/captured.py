@@ -20,6 +20,7 @@ from ptp_lightning.auxiliary import pick
 from ptp_lightning.decoding import GenerationSettings, StudentProposer
 from ptp_lightning.decoding.lookahead import Lookahead, place
 from ptp_lightning.decoding.ragged_cache import LayerWithRoom
+from ptp_lightning.decoding.steady_calls import steady
 from ptp_lightning.models import ParallelTokenPredictor
 
 NUM_WARM_UP = 3
@@ -101,6 +102,10 @@ class CapturedDecoder:
 
     def call(self) -> None:
         """One call, of the same operations each time: verify, look ahead, commit, propose."""
+        with steady(self._predictor.base_model):
+            self._call()
+
+    def _call(self) -> None:
         predictor, num_read = self._predictor, self._tokens.shape[1]
         embeddings, position_ids, mask = predictor.embed(self._tokens), self._length + self._places, self._mask()
         self._cache.columns = self._length + torch.arange(len(self._own), device=self._length.device)
@@ -127,9 +132,9 @@ class CapturedDecoder:
         self._cache.columns = torch.arange(len(prompt), device=device)
         position_ids, own = place([0], len(prompt), None, device)
         mask = pad(own, (0, self._cache.capacity - len(prompt)), value=False)
-        with predictor.gate.closed():
+        with predictor.gate.closed(), steady(predictor.base_model):
             hidden = predictor.decode(predictor.embed(token_ids), position_ids, mask, self._cache)
-        distribution = self._sampling.distribution(predictor.logits(hidden[:, -1:]))
+            distribution = self._sampling.distribution(predictor.logits(hidden[:, -1:]))
         self._length.fill_(len(prompt))
         self._start.fill_(1)
         self._tokens.zero_()
