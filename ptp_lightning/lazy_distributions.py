@@ -52,7 +52,7 @@ class LazyDistributions:
         """A few distributions at a time, and of `values` `[...]` those that belong to them."""
         hidden = self.hidden.flatten(0, -2)
         vocab_size = self.head(hidden[:0]).shape[-1]
-        size, block_size = chunk_rows(vocab_size, hidden.device), block_rows(vocab_size, hidden.device)
+        size, block_size = chunk_rows(vocab_size, hidden), block_rows(vocab_size, hidden)
         for chunk, values_of_chunk in zip(hidden.split(size), values.flatten().split(size), strict=True):
             blocks = self.head(chunk).split(block_size)
             for logits, own in zip(blocks, values_of_chunk.split(block_size), strict=True):

@@ -164,7 +164,7 @@ class Loss(ABC):
         with torch.enable_grad():
             no_logits = head(hidden[:0].detach())
         vocab_size = no_logits.shape[-1]
-        chunks = list(slices(kept.numel(), self.chunk_size or chunk_rows(vocab_size, hidden.device)))
+        chunks = list(slices(kept.numel(), self.chunk_size or chunk_rows(vocab_size, hidden)))
         measured: dict[int, Tensor] = {}  # by the first of the slots; the backward pass does not measure again
 
         def losses_of(logits: Tensor, rows: slice) -> Tensor:
@@ -189,7 +189,7 @@ class Loss(ABC):
                 ]
             )
         elif hidden.requires_grad and torch.is_grad_enabled():
-            block_size = block_rows(vocab_size, hidden.device)
+            block_size = block_rows(vocab_size, hidden)
             nats = _LossesWithGradients.apply(hidden, head, losses_of, chunks, block_size)
             assert isinstance(nats, Tensor)
         else:

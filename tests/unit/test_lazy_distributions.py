@@ -16,8 +16,8 @@ SHAPE, H, V = (2, 3, 4), 5, 11
 
 @pytest.fixture(autouse=True)
 def several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lazy_distributions, "chunk_rows", lambda vocab_size, device: 7)  # of 24
-    monkeypatch.setattr(lazy_distributions, "block_rows", lambda vocab_size, device: 3)
+    monkeypatch.setattr(lazy_distributions, "chunk_rows", lambda vocab_size, hidden: 7)  # of 24
+    monkeypatch.setattr(lazy_distributions, "block_rows", lambda vocab_size, hidden: 3)
 
 
 def lazy(config: SamplingConfig, *, is_target: bool = False) -> LazyDistributions:

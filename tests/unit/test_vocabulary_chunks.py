@@ -1,11 +1,14 @@
 """Chunks have enough rows for a product, and no more logits than memory likes; blocks lie in a cache."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
+from torch import Tensor
 
 from ptp_lightning.vocabulary_chunks import block_rows, chunk_rows, slices
 
-CPU, GPU = torch.device("cpu"), torch.device("cuda")
+HIDDEN = torch.zeros(1, 2)
 
 
 @pytest.mark.parametrize(
@@ -20,12 +23,13 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
     ],
 )
 def test_on_a_cpu(vocab_size: int, chunk: int, block: int) -> None:
-    assert (chunk_rows(vocab_size, CPU), block_rows(vocab_size, CPU)) == (chunk, block)
+    assert (chunk_rows(vocab_size, HIDDEN), block_rows(vocab_size, HIDDEN)) == (chunk, block)
 
 
 @pytest.mark.parametrize(("vocab_size", "chunk"), [(2**16, 1024), (2**21, 64)])
 def test_on_a_gpu_all_of_a_chunk_at_once(vocab_size: int, chunk: int) -> None:
-    assert chunk_rows(vocab_size, GPU) == block_rows(vocab_size, GPU) == chunk
+    with patch.object(Tensor, "is_cuda", True):
+        assert chunk_rows(vocab_size, HIDDEN) == block_rows(vocab_size, HIDDEN) == chunk
 
 
 @pytest.mark.parametrize(

@@ -199,7 +199,7 @@ def test_a_frozen_head_gives_the_gradients_of_a_trained_one(
     loss: type[Loss], chunk_size: int | None, block_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the weights are, and they may be known only once the losses are; some heads cap their logits."""
-    monkeypatch.setattr(base, "block_rows", lambda vocab_size, device: block_size)
+    monkeypatch.setattr(base, "block_rows", lambda vocab_size, hidden: block_size)
     target = random_targets(torch.float64)
     weights = torch.linspace(0, 3, M)
     gradients = []
