@@ -40,8 +40,21 @@ from ptp_lightning.sampling import SamplingConfig
 from ptp_lightning.training import DatasetWindows, DistillationModule
 from ptp_lightning.training.plan import BACKBONES, LLAMA
 
+
+def four_layers(width: int) -> dict[str, Any]:
+    """With heads of 64."""
+    return {
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": 4,
+        "num_attention_heads": width // 64,
+    }
+
+
 MODELS: dict[str, dict[str, Any]] = {
-    "small": {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4},
+    "small": four_layers(256),
+    "small-512": four_layers(512),
+    "small-1024": four_layers(1024),
     "135m": {
         "hidden_size": 576,
         "intermediate_size": 1536,
