@@ -53,10 +53,13 @@ class LazyDistributions:
         hidden = self.hidden.flatten(0, -2)
         vocab_size = self.head(hidden[:0]).shape[-1]
         size, block_size = chunk_rows(vocab_size, hidden), block_rows(vocab_size, hidden)
-        for chunk, values_of_chunk in zip(hidden.split(size), values.flatten().split(size), strict=True):
-            blocks = self.head(chunk).split(block_size)
-            for logits, own in zip(blocks, values_of_chunk.split(block_size), strict=True):
-                yield self._of(logits), own
+        for chunk, own in zip(hidden.split(size), values.flatten().split(size), strict=True):
+            yield from self._blocks(chunk, own, block_size)
+
+    def _blocks(self, hidden: Tensor, values: Tensor, size: int) -> Iterator[tuple[TokenDistribution, Tensor]]:
+        """Of one chunk, whose logits are gone before the next ones come."""
+        for logits, own in zip(self.head(hidden).split(size), values.split(size), strict=True):
+            yield self._of(logits), own
 
     def _of(self, logits: Tensor) -> TokenDistribution:
         return self.sampler.with_target(logits)[int(self.is_target)]

@@ -243,11 +243,15 @@ class _LossesWithGradients(torch.autograd.Function):
         # What stays is allocated before what goes: small pieces that stay in between would cut freed memory up.
         gradients = torch.empty_like(hidden)
         nats = hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
-        for chunk in chunks:
+        by_logits: Tensor | None = None
+
+        def fill_in(chunk: slice) -> None:
+            nonlocal by_logits
             leaf = hidden[chunk].detach().requires_grad_()
             with torch.enable_grad():
                 logits = head(leaf)
-            by_logits = torch.empty_like(logits)
+            if by_logits is None:  # of the first chunk, which no other exceeds
+                by_logits = torch.empty_like(logits)
             for block in slices(len(leaf), block_size):
                 slots = slice(chunk.start + block.start, chunk.start + block.stop)
                 with torch.enable_grad():
@@ -255,7 +259,10 @@ class _LossesWithGradients(torch.autograd.Function):
                     losses = losses_of(block_logits, slots)
                     (by_logits[block],) = torch.autograd.grad(losses.sum(), block_logits)
                 nats[slots] = losses.detach()
-            (gradients[chunk],) = torch.autograd.grad(logits, leaf, by_logits)
+            (gradients[chunk],) = torch.autograd.grad(logits, leaf, by_logits[: len(leaf)])
+
+        for chunk in chunks:  # a function, so that logits are gone before the next ones come
+            fill_in(chunk)
         ctx.save_for_backward(gradients)
         return nats
 
