@@ -54,19 +54,20 @@ class LazyDistributions:
         vocab_size = self.head(hidden[:0]).shape[-1]
         size, block_size = chunk_rows(vocab_size, hidden), block_rows(vocab_size, hidden)
         for chunk, own in zip(hidden.split(size), values.flatten().split(size), strict=True):
-            yield from self._blocks(chunk, own, block_size)
+            yield from zip(replace(self, hidden=chunk).blocks(block_size), own.split(block_size), strict=True)
 
-    def _blocks(self, hidden: Tensor, values: Tensor, size: int) -> Iterator[tuple[TokenDistribution, Tensor]]:
-        """Of one chunk, whose logits are gone before the next ones come."""
-        for logits, own in zip(self.head(hidden).split(size), values.split(size), strict=True):
-            yield self._of(logits), own
+    @torch.no_grad()
+    def blocks(self, size: int) -> Iterator[TokenDistribution]:
+        """All `[M]` of them, `size` at a time, from logits that are made at once."""
+        for logits in self.head(self.hidden).split(size):
+            yield self._of(logits)
 
     def _of(self, logits: Tensor) -> TokenDistribution:
         return self.sampler.with_target(logits)[int(self.is_target)]
 
 
 Distributions = TokenDistribution | LazyDistributions
-"""Anything with `shape`, `at`, `flat` and `now`."""
+"""Anything with `shape`, `at`, `flat`, `now` and `blocks`."""
 
 
 @torch.no_grad()

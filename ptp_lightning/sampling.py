@@ -7,6 +7,7 @@ The order in which the cumulative distribution runs through the vocabulary is a 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -75,6 +76,11 @@ class TokenDistribution(NamedTuple):
     def now(self) -> TokenDistribution:
         """Themselves; see `LazyDistributions.now`."""
         return self
+
+    def blocks(self, size: int) -> Iterator[TokenDistribution]:
+        """All `[M]` of them, `size` at a time."""
+        for start in range(0, max(len(self.probabilities), 1), size):
+            yield self.at(slice(start, start + size))
 
     @torch.no_grad()
     def units(self) -> Tensor:

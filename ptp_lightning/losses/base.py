@@ -15,6 +15,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -159,24 +160,23 @@ class Loss(ABC):
         else:
             kept = torch.arange(len(hidden), device=hidden.device)
             hidden, token_ids = torch.where(counts.unsqueeze(-1), hidden, 0), torch.where(counts, token_ids, 0)
-        if teacher is not None and self.needs_teacher:
-            teacher = teacher.at(kept)
+        needed_teacher = teacher.at(kept) if teacher is not None and self.needs_teacher else None
         with torch.enable_grad():
             no_logits = head(hidden[:0].detach())
         vocab_size = no_logits.shape[-1]
         chunks = list(slices(kept.numel(), self.chunk_size or chunk_rows(vocab_size, hidden)))
         measured: dict[int, Tensor] = {}  # by the first of the slots; the backward pass does not measure again
 
-        def losses_of(logits: Tensor, rows: slice) -> Tensor:
+        def losses_of(logits: Tensor, rows: slice, own_teacher: TokenDistribution | None) -> Tensor:
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             if measure is not None and rows.start not in measured:
                 with torch.no_grad():
                     measured[rows.start] = measure(logits.detach(), kept[rows])
-            own_teacher = teacher.at(rows).now() if teacher is not None and self.needs_teacher else None
             return self.per_slot(logits, token_ids[rows], own_teacher)
 
         def chunk_losses(chunk_hidden: Tensor, rows: slice) -> Tensor:
-            return losses_of(head(chunk_hidden), rows)
+            logits = head(chunk_hidden)
+            return losses_of(logits, rows, None if needed_teacher is None else needed_teacher.at(rows).now())
 
         if len(chunks) == 1 and no_logits.requires_grad:  # computing the logits twice would save nothing
             nats = chunk_losses(hidden, chunks[0])
@@ -190,7 +190,7 @@ class Loss(ABC):
             )
         elif hidden.requires_grad and torch.is_grad_enabled():
             block_size = block_rows(vocab_size, hidden)
-            nats = _LossesWithGradients.apply(hidden, head, losses_of, chunks, block_size)
+            nats = _LossesWithGradients.apply(hidden, head, losses_of, needed_teacher, chunks, block_size)
             assert isinstance(nats, Tensor)
         else:
             nats = torch.cat([chunk_losses(hidden[rows], rows) for rows in chunks])
@@ -236,7 +236,8 @@ class _LossesWithGradients(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,
         head: Head,
-        losses_of: Callable[[Tensor, slice], Tensor],
+        losses_of: Callable[[Tensor, slice, TokenDistribution | None], Tensor],
+        teacher: Distributions | None,
         chunks: list[slice],
         block_size: int,
     ) -> Tensor:
@@ -252,11 +253,12 @@ class _LossesWithGradients(torch.autograd.Function):
                 logits = head(leaf)
             if by_logits is None:  # of the first chunk, which no other exceeds
                 by_logits = torch.empty_like(logits)
-            for block in slices(len(leaf), block_size):
+            teachers = repeat(None) if teacher is None else teacher.at(chunk).blocks(block_size)
+            for block, own_teacher in zip(slices(len(leaf), block_size), teachers, strict=False):
                 slots = slice(chunk.start + block.start, chunk.start + block.stop)
                 with torch.enable_grad():
                     block_logits = logits.detach()[block].requires_grad_()
-                    losses = losses_of(block_logits, slots)
+                    losses = losses_of(block_logits, slots, own_teacher)
                     (by_logits[block],) = torch.autograd.grad(losses.sum(), block_logits)
                 nats[slots] = losses.detach()
             (gradients[chunk],) = torch.autograd.grad(logits, leaf, by_logits[: len(leaf)])
@@ -270,4 +272,4 @@ class _LossesWithGradients(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_nats: Tensor) -> tuple[Tensor | None, ...]:
         (gradients,) = ctx.saved_tensors
-        return (gradients * grad_nats.unsqueeze(-1)).to(gradients.dtype), None, None, None, None
+        return (gradients * grad_nats.unsqueeze(-1)).to(gradients.dtype), None, None, None, None, None

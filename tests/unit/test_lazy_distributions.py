@@ -51,6 +51,12 @@ class TestAsIfTheyWereThere:
         assert_equal(found.now(), expected)
         assert_equal(found.flat().now(), expected.flat())
 
+    def test_blocks(self, config: SamplingConfig, is_target: bool) -> None:
+        several = list(lazy(config, is_target=is_target).flat().blocks(7))
+        assert [len(block.probabilities) for block in several] == [7, 7, 7, 3]
+        for found, expected in zip(several, self.stored(config, is_target).flat().blocks(7), strict=True):
+            assert_equal(found, expected)
+
     def test_picks_and_intervals(self, config: SamplingConfig, is_target: bool) -> None:
         P = self.stored(config, is_target)
         u = torch.rand(SHAPE, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
