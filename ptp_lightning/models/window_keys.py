@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ptp_lightning.models.block_attention import block_attention
 from ptp_lightning.models.flex_windows import FlexWindows, suits
+from ptp_lightning.models.visible_keys import VisibleKeys
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
@@ -61,7 +62,7 @@ class WindowKeys:
         self._context = context
         self._keeps = keeps
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
-        self._sees: Tensor | None = None
+        self._visible: VisibleKeys | None = None
         self._flex: FlexWindows | None = None
 
     def attend(
@@ -115,21 +116,19 @@ class WindowKeys:
             blocks.flatten(3, 4),
             context,
             own,
-            self._sees_all(sees_context, shared, places, own[0].shape[3]),
+            self._visible_keys(sees_context, shared, places, own[0].shape[3]),
             scale,
         )
         attended = attended.unflatten(3, (shared, places))  # [B, key-value heads, N, shared, J, E]
         return attended.permute(0, 2, 4, 1, 3, 5).flatten(3, 4).flatten(1, 2)
 
-    def _sees_all(self, sees_context: Tensor, shared: int, places: int, num_own: int) -> Tensor:
-        """`[B, N, shared * J, S + K]`: the newest J of K places of a window see those up to themselves."""
-        if self._sees is not None and self._sees.shape[2:] == (shared * places, sees_context.shape[2] + num_own):
-            return self._sees  # the same in all layers
-        num_rows, num_windows, _ = sees_context.shape
-        own = torch.ones(places, num_own, dtype=torch.bool, device=sees_context.device).tril(num_own - places)
-        context = sees_context.unsqueeze(2).expand(-1, -1, places, -1)
-        self._sees = torch.cat([context, own.expand(num_rows, num_windows, -1, -1)], dim=-1).repeat(1, 1, shared, 1)
-        return self._sees
+    def _visible_keys(self, sees_context: Tensor, shared: int, places: int, num_own: int) -> VisibleKeys:
+        """Of the newest J of K places of a window, each sees those up to itself."""
+        shape = shared * places, num_own
+        if self._visible is None or self._visible.own.shape != shape:  # the same in all layers
+            own = torch.ones(places, num_own, dtype=torch.bool, device=sees_context.device).tril(num_own - places)
+            self._visible = VisibleKeys(sees_context, own.repeat(shared, 1))
+        return self._visible
 
 
 class JointKeys(WindowKeys):

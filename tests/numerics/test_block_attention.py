@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from ptp_lightning.models import ParallelTokenPredictor
+from ptp_lightning.models import ParallelTokenPredictor, visible_keys
 from ptp_lightning.models.block_attention import block_attention
 from ptp_lightning.models.flex_windows import FlexWindows
 from ptp_lightning.models.students import FullCopyStudent, GatedLoraStudent, Student
+from ptp_lightning.models.visible_keys import VisibleKeys
 from ptp_lightning.models.window_keys import WindowKeys
 from tests.numerics.test_window_attention import VOCAB_SIZE, encode, inputs, make_batch, make_predictor
 from tests.tiny_models import TINY_MODELS
@@ -19,7 +20,7 @@ from tests.tiny_models import TINY_MODELS
 ROWS, HEADS, WINDOWS, QUERIES, CONTEXT, OWN, SIZE, VALUE_SIZE = 2, 3, 4, 5, 7, 6, 8, 9
 
 
-def random_arguments(dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
+def random_arguments(dtype: torch.dtype) -> tuple[list[Tensor], VisibleKeys]:
     generator = torch.Generator().manual_seed(0)
     shapes = [
         (ROWS, HEADS, WINDOWS, QUERIES, SIZE),
@@ -29,18 +30,22 @@ def random_arguments(dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
         (ROWS, HEADS, WINDOWS, OWN, VALUE_SIZE),
     ]
     tensors = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
-    sees = torch.rand(ROWS, WINDOWS, QUERIES, CONTEXT + OWN, generator=generator) < 0.5
-    sees[..., 0] = True  # no query sees nothing
-    return [tensor.requires_grad_() for tensor in tensors], sees
+    sees_context = torch.rand(ROWS, WINDOWS, CONTEXT, generator=generator) < 0.5
+    sees_context[0, :2, -3:] = sees_context[1, :, 0] = False  # groups see less than everything
+    sees_own = torch.rand(QUERIES, OWN, generator=generator) < 0.5
+    sees_own[:, 0] = True  # no query sees nothing
+    return [tensor.requires_grad_() for tensor in tensors], VisibleKeys(sees_context, sees_own)
 
 
-def by_blocks(tensors: list[Tensor], sees: Tensor) -> Tensor:
+def by_blocks(tensors: list[Tensor], visible: VisibleKeys) -> Tensor:
     query, context_keys, context_values, own_keys, own_values = tensors
-    return block_attention(query, (context_keys, context_values), (own_keys, own_values), sees, 0.3)
+    return block_attention(query, (context_keys, context_values), (own_keys, own_values), visible, 0.3)
 
 
-def window_by_window(tensors: list[Tensor], sees: Tensor) -> Tensor:
+def window_by_window(tensors: list[Tensor], visible: VisibleKeys) -> Tensor:
     query, context_keys, context_values, own_keys, own_values = tensors
+    seen_context = visible.context.unsqueeze(2).expand(-1, -1, QUERIES, -1)
+    sees = torch.cat([seen_context, visible.own.expand(ROWS, WINDOWS, -1, -1)], dim=-1)
     windows = [
         scaled_dot_product_attention(
             query[:, :, n],
@@ -54,14 +59,19 @@ def window_by_window(tensors: list[Tensor], sees: Tensor) -> Tensor:
     return torch.stack(windows, dim=2)
 
 
+@pytest.mark.parametrize("least_windows", [1, 2, 3, WINDOWS, ROWS * WINDOWS])
 @pytest.mark.parametrize("frozen", [[], [1, 2], [0], [3], [4]], ids=str)
-def test_values_and_gradients_are_those_of_dense_attention(frozen: list[int]) -> None:
-    """Also where some inputs need no gradient: the context's keys and values under gated LoRA."""
-    tensors, sees = random_arguments(torch.float64)
+def test_values_and_gradients_are_those_of_dense_attention(
+    frozen: list[int], least_windows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In groups of any size, also where some inputs need no gradient, as the context's keys under gated LoRA."""
+    monkeypatch.setattr(visible_keys, "GROUP_SCORES_CPU", 1)
+    monkeypatch.setattr(visible_keys, "LEAST_WINDOWS", least_windows)
+    tensors, visible = random_arguments(torch.float64)
     for index in frozen:
         tensors[index].requires_grad_(False)
     trained = [tensor for tensor in tensors if tensor.requires_grad]
-    found, expected = by_blocks(tensors, sees), window_by_window(tensors, sees)
+    found, expected = by_blocks(tensors, visible), window_by_window(tensors, visible)
     torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
     upstream = torch.randn(found.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     for own, reference in zip(
@@ -88,9 +98,9 @@ def test_flex_attention_sees_the_same(heads: int) -> None:
 
 
 def test_bfloat16_is_rounded_once() -> None:
-    tensors, sees = random_arguments(torch.bfloat16)
-    exact = window_by_window([tensor.double() for tensor in tensors], sees)
-    found = by_blocks(tensors, sees)
+    tensors, visible = random_arguments(torch.bfloat16)
+    exact = window_by_window([tensor.double() for tensor in tensors], visible)
+    found = by_blocks(tensors, visible)
     assert found.dtype == torch.bfloat16
     assert torch.equal(found, exact.to(torch.bfloat16))
 

@@ -23,6 +23,7 @@ from ptp_lightning.models import (
     RefinerSettings,
 )
 from ptp_lightning.models import window_keys as window_keys_module
+from ptp_lightning.models.visible_keys import VisibleKeys
 from ptp_lightning.models.window_reader import WindowReader
 from ptp_lightning.sampling import SamplingConfig
 from tests.benchmarks.on_a_gpu import decoding, training
@@ -226,8 +227,9 @@ def test_windows_that_attend_to_something_else_are_not_timed(monkeypatch: pytest
     assert 0 < float(found["difference_gradients"] or 0) < 1e-5
     attention = window_keys_module.block_attention
 
-    def sees_everything(queries: Tensor, context: Any, own: Any, sees: Tensor, scale: float) -> Tensor:
-        return attention(queries, context, own, torch.ones_like(sees), scale)
+    def sees_everything(queries: Tensor, context: Any, own: Any, visible: VisibleKeys, scale: float) -> Tensor:
+        everything = VisibleKeys(torch.ones_like(visible.context), torch.ones_like(visible.own))
+        return attention(queries, context, own, everything, scale)
 
     monkeypatch.setattr(window_keys_module, "block_attention", sees_everything)
     with pytest.raises(ValueError, match="expected hidden states and gradients to differ by at most"):
