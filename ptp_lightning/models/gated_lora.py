@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ptp_lightning.models.adapted_linear import AdaptedWeights, adapted_linear, adapted_product
+from ptp_lightning.models.adapted_linear import AdaptedWeights, adapted_linear, adapted_unit
 from ptp_lightning.models.gate import Gate
 from ptp_lightning.models.mixed_in import MixedIn, mix_in
 
@@ -248,18 +248,25 @@ class _GatedLayer(_Behind):
 
 
 class _GatedUnit(_Behind):
-    """`down(act(gate(x)) * up(x))`, see `adapted_product`."""
+    """`down(act(gate(x)) * up(x))`, see `adapted_unit`."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
         """`[..., width]` to the same."""
-        down, opening = self.down_proj, self.opened_by.opening
-        is_everywhere = opening is not None and opening.is_everywhere and _keeps_little()
-        # Once the adapter is unloaded, it is a plain layer.
-        if is_everywhere and isinstance(down, LoraLayer) and len(down.lora_variant) == len(down.scaling):
-            weights = _trained_weights(down, x.device.type)
-            if weights is not None:
-                return adapted_product(self.gate_proj(x), self.up_proj(x), self.act_fn, weights)
+        opening = self.opened_by.opening
+        if opening is not None and opening.is_everywhere and _keeps_little():
+            layers = self.gate_proj, self.up_proj, self.down_proj
+            found = [_unit_weights(layer, x.device.type) for layer in layers]
+            weights = [one for one in found if one is not None]
+            if len(weights) == len(layers):
+                return adapted_unit(x, self.act_fn, *weights)
         return super().forward(x)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _unit_weights(layer: nn.Module, device: str) -> AdaptedWeights | None:
+    """As `_trained_weights`; none of a layer that has no adapter, or lost it, or has more than gated ones."""
+    if not isinstance(layer, LoraLayer) or len(layer.lora_variant) != len(layer.scaling):
+        return None
+    return _trained_weights(layer, device)
 
 
 def _put_behind(module: nn.Module, kind: type[_Behind], gate: Gate) -> None:
@@ -289,7 +296,7 @@ def _trained_weights(layer: LoraLayer, device: str) -> AdaptedWeights | None:
 
 
 def _attach_gated_units(model: nn.Module, gate: Gate) -> None:
-    """Let MLPs of Llama and its kin keep less for the backward pass, see `adapted_product`.
+    """Let MLPs of Llama and its kin keep less for the backward pass, see `adapted_unit`.
 
     Whether one with such parts computes just `down(act(gate(x)) * up(x))` is tried out, for its class is not known.
     """

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-PART_ROWS = 512
+PART_ROWS = 1024
 
 
 def in_parts(tensor: Tensor) -> Sequence[Tensor]:

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, linear, silu
 
 from ptp_lightning.models import gated_lora, row_parts
-from ptp_lightning.models.adapted_linear import AdaptedWeights, adapted_linear, adapted_product
+from ptp_lightning.models.adapted_linear import AdaptedWeights, adapted_linear, adapted_unit
 from ptp_lightning.models.gated_lora import LoraSettings, add_gated_lora
 from tests.tiny_models import TINY_MODELS, cast_weights, tiny_llama
 
-ROWS, INPUTS, OUTPUTS, RANK = (2, 5), 4, 3, 2
+ROWS, INPUTS, OUTPUTS, INNER, RANK = (2, 5), 4, 3, 5, 2
 
 
 @pytest.fixture(autouse=True)
@@ -22,13 +22,19 @@ def several_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(row_parts, "PART_ROWS", 3)  # of 10 rows
 
 
-def random_weights(has_bias: bool) -> AdaptedWeights:
-    torch.manual_seed(0)
+def random_weights(has_bias: bool, inputs: int = INPUTS, outputs: int = OUTPUTS, seed: int = 0) -> AdaptedWeights:
+    generator = torch.Generator().manual_seed(seed)
     base, lora_a, lora_b, bias = (
-        torch.randn(shape, dtype=torch.float64)
-        for shape in ((OUTPUTS, INPUTS), (RANK, INPUTS), (OUTPUTS, RANK), OUTPUTS)
+        torch.randn(shape, dtype=torch.float64, generator=generator)
+        for shape in ((outputs, inputs), (RANK, inputs), (outputs, RANK), (outputs,))
     )
-    return AdaptedWeights(base, bias if has_bias else None, lora_a.requires_grad_(), lora_b.requires_grad_(), 0.7)
+    bias = bias if has_bias else None
+    return AdaptedWeights(base, bias, lora_a.requires_grad_(), lora_b.requires_grad_(), 0.7 + seed)
+
+
+def random_unit(has_bias: bool) -> list[AdaptedWeights]:
+    shapes = (INPUTS, INNER), (INPUTS, INNER), (INNER, INPUTS)
+    return [random_weights(has_bias, *shape, seed) for seed, shape in enumerate(shapes)]
 
 
 def definition(x: Tensor, weights: AdaptedWeights) -> Tensor:
@@ -50,22 +56,31 @@ class TestDefinition:
         assert torch.autograd.gradcheck(function, (x.detach(), weights.lora_a, weights.lora_b))
 
     @pytest.mark.parametrize("activation", [silu, gelu])
-    def test_product(self, has_bias: bool, activation: Any) -> None:
-        weights = random_weights(has_bias)
-        gate, up = (torch.randn(*ROWS, INPUTS, dtype=torch.float64, requires_grad=True) for _ in range(2))
-        found = adapted_product(gate, up, activation, weights)
-        torch.testing.assert_close(found, definition(activation(gate) * up, weights))
+    def test_unit(self, has_bias: bool, activation: Any) -> None:
+        layers = random_unit(has_bias)
+        x = torch.randn(*ROWS, INPUTS, dtype=torch.float64, requires_grad=True)
+        gate, up, down = layers
+        expected = definition(activation(definition(x, gate)) * definition(x, up), down)
+        torch.testing.assert_close(adapted_unit(x, activation, *layers), expected)
 
-        def function(gate: Tensor, up: Tensor, lora_a: Tensor, lora_b: Tensor) -> Tensor:
-            return adapted_product(gate, up, activation, weights._replace(lora_a=lora_a, lora_b=lora_b))
+        def function(x: Tensor, *adapters: Tensor) -> Tensor:
+            parts = zip(layers, adapters[::2], adapters[1::2], strict=True)
+            replaced = [layer._replace(lora_a=lora_a, lora_b=lora_b) for layer, lora_a, lora_b in parts]
+            return adapted_unit(x, activation, *replaced)
 
-        assert torch.autograd.gradcheck(function, (gate, up, weights.lora_a, weights.lora_b))
+        adapters = [adapter for layer in layers for adapter in (layer.lora_a, layer.lora_b)]
+        assert torch.autograd.gradcheck(function, (x, *adapters))
+        assert torch.autograd.gradcheck(function, (x.detach(), *adapters))
 
-    def test_inputs_stay_as_they_are(self, has_bias: bool) -> None:
-        gate, up = (torch.randn(*ROWS, INPUTS, dtype=torch.float64, requires_grad=True) for _ in range(2))
-        before = gate.detach().clone(), up.detach().clone()
-        adapted_product(gate, up, lambda x: x.clone(), random_weights(has_bias)).sum().backward()
-        assert torch.equal(gate, before[0]) and torch.equal(up, before[1])
+    def test_what_is_kept_stays_as_it_is(self, has_bias: bool) -> None:
+        """Also if an activation gives back its input."""
+        layers = random_unit(has_bias)
+        x = torch.randn(*ROWS, INPUTS, dtype=torch.float64, requires_grad=True)
+        result = adapted_unit(x, lambda x: x.clone(), *layers)
+        kept = [tensor.clone() for tensor in result.grad_fn.saved_tensors]  # pyright: ignore
+        gradients = [torch.autograd.grad(result.sum(), x, retain_graph=True)[0] for _ in range(2)]
+        assert all(map(torch.equal, kept, result.grad_fn.saved_tensors))  # pyright: ignore
+        assert torch.equal(*gradients)
 
 
 def run(family: str, dtype: torch.dtype, *, short_way: bool, autocast: bool = False) -> dict[str, Tensor]:
@@ -143,9 +158,8 @@ class TestWhereTheLongWayIsTaken:
         assert not gated_lora._is_gated_unit(mlp)
 
 
-def test_a_gated_unit_keeps_its_two_inputs_alone() -> None:
-    weights = random_weights(has_bias=False)
-    gate, up = (torch.randn(*ROWS, INPUTS, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    kept = adapted_product(gate, up, silu, weights).grad_fn.saved_tensors  # pyright: ignore
-    large = [tensor for tensor in kept if tensor.shape[-1] == INPUTS and tensor.ndim == 3]
-    assert len(large) == 2 and large[0] is gate and large[1] is up
+def test_a_gated_unit_keeps_its_input_and_the_two_that_it_multiplies() -> None:
+    x = torch.randn(*ROWS, INPUTS, dtype=torch.float64, requires_grad=True)
+    kept = adapted_unit(x, silu, *random_unit(has_bias=False)).grad_fn.saved_tensors  # pyright: ignore
+    large = [tensor.shape[-1] for tensor in kept if tensor.ndim == 3 and tensor.shape[-1] != RANK]
+    assert sorted(large) == sorted([INPUTS, INNER, INNER])
