@@ -121,6 +121,19 @@ class Loss(ABC):
         The logits arrive in float32 or better; every slot counts.
         """
 
+    def with_gradients(
+        self, logits: Tensor, token_ids: Tensor, teacher: TokenDistribution | None, room: Tensor
+    ) -> Tensor:
+        """As `per_slot`, without autograd; the gradients by the logits are written to `room` [m, V], of any dtype.
+
+        To be overridden where they can be written down: this takes several passes over the logits more.
+        """
+        with torch.enable_grad():
+            leaf = logits.detach().requires_grad_()
+            nats = self.per_slot(leaf, token_ids, teacher)
+            room.copy_(torch.autograd.grad(nats.sum(), leaf)[0])
+        return nats.detach()
+
     def __call__(self, hidden: Tensor, head: Head, target: SlotTargets) -> LossSum:
         """Sum the loss over all slots that are not masked; arguments and errors as in `of_slots`.
 
@@ -167,16 +180,19 @@ class Loss(ABC):
         chunks = list(slices(kept.numel(), self.chunk_size or chunk_rows(vocab_size, hidden)))
         measured: dict[int, Tensor] = {}  # by the first of the slots; the backward pass does not measure again
 
-        def losses_of(logits: Tensor, rows: slice, own_teacher: TokenDistribution | None) -> Tensor:
+        def prepared(logits: Tensor, rows: slice) -> Tensor:
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             if measure is not None and rows.start not in measured:
                 with torch.no_grad():
                     measured[rows.start] = measure(logits.detach(), kept[rows])
-            return self.per_slot(logits, token_ids[rows], own_teacher)
+            return logits
 
         def chunk_losses(chunk_hidden: Tensor, rows: slice) -> Tensor:
-            logits = head(chunk_hidden)
-            return losses_of(logits, rows, None if needed_teacher is None else needed_teacher.at(rows).now())
+            own_teacher = None if needed_teacher is None else needed_teacher.at(rows).now()
+            return self.per_slot(prepared(head(chunk_hidden), rows), token_ids[rows], own_teacher)
+
+        def with_gradients(logits: Tensor, rows: slice, own_teacher: TokenDistribution | None, room: Tensor) -> Tensor:
+            return self.with_gradients(prepared(logits, rows), token_ids[rows], own_teacher, room)
 
         if len(chunks) == 1 and no_logits.requires_grad:  # computing the logits twice would save nothing
             nats = chunk_losses(hidden, chunks[0])
@@ -190,7 +206,7 @@ class Loss(ABC):
             )
         elif hidden.requires_grad and torch.is_grad_enabled():
             block_size = block_rows(vocab_size, hidden)
-            nats = _LossesWithGradients.apply(hidden, head, losses_of, needed_teacher, chunks, block_size)
+            nats = _LossesWithGradients.apply(hidden, head, with_gradients, needed_teacher, chunks, block_size)
             assert isinstance(nats, Tensor)
         else:
             nats = torch.cat([chunk_losses(hidden[rows], rows) for rows in chunks])
@@ -236,7 +252,7 @@ class _LossesWithGradients(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,
         head: Head,
-        losses_of: Callable[[Tensor, slice, TokenDistribution | None], Tensor],
+        with_gradients: Callable[[Tensor, slice, TokenDistribution | None, Tensor], Tensor],
         teacher: Distributions | None,
         chunks: list[slice],
         block_size: int,
@@ -256,11 +272,7 @@ class _LossesWithGradients(torch.autograd.Function):
             teachers = repeat(None) if teacher is None else teacher.at(chunk).blocks(block_size)
             for block, own_teacher in zip(slices(len(leaf), block_size), teachers, strict=False):
                 slots = slice(chunk.start + block.start, chunk.start + block.stop)
-                with torch.enable_grad():
-                    block_logits = logits.detach()[block].requires_grad_()
-                    losses = losses_of(block_logits, slots, own_teacher)
-                    (by_logits[block],) = torch.autograd.grad(losses.sum(), block_logits)
-                nats[slots] = losses.detach()
+                nats[slots] = with_gradients(logits.detach()[block], slots, own_teacher, by_logits[block])
             (gradients[chunk],) = torch.autograd.grad(logits, leaf, by_logits[: len(leaf)])
 
         for chunk in chunks:  # a function, so that logits are gone before the next ones come

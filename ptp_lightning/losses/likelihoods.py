@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -30,6 +31,20 @@ class CrossEntropy(Loss):
     def per_slot(self, logits: Tensor, token_ids: Tensor, teacher: TokenDistribution | None) -> Tensor:
         """See `Loss.per_slot`; `teacher` is not read."""
         return F.cross_entropy(logits, token_ids, reduction="none")
+
+    def with_gradients(
+        self, logits: Tensor, token_ids: Tensor, teacher: TokenDistribution | None, room: Tensor
+    ) -> Tensor:
+        """See `Loss.with_gradients`: P, less 1 at the reference token, from one softmax and the largest of each row."""
+        probabilities = room if room.dtype == logits.dtype else torch.empty_like(logits)
+        torch.softmax(logits, -1, out=probabilities)
+        reference = token_ids.unsqueeze(-1)
+        behind = logits.amax(-1) - logits.gather(-1, reference).squeeze(-1)
+        nats = behind - probabilities.amax(-1).log()
+        probabilities.scatter_add_(-1, reference, probabilities.new_full(reference.shape, -1.0))
+        if probabilities is not room:
+            room.copy_(probabilities)
+        return nats
 
 
 NOT_A_DISTRIBUTION = (

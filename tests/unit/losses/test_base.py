@@ -30,6 +30,23 @@ def test_value_and_gradient_match_the_definition(loss: type[Loss], dtype: torch.
     torch.testing.assert_close(grad, expected_grad)
 
 
+@pytest.mark.parametrize("room_dtype", [torch.float32, torch.bfloat16])
+@every_loss
+def test_values_and_gradients_at_once(loss: type[Loss], room_dtype: torch.dtype) -> None:
+    token_ids, teacher, _ = random_targets()
+    assert teacher is None or isinstance(teacher, TokenDistribution)
+    logits = random_logits()
+    logits[0] *= 50  # nearly certain of a token
+    logits[1] += 1000
+    leaf = logits.clone().requires_grad_()
+    expected = loss().per_slot(leaf, token_ids, teacher)
+    (expected_gradients,) = torch.autograd.grad(expected.sum(), leaf)
+    room = torch.full_like(logits, math.nan, dtype=room_dtype)
+    found = loss().with_gradients(logits, token_ids, teacher, room)
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(room, expected_gradients.to(room_dtype), rtol=1e-6, atol=1e-6)
+
+
 @every_loss
 @pytest.mark.parametrize("config", [SamplingConfig(order="vocabulary"), SamplingConfig(top_k=4, top_p=0.8)])
 def test_gradcheck_through_the_head(loss: type[Loss], config: SamplingConfig) -> None:
