@@ -107,11 +107,11 @@ def main() -> None:
         for vocab, windows in itertools.product(options.vocab, options.windows):
             row = {"vocab": vocab, "windows": windows}
             row |= alone.submit(measure, options, vocab, windows, device).result()
-            row["share"] = needed_operations(options, vocab, windows) / row["seconds"] / 1e9 / row["gemm_gflops"]
+            row["share"] = needed_operations(options, vocab, windows) / 1e9 / row["products"]
             rows.append(row)
             print(
                 "V {vocab:>6}  N {windows:>3}  {seconds:8.3f} s a step  {megabytes:8.0f} MB  "
-                "{share:4.0%} of the product's rate".format(**row),
+                "{share:4.0%} of the product's rate, {gemm_gflops:.0f} GFLOP/s".format(**row),
                 flush=True,
             )
     if options.json is not None:
@@ -125,29 +125,40 @@ def measure(
     device: torch.device,
     module: DistillationModule | None = None,
 ) -> dict[str, float]:
-    """Seconds and megabytes of a step, without those of the model that is there before, and the product's rate.
+    """What a step takes.
 
     The model is one that `build` has made for these options before, or made now.
+
+    Returns:
+        seconds: the median.
+        megabytes: without those of the model that is there before.
+        gemm_gflops: the product's rate, on a CPU the median of those before each step: machines slow down and recover.
+        products: the median of a step's seconds times the rate before it, the operations that products could have made.
     """
     module = build(options, vocab, device) if module is None else module
     in_blocks = module.predictor._in_blocks
     module.predictor._in_blocks = in_blocks and not options.dense
     step = make_step(module, options, vocab, windows, device)
     torch.set_num_threads(1)
-    rate = gemm_rate(device, getattr(torch, options.dtype))
+    rates = [gemm_rate(device, getattr(torch, options.dtype))]
     gc.collect()
     before = torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
     seconds = []
     with PeakMemory(device) as memory:
         for number in range(NUM_WARM_UP + options.steps):
+            if device.type == "cpu":  # on a GPU its matrices would count as the step's memory
+                rates.append(gemm_rate(device, getattr(torch, options.dtype)))
             begin = clock(device)
             step(number)
             seconds.append(clock(device) - begin)
     module.predictor._in_blocks = in_blocks
+    seconds = seconds[NUM_WARM_UP:]
+    rates = (rates * len(seconds))[-len(seconds) :]  # one that was measured before all stands for each
     return {
-        "seconds": median(seconds[NUM_WARM_UP:]),
+        "seconds": median(seconds),
         "megabytes": (memory.peak_bytes - before) / MEGABYTE,
-        "gemm_gflops": rate,
+        "gemm_gflops": median(rates),
+        "products": median(second * rate for second, rate in zip(seconds, rates, strict=True)),
     }
 
 
