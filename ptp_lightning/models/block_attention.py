@@ -11,8 +11,9 @@ rows, n windows and c context tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,14 +63,15 @@ class _BlockAttention(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(query, context_keys, context_values, own_keys, own_values)
         ctx.visible, ctx.scale = visible, scale
-        attended = query.new_empty(*query.shape[:-1], own_values.shape[-1])
-        for group, scores, weights in _groups(query, visible):
-            queries, keys, size = _by_window(query, group), _by_window(own_keys, group), _num_columns(group)
-            keys_of_context = _context(context_keys, group)
-            _attention_weights(queries, keys_of_context, keys, visible, group, scale, scores, weights)
-            result = _own(weights, size, queries) @ _by_window(own_values, group)
-            _by_row(result, weights).baddbmm_(weights[..., :size], _context(context_values, group))
-            _fill_in(attended, group, result)
+        if own_values.shape[-1] == query.shape[-1]:
+            attended = torch.empty_like(query)  # in the query's order, in which heads are put side by side again
+        else:
+            attended = query.new_empty(*query.shape[:-1], own_values.shape[-1])
+        for part in _parts(query, context_keys, own_keys, visible, scale):
+            to_context, to_own = part.split(part.weights)
+            result = to_own @ _by_window(own_values, part.group)
+            part.by_row(result).baddbmm_(to_context, _context(context_values, part.group))
+            _fill_in(attended, part.group, result)
         return attended
 
     @staticmethod
@@ -85,92 +87,105 @@ class _BlockAttention(torch.autograd.Function):
             for like, tensor, needed in zip(new, inputs, ctx.needs_input_grad, strict=False)
         ]
         of_query, of_context_keys, of_context_values, of_own_keys, of_own_values = grads
-        for group, slopes, weights in _groups(query, visible):
-            queries, keys, size = _by_window(query, group), _by_window(own_keys, group), _num_columns(group)
-            keys_of_context = _context(context_keys, group)
-            _attention_weights(queries, keys_of_context, keys, visible, group, scale, slopes, weights)
+        for part in _parts(query, context_keys, own_keys, visible, scale):
+            group, queries, keys, keys_of_context, weights, slopes = part
             grad = _by_window(grad_attended, group)
+            to_context, to_own = part.split(weights)
             if of_context_values is not None:
-                _add_to(of_context_values, group, weights[..., :size].transpose(1, 2) @ _by_row(grad, weights))
+                _add_to(of_context_values, group, to_context.transpose(1, 2) @ part.by_row(grad))
             if of_own_values is not None:
-                _fill_in(of_own_values, group, _own(weights, size, queries).transpose(1, 2) @ grad)
+                _fill_in(of_own_values, group, to_own.transpose(1, 2) @ grad)
             # d score = weight (d weight - sum of weight times d weight)
-            _products(grad, _context(context_values, group), _by_window(own_values, group), slopes)
+            part.products(grad, _context(context_values, group), _by_window(own_values, group), slopes)
             torch._softmax_backward_data(slopes, weights, -1, weights.dtype, grad_input=slopes)  # pyright: ignore[reportPrivateImportUsage]
-            to_context, to_own = slopes[..., :size], _own(slopes, size, queries)
+            to_context, to_own = part.split(slopes)
             if of_query is not None:
                 of_queries = torch.empty_like(queries).baddbmm_(to_own, keys, beta=0, alpha=scale)
-                _by_row(of_queries, slopes).baddbmm_(to_context, keys_of_context, alpha=scale)
+                part.by_row(of_queries).baddbmm_(to_context, keys_of_context, alpha=scale)
                 _fill_in(of_query, group, of_queries)
             if of_context_keys is not None:
-                _add_to(of_context_keys, group, (to_context.transpose(1, 2) @ _by_row(queries, slopes)).mul_(scale))
+                _add_to(of_context_keys, group, (to_context.transpose(1, 2) @ part.by_row(queries)).mul_(scale))
             if of_own_keys is not None:
                 _fill_in(of_own_keys, group, (to_own.transpose(1, 2) @ queries).mul_(scale))
         return (*grads, None, None)
 
 
-def _groups(query: Tensor, visible: VisibleKeys) -> Iterator[tuple[Group, Tensor, Tensor]]:
-    """Groups, and room for two times their scores `[R * H, n * Q, c + K]`, in float32 or better."""
+class _Part(NamedTuple):
+    """A group's, in float32 or better and contiguous.
+
+    Attributes:
+        group: which it is.
+        queries: `[R * H * n, Q, D]`.
+        keys: `[R * H * n, K, D]`, the windows' own.
+        keys_of_context: `[R * H, c, D]`.
+        weights: `[R * H, n * Q, c + K]`, of attention.
+        room: for as many numbers.
+    """
+
+    group: Group
+    queries: Tensor
+    keys: Tensor
+    keys_of_context: Tensor
+    weights: Tensor
+    room: Tensor
+
+    def by_row(self, tensor: Tensor) -> Tensor:
+        """`[R * H * n, Q, D]` as `[R * H, n * Q, D]`."""
+        return tensor.view(*self.weights.shape[:2], -1)
+
+    def split(self, entries: Tensor) -> tuple[Tensor, Tensor]:
+        """Those for the context, `[R * H, n * Q, c]`, and those for a window's own keys, `[R * H * n, Q, K]`.
+
+        The latter contiguous: many small products of strided matrices are made one by one.
+        """
+        size = self.keys_of_context.shape[1]
+        return entries[..., :size], entries[..., size:].reshape(*self.queries.shape[:2], -1)
+
+    def products(
+        self,
+        queries: Tensor,
+        context: Tensor,
+        own: Tensor,
+        result: Tensor,
+        scale: float = 1.0,
+        bias: Tensor | None = None,
+    ) -> None:
+        """Fill in inner products of queries with what is the context's and the window's; the latter plus a bias."""
+        size, own = context.shape[1], own.transpose(1, 2)
+        result[..., :size].baddbmm_(self.by_row(queries), context.transpose(1, 2), beta=0, alpha=scale)
+        of_own = queries @ own if bias is None else torch.baddbmm(bias, queries, own, alpha=scale)
+        result[..., size:] = self.by_row(of_own)
+
+
+def _parts(
+    query: Tensor, context_keys: Tensor, own_keys: Tensor, visible: VisibleKeys, scale: float
+) -> Iterator[_Part]:
+    """One after the other; their attention weights and room are where those of the part before were."""
     num_heads, num_queries, num_own = query.shape[1], query.shape[3], visible.own.shape[1]
     groups = list(visible.groups(num_heads))
     shapes = [
         (_length(rows) * num_heads, _length(windows) * num_queries, _length(columns) + num_own)
         for rows, windows, columns in groups
     ]
-    sizes = [first * second * third for first, second, third in shapes]
     dtype = torch.promote_types(query.dtype, torch.float32)
-    room = [query.new_empty(max(sizes, default=0), dtype=dtype) for _ in range(2)]
-    for group, shape, size in zip(groups, shapes, sizes, strict=True):
-        one, other = (flat[:size].view(shape) for flat in room)
-        yield group, one, other
-
-
-def _attention_weights(
-    queries: Tensor,
-    context: Tensor,
-    own: Tensor,
-    visible: VisibleKeys,
-    group: Group,
-    scale: float,
-    scores: Tensor,
-    weights: Tensor,
-) -> None:
-    """Fill in the attention weights of a group; `scores` is room for them on the way."""
-    of_context, of_own = visible.biases(group, scores.dtype)
-    _products(queries, context, own, scores, scale, of_own)
-    num_rows, num_windows, size = of_context.shape
-    by_window = scores.view(num_rows, -1, num_windows, queries.shape[1], scores.shape[-1])
-    by_window[..., :size].add_(of_context[:, None, :, None])
-    torch.softmax(scores, -1, out=weights)
-
-
-def _products(
-    queries: Tensor, context: Tensor, own: Tensor, products: Tensor, scale: float = 1.0, bias: Tensor | None = None
-) -> None:
-    """Inner products of queries, by window, with keys of the context and of the window; the latter plus a bias."""
-    size, keys = context.shape[1], own.transpose(1, 2)
-    of_context = products[..., :size]
-    of_context.baddbmm_(_by_row(queries, products), context.transpose(1, 2), beta=0, alpha=scale)
-    of_own = queries @ keys if bias is None else torch.baddbmm(bias, queries, keys, alpha=scale)
-    products[..., size:] = _by_row(of_own, products)
-
-
-def _own(entries: Tensor, size: int, queries: Tensor) -> Tensor:
-    """Entries for a window's own keys, behind those for `size` context tokens: `[R * H * n, Q, K]`.
-
-    Contiguous: many small products of strided matrices are made one by one.
-    """
-    return entries[..., size:].reshape(queries.shape[0], queries.shape[1], -1)
+    most = max(map(math.prod, shapes), default=0)
+    one, other = (query.new_empty(most, dtype=dtype) for _ in range(2))
+    for group, shape in zip(groups, shapes, strict=True):
+        scores, weights = (flat[: math.prod(shape)].view(shape) for flat in (one, other))
+        queries, keys = _by_window(query, group), _by_window(own_keys, group)
+        part = _Part(group, queries, keys, _context(context_keys, group), weights, scores)
+        of_context, of_own = visible.biases(group, dtype)
+        part.products(queries, part.keys_of_context, keys, scores, scale, of_own)
+        num_rows, num_windows, size = of_context.shape
+        by_window = scores.view(num_rows, num_heads, num_windows, num_queries, -1)
+        by_window[..., :size].add_(of_context[:, None, :, None])
+        torch.softmax(scores, -1, out=weights)
+        yield part
 
 
 def _by_window(tensor: Tensor, group: Group) -> Tensor:
     """Of `[B, H, N, Q or K, D]` those of a group: `[R * H * n, Q or K, D]`, contiguous."""
     return _wide(tensor[group.rows, :, group.windows]).flatten(0, 2).contiguous()
-
-
-def _by_row(by_window: Tensor, scores: Tensor) -> Tensor:
-    """`[R * H * n, Q, D]` as `[R * H, n * Q, D]`, the queries of scores."""
-    return by_window.view(*scores.shape[:2], -1)
 
 
 def _context(tensor: Tensor, group: Group) -> Tensor:
@@ -188,10 +203,6 @@ def _add_to(total: Tensor, group: Group, part: Tensor) -> None:
     """`[B, H, S, D]` with what is of the context."""
     own = total[group.rows, :, group.columns]
     own.add_(part.view(own.shape))
-
-
-def _num_columns(group: Group) -> int:
-    return _length(group.columns)
 
 
 def _length(part: slice) -> int:
