@@ -162,7 +162,7 @@ def _parts(
 ) -> Iterator[_Part]:
     """One after the other; their attention weights and room are where those of the part before were."""
     num_heads, num_queries, num_own = query.shape[1], query.shape[3], visible.own.shape[1]
-    groups = list(visible.groups(num_heads))
+    groups = visible.groups(num_heads)
     shapes = [
         (_length(rows) * num_heads, _length(windows) * num_queries, _length(columns) + num_own)
         for rows, windows, columns in groups

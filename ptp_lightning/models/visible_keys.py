@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
@@ -46,29 +46,38 @@ class VisibleKeys:
 
     context: Tensor
     own: Tensor
+    _groups: dict[int, list[Group]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    def groups(self, num_heads: int) -> Iterator[Group]:
+    def groups(self, num_heads: int) -> Sequence[Group]:
         """All windows of all rows, in groups whose size depends on how many heads attend.
 
         Windows are taken in their order. Where starts ascend, as data modules draw them, the first groups see little.
         On a GPU groups are whole rows and see all: what a window sees is not known without waiting for the device.
         """
-        num_rows, num_windows, size = self.context.shape
-        scores = num_heads * self.own.shape[0] * (size + self.own.shape[1])  # of a window
-        if self.context.is_cuda:
-            rows_at_once = max(GROUP_SCORES_GPU // (num_windows * scores), 1)
-            for rows in _evenly(num_rows, rows_at_once):
-                yield Group(rows, slice(0, num_windows), slice(0, size))
-            return
-        at_once = max(GROUP_SCORES_CPU // scores, LEAST_WINDOWS)
-        for rows in _evenly(num_rows, max(at_once // num_windows, 1)):
-            for windows in _evenly(num_windows, at_once):
-                yield Group(rows, windows, self._columns(rows, windows))
+        if num_heads not in self._groups:  # the same in all layers and in the backward pass
+            self._groups[num_heads] = list(self._on_gpu(num_heads) if self.context.is_cuda else self._on_cpu(num_heads))
+        return self._groups[num_heads]
 
     def biases(self, group: Group, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """What to add to scores: 0, or minus infinity where a key is hidden; `[R, n, c]` and `[Q, K]`."""
         seen = self.context[group.rows, group.windows, group.columns]
         return _bias(seen, dtype), _bias(self.own, dtype)
+
+    def _on_gpu(self, num_heads: int) -> Iterator[Group]:
+        num_rows, num_windows, size = self.context.shape
+        for rows in _evenly(num_rows, max(GROUP_SCORES_GPU // (num_windows * self._scores(num_heads)), 1)):
+            yield Group(rows, slice(0, num_windows), slice(0, size))
+
+    def _on_cpu(self, num_heads: int) -> Iterator[Group]:
+        num_rows, num_windows, _ = self.context.shape
+        at_once = max(GROUP_SCORES_CPU // self._scores(num_heads), LEAST_WINDOWS)
+        for rows in _evenly(num_rows, max(at_once // num_windows, 1)):
+            for windows in _evenly(num_windows, at_once):
+                yield Group(rows, windows, self._columns(rows, windows))
+
+    def _scores(self, num_heads: int) -> int:
+        """Of a window."""
+        return num_heads * self.own.shape[0] * (self.context.shape[-1] + self.own.shape[1])
 
     def _columns(self, rows: slice, windows: slice) -> slice:
         before, behind = (hidden[rows, windows].min() for hidden in self._hidden)

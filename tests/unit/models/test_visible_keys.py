@@ -28,7 +28,7 @@ def two_windows_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("two_windows_at_once")
 def test_by_hand() -> None:
     """Windows of the first document see no token of the second, those of the second none of the first."""
-    assert list(VisibleKeys(SEEN, OWN).groups(num_heads=1)) == [
+    assert VisibleKeys(SEEN, OWN).groups(num_heads=1) == [
         Group(slice(0, 1), slice(0, 2), slice(0, 3)),
         Group(slice(0, 1), slice(2, 4), slice(4, 7)),
         Group(slice(1, 2), slice(0, 2), slice(0, 4)),
@@ -37,7 +37,7 @@ def test_by_hand() -> None:
 
 
 def test_small_rows_attend_together() -> None:
-    assert list(VisibleKeys(SEEN, OWN).groups(num_heads=1)) == [Group(slice(0, 2), slice(0, 4), slice(0, 7))]
+    assert VisibleKeys(SEEN, OWN).groups(num_heads=1) == [Group(slice(0, 2), slice(0, 4), slice(0, 7))]
 
 
 @pytest.mark.usefixtures("two_windows_at_once")
@@ -65,7 +65,7 @@ def test_every_window_is_in_one_group_that_holds_all_it_sees(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(visible_keys, "GROUP_SCORES_CPU", scores)
         patch.setattr(visible_keys, "LEAST_WINDOWS", least)
-        groups = list(VisibleKeys(seen, OWN).groups(num_heads=3))
+        groups = VisibleKeys(seen, OWN).groups(num_heads=3)
     times = torch.zeros(num_rows, num_windows, dtype=torch.long)
     for rows, windows, columns in groups:
         times[rows, windows] += 1
