@@ -14,7 +14,8 @@ import argparse
 import gc
 import itertools
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -67,7 +68,10 @@ MODELS: dict[str, dict[str, Any]] = {
 NUM_WARM_UP = 2
 MEGABYTE = 1e6
 MICROSECONDS_PER_SECOND = 1e6
-PRODUCTS = ("aten::mm", "aten::bmm", "aten::addmm", "aten::addmm_", "aten::baddbmm_")
+PRODUCTS = {"aten::mm": 0, "aten::bmm": 0} | dict.fromkeys(
+    ("aten::addmm", "aten::addmm_", "aten::baddbmm", "aten::baddbmm_"), 1
+)
+"""Which of its arguments is the left factor."""
 
 
 def parsed(args: list[str] | None = None) -> argparse.Namespace:
@@ -190,20 +194,28 @@ def profile(options: argparse.Namespace, vocab: int, windows: int, device: torch
     step = make_step(build(options, vocab, device), options, vocab, windows, device)
     for number in range(NUM_WARM_UP):
         step(number)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], with_flops=True) as profiled:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profiled:
         step(NUM_WARM_UP)
     operations = profiled.key_averages()
     print(operations.table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=40))
-    products = [one for one in operations if one.key in PRODUCTS]
-    counted = [one for one in products if one.flops]  # torch counts no operations of those in place, adapters' few
-    share = sum(one.self_cpu_time_total for one in products) / sum(one.self_cpu_time_total for one in operations)
-    seconds = sum(one.self_cpu_time_total for one in counted) / MICROSECONDS_PER_SECOND
-    made, needed = sum(one.flops for one in counted), needed_operations(options, vocab, windows)
-    rate = gemm_rate(device, getattr(torch, options.dtype))
+    products = [one for one in profiled.key_averages(group_by_input_shape=True) if one.key in PRODUCTS]
+    # A product that another one is made of does the work, and is listed, too.
+    products = [one for one in products if one.self_cpu_time_total > one.cpu_time_total / 2]
+    micros = sum(one.self_cpu_time_total for one in products)
+    share = micros / sum(one.self_cpu_time_total for one in operations)
+    made = sum(one.count * operations_of(one.input_shapes[PRODUCTS[one.key] :]) for one in products)
+    needed, rate = needed_operations(options, vocab, windows), gemm_rate(device, getattr(torch, options.dtype))
     print(
         f"V {vocab}  N {windows}: products take {share:.0%} of the time at "
-        f"{made / seconds / 1e9 / rate:.0%} of the square product's rate; {needed / made:.0%} of them are needed"
+        f"{made / micros * MICROSECONDS_PER_SECOND / 1e9 / rate:.0%} of the square product's rate; "
+        f"{needed / made:.0%} of them are needed"
     )
+
+
+def operations_of(shapes: Sequence[Sequence[int]]) -> int:
+    """Of a product of `[..., m, k]` and `[..., k, n]`."""
+    left, right = shapes[:2]
+    return 2 * math.prod(left) * right[-1]
 
 
 def build(options: argparse.Namespace, vocab: int, device: torch.device) -> DistillationModule:
