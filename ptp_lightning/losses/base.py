@@ -191,7 +191,7 @@ class Loss(ABC):
             own_teacher = None if needed_teacher is None else needed_teacher.at(rows).now()
             return self.per_slot(prepared(head(chunk_hidden), rows), token_ids[rows], own_teacher)
 
-        def with_gradients(logits: Tensor, rows: slice, own_teacher: TokenDistribution | None, room: Tensor) -> Tensor:
+        def block_losses(logits: Tensor, rows: slice, own_teacher: TokenDistribution | None, room: Tensor) -> Tensor:
             return self.with_gradients(prepared(logits, rows), token_ids[rows], own_teacher, room)
 
         if len(chunks) == 1 and no_logits.requires_grad:  # computing the logits twice would save nothing
@@ -206,7 +206,7 @@ class Loss(ABC):
             )
         elif hidden.requires_grad and torch.is_grad_enabled():
             block_size = block_rows(vocab_size, hidden)
-            nats = _LossesWithGradients.apply(hidden, head, with_gradients, needed_teacher, chunks, block_size)
+            nats = _LossesWithGradients.apply(hidden, head, block_losses, needed_teacher, chunks, block_size)
             assert isinstance(nats, Tensor)
         else:
             nats = torch.cat([chunk_losses(hidden[rows], rows) for rows in chunks])
@@ -252,7 +252,7 @@ class _LossesWithGradients(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,
         head: Head,
-        with_gradients: Callable[[Tensor, slice, TokenDistribution | None, Tensor], Tensor],
+        block_losses: Callable[[Tensor, slice, TokenDistribution | None, Tensor], Tensor],
         teacher: Distributions | None,
         chunks: list[slice],
         block_size: int,
@@ -272,7 +272,7 @@ class _LossesWithGradients(torch.autograd.Function):
             teachers = repeat(None) if teacher is None else teacher.at(chunk).blocks(block_size)
             for block, own_teacher in zip(slices(len(leaf), block_size), teachers, strict=False):
                 slots = slice(chunk.start + block.start, chunk.start + block.stop)
-                nats[slots] = with_gradients(logits.detach()[block], slots, own_teacher, by_logits[block])
+                nats[slots] = block_losses(logits.detach()[block], slots, own_teacher, by_logits[block])
             (gradients[chunk],) = torch.autograd.grad(logits, leaf, by_logits[: len(leaf)])
 
         for chunk in chunks:  # a function, so that logits are gone before the next ones come

@@ -109,7 +109,8 @@ class _AdaptedUnit(torch.autograd.Function):
         for own, to_gated, to_by_gate, to_upped, to_by_up, to_result, to_by_down in _by_parts(*tensors):
             _forward(own, gate, to_gated, to_by_gate)
             _forward(own, up, to_upped, to_by_up)
-            _forward(activation(to_gated).mul_(to_upped), down, to_result, to_by_down)
+            # not in place: an activation may give back its input, which is kept
+            _forward(activation(to_gated) * to_upped, down, to_result, to_by_down)
         ctx.save_for_backward(
             *(x, gated, reduced_by_gate, upped, reduced_by_up, reduced_by_down),
             *(tensor for layer in layers for tensor in (layer.base, layer.lora_a, layer.lora_b)),

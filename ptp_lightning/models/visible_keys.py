@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
+
+from ptp_lightning.sampling import sizes_may_depend_on_values
 
 GROUP_SCORES_CPU = 2**18
 """Scores of a group, which a processor's cache holds with what is made of them; see `LEAST_WINDOWS`."""
@@ -52,10 +51,12 @@ class VisibleKeys:
         """All windows of all rows, in groups whose size depends on how many heads attend.
 
         Windows are taken in their order. Where starts ascend, as data modules draw them, the first groups see little.
-        On a GPU groups are whole rows and see all: what a window sees is not known without waiting for the device.
+        Where asking for values would wait for the device, groups are whole rows and see all.
         """
         if num_heads not in self._groups:  # the same in all layers and in the backward pass
-            self._groups[num_heads] = list(self._on_gpu(num_heads) if self.context.is_cuda else self._on_cpu(num_heads))
+            is_free = sizes_may_depend_on_values(self.context.device) and not self.context.is_cuda  # as a plan says
+            find = self._by_what_they_see if is_free else self._whole_rows
+            self._groups[num_heads] = list(find(num_heads))
         return self._groups[num_heads]
 
     def biases(self, group: Group, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -63,31 +64,25 @@ class VisibleKeys:
         seen = self.context[group.rows, group.windows, group.columns]
         return _bias(seen, dtype), _bias(self.own, dtype)
 
-    def _on_gpu(self, num_heads: int) -> Iterator[Group]:
+    def _whole_rows(self, num_heads: int) -> Iterator[Group]:
         num_rows, num_windows, size = self.context.shape
         for rows in _evenly(num_rows, max(GROUP_SCORES_GPU // (num_windows * self._scores(num_heads)), 1)):
             yield Group(rows, slice(0, num_windows), slice(0, size))
 
-    def _on_cpu(self, num_heads: int) -> Iterator[Group]:
-        num_rows, num_windows, _ = self.context.shape
+    def _by_what_they_see(self, num_heads: int) -> Iterator[Group]:
+        num_rows, num_windows, size = self.context.shape
+        seen = self.context.to(torch.uint8)  # no argmax of bool
+        # Of each window [B, N]: hidden tokens before all that it sees, and behind.
+        before, behind = seen.argmax(-1).numpy(), seen.flip(-1).argmax(-1).numpy()
         at_once = max(GROUP_SCORES_CPU // self._scores(num_heads), LEAST_WINDOWS)
         for rows in _evenly(num_rows, max(at_once // num_windows, 1)):
             for windows in _evenly(num_windows, at_once):
-                yield Group(rows, windows, self._columns(rows, windows))
+                own = rows, windows
+                yield Group(rows, windows, slice(int(before[own].min()), size - int(behind[own].min())))
 
     def _scores(self, num_heads: int) -> int:
         """Of a window."""
         return num_heads * self.own.shape[0] * (self.context.shape[-1] + self.own.shape[1])
-
-    def _columns(self, rows: slice, windows: slice) -> slice:
-        before, behind = (hidden[rows, windows].min() for hidden in self._hidden)
-        return slice(int(before), self.context.shape[-1] - int(behind))
-
-    @cached_property
-    def _hidden(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """How many context tokens lie before all that a window sees, and how many behind: `[B, N]`."""
-        seen = self.context.to(torch.uint8)  # no argmax of bool
-        return seen.argmax(-1).numpy(), seen.flip(-1).argmax(-1).numpy()
 
 
 def _evenly(length: int, most: int) -> Iterator[slice]:

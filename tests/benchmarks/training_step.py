@@ -150,14 +150,13 @@ def measure(
     seconds = []
     with PeakMemory(device) as memory:
         for number in range(NUM_WARM_UP + options.steps):
-            if device.type == "cpu":  # on a GPU its matrices would count as the step's memory
-                rates.append(gemm_rate(device, getattr(torch, options.dtype)))
+            # On a GPU its matrices would count as the step's memory.
+            rates.append(gemm_rate(device, getattr(torch, options.dtype)) if device.type == "cpu" else rates[0])
             begin = clock(device)
             step(number)
             seconds.append(clock(device) - begin)
     module.predictor._in_blocks = in_blocks
-    seconds = seconds[NUM_WARM_UP:]
-    rates = (rates * len(seconds))[-len(seconds) :]  # one that was measured before all stands for each
+    seconds, rates = seconds[NUM_WARM_UP:], rates[1 + NUM_WARM_UP :]
     return {
         "seconds": median(seconds),
         "megabytes": (memory.peak_bytes - before) / MEGABYTE,

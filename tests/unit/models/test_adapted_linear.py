@@ -11,7 +11,7 @@ from torch.nn.functional import gelu, linear, silu
 
 from ptp_lightning.models import gated_lora, row_parts
 from ptp_lightning.models.adapted_linear import AdaptedWeights, adapted_linear, adapted_unit
-from ptp_lightning.models.gated_lora import LoraSettings, add_gated_lora
+from ptp_lightning.models.gated_lora import ALL_LINEAR, LoraSettings, add_gated_lora
 from tests.tiny_models import TINY_MODELS, cast_weights, tiny_llama
 
 ROWS, INPUTS, OUTPUTS, INNER, RANK = (2, 5), 4, 3, 5, 2
@@ -72,21 +72,31 @@ class TestDefinition:
         assert torch.autograd.gradcheck(function, (x, *adapters))
         assert torch.autograd.gradcheck(function, (x.detach(), *adapters))
 
-    def test_what_is_kept_stays_as_it_is(self, has_bias: bool) -> None:
-        """Also if an activation gives back its input."""
-        layers = random_unit(has_bias)
+    def test_an_activation_that_gives_back_its_input(self, has_bias: bool) -> None:
+        """As "linear" does, one of transformers' own: what the unit keeps of it stays as it is."""
+        layers = gate, up, down = random_unit(has_bias)
         x = torch.randn(*ROWS, INPUTS, dtype=torch.float64, requires_grad=True)
-        result = adapted_unit(x, lambda x: x.clone(), *layers)
-        kept = [tensor.clone() for tensor in result.grad_fn.saved_tensors]  # pyright: ignore
-        gradients = [torch.autograd.grad(result.sum(), x, retain_graph=True)[0] for _ in range(2)]
-        assert all(map(torch.equal, kept, result.grad_fn.saved_tensors))  # pyright: ignore
-        assert torch.equal(*gradients)
+        found, expected = (
+            adapted_unit(x, lambda x: x, *layers),
+            definition(definition(x, gate) * definition(x, up), down),
+        )
+        torch.testing.assert_close(found, expected)
+        for _ in range(2):
+            gradients = [torch.autograd.grad(result.sum(), x, retain_graph=True) for result in (found, expected)]
+            torch.testing.assert_close(*gradients)
 
 
-def run(family: str, dtype: torch.dtype, *, short_way: bool, autocast: bool = False) -> dict[str, Tensor]:
+def run(
+    family: str,
+    dtype: torch.dtype,
+    *,
+    short_way: bool,
+    autocast: bool = False,
+    target_modules: str | list[str] = ALL_LINEAR,
+) -> dict[str, Tensor]:
     """Hidden states of a call with the gate open, and the gradients of its adapter."""
     model = cast_weights(TINY_MODELS[family](), dtype)
-    peft_model, gate = add_gated_lora(model, LoraSettings(rank=2, alpha=1.0))
+    peft_model, gate = add_gated_lora(model, LoraSettings(rank=2, alpha=1.0, target_modules=target_modules))
     if dtype == torch.float64:
         peft_model.double()
     torch.manual_seed(0)
@@ -109,6 +119,16 @@ def run(family: str, dtype: torch.dtype, *, short_way: bool, autocast: bool = Fa
 @pytest.mark.parametrize("family", TINY_MODELS)
 def test_a_model_trains_as_by_the_long_way(family: str) -> None:
     short, long = (run(family, torch.float64, short_way=short_way) for short_way in (True, False))
+    for name, expected in long.items():
+        torch.testing.assert_close(short[name], expected, atol=1e-8, rtol=1e-8, msg=name)
+
+
+@pytest.mark.parametrize("targets", [["down_proj"], ["gate_proj", "up_proj"], ["gate_proj", "down_proj"]], ids=str)
+def test_so_do_gated_units_that_are_adapted_in_part(targets: list[str]) -> None:
+    short, long = (
+        run("llama", torch.float64, short_way=short_way, target_modules=targets) for short_way in (True, False)
+    )
+    assert short.keys() == long.keys()
     for name, expected in long.items():
         torch.testing.assert_close(short[name], expected, atol=1e-8, rtol=1e-8, msg=name)
 

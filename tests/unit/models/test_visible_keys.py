@@ -41,6 +41,17 @@ def test_small_rows_attend_together() -> None:
 
 
 @pytest.mark.usefixtures("two_windows_at_once")
+def test_rows_stay_whole_where_values_are_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(visible_keys, "sizes_may_depend_on_values", lambda device: False)
+    everything = Group(slice(0, 2), slice(0, 4), slice(0, 8))
+    assert VisibleKeys(SEEN, OWN).groups(num_heads=1) == [everything]
+    scores_of_a_row = 4 * 2 * (8 + 2)
+    monkeypatch.setattr(visible_keys, "GROUP_SCORES_GPU", 2 * scores_of_a_row - 1)
+    by_row = [everything._replace(rows=slice(row, row + 1)) for row in range(2)]
+    assert VisibleKeys(SEEN, OWN).groups(num_heads=1) == by_row
+
+
+@pytest.mark.usefixtures("two_windows_at_once")
 def test_biases_hide_what_is_not_seen() -> None:
     visible = VisibleKeys(SEEN, OWN)
     group = Group(slice(0, 1), slice(2, 4), slice(4, 7))
