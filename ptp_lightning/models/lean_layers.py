@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ptp_lightning.models.mixed_in import MixedIn, mix_in
-from ptp_lightning.models.row_parts import in_parts
+from ptp_lightning.models.row_parts import in_batch_parts, in_parts
 from ptp_lightning.models.window_keys import WindowKeys
 
 if TYPE_CHECKING:
@@ -112,13 +112,12 @@ class _Rotation(torch.autograd.Function):
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """In place, `[B, T, heads * D]`; on a CPU a row at a time."""
+    """In place, `[B, T, heads * D]`; on a CPU a few of B at a time."""
     half = cos.shape[-1] // 2
     heads = x.unflatten(-1, (-1, 2, half))
     cos, sin = (table[..., :half].unsqueeze(-2).expand(len(x), -1, -1, -1) for table in (cos, sin))
-    rows = [(heads, cos, sin)] if x.is_cuda else zip(heads, cos, sin, strict=True)
-    for row, own_cos, own_sin in rows:
-        first, second = row.unbind(-2)
+    for part, own_cos, own_sin in zip(*map(in_batch_parts, (heads, cos, sin)), strict=True):
+        first, second = part.unbind(-2)
         before = first.clone()
         first.mul_(own_cos).addcmul_(second, own_sin, value=-1)
         second.mul_(own_cos).addcmul_(before, own_sin)

@@ -60,8 +60,10 @@ class TestRotated:
         assert result.tolist() == [[[-3, -4, 1, 2]]]
         assert result.data_ptr() == x.data_ptr()
 
+    @pytest.mark.parametrize("part_rows", [1, 3, 6], ids=["less than a row at once", "a row", "both rows"])
     @pytest.mark.parametrize("num_rows", [1, 2], ids=["one table", "a table a row"])
-    def test_it_is_that_of_transformers(self, num_rows: int) -> None:
+    def test_it_is_that_of_transformers(self, num_rows: int, part_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(row_parts, "PART_ROWS", part_rows)
         x, tables = uniform(2, 3, 8), angles(num_rows)
         heads = x.unflatten(-1, (2, 4)).transpose(1, 2)
         expected, _ = apply_rotary_pos_emb(heads, heads, *tables)
