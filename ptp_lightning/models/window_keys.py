@@ -51,7 +51,12 @@ class WindowKeys:
     Args:
         context: holds those of the context.
         keeps: whether those of a call stay for the next one.
+
+    Attributes:
+        flexes: whether FlexAttention is used where it suits; false to compare.
     """
+
+    flexes = True
 
     def __init__(self, context: Cache | None, keeps: bool) -> None:
         self._context = context
@@ -79,7 +84,7 @@ class WindowKeys:
         assert self._context is not None
         context = cast("DynamicLayer", self._context.layers[layer])
         assert context.keys is not None and context.values is not None, "the context has been read"
-        if not self._keeps and suits(query):
+        if not self._keeps and self.flexes and suits(query):
             if self._flex is None:
                 self._flex = FlexWindows(sees_context, key.shape[2] // sees_context.shape[1])
             return self._flex.attend(query, (context.keys, context.values), (key, value), scale)
