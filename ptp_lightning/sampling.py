@@ -35,9 +35,12 @@ def require(valid: Tensor, values: Tensor, message: str) -> None:
         raise ValueError(f"{message}; found {offending[0].item()} ({offending.numel()} of {values.numel()})")
 
 
-def sizes_may_depend_on_values(device: torch.device) -> bool:
-    """Whether asking for a tensor's values costs nothing, so that work may be left out that they make unnecessary."""
-    return device.type == "cpu"
+def sizes_may_depend_on_values(tensor: Tensor) -> bool:
+    """Whether asking this tensor for values costs nothing, so that work may be left out that they make needless.
+
+    Tensors of a plan for a GPU lie on a CPU and say that they do not.
+    """
+    return tensor.device.type == "cpu" and not tensor.is_cuda
 
 
 def leading(index: Any) -> tuple[Any, ...]:

@@ -166,7 +166,7 @@ class Loss(ABC):
         token_ids, teacher, weights = target
         # Whatever stands in masked slots (a NaN, the token id -100) reaches neither the sum nor the gradients.
         counts = weights != 0
-        drops_masked = sizes_may_depend_on_values(hidden.device)
+        drops_masked = sizes_may_depend_on_values(hidden)
         if drops_masked:
             kept = counts.nonzero().squeeze(-1)
             hidden, token_ids = hidden[kept], token_ids[kept]

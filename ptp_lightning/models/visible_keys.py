@@ -54,8 +54,7 @@ class VisibleKeys:
         Where asking for values would wait for the device, groups are whole rows and see all.
         """
         if num_heads not in self._groups:  # the same in all layers and in the backward pass
-            is_free = sizes_may_depend_on_values(self.context.device) and not self.context.is_cuda  # as a plan says
-            find = self._by_what_they_see if is_free else self._whole_rows
+            find = self._by_what_they_see if sizes_may_depend_on_values(self.context) else self._whole_rows
             self._groups[num_heads] = list(find(num_heads))
         return self._groups[num_heads]
 

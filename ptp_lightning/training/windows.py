@@ -185,7 +185,7 @@ def _intervals_of_text(
 ) -> tuple[Tensor, Tensor]:
     """Intervals `[B, N, L]` of the windows' own tokens: each token of a row once, though windows overlap."""
     index = _window_index(batch, length)
-    if sizes_may_depend_on_values(index.device):
+    if sizes_may_depend_on_values(index):
         needed = torch.zeros_like(batch.input_ids).scatter_add_(1, index.flatten(1), mask.flatten(1).long())
         row, place = needed.nonzero(as_tuple=True)
         teacher, _ = lazily(predictor, context, context.hidden[row, place - 1])

@@ -2,8 +2,9 @@
 
     python -m tests.benchmarks.plain_step [--model small small-512 small-1024] [--windows 16 64]     one thread of a CPU
 
-Nothing of this package takes part: a frozen Llama of transformers reads whole rows, forward, and backward by its input
-embeddings, as many rows as have the tokens and slots of a step of `training_step`. All that it computes is needed.
+A frozen Llama, as transformers makes it, reads whole rows, forward, and backward by its input embeddings, as many rows
+as have the tokens and slots of a step of `training_step`. No window, adapter or optimiser: all that it computes is
+needed.
 """
 
 from __future__ import annotations
@@ -12,9 +13,6 @@ import argparse
 import itertools
 import math
 from collections.abc import Callable
-from statistics import median
-from time import thread_time
-from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -22,10 +20,9 @@ from torch.nn.functional import cross_entropy
 from ptp_lightning.models import BackboneSettings
 from ptp_lightning.models.backbone import load_backbone
 from ptp_lightning.training.plan import LLAMA
-from tests.benchmarks.training_step import MODELS, NUM_WARM_UP, gemm_rate
+from tests.benchmarks.training_step import GIGA, MODELS, gemm_rate, linear_sizes, parsed, timed
 
-ROWS, ROW_LENGTH, WINDOW_LENGTH = 4, 256, 16
-"""Of `training_step`: B, S and L."""
+CPU = torch.device("cpu")
 
 
 def main() -> None:
@@ -37,50 +34,45 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    of_windows = parsed([])
+    length = of_windows.row_length
     for model, windows in itertools.product(options.model, options.windows):
-        rows = math.ceil(ROWS * (ROW_LENGTH + windows * (WINDOW_LENGTH - 1)) / ROW_LENGTH)
-        seconds, share = measure(model, options.vocab, rows, options.steps)
-        print(f"{model:>10}  {rows:>3} rows  {seconds:8.3f} s a step  {share:4.0%} of the product's rate", flush=True)
+        rows = math.ceil(of_windows.rows * (length + windows * (of_windows.window_length - 1)) / length)
+        step = make_step(model, options.vocab, rows, length)
+        timing = timed(step, options.steps, CPU, lambda: gemm_rate(CPU, torch.float32))
+        operations = sum(operations_of_step(model, options.vocab, rows, length))
+        share = operations / GIGA / timing["products"]
+        print(
+            f"{model:>10}  {rows:>3} rows  {timing['seconds']:8.3f} s a step  {share:4.0%} of the product's rate, "
+            f"{timing['gemm_gflops']:.0f} GFLOP/s",
+            flush=True,
+        )
 
 
-def measure(model: str, vocab: int, rows: int, steps: int) -> tuple[float, float]:
-    """CPU seconds of a step, and what its operations are of those that products could have made meanwhile: medians."""
-    step = make_step(LLAMA | MODELS[model] | {"vocab_size": vocab}, rows)
-    operations = operations_of_step(model, vocab, rows)
-    seconds, shares = [], []
-    for _ in range(NUM_WARM_UP + steps):
-        rate = gemm_rate(torch.device("cpu"), torch.float32)
-        begin = thread_time()
-        step()
-        seconds.append(thread_time() - begin)
-        shares.append(operations / 1e9 / seconds[-1] / rate)
-    return median(seconds[NUM_WARM_UP:]), median(shares[NUM_WARM_UP:])
-
-
-def make_step(network: dict[str, Any], rows: int) -> Callable[[], None]:
-    """Of a frozen model with this configuration."""
+def make_step(model: str, vocab: int, rows: int, length: int) -> Callable[[int], None]:
+    """Forward and backward through a frozen model of `training_step`."""
     torch.manual_seed(0)
-    model = load_backbone(BackboneSettings(from_config=network)).requires_grad_(False)
-    input_ids = torch.randint(model.config.vocab_size, (rows, ROW_LENGTH))
+    backbone = load_backbone(BackboneSettings(from_config=LLAMA | MODELS[model] | {"vocab_size": vocab}))
+    backbone.requires_grad_(False)
+    input_ids = torch.randint(vocab, (rows, length))
 
-    def step() -> None:
-        embeddings = model.get_input_embeddings()(input_ids).requires_grad_()
-        logits = model(inputs_embeds=embeddings, use_cache=False).logits
+    def step(_: int) -> None:
+        embeddings = backbone.get_input_embeddings()(input_ids).requires_grad_()
+        logits = backbone(inputs_embeds=embeddings, use_cache=False).logits
         cross_entropy(logits[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten()).backward()
 
     return step
 
 
-def operations_of_step(model: str, vocab: int, rows: int) -> float:
-    """Floating point operations of its products, as `training_step.needed_operations` counts them."""
-    network = MODELS[model]
-    width, inner, depth = network["hidden_size"], network["intermediate_size"], network["num_hidden_layers"]
-    heads = network["num_attention_heads"]
-    of_keys = width * network.get("num_key_value_heads", heads) // heads
-    weights = 2 * width * width + 2 * width * of_keys + 3 * width * inner
-    tokens = rows * ROW_LENGTH
-    pairs = tokens * (ROW_LENGTH + 1) / 2
-    return depth * (4 * tokens * weights + 3 * 4 * width * pairs) + 4 * width * vocab * tokens
+def operations_of_step(model: str, vocab: int, rows: int, length: int) -> tuple[float, float]:
+    """Floating point operations of a step's linear layers and of attention, where a token sees those up to itself.
+
+    Counted as by `training_step.needed_operations`: forward, and backward by activations alone.
+    """
+    width, depth = MODELS[model]["hidden_size"], MODELS[model]["num_hidden_layers"]
+    weights = depth * sum(a * b for a, b in linear_sizes(model)) + width * vocab
+    tokens = rows * length
+    return 4 * tokens * weights, 3 * 4 * depth * width * tokens * (length + 1) / 2
 
 
 if __name__ == "__main__":

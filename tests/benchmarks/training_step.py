@@ -68,6 +68,7 @@ MODELS: dict[str, dict[str, Any]] = {
 NUM_WARM_UP = 2
 MEGABYTE = 1e6
 MICROSECONDS_PER_SECOND = 1e6
+GIGA = 1e9
 PRODUCTS = {"aten::mm": 0, "aten::bmm": 0} | dict.fromkeys(
     ("aten::addmm", "aten::addmm_", "aten::baddbmm", "aten::baddbmm_"), 1
 )
@@ -111,7 +112,7 @@ def main() -> None:
         for vocab, windows in itertools.product(options.vocab, options.windows):
             row = {"vocab": vocab, "windows": windows}
             row |= alone.submit(measure, options, vocab, windows, device).result()
-            row["share"] = needed_operations(options, vocab, windows) / 1e9 / row["products"]
+            row["share"] = needed_operations(options, vocab, windows) / GIGA / row["products"]
             rows.append(row)
             print(
                 "V {vocab:>6}  N {windows:>3}  {seconds:8.3f} s a step  {megabytes:8.0f} MB  "
@@ -137,29 +138,40 @@ def measure(
         seconds: the median.
         megabytes: without those of the model that is there before.
         gemm_gflops: the product's rate, on a CPU the median of those before each step: machines slow down and recover.
-        products: the median of a step's seconds times the rate before it, the operations that products could have made.
+        products: the median of a step's seconds times the rate before it, the 10^9 operations that products could have
+            made.
     """
     module = build(options, vocab, device) if module is None else module
     in_blocks = module.predictor._in_blocks
     module.predictor._in_blocks = in_blocks and not options.dense
     step = make_step(module, options, vocab, windows, device)
     torch.set_num_threads(1)
-    rates = [gemm_rate(device, getattr(torch, options.dtype))]
+    dtype = getattr(torch, options.dtype)
+    before_all = gemm_rate(device, dtype)
     gc.collect()
     before = torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
-    seconds = []
     with PeakMemory(device) as memory:
-        for number in range(NUM_WARM_UP + options.steps):
-            # On a GPU its matrices would count as the step's memory.
-            rates.append(gemm_rate(device, getattr(torch, options.dtype)) if device.type == "cpu" else rates[0])
-            begin = clock(device)
-            step(number)
-            seconds.append(clock(device) - begin)
+        # On a GPU the product's matrices would count as the step's memory.
+        timing = timed(
+            step, options.steps, device, lambda: gemm_rate(device, dtype) if device.type == "cpu" else before_all
+        )
     module.predictor._in_blocks = in_blocks
-    seconds, rates = seconds[NUM_WARM_UP:], rates[1 + NUM_WARM_UP :]
+    return timing | {"megabytes": (memory.peak_bytes - before) / MEGABYTE}
+
+
+def timed(
+    step: Callable[[int], None], num_steps: int, device: torch.device, gemm_rate_now: Callable[[], float]
+) -> dict[str, float]:
+    """What `measure` says of the time of steps, once it has warmed up."""
+    seconds, rates = [], []
+    for number in range(NUM_WARM_UP + num_steps):
+        rates.append(gemm_rate_now())
+        begin = clock(device)
+        step(number)
+        seconds.append(clock(device) - begin)
+    seconds, rates = seconds[NUM_WARM_UP:], rates[NUM_WARM_UP:]
     return {
         "seconds": median(seconds),
-        "megabytes": (memory.peak_bytes - before) / MEGABYTE,
         "gemm_gflops": median(rates),
         "products": median(second * rate for second, rate in zip(seconds, rates, strict=True)),
     }
@@ -206,7 +218,7 @@ def profile(options: argparse.Namespace, vocab: int, windows: int, device: torch
     needed, rate = needed_operations(options, vocab, windows), gemm_rate(device, getattr(torch, options.dtype))
     print(
         f"V {vocab}  N {windows}: products take {share:.0%} of the time at "
-        f"{made / micros * MICROSECONDS_PER_SECOND / 1e9 / rate:.0%} of the square product's rate; "
+        f"{made / micros * MICROSECONDS_PER_SECOND / GIGA / rate:.0%} of the square product's rate; "
         f"{needed / made:.0%} of them are needed"
     )
 
@@ -258,11 +270,8 @@ def needed_operations(options: argparse.Namespace, vocab: int, windows: int) -> 
     activations and adapters alone; a slot's attention over its own context and window, whose gradients by the context's
     keys and values are not needed; the head forward and backward for every slot.
     """
-    model = MODELS[options.model]
-    width, inner, depth = model["hidden_size"], model["intermediate_size"], model["num_hidden_layers"]
-    of_keys = width * model.get("num_key_value_heads", model["num_attention_heads"]) // model["num_attention_heads"]
-    sizes = [(width, width), (width, of_keys), (width, of_keys), (width, width)]
-    sizes += [(width, inner), (width, inner), (inner, width)]
+    width, depth = MODELS[options.model]["hidden_size"], MODELS[options.model]["num_hidden_layers"]
+    sizes = linear_sizes(options.model)
     weights, adapters = sum(a * b for a, b in sizes), options.rank * sum(a + b for a, b in sizes)
     starts = random_batch(options, vocab, windows).window_starts
     length = options.window_length
@@ -275,6 +284,15 @@ def needed_operations(options: argparse.Namespace, vocab: int, windows: int) -> 
     of_stack = 2 * tokens * weights + slots * (4 * weights + 6 * adapters)
     of_attention = 4 * width * (pairs_in_context + 2 * pairs_with_context + 3 * pairs_in_windows)
     return depth * (of_stack + of_attention) + 2 * width * vocab * (tokens_of_windows + 2 * slots)
+
+
+def linear_sizes(model: str) -> list[tuple[int, int]]:
+    """Features in and out of each linear layer of a decoder layer."""
+    network = MODELS[model]
+    width, inner, heads = network["hidden_size"], network["intermediate_size"], network["num_attention_heads"]
+    of_keys = width * network.get("num_key_value_heads", heads) // heads
+    attention = [(width, width), (width, of_keys), (width, of_keys), (width, width)]
+    return [*attention, (width, inner), (width, inner), (inner, width)]
 
 
 def clock(device: torch.device) -> float:
@@ -294,7 +312,7 @@ def gemm_rate(device: torch.device, dtype: torch.dtype) -> float:
         begin = clock(device)
         a @ b
         fastest = min(fastest, clock(device) - begin)
-    return 2 * size**3 / fastest / 1e9
+    return 2 * size**3 / fastest / GIGA
 
 
 def name_of(device: torch.device) -> str:

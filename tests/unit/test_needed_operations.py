@@ -1,0 +1,24 @@
+"""Operations that benchmarks take for needed are those that torch counts."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from tests.benchmarks import plain_step
+
+LENGTH = 8
+
+
+@pytest.mark.parametrize("model", ["small", "135m"])
+def test_a_plain_step(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of linear layers, among them those of grouped keys; torch does not count attention on a CPU."""
+    monkeypatch.setitem(plain_step.MODELS, model, plain_step.MODELS[model] | {"num_hidden_layers": 2})
+    step = plain_step.make_step(model, 32, 2, LENGTH)
+    with FlopCounterMode(display=False) as counter:
+        step(0)
+    counted = counter.get_flop_counts()["Global"]
+    products = sum(
+        flops for operation, flops in counted.items() if operation in (torch.ops.aten.mm, torch.ops.aten.addmm)
+    )
+    of_linear_layers, _ = plain_step.operations_of_step(model, 32, 2, LENGTH)
+    assert products == of_linear_layers
