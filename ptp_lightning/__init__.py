@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ptp_lightning.auxiliary import pick, token_interval
-    from ptp_lightning.data.batch import PackedBatch
+    from ptp_lightning.batch import PackedBatch
     from ptp_lightning.data.datamodule import CorpusDataModule
-    from ptp_lightning.models.predictor import ParallelTokenPredictor
-    from ptp_lightning.models.predictor_config import PredictorConfig
+    from ptp_lightning.models.config import PredictorConfig
+    from ptp_lightning.predictor import ParallelTokenPredictor
     from ptp_lightning.sampling import SamplingConfig
-    from ptp_lightning.training.distillation import DistillationModule
-    from ptp_lightning.training.pretraining import AutoregressiveModule
-    from ptp_lightning.training.self_training import InverseAutoregressiveModule
+    from ptp_lightning.training.modules.autoregressive import AutoregressiveModule
+    from ptp_lightning.training.modules.distillation import DistillationModule
+    from ptp_lightning.training.modules.inverse_autoregressive import InverseAutoregressiveModule
 
 __version__ = "0.1.0"
 
@@ -32,13 +32,13 @@ __all__ = [
 
 # torch, transformers and Lightning take seconds to import, so their users wait until they are asked for.
 _HOMES = {
-    "AutoregressiveModule": "training.pretraining",
+    "AutoregressiveModule": "training.modules.autoregressive",
     "CorpusDataModule": "data.datamodule",
-    "DistillationModule": "training.distillation",
-    "InverseAutoregressiveModule": "training.self_training",
-    "PackedBatch": "data.batch",
-    "ParallelTokenPredictor": "models.predictor",
-    "PredictorConfig": "models.predictor_config",
+    "DistillationModule": "training.modules.distillation",
+    "InverseAutoregressiveModule": "training.modules.inverse_autoregressive",
+    "PackedBatch": "batch",
+    "ParallelTokenPredictor": "predictor",
+    "PredictorConfig": "models.config",
     "SamplingConfig": "sampling",
     "pick": "auxiliary",
     "token_interval": "auxiliary",

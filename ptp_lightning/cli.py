@@ -1,6 +1,6 @@
 """The command line: one entry for every job."""
 
-from ptp_lightning.user_errors import run_plainly
+from ptp_lightning.utils.user_errors import run_plainly
 
 TRAINING_COMMANDS = ("fit", "validate", "test")
 
@@ -13,6 +13,7 @@ HELP = """usage: python -m ptp_lightning COMMAND [options]
   pregenerate  let the teacher complete prompts, to train from: --config ... --output DIR [--num_completions 4 ...]
   generate     continue text: --prompt TEXT | --prompts FILE [--ckpt_path P] [--temperature 0.7 ...] [--json]
   evaluate     compare decoders on a benchmark: --output DIR [--benchmark spec_bench --questions FILE] [--ckpt_path P]
+  sweep        run or report an ablation study: run sweeps/losses.yaml [--full] [--jobs 2]
   export       write a folder that PEFT opens: --ckpt_path P --output DIR [--dtype bfloat16] [--overwrite]
 
 Each command explains its options with --help."""
@@ -35,12 +36,12 @@ def dispatch(args: list[str]) -> None:
         run()
         return
     if command == "plan":
-        from ptp_lightning.training.plan import run
+        from ptp_lightning.planning.command import run
 
         run(args[1:])
         return
     if command == "pregenerate":
-        from ptp_lightning.training.pregenerate import run
+        from ptp_lightning.pregeneration.command import run
 
         run(args[1:])
         return
@@ -55,8 +56,13 @@ def dispatch(args: list[str]) -> None:
         run(args[1:])
         return
     if command == "export":
-        from ptp_lightning.models.export_command import run
+        from ptp_lightning.export.command import run
 
         run(args[1:])
+        return
+    if command == "sweep":
+        from ptp_lightning.sweeps.command import main as sweep
+
+        sweep(args[1:])
         return
     raise ValueError(f"expected one of the commands below, found {command!r}\n\n{HELP}")

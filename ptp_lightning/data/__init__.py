@@ -1,19 +1,19 @@
 """Corpora, token series, packing and LightningDataModules."""
 
-from ptp_lightning.data.batch import PackedBatch
-from ptp_lightning.data.completions_datamodule import CompletionsDataModule
+from ptp_lightning.batch import PackedBatch
+from ptp_lightning.data.completions.completions_datamodule import CompletionsDataModule
 from ptp_lightning.data.corpus import Corpus, Document, StandardLibrary, TextFiles
 from ptp_lightning.data.datamodule import CorpusDataModule
-from ptp_lightning.data.file_rows import JsonLines, TextRows
-from ptp_lightning.data.hub_rows import HubRows
-from ptp_lightning.data.markov import MarkovSeries
-from ptp_lightning.data.mixture import StreamPart
-from ptp_lightning.data.pickups import PickUps
 from ptp_lightning.data.rendering import Chat, PlainText, PromptAndCompletion, Rendering
-from ptp_lightning.data.row_source import RowSource
-from ptp_lightning.data.series import RecordedSeries, Series
-from ptp_lightning.data.series_datamodule import SeriesDataModule
-from ptp_lightning.data.streaming import StreamingCorpus
+from ptp_lightning.data.series.markov import MarkovSeries
+from ptp_lightning.data.series.pickups import PickUps
+from ptp_lightning.data.series.series import RecordedSeries, Series
+from ptp_lightning.data.series.series_datamodule import SeriesDataModule
+from ptp_lightning.data.streaming.file_rows import JsonLines, TextRows
+from ptp_lightning.data.streaming.hub_rows import HubRows
+from ptp_lightning.data.streaming.mixture import StreamPart
+from ptp_lightning.data.streaming.row_source import RowSource
+from ptp_lightning.data.streaming.streaming_corpus import StreamingCorpus
 
 __all__ = [
     "Chat",

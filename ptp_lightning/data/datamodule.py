@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from torch.utils.data import IterableDataset
 
-from ptp_lightning.data.batch import PackedBatch
+from ptp_lightning.batch import PackedBatch
 from ptp_lightning.data.corpus import Corpus, Document, Split
 from ptp_lightning.data.packed_datamodule import require_sizes
 from ptp_lightning.data.packing import PackedRow, TokenDocument, pack
-from ptp_lightning.data.stream import DocumentStream, StreamSettings, evaluation_batches, no_rows
+from ptp_lightning.data.streaming.stream import DocumentStream, StreamSettings, evaluation_batches, no_rows
 from ptp_lightning.data.text_datamodule import TextDataModule
-from ptp_lightning.randomness import keyed_generator
+from ptp_lightning.utils.randomness import keyed_generator
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -9,7 +9,7 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.data.distributed import DistributedSampler
 
-from ptp_lightning.data.batch import PackedBatch
+from ptp_lightning.batch import PackedBatch
 from ptp_lightning.data.corpus import Split
 from ptp_lightning.data.packing import MIN_PIECE
 

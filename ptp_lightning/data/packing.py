@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ptp_lightning.data.batch import PADDING_DOCUMENT, PackedBatch
+from ptp_lightning.batch import PADDING_DOCUMENT, PackedBatch
 
 # A shorter piece has no token with a context before it, so no window can start in it.
 MIN_PIECE = 2

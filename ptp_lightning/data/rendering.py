@@ -12,7 +12,7 @@ from string import Formatter
 from typing import TYPE_CHECKING, Any
 
 from ptp_lightning.data.packing import TokenDocument
-from ptp_lightning.data.row_source import BadRowError
+from ptp_lightning.data.streaming.row_source import BadRowError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ptp_lightning.data.packed_datamodule import PackedDataModule
 from ptp_lightning.data.packing import TokenDocument
-from ptp_lightning.pretrained import load_tokenizer
+from ptp_lightning.utils.pretrained import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -5,9 +5,9 @@ before the first token: the same prompt, seed and settings give the same text wh
 """
 
 from ptp_lightning.decoding.autoregressive import decode_autoregressively
+from ptp_lightning.decoding.drafting import Proposer, StudentProposer
 from ptp_lightning.decoding.generation import Decoded, Generation, GenerationSettings
 from ptp_lightning.decoding.partial_quadratic import decode_partially_quadratically
-from ptp_lightning.decoding.proposing import Proposer, StudentProposer
 from ptp_lightning.decoding.slot_allocation import CorrectLengths
 from ptp_lightning.decoding.speculative import decode_speculatively
 from ptp_lightning.decoding.text import DECODERS, generate, generate_batch

@@ -16,10 +16,10 @@ from ptp_lightning.decoding.slot_allocation import expected_tokens
 from ptp_lightning.decoding.slot_budget import measured_budget
 from ptp_lightning.decoding.stop_strings import StopStrings
 from ptp_lightning.decoding.text import DecoderName, encode_prompt, end_of_text_ids, generate_batch, tokenizer_of
-from ptp_lightning.models.checkpoint import load_predictor
-from ptp_lightning.models.predictor import ParallelTokenPredictor
+from ptp_lightning.export.checkpoint import load_network
+from ptp_lightning.models.network import PredictorNetwork
 from ptp_lightning.sampling import SamplingConfig
-from ptp_lightning.user_errors import refused_options
+from ptp_lightning.utils.user_errors import refused_options
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -45,7 +45,7 @@ def run(args: Sequence[str]) -> None:
         raise ValueError(f"expected --batch_size >= 1, found {options.batch_size}")
     settings = _settings(options)  # before the model is loaded: what is out of range is said at once
     device = chosen_device(options.device)
-    predictor = load_predictor(options.ckpt_path).to(device)
+    predictor = load_network(options.ckpt_path).to(device)
     tokenizer = tokenizer_of(predictor)
     for number, prompt in enumerate(prompts, start=1):
         try:
@@ -93,7 +93,7 @@ def _given_sampling(options: Namespace) -> dict[str, Any]:
 
 
 def _completed(
-    settings: GenerationSettings, options: Namespace, predictor: ParallelTokenPredictor, end_of_text: frozenset[int]
+    settings: GenerationSettings, options: Namespace, predictor: PredictorNetwork, end_of_text: frozenset[int]
 ) -> GenerationSettings:
     """The predictor's own values for what the options leave open; says what the user should know of them."""
     config = predictor.config
@@ -177,7 +177,7 @@ def _describe(sampling: SamplingConfig) -> str:
     return ", ".join(f"{name} {getattr(sampling, name)}" for name in SAMPLING_OPTIONS)
 
 
-def _measured_budget(predictor: ParallelTokenPredictor, settings: GenerationSettings) -> int:
+def _measured_budget(predictor: PredictorNetwork, settings: GenerationSettings) -> int:
     lengths, costs, budget = measured_budget(predictor, settings)
     print(
         f"note: --slot_budget {budget}: {costs.of(budget) * MILLISECONDS_PER_SECOND:.1f} ms a call for "

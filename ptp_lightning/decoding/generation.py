@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ptp_lightning.auxiliary import draw_auxiliaries
-from ptp_lightning.models.predictor import ParallelTokenPredictor
-from ptp_lightning.randomness import keyed_generator
+from ptp_lightning.models.network import PredictorNetwork
 from ptp_lightning.sampling import SamplingConfig
+from ptp_lightning.utils.randomness import keyed_generator
 
 Finished = Literal["eos", "stop", "length"]
 OnTokens = Callable[[int, list[int]], int | None]
@@ -208,7 +208,7 @@ def _not_none(finished: Finished | None) -> Finished:
 
 
 def require_prompts(
-    predictor: ParallelTokenPredictor, prompts: Sequence[Sequence[int]], settings: GenerationSettings
+    predictor: PredictorNetwork, prompts: Sequence[Sequence[int]], settings: GenerationSettings
 ) -> None:
     """Refuse to decode nothing, or prompts that `require_room` refuses.
 
@@ -221,7 +221,7 @@ def require_prompts(
         require_room(predictor, len(prompt), settings)
 
 
-def require_room(predictor: ParallelTokenPredictor, prompt_length: int, settings: GenerationSettings) -> None:
+def require_room(predictor: PredictorNetwork, prompt_length: int, settings: GenerationSettings) -> None:
     """Refuse a prompt without tokens, or one that leaves the base model no positions for `max_new_tokens`.
 
     Raises:

@@ -11,18 +11,18 @@ from collections.abc import Sequence
 import torch
 
 from ptp_lightning.auxiliary import pick
-from ptp_lightning.decoding.context import begin, columns_from
+from ptp_lightning.decoding.drafting import Proposer, StudentProposer, propose
 from ptp_lightning.decoding.generation import Decoded, GenerationSettings, OnTokens
-from ptp_lightning.decoding.laps import Laps
 from ptp_lightning.decoding.lookahead import Lookahead
-from ptp_lightning.decoding.proposing import Proposer, StudentProposer, propose
 from ptp_lightning.decoding.slot_allocation import CorrectLengths, allocate
-from ptp_lightning.models.predictor import ParallelTokenPredictor
+from ptp_lightning.decoding.state import begin, columns_from
+from ptp_lightning.decoding.timing import Laps
+from ptp_lightning.models.network import PredictorNetwork
 
 
 @torch.inference_mode()
 def decode_partially_quadratically(
-    predictor: ParallelTokenPredictor,
+    predictor: PredictorNetwork,
     prompts: Sequence[Sequence[int]],
     settings: GenerationSettings,
     on_tokens: OnTokens | None = None,

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 
 from ptp_lightning.auxiliary import pick
-from ptp_lightning.decoding.context import BatchContext
+from ptp_lightning.decoding.drafting import StudentProposer, propose
 from ptp_lightning.decoding.generation import GenerationSettings
 from ptp_lightning.decoding.lookahead import Lookahead
-from ptp_lightning.decoding.proposing import StudentProposer, propose
 from ptp_lightning.decoding.slot_allocation import CorrectLengths, allocate, expected_tokens, length_shares
-from ptp_lightning.models.predictor import ParallelTokenPredictor
+from ptp_lightning.decoding.state import BatchContext
+from ptp_lightning.models.network import PredictorNetwork
 
 MEASURED_BUDGETS = (1, 8, 16, 32, 64, 128)
 NUM_MEASUREMENTS = 5
@@ -44,9 +44,7 @@ def best_budget(lengths: CorrectLengths, costs: CallCosts) -> int:
     return max(range(1, costs.budgets[-1] + 1), key=lambda budget: expected_tokens(lengths, budget) / costs.of(budget))
 
 
-def measured_budget(
-    predictor: ParallelTokenPredictor, settings: GenerationSettings
-) -> tuple[CorrectLengths, CallCosts, int]:
+def measured_budget(predictor: PredictorNetwork, settings: GenerationSettings) -> tuple[CorrectLengths, CallCosts, int]:
     """How long drafts are right as far as validation says, what calls cost here, and the best budget for both."""
     lengths = CorrectLengths.of_validation(predictor.prefix_counts, settings.window_length - 1)
     costs = measure_costs(predictor, settings, lengths)
@@ -55,7 +53,7 @@ def measured_budget(
 
 @torch.inference_mode()
 def measure_costs(
-    predictor: ParallelTokenPredictor,
+    predictor: PredictorNetwork,
     settings: GenerationSettings,
     lengths: CorrectLengths,
     clock: Callable[[], float] = perf_counter,

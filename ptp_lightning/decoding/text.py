@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Literal, Protocol, TypedDict, Unpack
 
 from ptp_lightning.decoding.autoregressive import decode_autoregressively
 from ptp_lightning.decoding.generation import Decoded, Generation, GenerationSettings, OnTokens, require_room
-from ptp_lightning.decoding.laps import Laps
 from ptp_lightning.decoding.partial_quadratic import decode_partially_quadratically
 from ptp_lightning.decoding.speculative import decode_speculatively
 from ptp_lightning.decoding.stop_strings import StopStrings
-from ptp_lightning.models.predictor import ParallelTokenPredictor
-from ptp_lightning.pretrained import PATH_KEY, load_tokenizer
+from ptp_lightning.decoding.timing import Laps
+from ptp_lightning.models.network import PredictorNetwork
 from ptp_lightning.sampling import SamplingConfig
+from ptp_lightning.utils.pretrained import PATH_KEY, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,7 +28,7 @@ class Decoder(Protocol):
 
     def __call__(
         self,
-        predictor: ParallelTokenPredictor,
+        predictor: PredictorNetwork,
         prompts: Sequence[Sequence[int]],
         settings: GenerationSettings,
         on_tokens: OnTokens | None = None,
@@ -73,14 +73,14 @@ class Options(TypedDict, total=False):
     tokenizer: PreTrainedTokenizerBase | None
 
 
-def tokenizer_of(predictor: ParallelTokenPredictor) -> PreTrainedTokenizerBase:
-    """The tokenizer of the predictor's base model; errors as in `ptp_lightning.pretrained.load_tokenizer`."""
+def tokenizer_of(predictor: PredictorNetwork) -> PreTrainedTokenizerBase:
+    """The tokenizer of the predictor's base model; errors as in `ptp_lightning.utils.pretrained.load_tokenizer`."""
     backbone = predictor.config.backbone
     return load_tokenizer(backbone.path, revision=backbone.revision, key=PATH_KEY)
 
 
 def generate(
-    predictor: ParallelTokenPredictor,
+    predictor: PredictorNetwork,
     prompt: str | Sequence[int],
     *,
     on_tokens: Callable[[list[int]], None] | None = None,
@@ -111,7 +111,7 @@ def generate(
 
 
 def generate_batch(
-    predictor: ParallelTokenPredictor,
+    predictor: PredictorNetwork,
     prompts: Sequence[str | Sequence[int]],
     *,
     on_tokens: OnTokens | None = None,
@@ -187,7 +187,7 @@ def _require_known(options: Options) -> None:
 
 
 def _settings(
-    predictor: ParallelTokenPredictor, tokenizer: PreTrainedTokenizerBase, options: Options
+    predictor: PredictorNetwork, tokenizer: PreTrainedTokenizerBase, options: Options
 ) -> tuple[GenerationSettings, Decoder]:
     """What the options say, with the predictor's own values for what they leave open."""
     decoder = options.get("decoder", "speculative")
@@ -206,7 +206,7 @@ def _settings(
 
 
 def encode_prompt(
-    predictor: ParallelTokenPredictor,
+    predictor: PredictorNetwork,
     prompt: str | Sequence[int],
     tokenizer: PreTrainedTokenizerBase,
     settings: GenerationSettings,
@@ -226,7 +226,7 @@ def encode_prompt(
     return token_ids
 
 
-def end_of_text_ids(predictor: ParallelTokenPredictor, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def end_of_text_ids(predictor: PredictorNetwork, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """The tokens after which a text ends: those of the model's generation settings, and the tokenizer's."""
     of_model: int | list[int] | None = getattr(predictor.base_model.generation_config, "eos_token_id", None)
     of_tokenizer: int | None = tokenizer.eos_token_id  # pyright: ignore[reportAssignmentType]
@@ -274,7 +274,7 @@ def _text(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> str:
 
 
 @contextmanager
-def eval_mode(predictor: ParallelTokenPredictor) -> Iterator[None]:
+def eval_mode(predictor: PredictorNetwork) -> Iterator[None]:
     """Dropout off inside the block; afterwards every module is in the mode it was in."""
     modes = [(module, module.training) for module in predictor.modules()]
     predictor.eval()

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ptp_lightning.decoding.generation import GenerationSettings
 from ptp_lightning.decoding.text import DECODERS, DecoderName, eval_mode
-from ptp_lightning.models.checkpoint import PREDICTOR_FOLDER, build_predictor, read_predictor
-from ptp_lightning.models.predictor import ParallelTokenPredictor
+from ptp_lightning.export.checkpoint import PREDICTOR_FOLDER, build_network, read_predictor
+from ptp_lightning.models.network import PredictorNetwork
 from ptp_lightning.sampling import SamplingConfig
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class CustomGenerate:
         predictor: what it proposes is verified by its base model, whose `generate` this is for.
     """
 
-    def __init__(self, predictor: ParallelTokenPredictor) -> None:
+    def __init__(self, predictor: PredictorNetwork) -> None:
         self._predictor = predictor
 
     def __call__(
@@ -136,11 +136,11 @@ def generate_with_folder(model: PreTrainedModel, inputs: Tensor | None = None, *
     Raises:
         FileNotFoundError: the model was opened elsewhere.
     """
-    predictor: ParallelTokenPredictor | None = model.__dict__.get(CACHED)
+    predictor: PredictorNetwork | None = model.__dict__.get(CACHED)
     if predictor is None:
         folder = _folder_of(model) / PREDICTOR_FOLDER
         model.set_attn_implementation("sdpa")  # what our masks are for
-        predictor = build_predictor(read_predictor(folder), model=model).to(model.device)
+        predictor = build_network(read_predictor(folder), model=model).to(model.device)
         model.__dict__[CACHED] = predictor  # no submodule: the predictor holds the model
     given = {name: value for name, value in options.items() if value is not None and name not in IGNORED}
     result = type(model).generate(model, inputs, custom_generate=CustomGenerate(predictor), **given)  # pyright: ignore[reportAttributeAccessIssue]

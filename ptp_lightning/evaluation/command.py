@@ -36,11 +36,11 @@ from ptp_lightning.evaluation.report import Report
 from ptp_lightning.evaluation.runner import Plan, prompt_of
 from ptp_lightning.evaluation.runner import run as run_plan
 from ptp_lightning.evaluation.summary import OVERALL, gaps, scores
+from ptp_lightning.export.checkpoint import load_network, read_predictor
 from ptp_lightning.models.backbone import load_backbone
-from ptp_lightning.models.checkpoint import load_predictor, read_predictor
-from ptp_lightning.models.predictor import ParallelTokenPredictor
-from ptp_lightning.models.predictor_config import PredictorConfig
-from ptp_lightning.user_errors import refused_options
+from ptp_lightning.models.config import PredictorConfig
+from ptp_lightning.models.network import PredictorNetwork
+from ptp_lightning.utils.user_errors import refused_options
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -96,15 +96,15 @@ def run(args: Sequence[str]) -> None:
     print(_closing_words(report, folder))
 
 
-def _load(path: str | None, dtype: Literal["float32", "bfloat16"] | None) -> ParallelTokenPredictor:
+def _load(path: str | None, dtype: Literal["float32", "bfloat16"] | None) -> PredictorNetwork:
     if dtype is None:
-        return load_predictor(path)
+        return load_network(path)
     backbone = PredictorConfig.from_dict(read_predictor(path).config).backbone
-    return load_predictor(path, backbone=replace(backbone, dtype=dtype))
+    return load_network(path, backbone=replace(backbone, dtype=dtype))
 
 
 def _completed(
-    settings: GenerationSettings, options: Namespace, predictor: ParallelTokenPredictor, ends: frozenset[int]
+    settings: GenerationSettings, options: Namespace, predictor: PredictorNetwork, ends: frozenset[int]
 ) -> GenerationSettings:
     """The predictor's own values for what the options leave open."""
     given = {name: options[name] for name in ("top_k", "top_p") if options[name] is not None}
@@ -113,7 +113,7 @@ def _completed(
     return replace(settings, sampling=sampling, window_length=length, end_of_text=ends)
 
 
-def _slot_budgets(options: Namespace, predictor: ParallelTokenPredictor, settings: GenerationSettings) -> list[int]:
+def _slot_budgets(options: Namespace, predictor: PredictorNetwork, settings: GenerationSettings) -> list[int]:
     """The slot budgets that were asked for; `auto` is measured once, and taken over by an evaluation that goes on."""
     asked: list[int | str] = options.slot_budget
     stored = Path(options.output).expanduser() / RUN_FILE
@@ -132,7 +132,7 @@ def _describe(
     plan: Plan,
     contenders: Sequence[Contender],
     budgets: Sequence[int],
-    predictor: ParallelTokenPredictor,
+    predictor: PredictorNetwork,
 ) -> dict[str, Any]:
     """What another evaluation in the same folder has to agree with."""
     weights = hashlib.sha256()
@@ -164,7 +164,7 @@ def _describe(
 def _report(
     plan: Plan,
     contenders: Sequence[Contender],
-    predictor: ParallelTokenPredictor,
+    predictor: PredictorNetwork,
     tokenizer: PreTrainedTokenizerBase,
     file: RecordFile,
     described: dict[str, Any],
@@ -186,7 +186,7 @@ def _report(
 def _deviations(
     plan: Plan,
     exact: Sequence[str],
-    predictor: ParallelTokenPredictor,
+    predictor: PredictorNetwork,
     tokenizer: PreTrainedTokenizerBase,
     file: RecordFile,
 ) -> list[Deviation]:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ptp_lightning.decoding import DECODERS, GenerationSettings
-from ptp_lightning.decoding.laps import Laps
-from ptp_lightning.models.predictor import ParallelTokenPredictor
+from ptp_lightning.decoding.timing import Laps
+from ptp_lightning.models.network import PredictorNetwork
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -69,7 +69,7 @@ class OurDecoder(Contender):
 
     exact = True
 
-    def __init__(self, name: str, predictor: ParallelTokenPredictor, slot_budget: int | None = None) -> None:
+    def __init__(self, name: str, predictor: PredictorNetwork, slot_budget: int | None = None) -> None:
         self.name = name if slot_budget is None else name_of_budget(slot_budget)
         self._decode = DECODERS[name]
         self._predictor = predictor
@@ -131,7 +131,7 @@ def name_of_budget(slot_budget: int) -> str:
 
 
 def make_contenders(
-    names: Sequence[str], predictor: ParallelTokenPredictor, plain: PreTrainedModel | None, budgets: Sequence[int]
+    names: Sequence[str], predictor: PredictorNetwork, plain: PreTrainedModel | None, budgets: Sequence[int]
 ) -> list[Contender]:
     """The contenders of these names, the autoregressive decoder first.
 

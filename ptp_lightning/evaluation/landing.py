@@ -10,16 +10,16 @@ from collections.abc import Sequence
 
 import torch
 
-from ptp_lightning.decoding.context import begin
+from ptp_lightning.decoding.drafting import StudentProposer, propose
 from ptp_lightning.decoding.generation import GenerationSettings
 from ptp_lightning.decoding.lookahead import Lookahead
-from ptp_lightning.decoding.proposing import StudentProposer, propose
-from ptp_lightning.models.predictor import ParallelTokenPredictor
+from ptp_lightning.decoding.state import begin
+from ptp_lightning.models.network import PredictorNetwork
 
 
 @torch.inference_mode()
 def correct_everywhere(
-    predictor: ParallelTokenPredictor, prompt: Sequence[int], text: Sequence[int], settings: GenerationSettings
+    predictor: PredictorNetwork, prompt: Sequence[int], text: Sequence[int], settings: GenerationSettings
 ) -> list[int]:
     """Correct tokens of the draft that follows each place of a text, as a decoder would make it there.
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ptp_lightning.auxiliary import pick
-from ptp_lightning.decoding.context import begin
 from ptp_lightning.decoding.generation import GenerationSettings
-from ptp_lightning.models.predictor import ParallelTokenPredictor
+from ptp_lightning.decoding.state import begin
+from ptp_lightning.models.network import PredictorNetwork
 from ptp_lightning.sampling import Sampler
 
 NUM_RANDOM_CHANGES = 256
@@ -56,7 +56,7 @@ def first_difference(text: Sequence[int], reference: Sequence[int]) -> int | Non
 
 @torch.inference_mode()
 def explains(
-    predictor: ParallelTokenPredictor,
+    predictor: PredictorNetwork,
     prompt: Sequence[int],
     reference: Sequence[int],
     place: int,
@@ -77,7 +77,7 @@ def explains(
 
 
 def _logits(
-    predictor: ParallelTokenPredictor,
+    predictor: PredictorNetwork,
     token_ids: Sequence[int],
     settings: GenerationSettings,
     num_read_before: int,

@@ -13,7 +13,7 @@ from ptp_lightning.evaluation.conversation import Prompt, make_prompt
 from ptp_lightning.evaluation.landing import correct_everywhere
 from ptp_lightning.evaluation.memory import PeakMemory
 from ptp_lightning.evaluation.records import Record, RecordFile, RunKey
-from ptp_lightning.models.predictor import ParallelTokenPredictor
+from ptp_lightning.models.network import PredictorNetwork
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,7 +47,7 @@ class Plan:
 def run(
     plan: Plan,
     contenders: Sequence[Contender],
-    predictor: ParallelTokenPredictor,
+    predictor: PredictorNetwork,
     tokenizer: PreTrainedTokenizerBase,
     file: RecordFile,
     on_record: Callable[[Record], None],
@@ -98,7 +98,7 @@ def prompt_of(
     question: Question,
     key: RunKey,
     plan: Plan,
-    predictor: ParallelTokenPredictor,
+    predictor: PredictorNetwork,
     tokenizer: PreTrainedTokenizerBase,
     file: RecordFile,
 ) -> Prompt:
@@ -124,7 +124,7 @@ def _record(
     prompt: Prompt,
     contender: Contender,
     settings: GenerationSettings,
-    predictor: ParallelTokenPredictor,
+    predictor: PredictorNetwork,
 ) -> Record:
     with PeakMemory(predictor.base_model.device) as memory:
         answer = contender.answer(prompt.token_ids, settings)

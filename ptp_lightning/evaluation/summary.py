@@ -212,7 +212,7 @@ def gaps(
     Args:
         records: those of `EVERYWHERE` among them.
         window_length: L, of whole drafts.
-        prefix_counts: see `ParallelTokenPredictor`.
+        prefix_counts: see `PredictorNetwork`.
         trained_temperature: that they hold for; None for all.
     """
     everywhere: dict[float, list[tuple[int, int]]] = defaultdict(list)

@@ -23,9 +23,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from ptp_lightning.lazy_distributions import Distributions
+from ptp_lightning.distributions import Distributions, block_rows, chunk_rows, slices
 from ptp_lightning.sampling import TokenDistribution, sizes_may_depend_on_values
-from ptp_lightning.vocabulary_chunks import block_rows, chunk_rows, slices
 
 
 class LossSum(NamedTuple):

@@ -1,8 +1,11 @@
 """Networks: backbones, gated LoRA, auxiliary embeddings, and the predictor they make up."""
 
 from ptp_lightning.models.backbone import BackboneSettings
-from ptp_lightning.models.conditioning import SamplingRange
-from ptp_lightning.models.continuous_features import (
+from ptp_lightning.models.config import PredictorConfig
+from ptp_lightning.models.lora.gated_lora import LoraSettings
+from ptp_lightning.models.network import PredictorNetwork
+from ptp_lightning.models.refiner.refiner import RefinerSettings
+from ptp_lightning.models.slots.continuous_features import (
     CosineFeatures,
     FourierFeatures,
     LinearInterpolationFeatures,
@@ -11,17 +14,14 @@ from ptp_lightning.models.continuous_features import (
     SawtoothFeatures,
     ScaleFreeCosineFeatures,
 )
-from ptp_lightning.models.gated_lora import LoraSettings
-from ptp_lightning.models.predictor import ParallelTokenPredictor
-from ptp_lightning.models.predictor_config import PredictorConfig
-from ptp_lightning.models.refiner import RefinerSettings
-from ptp_lightning.models.slots import (
+from ptp_lightning.models.slots.objectives import (
     CategoricalObjective,
     IndependentObjective,
     OneHotObjective,
     SequentialObjective,
 )
-from ptp_lightning.models.stepped_features import (
+from ptp_lightning.models.slots.sampling_range import SamplingRange
+from ptp_lightning.models.slots.stepped_features import (
     ArithmeticFeatures,
     BinaryFeatures,
     FloatBitFeatures,
@@ -45,8 +45,8 @@ __all__ = [
     "LoraSettings",
     "MultiscaleHatFeatures",
     "OneHotObjective",
-    "ParallelTokenPredictor",
     "PredictorConfig",
+    "PredictorNetwork",
     "RawFloatFeatures",
     "RefinerSettings",
     "RoundingFeatures",

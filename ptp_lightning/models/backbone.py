@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ptp_lightning.pretrained import EMBEDDED, PATH_KEY, clear_errors, few, listing, locate, quiet_transformers
+from ptp_lightning.utils.pretrained import EMBEDDED, PATH_KEY, clear_errors, few, listing, locate, quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

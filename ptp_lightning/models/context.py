@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
-from ptp_lightning.models.window_reader import WindowPlaces
+from ptp_lightning.models.attention.window_reader import WindowPlaces
 from ptp_lightning.sampling import Sampler
 
 if TYPE_CHECKING:

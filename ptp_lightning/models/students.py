@@ -10,8 +10,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
-from ptp_lightning.models.gate import Gate
-from ptp_lightning.models.gated_lora import LoraSettings, add_gated_lora
+from ptp_lightning.models.lora.gate import Gate
+from ptp_lightning.models.lora.gated_lora import LoraSettings, add_gated_lora
 
 if TYPE_CHECKING:
     from peft import PeftModel

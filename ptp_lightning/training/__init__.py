@@ -1,14 +1,14 @@
 """LightningModules: distillation, pretraining, and what they share."""
 
-from ptp_lightning.training.analytic_windows import AnalyticWindows
-from ptp_lightning.training.distillation import DistillationModule
-from ptp_lightning.training.mixture_windows import MixtureWindows
+from ptp_lightning.training.distributed.strategies import FullyShardedStrategy
+from ptp_lightning.training.modules.autoregressive import AutoregressiveModule
+from ptp_lightning.training.modules.distillation import DistillationModule
+from ptp_lightning.training.modules.inverse_autoregressive import InverseAutoregressiveModule
 from ptp_lightning.training.optimization import OptimizerSettings
-from ptp_lightning.training.pretraining import AutoregressiveModule
-from ptp_lightning.training.self_training import InverseAutoregressiveModule
-from ptp_lightning.training.strategies import FullyShardedStrategy
-from ptp_lightning.training.student_windows import StudentWindows
-from ptp_lightning.training.windows import DatasetWindows, TeacherWindows
+from ptp_lightning.training.windows.analytic_windows import AnalyticWindows
+from ptp_lightning.training.windows.mixture_windows import MixtureWindows
+from ptp_lightning.training.windows.student_windows import StudentWindows
+from ptp_lightning.training.windows.windows import DatasetWindows, TeacherWindows
 
 __all__ = [
     "AnalyticWindows",

@@ -10,10 +10,10 @@ from jsonargparse import set_parsing_settings
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from ptp_lightning.training.termination import TerminateTogether
-from ptp_lightning.user_errors import EXIT_CODE, plain_reason
+from ptp_lightning.training.distributed.termination import TerminateTogether
+from ptp_lightning.utils.user_errors import EXIT_CODE, plain_reason
 
-CHECKPOINT_IO = "ptp_lightning.training.checkpoint_io.AtomicCheckpointIO"
+CHECKPOINT_IO = "ptp_lightning.training.distributed.checkpoint_io.AtomicCheckpointIO"
 
 
 class PlainErrorParser(LightningArgumentParser):

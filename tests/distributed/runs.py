@@ -39,7 +39,7 @@ from ptp_lightning.training import (
     OptimizerSettings,
 )
 from tests.distributed.shared_rows import Centres, SharedRows
-from tests.tiny_distillation import GPT2, LLAMA
+from tests.helpers.tiny_distillation import GPT2, LLAMA
 
 STEPS, HALF = 20, 10
 TIED = LLAMA | {"tie_word_embeddings": True}

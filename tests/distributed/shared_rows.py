@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from ptp_lightning.auxiliary_strategies import RelativeStrategy
-from ptp_lightning.data.batch import PackedBatch
+from ptp_lightning.batch import PackedBatch
 from ptp_lightning.data.corpus import Split
 from ptp_lightning.data.packed_datamodule import PackedDataModule
 

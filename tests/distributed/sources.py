@@ -11,11 +11,11 @@ from typing import Literal
 
 import torch
 
-from ptp_lightning.data.batch import PackedBatch
-from ptp_lightning.models import ParallelTokenPredictor
+from ptp_lightning.batch import PackedBatch
+from ptp_lightning.models import PredictorNetwork
 from ptp_lightning.models.context import Context
 from ptp_lightning.training import TeacherWindows
-from ptp_lightning.training.windows import WindowSample
+from ptp_lightning.training.windows.windows import WindowSample
 
 FAILING_RANK = 1
 REASON = "this process has had enough"
@@ -29,7 +29,7 @@ class RecordedWindows(TeacherWindows):
 
     def sample(
         self,
-        predictor: ParallelTokenPredictor,
+        predictor: PredictorNetwork,
         batch: PackedBatch,
         context: Context,
         generator: torch.Generator,
@@ -51,7 +51,7 @@ class FailingWindows(TeacherWindows):
 
     def sample(
         self,
-        predictor: ParallelTokenPredictor,
+        predictor: PredictorNetwork,
         batch: PackedBatch,
         context: Context,
         generator: torch.Generator,

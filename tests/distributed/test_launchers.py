@@ -17,9 +17,9 @@ import pytest
 import torch
 import yaml
 
-from ptp_lightning.data.batch import PackedBatch
+from ptp_lightning.batch import PackedBatch
 from tests.distributed.sources import REASON
-from tests.tiny_configs import CORPUS_LINE, shrink
+from tests.helpers.tiny_configs import CORPUS_LINE, shrink
 
 pytestmark = pytest.mark.slow
 

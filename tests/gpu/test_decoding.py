@@ -14,10 +14,10 @@ from ptp_lightning.decoding import (
     decode_speculatively,
 )
 from ptp_lightning.evaluation.near_ties import explains, first_difference
-from ptp_lightning.models import BackboneSettings, ParallelTokenPredictor
-from ptp_lightning.models.checkpoint import load_predictor
+from ptp_lightning.export.checkpoint import load_network
+from ptp_lightning.models import BackboneSettings, PredictorNetwork
 from ptp_lightning.sampling import SamplingConfig
-from tests.tiny_predictors import tiny_predictor
+from tests.helpers.tiny_predictors import tiny_predictor
 
 pytestmark = pytest.mark.gpu
 
@@ -34,10 +34,10 @@ SHIPPED = "shipped"
 NUM_TOKENS = 64
 
 
-def on_the_gpu(name: str, dtype: str) -> ParallelTokenPredictor:
+def on_the_gpu(name: str, dtype: str) -> PredictorNetwork:
     """The shipped adapter with its trained model, or a tiny one of a family."""
     if name == SHIPPED:
-        return load_predictor(backbone=BackboneSettings(dtype=dtype)).to("cuda")  # pyright: ignore[reportArgumentType]
+        return load_network(backbone=BackboneSettings(dtype=dtype)).to("cuda")  # pyright: ignore[reportArgumentType]
     return tiny_predictor(name, dtype=getattr(torch, dtype)).to("cuda")
 
 
@@ -68,7 +68,7 @@ def test_texts_are_those_of_one_token_a_call(name: str, dtype: str, most: float)
 
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_texts_do_not_depend_on_the_batch(decoder: str) -> None:
-    predictor = load_predictor().to("cuda")
+    predictor = load_network().to("cuda")
     settings = GenerationSettings(SAMPLING[1], NUM_TOKENS, tuple(range(5)), window_length=4, slot_budget=8)
     together = DECODERS[decoder](predictor, PROMPTS, settings)
     for row, prompt in enumerate(PROMPTS):
@@ -79,7 +79,7 @@ def test_texts_do_not_depend_on_the_batch(decoder: str) -> None:
 
 def test_texts_are_those_of_the_cpu() -> None:
     """Random numbers belong to the seed, not to the device; float32 differs by rounding alone."""
-    predictor = load_predictor()
+    predictor = load_network()
     settings = GenerationSettings(SAMPLING[1], NUM_TOKENS, tuple(range(5)))
     on_cpu = decode_autoregressively(predictor, PROMPTS, settings)
     on_gpu = decode_autoregressively(predictor.to("cuda"), PROMPTS, settings)

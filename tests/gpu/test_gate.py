@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
-from tests.tiny_gated_lora import CONTEXT, INPUT_IDS, SLOT_MASK, SLOTS, gated, logits
-from tests.tiny_models import TINY_MODELS, cast_weights
+from tests.helpers.tiny_gated_lora import CONTEXT, INPUT_IDS, SLOT_MASK, SLOTS, gated, logits
+from tests.helpers.tiny_models import TINY_MODELS, cast_weights
 
 pytestmark = pytest.mark.gpu
 

@@ -10,17 +10,17 @@ import torch
 import yaml
 from torch import Tensor
 
-from ptp_lightning.data.batch import PackedBatch
-from ptp_lightning.models import ParallelTokenPredictor
-from ptp_lightning.models.compiled_layers import compile_layers
-from ptp_lightning.models.decoder_stack import decoder_layers
-from ptp_lightning.models.window_keys import WindowKeys
-from ptp_lightning.randomness import keyed_generator
-from ptp_lightning.training.student_windows import StudentWindows
-from ptp_lightning.training.windows import DatasetWindows, TeacherWindows, WindowSource
+from ptp_lightning.batch import PackedBatch
+from ptp_lightning.models import PredictorNetwork
+from ptp_lightning.models.attention.dispatch import WindowKeys
+from ptp_lightning.models.layers.compile import compile_layers
+from ptp_lightning.models.layers.decoder_stack import decoder_layers
+from ptp_lightning.training.windows.student_windows import StudentWindows
+from ptp_lightning.training.windows.windows import DatasetWindows, TeacherWindows, WindowSource
+from ptp_lightning.utils.randomness import keyed_generator
+from tests.helpers.tiny_distillation import make_module
+from tests.helpers.tiny_models import cast_weights
 from tests.numerics.test_window_attention import encode, inputs, make_batch, make_predictor
-from tests.tiny_distillation import make_module
-from tests.tiny_models import cast_weights
 
 CONFIG = Path(__file__).parents[2] / "configs" / "gated_lora.yaml"
 
@@ -111,7 +111,7 @@ def test_a_checkpoint_of_the_gpu_decodes_on_the_cpu(tmp_path: Path) -> None:
     assert texts[0] == texts[1]
 
 
-def states_and_gradients(predictor: ParallelTokenPredictor) -> list[Tensor]:
+def states_and_gradients(predictor: PredictorNetwork) -> list[Tensor]:
     """States of slots, then gradients by everything that is trained."""
     input_ids, auxiliaries = inputs()
     hidden = predictor.slot_hidden(encode(predictor, make_batch(input_ids).to("cuda")), auxiliaries.cuda())

@@ -14,13 +14,13 @@ import yaml
 from ptp_lightning.auxiliary_strategies import AuxiliaryStrategy
 from ptp_lightning.cli import main
 from ptp_lightning.data.rendering import Rendering
-from ptp_lightning.data.row_source import RowSource
+from ptp_lightning.data.streaming.row_source import RowSource
 from ptp_lightning.losses import Loss, PositionWeights
-from ptp_lightning.models.auxiliary_features import AuxiliaryFeatures
-from ptp_lightning.models.slots import Objective
+from ptp_lightning.models.slots.auxiliary_features import AuxiliaryFeatures
+from ptp_lightning.models.slots.objectives import Objective
 from ptp_lightning.models.students import Student
-from ptp_lightning.training.windows import WindowSource
-from tests.tiny_configs import CORPUS_LINE, shrink
+from ptp_lightning.training.windows.windows import WindowSource
+from tests.helpers.tiny_configs import CORPUS_LINE, shrink
 
 ROOT = Path(__file__).parents[2]
 GATED_LORA = ROOT / "configs" / "gated_lora.yaml"

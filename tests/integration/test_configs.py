@@ -24,9 +24,9 @@ from ptp_lightning.losses import (
     UniformWeights,
 )
 from ptp_lightning.training import DistillationModule
-from ptp_lightning.training.checkpoint_io import AtomicCheckpointIO
-from tests.byte_tokenizer import byte_tokenizer
-from tests.tiny_configs import CORPUS_LINE, localize, shrink
+from ptp_lightning.training.distributed.checkpoint_io import AtomicCheckpointIO
+from tests.helpers.byte_tokenizer import byte_tokenizer
+from tests.helpers.tiny_configs import CORPUS_LINE, localize, shrink
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
@@ -105,8 +105,8 @@ def test_strategies_go_behind_another(
 @pytest.mark.parametrize(
     ("name", "called"),
     [
-        ("activation_checkpointing", "ptp_lightning.models.activation_checkpointing.checkpoint"),
-        ("compile", "ptp_lightning.models.compiled_layers.torch.compile"),
+        ("activation_checkpointing", "ptp_lightning.models.layers.activation_checkpointing.checkpoint"),
+        ("compile", "ptp_lightning.models.layers.compile.torch.compile"),
     ],
 )
 def test_ways_to_run_layers_go_behind_another(

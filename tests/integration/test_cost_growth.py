@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.benchmarks.cost_growth import main, slope, word
+from benchmarks.cost_growth import main, slope, word
 
 
 @pytest.mark.parametrize(("exponent", "expected"), [(0, "less"), (0.95, "linear"), (1, "linear"), (1.2, "more")])

@@ -12,9 +12,9 @@ from ptp_lightning import cli
 from ptp_lightning.decoding import Decoded, decode_speculatively
 from ptp_lightning.evaluation import command, contenders, runner
 from ptp_lightning.sampling import SamplingConfig
-from tests.byte_tokenizer import byte_tokenizer
-from tests.tiny_models import tiny_llama
-from tests.tiny_predictors import sharpen, tiny_predictor
+from tests.helpers.byte_tokenizer import byte_tokenizer
+from tests.helpers.tiny_models import tiny_llama
+from tests.helpers.tiny_predictors import sharpen, tiny_predictor
 
 VOCABULARY = 257
 PREDICTOR = tiny_predictor(vocab_size=VOCABULARY, sampling=SamplingConfig(temperature=0.7, top_k=50), window_length=4)
@@ -66,7 +66,7 @@ class Evaluation:
 
 @pytest.fixture
 def evaluation(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Evaluation:
-    monkeypatch.setattr(command, "load_predictor", lambda path: PREDICTOR)
+    monkeypatch.setattr(command, "load_network", lambda path: PREDICTOR)
     monkeypatch.setattr(command, "tokenizer_of", lambda predictor: TOKENIZER)
     monkeypatch.setattr(command, "load_backbone", plain_model)
     monkeypatch.delenv("PTP_TRACEBACK", raising=False)

@@ -12,12 +12,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file
 
 from ptp_lightning.cli import HELP, main
-from ptp_lightning.models import BackboneSettings, LoraSettings, ParallelTokenPredictor, PredictorConfig
-from ptp_lightning.models.checkpoint import EXPORTED_FILES, read_predictor
+from ptp_lightning.export.checkpoint import EXPORTED_FILES, load_network, read_predictor
+from ptp_lightning.models import BackboneSettings, LoraSettings, PredictorConfig, PredictorNetwork
 from ptp_lightning.sampling import SamplingConfig
 from ptp_lightning.training import AutoregressiveModule, DistillationModule, OptimizerSettings
-from tests.tiny_data import tiny_data, tiny_tokenizer
-from tests.tiny_models import tiny_llama
+from tests.helpers.tiny_data import tiny_data, tiny_tokenizer
+from tests.helpers.tiny_models import tiny_llama
 
 SAMPLING = SamplingConfig(temperature=0.8, top_k=8, top_p=0.9)
 
@@ -70,7 +70,7 @@ def export(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     return call
 
 
-def same_weights(one: ParallelTokenPredictor, other: ParallelTokenPredictor) -> bool:
+def same_weights(one: PredictorNetwork, other: PredictorNetwork) -> bool:
     ours, theirs = one.trainable_state(), other.trainable_state()
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name].cpu(), theirs[name]) for name in ours)
 
@@ -78,7 +78,7 @@ def same_weights(one: ParallelTokenPredictor, other: ParallelTokenPredictor) -> 
 def test_checkpoint_of_a_run_holds_no_base_weight_and_opens(run: Run) -> None:
     table_bytes = 16384 * 32 * 4
     assert run.checkpoint.stat().st_size < table_bytes / 4  # slot encoder, adapter and optimiser states
-    loaded = ParallelTokenPredictor.from_pretrained(run.checkpoint)
+    loaded = load_network(run.checkpoint)
     assert same_weights(run.module.predictor, loaded)
     assert loaded.config == run.module.predictor.config
     assert not loaded.training
@@ -90,13 +90,13 @@ def test_truncated_checkpoint(run: Run, tmp_path: Path) -> None:
     for kept in (10, len(whole) // 2, len(whole) - 100):
         (tmp_path / "cut.ckpt").write_bytes(whole[:kept])
         with pytest.raises(ValueError, match=r"^ckpt_path=.*cut\.ckpt cannot be read: [^\n]*$"):
-            ParallelTokenPredictor.from_pretrained(tmp_path / "cut.ckpt")
+            load_network(tmp_path / "cut.ckpt")
 
 
 def test_export_writes_what_it_says(run: Run, export, capsys: pytest.CaptureFixture[str]) -> None:
     export("--ckpt_path", run.checkpoint, "--output", "my adapter")
     printed = capsys.readouterr().out
-    assert same_weights(run.module.predictor, ParallelTokenPredictor.from_pretrained("my adapter"))
+    assert same_weights(run.module.predictor, load_network("my adapter"))
     assert read_predictor("my adapter").training == run.training
     for name in EXPORTED_FILES:
         assert f"  {name} " in printed

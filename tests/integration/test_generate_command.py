@@ -11,8 +11,8 @@ from ptp_lightning import cli
 from ptp_lightning.decoding import CorrectLengths, GenerationSettings, command, generate, slot_budget
 from ptp_lightning.decoding.slot_budget import CallCosts
 from ptp_lightning.sampling import SamplingConfig
-from tests.byte_tokenizer import byte_tokenizer
-from tests.tiny_predictors import tiny_predictor
+from tests.helpers.byte_tokenizer import byte_tokenizer
+from tests.helpers.tiny_predictors import tiny_predictor
 
 JSON_KEYS = ["prompt", "text", "token_ids", "num_calls", "num_tokens", "accepted_per_call", "seconds"]
 PREDICTOR = tiny_predictor(vocab_size=257, sampling=SamplingConfig(temperature=0.7, top_k=50, top_p=0.9))
@@ -53,11 +53,11 @@ class Shell:
 def shell(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Shell:
     shell = Shell(monkeypatch, capsys)
 
-    def load_predictor(path: str | None) -> object:
+    def load_network(path: str | None) -> object:
         shell.loaded.append(path)
         return PREDICTOR
 
-    monkeypatch.setattr(command, "load_predictor", load_predictor)
+    monkeypatch.setattr(command, "load_network", load_network)
     monkeypatch.setattr(command, "tokenizer_of", lambda predictor: TOKENIZER)
     monkeypatch.delenv("PTP_TRACEBACK", raising=False)
     return shell

@@ -11,8 +11,8 @@ import pytest
 import torch
 import yaml
 
-from ptp_lightning.models import ParallelTokenPredictor
-from tests.tiny_configs import CORPUS_LINE, shrink
+from ptp_lightning import ParallelTokenPredictor
+from tests.helpers.tiny_configs import CORPUS_LINE, shrink
 
 CONFIG = Path(__file__).parents[2] / "configs" / "gated_lora.yaml"
 PATIENCE_SECONDS = 120.0

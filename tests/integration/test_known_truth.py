@@ -10,7 +10,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ptp_lightning.cli import main
-from ptp_lightning.data.markov import MarkovSeries
+from ptp_lightning.data.series.markov import MarkovSeries
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from tests.benchmarks.on_a_gpu import __main__ as on_a_gpu
-from tests.benchmarks.on_a_gpu.parts import PARTS
-from tests.benchmarks.on_a_gpu.process import Outcome, Part
-from tests.benchmarks.on_a_gpu.rows import Record, Row, attempt
+from benchmarks.on_a_gpu import __main__ as on_a_gpu
+from benchmarks.on_a_gpu.parts import PARTS
+from benchmarks.on_a_gpu.process import Outcome, Part
+from benchmarks.on_a_gpu.rows import Record, Row, attempt
 
-COMMAND = "python -m tests.benchmarks.on_a_gpu"
+COMMAND = "python -m benchmarks.on_a_gpu"
 
 
 def sound(record: Record) -> None:
@@ -95,7 +95,7 @@ def test_parts_of_both_devices_are_the_same() -> None:
 
 def test_layers_are_compiled_once_and_last(monkeypatch: pytest.MonkeyPatch) -> None:
     """One module for all ways and batches, which layers cannot be taken back from."""
-    from tests.benchmarks.on_a_gpu import training  # here, because parts import this file and have little time
+    from benchmarks.on_a_gpu import training  # here, because parts import this file and have little time
 
     compiled: list[bool] = []
     measured: list[tuple[str, bool]] = []
@@ -144,7 +144,7 @@ def test_a_part_that_fails_is_told_of_and_the_next_one_has_its_turn(
 
 
 def test_nothing_is_tried_without_a_device(tmp_path: Path) -> None:
-    machine = Part("machine", "tests.benchmarks.on_a_gpu.machine:rows", {"device": "cuda"}, 1.0, is_required=True)
+    machine = Part("machine", "benchmarks.on_a_gpu.machine:rows", {"device": "cuda"}, 1.0, is_required=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
         status, report = run(tmp_path, machine, part(sound))
@@ -195,7 +195,7 @@ def test_failing_tests_are_rows(tmp_path: Path) -> None:
         "def test_skipped(missing):\n    pass\n"
     )
     options = {"options": [str(tmp_path / "test_three.py"), "-m", "not gpu"]}
-    status, report = run(tmp_path, Part("tests", "tests.benchmarks.on_a_gpu.marked_tests:rows", options, 1.0))
+    status, report = run(tmp_path, Part("tests", "benchmarks.on_a_gpu.marked_tests:rows", options, 1.0))
     assert status == 1
     outcome = report["parts"]["tests"]
     assert outcome["reason"] is None

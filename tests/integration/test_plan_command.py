@@ -15,14 +15,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ptp_lightning import cli
-from ptp_lightning.training.plan import BACKBONES, WIDTH
-from tests.printed import Printed, Run, run_here
-from tests.tiny_configs import CORPUS_LINE, SHRUNKEN, shrink
+from ptp_lightning.planning.command import BACKBONES, WIDTH
+from tests.helpers.printed import Printed, Run, run_here
+from tests.helpers.tiny_configs import CORPUS_LINE, SHRUNKEN, shrink
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TOLERANCE = 0.15
 NUM_PARAMETERS = {"1b": 1_100_048_384, "7b": 6_738_415_616, "70b": 68_976_648_192}
-EXACT_HEAP = {"MALLOC_MMAP_THRESHOLD_": "32768", "MALLOC_TRIM_THRESHOLD_": "0"}  # see tests.resident_memory
+EXACT_HEAP = {"MALLOC_MMAP_THRESHOLD_": "32768", "MALLOC_TRIM_THRESHOLD_": "0"}  # see tests.helpers.resident_memory
 
 
 @pytest.fixture
@@ -142,5 +142,5 @@ def test_a_plan_is_what_a_real_training_takes(num_windows: int) -> None:
         return subprocess.run(ran, env=os.environ | EXACT_HEAP, capture_output=True, text=True, check=True).stdout
 
     expected = json.loads(printed_by("ptp_lightning", "plan", "--json"))["bytes"]["replicated"]["total"]
-    found = int(printed_by("tests.resident_memory").splitlines()[-1])
+    found = int(printed_by("tests.helpers.resident_memory").splitlines()[-1])
     assert expected == pytest.approx(found, rel=TOLERANCE)

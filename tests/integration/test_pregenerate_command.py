@@ -18,11 +18,11 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from ptp_lightning.data.whole_files import temporary_path
-from ptp_lightning.pretrained import load_tokenizer
-from ptp_lightning.training import pregenerate
-from tests.printed import Run, run_here
-from tests.tiny_configs import CORPUS_LINE, shrink
+from ptp_lightning.pregeneration import command as pregenerate
+from ptp_lightning.utils.atomic_files import temporary_path
+from ptp_lightning.utils.pretrained import load_tokenizer
+from tests.helpers.printed import Run, run_here
+from tests.helpers.tiny_configs import CORPUS_LINE, shrink
 
 CONFIG = Path(__file__).parents[2] / "configs" / "gated_lora.yaml"
 PATIENCE_SECONDS = 120.0

@@ -2,11 +2,11 @@
 
 import pytest
 
+from ptp_lightning import ParallelTokenPredictor
 from ptp_lightning.decoding import CorrectLengths, generate_batch
 from ptp_lightning.decoding.text import DecoderName
-from ptp_lightning.models import ParallelTokenPredictor
-from ptp_lightning.pretrained import embedded_folder
 from ptp_lightning.sampling import SamplingConfig
+from ptp_lightning.utils.pretrained import embedded_folder
 
 PROMPTS = ["def ", "import os\n", "class Error(Exception):\n    "]
 SHIPPED_MEGABYTES = 4
@@ -30,12 +30,12 @@ def test_text_is_what_the_base_model_samples(predictor: ParallelTokenPredictor, 
 
 @pytest.mark.parametrize(("decoder", "tokens_per_call"), [("speculative", 1.1), ("partial_quadratic", 1.6)])
 def test_calls_are_saved(predictor: ParallelTokenPredictor, decoder: DecoderName, tokens_per_call: float) -> None:
-    texts = generate_batch(predictor, PROMPTS, max_new_tokens=60, seed=1, decoder=decoder)
+    texts = generate_batch(predictor.network, PROMPTS, max_new_tokens=60, seed=1, decoder=decoder)
     assert sum(text.num_tokens for text in texts) > tokens_per_call * sum(text.num_calls for text in texts)
 
 
 def test_its_validation_is_known(predictor: ParallelTokenPredictor) -> None:
-    assert CorrectLengths.of_validation(predictor.prefix_counts, 3).expected(3) == pytest.approx(
+    assert CorrectLengths.of_validation(predictor.network.prefix_counts, 3).expected(3) == pytest.approx(
         1.371, abs=1e-3
     )  # RESULTS.md
 

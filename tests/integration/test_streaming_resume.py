@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.tiny_data import tiny_tokenizer
+from tests.helpers.tiny_data import tiny_tokenizer
 
 PATIENCE_SECONDS = 200.0
 PERIOD = 4  # steps between checkpoints
@@ -26,7 +26,7 @@ import json, os, sys, time
 import lightning, torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from ptp_lightning.data import JsonLines, StreamingCorpus, StreamPart
-from ptp_lightning.training.termination import TerminateTogether
+from ptp_lightning.training.distributed.termination import TerminateTogether
 
 folder, num_processes, num_workers, delay, max_steps, checkpoint = json.loads(sys.argv[1])
 

@@ -12,10 +12,10 @@ import torch
 import yaml
 
 from ptp_lightning.cli import main
-from ptp_lightning.models import ParallelTokenPredictor
-from tests.tiny_configs import CORPUS_LINE, shrink
-from tests.tiny_data import tiny_tokenizer
-from tests.tiny_models import tiny_llama
+from ptp_lightning.export.checkpoint import load_network, save_network
+from tests.helpers.tiny_configs import CORPUS_LINE, shrink
+from tests.helpers.tiny_data import tiny_tokenizer
+from tests.helpers.tiny_models import tiny_llama
 
 CONFIG = Path(__file__).parents[2] / "configs" / "gated_lora.yaml"
 TEACHER_FREE: dict[str, Any] = {
@@ -65,7 +65,7 @@ def test_from_yaml_to_text(
 
     state = torch.load(checkpoint, weights_only=True)["state_dict"]
     assert {name.split(".")[1] for name in state} == {network, "slot_encoder"}
-    predictor = ParallelTokenPredictor.from_pretrained(checkpoint)
+    predictor = load_network(checkpoint)
     assert type(predictor.config.student).__name__ == student
 
     texts: dict[str, list[int]] = {}
@@ -78,4 +78,4 @@ def test_from_yaml_to_text(
     assert texts["speculative"] == texts["autoregressive"] and len(texts["speculative"]) > 1
 
     with pytest.raises(ValueError, match=f"expected a predictor with an adapter, found {student}"):
-        predictor.save_pretrained(tmp_path / "export")
+        save_network(predictor, tmp_path / "export")

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from sweeps.running import require_changes_that_exist
-from sweeps.study import beside, load_study
-from sweeps.training_run import build, fit_arguments, override_arguments, read_configuration
-from sweeps.worker import trial_arguments
-from tests.tiny_configs import SHRUNKEN
+from ptp_lightning.sweeps.run import require_changes_that_exist
+from ptp_lightning.sweeps.study import beside, load_study
+from ptp_lightning.sweeps.training_run import build, fit_arguments, override_arguments, read_configuration
+from ptp_lightning.sweeps.worker import trial_arguments
+from tests.helpers.tiny_configs import SHRUNKEN
 
 ROOT = Path(__file__).parents[2]
 STUDIES = sorted((ROOT / "sweeps").glob("*.yaml"))

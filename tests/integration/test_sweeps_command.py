@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from optuna.trial import FrozenTrial, TrialState
 
-from sweeps.attributes import GIVEN_UP, LOST, OWNER, POINT, STEPS
-from sweeps.storage import load_stored, open_storage
-from tests.tiny_study import write_study
+from ptp_lightning.sweeps.attributes import GIVEN_UP, LOST, OWNER, POINT, STEPS
+from ptp_lightning.sweeps.storage import load_stored, open_storage
+from tests.helpers.tiny_study import write_study
 
 ROOT = Path(__file__).parents[2]
 JOURNAL = "runs/sweeps/tiny/study.journal"
@@ -23,7 +23,7 @@ LONG = {"steps": 80, "tokens": 80 * 4 * 2 * 4, "validations": 1}  # a few second
 
 def start(study: Path, *more: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "sweeps", "run", str(study), "--full", *more],
+        [sys.executable, "-m", "ptp_lightning", "sweep", "run", str(study), "--full", *more],
         cwd=study.parent,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,

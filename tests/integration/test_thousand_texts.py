@@ -13,10 +13,10 @@ from ptp_lightning.decoding import (
     decode_speculatively,
 )
 from ptp_lightning.evaluation.near_ties import explains, first_difference
-from ptp_lightning.models import BackboneSettings, ParallelTokenPredictor
-from ptp_lightning.models.checkpoint import load_predictor
+from ptp_lightning.export.checkpoint import load_network
+from ptp_lightning.models import BackboneSettings, PredictorNetwork
 from ptp_lightning.sampling import SamplingConfig
-from tests.tiny_predictors import tiny_predictor
+from tests.helpers.tiny_predictors import tiny_predictor
 
 NUM_TEXTS = 1000
 SAMPLING = (
@@ -29,10 +29,10 @@ FAMILIES = ("llama", "qwen2", "gpt2", "gpt_neox")
 PROMPTS = ([9, 14, 6, 11, 20], [7] * 40, [31, 5], list(range(1, 31)), [12, 8, 8])
 
 
-def predictors(dtype: str) -> list[ParallelTokenPredictor]:
+def predictors(dtype: str) -> list[PredictorNetwork]:
     """The shipped adapter with its trained model, and tiny ones of each family."""
     tiny = [tiny_predictor(family, dtype=getattr(torch, dtype)) for family in FAMILIES]
-    return [load_predictor(backbone=BackboneSettings(dtype=dtype)), *tiny]  # pyright: ignore[reportArgumentType]
+    return [load_network(backbone=BackboneSettings(dtype=dtype)), *tiny]  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.slow

@@ -14,14 +14,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ptp_lightning.decoding import generate
 from ptp_lightning.decoding.transformers_generate import CustomGenerate
-from ptp_lightning.models import ParallelTokenPredictor
-from ptp_lightning.models.checkpoint import CARD_FILE, EXPORTED_FILES, PREDICTOR_FOLDER, load_predictor
-from ptp_lightning.models.standalone import GENERATE_FILE, save_with_base_model
+from ptp_lightning.export.checkpoint import CARD_FILE, EXPORTED_FILES, PREDICTOR_FOLDER, load_network
+from ptp_lightning.export.model_folder import GENERATE_FILE, save_with_base_model
+from ptp_lightning.models import PredictorNetwork
 from ptp_lightning.sampling import SamplingConfig
-from tests.byte_tokenizer import byte_tokenizer
-from tests.stored_predictors import trained
-from tests.tiny_models import tiny_llama
-from tests.tiny_predictors import sharpen
+from tests.helpers.byte_tokenizer import byte_tokenizer
+from tests.helpers.stored_predictors import trained
+from tests.helpers.tiny_models import tiny_llama
+from tests.helpers.tiny_predictors import sharpen
 
 PROMPT = torch.tensor([[50, 51, 52, 53]])
 SAMPLED = {"do_sample": True, "temperature": 0.7, "top_k": 5, "top_p": 0.9}
@@ -47,18 +47,18 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def predictor(base: Path) -> ParallelTokenPredictor:
+def predictor(base: Path) -> PredictorNetwork:
     return trained(base)
 
 
 @pytest.fixture(scope="module")
-def folder(predictor: ParallelTokenPredictor, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(predictor: PredictorNetwork, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("export") / "whole"
     save_with_base_model(predictor, folder)
     return folder
 
 
-def expected(predictor: ParallelTokenPredictor, seed: int) -> list[int]:
+def expected(predictor: PredictorNetwork, seed: int) -> list[int]:
     """Our autoregressive decoder's text."""
     return generate(
         predictor,
@@ -72,7 +72,7 @@ def expected(predictor: ParallelTokenPredictor, seed: int) -> list[int]:
     ).token_ids
 
 
-def call(predictor: ParallelTokenPredictor, input_ids: Tensor = PROMPT, **options: Any) -> list[list[int]]:
+def call(predictor: PredictorNetwork, input_ids: Tensor = PROMPT, **options: Any) -> list[list[int]]:
     model: Any = predictor.base_model
     defaults = {"max_new_tokens": 12, "eos_token_id": None, "pad_token_id": 0, "seed": 3}
     return model.generate(input_ids, custom_generate=CustomGenerate(predictor), **(defaults | options)).tolist()
@@ -80,29 +80,29 @@ def call(predictor: ParallelTokenPredictor, input_ids: Tensor = PROMPT, **option
 
 class TestCustomGenerate:
     @pytest.mark.parametrize("decoder", ["speculative", "partial_quadratic", "autoregressive"])
-    def test_gives_our_text(self, decoder: str, predictor: ParallelTokenPredictor) -> None:
+    def test_gives_our_text(self, decoder: str, predictor: PredictorNetwork) -> None:
         assert call(predictor, decoder=decoder, **SAMPLED) == [PROMPT[0].tolist() + expected(predictor, 3)]
 
-    def test_greedy_is_what_generate_gives_without_it(self, predictor: ParallelTokenPredictor) -> None:
+    def test_greedy_is_what_generate_gives_without_it(self, predictor: PredictorNetwork) -> None:
         model: Any = predictor.base_model
         plain = model.generate(PROMPT, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0).tolist()
         assert call(predictor, do_sample=False) == plain
 
-    def test_prompts_of_a_batch_are_padded_on_the_left(self, predictor: ParallelTokenPredictor) -> None:
+    def test_prompts_of_a_batch_are_padded_on_the_left(self, predictor: PredictorNetwork) -> None:
         padded = torch.tensor([[0, 0, *PROMPT[0].tolist()], [60, 61, 62, 63, 64, 65]])
         mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])
         first, second = call(predictor, padded, attention_mask=mask, **SAMPLED)
         assert first == padded[0].tolist() + expected(predictor, 3)
         assert second[:6] == padded[1].tolist() and len(second) == 18
 
-    def test_torch_draws_the_seed_where_none_is_given(self, predictor: ParallelTokenPredictor) -> None:
+    def test_torch_draws_the_seed_where_none_is_given(self, predictor: PredictorNetwork) -> None:
         texts = []
         for manual_seed in (1, 2, 1):
             torch.manual_seed(manual_seed)
             texts.append(call(predictor, seed=None, **SAMPLED))
         assert texts[0] == texts[2] != texts[1]
 
-    def test_ends_at_the_end_of_text_and_fills_up(self, predictor: ParallelTokenPredictor) -> None:
+    def test_ends_at_the_end_of_text_and_fills_up(self, predictor: PredictorNetwork) -> None:
         text = expected(predictor, 3)
         place = next(k for k in range(2, 12) if text[k] not in text[:k])
         assert call(predictor, eos_token_id=text[place], **SAMPLED) == [PROMPT[0].tolist() + text[: place + 1]]
@@ -110,7 +110,7 @@ class TestCustomGenerate:
         assert both[0][: 4 + place + 1] == PROMPT[0].tolist() + text[: place + 1]
         assert set(both[0][4 + place + 1 :]) <= {7} and len(both[0]) == len(both[1])
 
-    def test_stopping_criteria_are_asked_after_every_token(self, predictor: ParallelTokenPredictor) -> None:
+    def test_stopping_criteria_are_asked_after_every_token(self, predictor: PredictorNetwork) -> None:
         lengths: list[int] = []
 
         def criterion(input_ids: Tensor, scores: object, **_: object) -> Tensor:
@@ -132,12 +132,12 @@ class TestCustomGenerate:
         ],
     )
     def test_what_it_cannot_do_is_refused(
-        self, options: dict[str, Any], reason: str, predictor: ParallelTokenPredictor
+        self, options: dict[str, Any], reason: str, predictor: PredictorNetwork
     ) -> None:
         with pytest.raises(ValueError, match=reason):
             call(predictor, **(SAMPLED | options))
 
-    def test_another_model_is_refused(self, predictor: ParallelTokenPredictor) -> None:
+    def test_another_model_is_refused(self, predictor: PredictorNetwork) -> None:
         model: Any = tiny_llama(vocab_size=257)
         with pytest.raises(ValueError, match=r"call predictor\.base_model\.generate"):
             model.generate(PROMPT, custom_generate=CustomGenerate(predictor), max_new_tokens=3)
@@ -154,7 +154,7 @@ class TestFolder:
         assert plain.keys() == exported.keys()
         assert all(torch.equal(plain[name], exported[name]) for name in plain)
 
-    def test_generates_by_itself_in_a_fresh_process(self, folder: Path, predictor: ParallelTokenPredictor) -> None:
+    def test_generates_by_itself_in_a_fresh_process(self, folder: Path, predictor: PredictorNetwork) -> None:
         """From another place, and without the folder it was made from."""
         moved = folder.with_name("moved")
         folder.rename(moved)
@@ -181,14 +181,14 @@ class TestFolder:
         assert capsys.readouterr().out.startswith("def ")
         assert (folder / PREDICTOR_FOLDER / CARD_FILE).is_file()  # where the card sends its reader
 
-    def test_is_a_checkpoint_as_well(self, folder: Path, predictor: ParallelTokenPredictor) -> None:
-        loaded = load_predictor(folder)
+    def test_is_a_checkpoint_as_well(self, folder: Path, predictor: PredictorNetwork) -> None:
+        loaded = load_network(folder)
         assert loaded.config.backbone.path == str(folder)
         assert expected(loaded, 3) == expected(predictor, 3)
         state, own = loaded.trainable_state(), predictor.trainable_state()
         assert state.keys() == own.keys() and all(torch.equal(state[name], own[name]) for name in own)
 
-    def test_names_the_folder_in_generate(self, folder: Path, predictor: ParallelTokenPredictor) -> None:
+    def test_names_the_folder_in_generate(self, folder: Path, predictor: PredictorNetwork) -> None:
         model: Any = AutoModelForCausalLM.from_pretrained(folder)
         options = {"custom_generate": str(folder), "max_new_tokens": 12, "seed": 3, "eos_token_id": None} | SAMPLED
         with pytest.raises(ValueError, match="trust_remote_code"):
@@ -203,17 +203,17 @@ class TestFolder:
             model.generate(PROMPT, custom_generate=str(folder), trust_remote_code=True, max_new_tokens=3)  # pyright: ignore[reportCallIssue]
 
     def test_appears_complete_or_not_at_all(
-        self, predictor: ParallelTokenPredictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, predictor: PredictorNetwork, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         def full_disk(*_: object, **__: object) -> None:
             raise OSError("no space left on device")
 
-        monkeypatch.setattr("ptp_lightning.models.standalone.save_predictor", full_disk)
+        monkeypatch.setattr("ptp_lightning.export.model_folder.save_network", full_disk)
         with pytest.raises(OSError, match="no space"):
             save_with_base_model(predictor, tmp_path / "whole")
         assert list(tmp_path.iterdir()) == []
 
-    def test_a_taken_folder_is_refused(self, predictor: ParallelTokenPredictor, folder: Path) -> None:
+    def test_a_taken_folder_is_refused(self, predictor: PredictorNetwork, folder: Path) -> None:
         before = (folder / GENERATE_FILE).stat().st_mtime_ns
         with pytest.raises(ValueError, match="new or empty"):
             save_with_base_model(predictor, folder)

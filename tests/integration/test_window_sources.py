@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from ptp_lightning.cli import main
-from tests.tiny_configs import CORPUS_LINE, shrink
+from tests.helpers.tiny_configs import CORPUS_LINE, shrink
 
 GATED_LORA = Path(__file__).parents[2] / "configs" / "gated_lora.yaml"
 

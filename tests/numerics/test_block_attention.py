@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from ptp_lightning.models import ParallelTokenPredictor, visible_keys
-from ptp_lightning.models.block_attention import block_attention
-from ptp_lightning.models.flex_windows import FlexWindows
+from ptp_lightning.models import PredictorNetwork
+from ptp_lightning.models.attention import visible_keys
+from ptp_lightning.models.attention.blocks import block_attention
+from ptp_lightning.models.attention.dispatch import WindowKeys
+from ptp_lightning.models.attention.flex import FlexWindows
+from ptp_lightning.models.attention.visible_keys import VisibleKeys
 from ptp_lightning.models.students import FullCopyStudent, GatedLoraStudent, Student
-from ptp_lightning.models.visible_keys import VisibleKeys
-from ptp_lightning.models.window_keys import WindowKeys
+from tests.helpers.tiny_models import TINY_MODELS
 from tests.numerics.test_window_attention import VOCAB_SIZE, encode, inputs, make_batch, make_predictor
-from tests.tiny_models import TINY_MODELS
 
 ROWS, HEADS, WINDOWS, QUERIES, CONTEXT, OWN, SIZE, VALUE_SIZE = 2, 3, 4, 5, 7, 6, 8, 9
 
@@ -141,12 +142,12 @@ class TestInAModel:
             torch.testing.assert_close(found[0], other, atol=1e-9, rtol=0)
 
     @staticmethod
-    def make(family: str, in_blocks: bool, student: Student | None = None) -> ParallelTokenPredictor:
+    def make(family: str, in_blocks: bool, student: Student | None = None) -> PredictorNetwork:
         predictor = make_predictor.__wrapped__(family).double()
         if student is not None:
             torch.manual_seed(2)
             config = replace(predictor.config, student=student)
-            predictor = ParallelTokenPredictor(config, TINY_MODELS[family](vocab_size=VOCAB_SIZE)).double().eval()
+            predictor = PredictorNetwork(config, TINY_MODELS[family](vocab_size=VOCAB_SIZE)).double().eval()
         assert predictor._in_blocks, "all of these hand keyword arguments on to their attention"
         predictor._in_blocks = in_blocks
         return predictor

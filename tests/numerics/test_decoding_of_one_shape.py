@@ -13,25 +13,25 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.on_a_gpu import decoding, training
+from benchmarks.on_a_gpu.branches import best_branches, break_even, expected_tokens
+from benchmarks.on_a_gpu.captured import CapturedDecoder, captured
+from benchmarks.on_a_gpu.subjects import Subject, counting_subject
 from ptp_lightning.decoding import GenerationSettings, decode_autoregressively
 from ptp_lightning.decoding.lookahead import Lookahead
 from ptp_lightning.models import (
     BackboneSettings,
     LoraSettings,
-    ParallelTokenPredictor,
     PredictorConfig,
+    PredictorNetwork,
     RefinerSettings,
 )
-from ptp_lightning.models import window_keys as window_keys_module
-from ptp_lightning.models.visible_keys import VisibleKeys
-from ptp_lightning.models.window_reader import WindowReader
+from ptp_lightning.models.attention import dispatch as window_keys_module
+from ptp_lightning.models.attention.visible_keys import VisibleKeys
+from ptp_lightning.models.attention.window_reader import WindowReader
 from ptp_lightning.sampling import SamplingConfig
-from tests.benchmarks.on_a_gpu import decoding, training
-from tests.benchmarks.on_a_gpu.branches import best_branches, break_even, expected_tokens
-from tests.benchmarks.on_a_gpu.captured import CapturedDecoder, captured
-from tests.benchmarks.on_a_gpu.subjects import Subject, counting_subject
-from tests.tiny_decoding import PROMPT, reference
-from tests.tiny_distillation import LLAMA
+from tests.helpers.tiny_decoding import PROMPT, reference
+from tests.helpers.tiny_distillation import LLAMA
 
 SAMPLING = {
     "sampled": SamplingConfig(temperature=0.7, top_k=50, top_p=0.9),
@@ -44,11 +44,11 @@ NUM_CALLS = 1 + 20
 by_sampling = pytest.mark.parametrize("sampling", SAMPLING.values(), ids=SAMPLING)
 
 
-def predictor(dtype: str = "float32", **more: Any) -> ParallelTokenPredictor:
+def predictor(dtype: str = "float32", **more: Any) -> PredictorNetwork:
     torch.manual_seed(0)
     network = LLAMA | {"vocab_size": 64, "max_position_embeddings": 256}
     backbone = BackboneSettings(from_config=network, dtype=dtype)
-    return ParallelTokenPredictor(PredictorConfig(backbone, lora=LoraSettings(rank=4), **more)).eval()
+    return PredictorNetwork(PredictorConfig(backbone, lora=LoraSettings(rank=4), **more)).eval()
 
 
 def settings(sampling: SamplingConfig) -> GenerationSettings:
@@ -89,7 +89,7 @@ class OfTheHost(TorchDispatchMode):
 
 
 @torch.inference_mode()
-def host_operations(model: ParallelTokenPredictor, decoder: CapturedDecoder, call: Callable[[], Any]) -> list[str]:
+def host_operations(model: PredictorNetwork, decoder: CapturedDecoder, call: Callable[[], Any]) -> list[str]:
     """Of a call on a device whose tensors have no values, so that whoever asks for one raises."""
     model.to("meta")
     for name, value in vars(decoder).items():

@@ -12,16 +12,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from ptp_lightning.data.batch import PackedBatch
+from ptp_lightning.batch import PackedBatch
+from ptp_lightning.models.attention.masks import context_mask, slot_mask
+from ptp_lightning.models.config import PredictorConfig
 from ptp_lightning.models.context import Context
-from ptp_lightning.models.continuous_features import CosineFeatures
-from ptp_lightning.models.gated_lora import LoraSettings
-from ptp_lightning.models.predictor import ParallelTokenPredictor
-from ptp_lightning.models.predictor_config import PredictorConfig
-from ptp_lightning.models.slots import CategoricalObjective, IndependentObjective, OneHotObjective
-from ptp_lightning.models.window_attention import context_mask, slot_mask
-from tests.tiny_models import TINY_MODELS
-from tests.tiny_windows import DOCUMENT_IDS, POSITION_IDS, WINDOW_STARTS, slots_that_differ, slots_that_see
+from ptp_lightning.models.lora.gated_lora import LoraSettings
+from ptp_lightning.models.network import PredictorNetwork
+from ptp_lightning.models.slots.continuous_features import CosineFeatures
+from ptp_lightning.models.slots.objectives import CategoricalObjective, IndependentObjective, OneHotObjective
+from tests.helpers.tiny_models import TINY_MODELS
+from tests.helpers.tiny_windows import DOCUMENT_IDS, POSITION_IDS, WINDOW_STARTS, slots_that_differ, slots_that_see
 
 WINDOW_LENGTH = 4
 VOCAB_SIZE = 64
@@ -33,7 +33,7 @@ def make_batch(input_ids: Tensor) -> PackedBatch:
 
 
 @cache
-def make_predictor(family: str, objective: str = "categorical", hidden_size: int = 32) -> ParallelTokenPredictor:
+def make_predictor(family: str, objective: str = "categorical", hidden_size: int = 32) -> PredictorNetwork:
     """A predictor whose adapter is not at its initial zero."""
     torch.manual_seed(1)
     config = PredictorConfig(
@@ -42,9 +42,7 @@ def make_predictor(family: str, objective: str = "categorical", hidden_size: int
         lora=LoraSettings(rank=4),
         window_length=WINDOW_LENGTH,
     )
-    predictor = ParallelTokenPredictor(
-        config, TINY_MODELS[family](vocab_size=VOCAB_SIZE, hidden_size=hidden_size)
-    ).eval()
+    predictor = PredictorNetwork(config, TINY_MODELS[family](vocab_size=VOCAB_SIZE, hidden_size=hidden_size)).eval()
     for name, parameter in predictor.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
@@ -59,12 +57,12 @@ def inputs() -> tuple[Tensor, Tensor]:
     return input_ids, torch.rand(*WINDOW_STARTS.shape, WINDOW_LENGTH, generator=generator, dtype=torch.float64)
 
 
-def encode(predictor: ParallelTokenPredictor, batch: PackedBatch) -> Context:
+def encode(predictor: PredictorNetwork, batch: PackedBatch) -> Context:
     return predictor.encode(batch.input_ids, batch.document_ids, batch.position_ids, batch.window_starts)
 
 
 @torch.no_grad()
-def slot_logits(predictor: ParallelTokenPredictor, input_ids: Tensor, auxiliaries: Tensor) -> Tensor:
+def slot_logits(predictor: PredictorNetwork, input_ids: Tensor, auxiliaries: Tensor) -> Tensor:
     """`[B, N, L - 1, V]`."""
     context = encode(predictor, make_batch(input_ids))
     return predictor.logits(predictor.slot_hidden(context, auxiliaries))

@@ -12,7 +12,7 @@ from torch import Tensor
 from ptp_lightning.auxiliary import draw_auxiliaries, likely_pick, pick, token_interval
 from ptp_lightning.auxiliary_strategies import UniformInInterval
 from ptp_lightning.sampling import Sampler, SamplingConfig, TokenDistribution
-from tests.goodness_of_fit import chi_square, chi_square_bound
+from tests.helpers.goodness_of_fit import chi_square, chi_square_bound
 
 INF = math.inf
 LARGEST_FLOAT64 = 1 - 2.0**-53  # the largest below 1

@@ -20,7 +20,7 @@ from ptp_lightning.auxiliary_strategies import (
     StudentProbe,
     UniformInInterval,
 )
-from tests.goodness_of_fit import chi_square, chi_square_bound, kolmogorov_bound, kolmogorov_distance
+from tests.helpers.goodness_of_fit import chi_square, chi_square_bound, kolmogorov_bound, kolmogorov_distance
 
 LARGEST_FLOAT64 = 1 - 2.0**-53
 STRATEGIES: list[AuxiliaryStrategy] = [

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.benchmarks import plain_step
+from benchmarks import plain_step
 
 LENGTH = 8
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ptp_lightning.vocabulary_chunks import block_rows, chunk_rows, slices
+from ptp_lightning.distributions import block_rows, chunk_rows, slices
 
 HIDDEN = torch.zeros(1, 2)
 

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ptp_lightning.data.completions import CompletionFolder, CompletionSettings, RaggedIds, identity_of
+from ptp_lightning.data.completions.completions import CompletionFolder, CompletionSettings, RaggedIds, identity_of
 from ptp_lightning.sampling import SamplingConfig
-from tests.tiny_completions import PROMPTS, made_up, tiny_settings, write_made_up
+from tests.helpers.tiny_completions import PROMPTS, made_up, tiny_settings, write_made_up
 
 
 class TestSettings:

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from ptp_lightning.data.batch import PackedBatch
-from ptp_lightning.data.completions_datamodule import CompletionsDataModule
-from tests.tiny_completions import PROMPTS, TEST_PROMPTS, VAL_PROMPTS, write_made_up
+from ptp_lightning.batch import PackedBatch
+from ptp_lightning.data.completions.completions_datamodule import CompletionsDataModule
+from tests.helpers.tiny_completions import PROMPTS, TEST_PROMPTS, VAL_PROMPTS, write_made_up
 
 LONGEST = 3 + 4  # tokens of a prompt and its made-up completion
 

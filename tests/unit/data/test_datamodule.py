@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch.utils.data.distributed import DistributedSampler
 
-from ptp_lightning.data.batch import PackedBatch
+from ptp_lightning.batch import PackedBatch
 from ptp_lightning.data.datamodule import CorpusDataModule, TrainingStream, tokenized
-from tests.tiny_data import TEXTS, Texts, tiny_data, tiny_tokenizer
+from tests.helpers.tiny_data import TEXTS, Texts, tiny_data, tiny_tokenizer
 
 
 def take(loader: Any, count: int) -> list[PackedBatch]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ptp_lightning.data.markov import MarkovSeries
+from ptp_lightning.data.series.markov import MarkovSeries
 
 CHAINS = [MarkovSeries(1, 5, 1.0), MarkovSeries(2, 3, 0.7, seed=1), MarkovSeries(3, 2, 0.4, seed=2)]
 by_chain = pytest.mark.parametrize("series", CHAINS, ids=lambda series: f"order {series.order}")

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ptp_lightning.data import pickups
 from ptp_lightning.data.corpus import Split
-from ptp_lightning.data.pickups import PickUps, tour
+from ptp_lightning.data.series import pickups
+from ptp_lightning.data.series.pickups import PickUps, tour
 
 # From west to east; the events visit them in this order.
 STREETS = [(40.0, -74.0), (40.1, -73.9), (40.0, -73.8), (40.1, -73.7)]

@@ -9,8 +9,8 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from ptp_lightning.data.rendering import Chat, PlainText, PromptAndCompletion, Rendering, value_at
-from ptp_lightning.data.row_source import BadRowError
-from tests.byte_tokenizer import END_OF_TEXT_ID, byte_tokenizer
+from ptp_lightning.data.streaming.row_source import BadRowError
+from tests.helpers.byte_tokenizer import END_OF_TEXT_ID, byte_tokenizer
 
 TEMPLATE = (
     "{% for message in messages %}<{{ message.role }}>{{ message.content }}</>{% endfor %}"

@@ -15,9 +15,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ptp_lightning.data.file_rows import JsonLines, TextRows
-from ptp_lightning.data.hub_rows import HubRows
-from ptp_lightning.data.row_source import BadRowError, RowSource, Share
+from ptp_lightning.data.streaming.file_rows import JsonLines, TextRows
+from ptp_lightning.data.streaming.hub_rows import HubRows
+from ptp_lightning.data.streaming.row_source import BadRowError, RowSource, Share
 
 
 def zstd(content: bytes) -> bytes:

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from ptp_lightning.data.batch import PackedBatch
+from ptp_lightning.batch import PackedBatch
 from ptp_lightning.data.corpus import Split
-from ptp_lightning.data.series import RecordedSeries
-from ptp_lightning.data.series_datamodule import SeriesDataModule
+from ptp_lightning.data.series.series import RecordedSeries
+from ptp_lightning.data.series.series_datamodule import SeriesDataModule
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from ptp_lightning.data.tokenizer import END_OF_TEXT, train_tokenizer
-from ptp_lightning.pretrained import load_tokenizer
-from tests.tiny_data import Texts
+from ptp_lightning.utils.pretrained import load_tokenizer
+from tests.helpers.tiny_data import Texts
 
 SOURCE = "def add(left, right):\n    return left + right\n\n\ndef added(left):\n    return add(left, 1234567)\n"
 

@@ -5,11 +5,11 @@ import torch
 
 from ptp_lightning.auxiliary import draw_auxiliaries, pick
 from ptp_lightning.decoding import GenerationSettings, decode_autoregressively
-from ptp_lightning.randomness import keyed_generator
 from ptp_lightning.sampling import SamplingConfig
-from tests.tiny_decoding import PROMPT, decode_one
-from tests.tiny_models import TINY_MODELS
-from tests.tiny_predictors import sharpen, tiny_predictor
+from ptp_lightning.utils.randomness import keyed_generator
+from tests.helpers.tiny_decoding import PROMPT, decode_one
+from tests.helpers.tiny_models import TINY_MODELS
+from tests.helpers.tiny_predictors import sharpen, tiny_predictor
 
 INPUT_IDS = torch.tensor([PROMPT])
 SHARPNESS = 2.0

@@ -14,10 +14,10 @@ from ptp_lightning.decoding import (
     decode_partially_quadratically,
     decode_speculatively,
 )
-from ptp_lightning.models.predictor import ParallelTokenPredictor
+from ptp_lightning.models.network import PredictorNetwork
 from ptp_lightning.sampling import SamplingConfig
-from tests.tiny_decoding import Decode, decode_one, reference
-from tests.tiny_predictors import STUDENTS, tiny_predictor
+from tests.helpers.tiny_decoding import Decode, decode_one, reference
+from tests.helpers.tiny_predictors import STUDENTS, tiny_predictor
 
 VOCABULARY = 32
 PROMPTS = [[3, 1, 4, 1, 5], [7], [2, 2, 9, 8, 1, 0, 3, 3], [7], [5, 5]]
@@ -30,7 +30,7 @@ by_decoder = pytest.mark.parametrize("decoder", DECODERS)
 
 
 @cache
-def small(family: str = "llama", student: str = "gated_lora") -> ParallelTokenPredictor:
+def small(family: str = "llama", student: str = "gated_lora") -> PredictorNetwork:
     """Decoding changes nothing in a predictor, so tests share them."""
     return tiny_predictor(family, vocab_size=VOCABULARY, student=student)
 

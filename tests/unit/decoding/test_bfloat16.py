@@ -11,19 +11,19 @@ from torch.overrides import TorchFunctionMode
 
 from ptp_lightning.decoding import (
     GenerationSettings,
+    batch_invariance,
     decode_partially_quadratically,
     decode_speculatively,
-    steady_calls,
 )
-from ptp_lightning.decoding.context import BatchContext
+from ptp_lightning.decoding.batch_invariance import NAME, steady
 from ptp_lightning.decoding.lookahead import Lookahead
-from ptp_lightning.decoding.steady_calls import NAME, steady
+from ptp_lightning.decoding.state import BatchContext
+from ptp_lightning.export.checkpoint import load_network
 from ptp_lightning.models.backbone import BackboneSettings
-from ptp_lightning.models.checkpoint import load_predictor
 from ptp_lightning.sampling import SamplingConfig
-from tests.tiny_decoding import PROMPT, Decode, decode_one, reference
-from tests.tiny_models import cast_weights, tiny_llama
-from tests.tiny_predictors import tiny_predictor
+from tests.helpers.tiny_decoding import PROMPT, Decode, decode_one, reference
+from tests.helpers.tiny_models import cast_weights, tiny_llama
+from tests.helpers.tiny_predictors import tiny_predictor
 
 VOCABULARY = 32
 NUM_SEEDS = 4
@@ -43,7 +43,7 @@ def test_texts_are_the_reference_texts(family: str, decode: Decode) -> None:
 @torch.inference_mode()
 def test_hidden_states_of_the_shipped_model_do_not_depend_on_the_shape_of_the_call() -> None:
     """Bit for bit, with trained weights: a token alone, before a draft, and before a draft and slots."""
-    predictor = load_predictor(backbone=BackboneSettings(dtype="bfloat16"))
+    predictor = load_network(backbone=BackboneSettings(dtype="bfloat16"))
     token_ids = torch.randint(5, 2000, (1, 120), generator=torch.Generator().manual_seed(0))
     settings = GenerationSettings(window_length=4)
     for length in range(60, 110, 10):
@@ -87,7 +87,7 @@ SUMS = {F.linear: 0, torch.addmm: 1, Tensor.mean: 0, F.scaled_dot_product_attent
 @torch.inference_mode()
 def test_the_number_of_rows_does_not_matter(family: str, is_known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor to logits, if it is known that it would; else it does."""
-    monkeypatch.setattr(steady_calls, "_products_depend_on_rows", lambda device: is_known)
+    monkeypatch.setattr(batch_invariance, "_products_depend_on_rows", lambda device: is_known)
     predictor = tiny_predictor(family, vocab_size=VOCABULARY, dtype=torch.bfloat16)
     token_ids = torch.randint(VOCABULARY, (1, 100), generator=torch.Generator().manual_seed(0))
     results = []
@@ -105,7 +105,7 @@ def test_the_number_of_rows_does_not_matter(family: str, is_known: bool, monkeyp
 
 @pytest.mark.parametrize("decode", [decode_speculatively, decode_partially_quadratically], ids=lambda d: d.__name__)
 def test_texts_on_a_device_where_it_would(decode: Decode, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(steady_calls, "_products_depend_on_rows", lambda device: True)
+    monkeypatch.setattr(batch_invariance, "_products_depend_on_rows", lambda device: True)
     sampling = SamplingConfig(temperature=0.7, top_k=50, top_p=0.9)
     predictor = tiny_predictor(sampling=sampling, vocab_size=VOCABULARY, dtype=torch.bfloat16)
     for seed in range(NUM_SEEDS):

@@ -17,11 +17,11 @@ from ptp_lightning.decoding import (
     decode_partially_quadratically,
 )
 from ptp_lightning.decoding.slot_allocation import allocate
-from ptp_lightning.models.conditioning import SamplingRange
-from ptp_lightning.models.predictor import ParallelTokenPredictor
+from ptp_lightning.models.network import PredictorNetwork
+from ptp_lightning.models.slots.sampling_range import SamplingRange
 from ptp_lightning.sampling import SamplingConfig
-from tests.tiny_decoding import PROMPT, ForcedDraft, decode_one, reference, slot_logits_of_training
-from tests.tiny_predictors import OBJECTIVES, STUDENTS, tiny_predictor
+from tests.helpers.tiny_decoding import PROMPT, ForcedDraft, decode_one, reference, slot_logits_of_training
+from tests.helpers.tiny_predictors import OBJECTIVES, STUDENTS, tiny_predictor
 
 VOCABULARY = 32
 SAMPLING = {
@@ -33,7 +33,7 @@ LENGTHS = CorrectLengths.geometric(0.6, 5)
 
 
 @cache
-def small(family: str = "llama", objective: str = "categorical", student: str = "gated_lora") -> ParallelTokenPredictor:
+def small(family: str = "llama", objective: str = "categorical", student: str = "gated_lora") -> PredictorNetwork:
     """Decoding changes nothing in a predictor, so tests share them; "conditioned" is told the sampling settings."""
     sampling_range = None
     if student == "conditioned":
@@ -41,7 +41,7 @@ def small(family: str = "llama", objective: str = "categorical", student: str = 
     return tiny_predictor(family, objective, vocab_size=VOCABULARY, student=student, sampling_range=sampling_range)
 
 
-def decoded(predictor: ParallelTokenPredictor, settings: GenerationSettings, **options: Any) -> Decoded:
+def decoded(predictor: PredictorNetwork, settings: GenerationSettings, **options: Any) -> Decoded:
     """Decodes, and checks what holds for every run: a call commits its correct tokens, and streams them."""
     streamed: list[list[int]] = []
     options = {"lengths": LENGTHS} | options

@@ -14,8 +14,8 @@ from ptp_lightning.decoding import (
     decode_speculatively,
 )
 from ptp_lightning.sampling import SamplingConfig
-from tests.tiny_decoding import PROMPT, Decode
-from tests.tiny_predictors import tiny_predictor
+from tests.helpers.tiny_decoding import PROMPT, Decode
+from tests.helpers.tiny_predictors import tiny_predictor
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import pytest
 from ptp_lightning.decoding.generation import GenerationSettings
 from ptp_lightning.decoding.slot_allocation import CorrectLengths, expected_tokens
 from ptp_lightning.decoding.slot_budget import MEASURED_BUDGETS, NUM_MEASUREMENTS, CallCosts, best_budget, measure_costs
-from tests.tiny_predictors import STUDENTS, tiny_predictor
+from tests.helpers.tiny_predictors import STUDENTS, tiny_predictor
 
 LENGTHS = CorrectLengths.geometric(0.8, 7)
 

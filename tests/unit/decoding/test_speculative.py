@@ -17,11 +17,11 @@ from ptp_lightning.decoding import (
     decode_autoregressively,
     decode_speculatively,
 )
-from ptp_lightning.models.conditioning import SamplingRange
-from ptp_lightning.models.predictor import ParallelTokenPredictor
+from ptp_lightning.models.network import PredictorNetwork
+from ptp_lightning.models.slots.sampling_range import SamplingRange
 from ptp_lightning.sampling import SamplingConfig
-from tests.tiny_decoding import PROMPT, Decode, ForcedDraft, decode_one, reference, slot_logits_of_training
-from tests.tiny_predictors import OBJECTIVES, tiny_predictor
+from tests.helpers.tiny_decoding import PROMPT, Decode, ForcedDraft, decode_one, reference, slot_logits_of_training
+from tests.helpers.tiny_predictors import OBJECTIVES, tiny_predictor
 
 VOCABULARY = 32  # smaller than top_k
 SAMPLING = {
@@ -42,13 +42,13 @@ def forced(text: list[int], probability_right: float) -> ForcedDraft:
 
 
 @cache
-def small(family: str = "llama", objective: str = "categorical") -> ParallelTokenPredictor:
+def small(family: str = "llama", objective: str = "categorical") -> PredictorNetwork:
     """Decoding changes nothing in a predictor, so tests share them. They know all orders."""
     return tiny_predictor(family, objective, SamplingConfig(order="embedding"), vocab_size=VOCABULARY)
 
 
 @cache
-def conditioned(objective: str = "categorical", student: str = "gated_lora") -> ParallelTokenPredictor:
+def conditioned(objective: str = "categorical", student: str = "gated_lora") -> PredictorNetwork:
     """Trained for many settings, in the order "embedding"."""
     sampling_range = SamplingRange(0.3, 1.2, 0.1, (50, None), (0.9, 1.0))
     order = SamplingConfig(order="embedding")
@@ -58,7 +58,7 @@ def conditioned(objective: str = "categorical", student: str = "gated_lora") -> 
 
 
 def accelerated(
-    predictor: ParallelTokenPredictor,
+    predictor: PredictorNetwork,
     settings: GenerationSettings,
     prompt: Sequence[int] = PROMPT,
     proposer: Proposer | None = None,

@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 
 from ptp_lightning.decoding import generate, generate_batch
 from ptp_lightning.decoding.stop_strings import StopStrings
-from tests.byte_tokenizer import byte_tokenizer
-from tests.tiny_predictors import tiny_predictor
+from tests.helpers.byte_tokenizer import byte_tokenizer
+from tests.helpers.tiny_predictors import tiny_predictor
 
 PREDICTOR = tiny_predictor(vocab_size=257, window_length=6)
 TOKENIZER = byte_tokenizer()

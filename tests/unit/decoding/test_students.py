@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from ptp_lightning.decoding import Decoded, GenerationSettings, decode_speculatively
-from ptp_lightning.models.predictor import ParallelTokenPredictor
+from ptp_lightning.models.network import PredictorNetwork
 from ptp_lightning.sampling import SamplingConfig
-from tests.tiny_decoding import PROMPT, decode_one, reference, slot_logits_of_training
-from tests.tiny_predictors import OBJECTIVES, tiny_predictor
+from tests.helpers.tiny_decoding import PROMPT, decode_one, reference, slot_logits_of_training
+from tests.helpers.tiny_predictors import OBJECTIVES, tiny_predictor
 
 VOCABULARY = 32
 SAMPLING = {
@@ -28,7 +28,7 @@ by_student = pytest.mark.parametrize("student", CALLS_PER_CYCLE)
 
 
 @cache
-def small(student: str, family: str = "llama", objective: str = "categorical") -> ParallelTokenPredictor:
+def small(student: str, family: str = "llama", objective: str = "categorical") -> PredictorNetwork:
     """Decoding changes nothing in a predictor, so tests share them."""
     return tiny_predictor(family, objective, vocab_size=VOCABULARY, student=student)
 

@@ -11,16 +11,16 @@ from transformers import PreTrainedTokenizerFast
 
 from ptp_lightning.decoding import Generation, generate, generate_batch
 from ptp_lightning.decoding.text import INCOMPLETE, IncrementalDetokenizer, end_of_text_ids
-from ptp_lightning.models.predictor import ParallelTokenPredictor
+from ptp_lightning.models.network import PredictorNetwork
 from ptp_lightning.sampling import SamplingConfig
-from tests.byte_tokenizer import END_OF_TEXT_ID, byte_tokenizer
-from tests.tiny_predictors import tiny_predictor
+from tests.helpers.byte_tokenizer import END_OF_TEXT_ID, byte_tokenizer
+from tests.helpers.tiny_predictors import tiny_predictor
 
 TOKENIZER = byte_tokenizer()
 
 
 @cache
-def small() -> ParallelTokenPredictor:
+def small() -> PredictorNetwork:
     return tiny_predictor(vocab_size=257, sampling=SamplingConfig(temperature=0.7), eos_token_id=None)
 
 

@@ -1,7 +1,7 @@
 """What is continued: in a chat template, or one after another; and what is cut where there is no room."""
 
 from ptp_lightning.evaluation.conversation import make_prompt
-from tests.byte_tokenizer import byte_tokenizer
+from tests.helpers.byte_tokenizer import byte_tokenizer
 
 HISTORY = [("a?", "b."), ("c?", "d.")]
 TEMPLATE = (

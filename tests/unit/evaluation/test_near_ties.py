@@ -10,8 +10,8 @@ from ptp_lightning.decoding import GenerationSettings
 from ptp_lightning.evaluation import near_ties
 from ptp_lightning.evaluation.near_ties import explains, first_difference, is_near_tie
 from ptp_lightning.sampling import Sampler, SamplingConfig
-from tests.tiny_decoding import PROMPT, reference
-from tests.tiny_predictors import tiny_predictor
+from tests.helpers.tiny_decoding import PROMPT, reference
+from tests.helpers.tiny_predictors import tiny_predictor
 
 VOCABULARY = 32
 ROUNDING = 1e-3

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ptp_lightning.losses import CrossEntropy, Loss, SlotTargets, base
 from ptp_lightning.sampling import SamplingConfig, TokenDistribution
-from tests.tiny_losses import H, M, V, every_loss, identity, random_logits, random_targets, reference
+from tests.helpers.tiny_losses import H, M, V, every_loss, identity, random_logits, random_targets, reference
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

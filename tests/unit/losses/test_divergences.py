@@ -16,7 +16,7 @@ from ptp_lightning.losses import (
     TotalVariation,
 )
 from ptp_lightning.sampling import SamplingConfig, TokenDistribution
-from tests.tiny_losses import (
+from tests.helpers.tiny_losses import (
     V,
     every_divergence,
     full_probabilities,

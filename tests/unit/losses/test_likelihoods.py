@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ptp_lightning.losses import BinaryCrossEntropy, CrossEntropy, Loss, SlotTargets
-from tests.tiny_losses import identity
+from tests.helpers.tiny_losses import identity
 
 
 def nats(loss: Loss, logits: list[float], token_id: int) -> float:

@@ -17,7 +17,7 @@ from ptp_lightning.losses import (
     SlotTargets,
     UniformWeights,
 )
-from tests.tiny_losses import identity
+from tests.helpers.tiny_losses import identity
 
 MASK = torch.tensor([[True, True, True], [True, True, False], [False, False, False]])
 RIGHT = torch.tensor([[0.5, 0.25, 0.125], [0.0, 1.0, math.nan], [math.nan, math.nan, math.nan]])

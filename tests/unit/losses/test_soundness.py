@@ -19,7 +19,7 @@ from ptp_lightning.losses import (
     require_sound,
 )
 from ptp_lightning.sampling import TokenDistribution
-from tests.tiny_losses import DEFINITIONS, every_loss, identity
+from tests.helpers.tiny_losses import DEFINITIONS, every_loss, identity
 
 SOUND: dict[type[Loss], set[str]] = {
     CrossEntropy: {"one_hot", "categorical", "independent", "sequential"},

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny_models import tiny_llama
+from tests.helpers.tiny_models import tiny_llama
 
 
 @pytest.fixture(scope="module")

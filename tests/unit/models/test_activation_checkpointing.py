@@ -8,23 +8,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from ptp_lightning.models import LoraSettings, ParallelTokenPredictor, PredictorConfig, RefinerSettings
-from ptp_lightning.models.activation_checkpointing import checkpoint_layers
-from ptp_lightning.models.decoder_stack import decoder_layers
-from tests.tiny_models import TINY_MODELS
-from tests.tiny_predictors import STUDENTS
-from tests.tiny_shared_students import encode, make_batch
+from ptp_lightning.models import LoraSettings, PredictorConfig, PredictorNetwork, RefinerSettings
+from ptp_lightning.models.layers.activation_checkpointing import checkpoint_layers
+from ptp_lightning.models.layers.decoder_stack import decoder_layers
+from tests.helpers.tiny_models import TINY_MODELS
+from tests.helpers.tiny_predictors import STUDENTS
+from tests.helpers.tiny_shared_students import encode, make_batch
 
 LENGTH = 5
 
 
-def make_predictor(family: str, student: str, checkpointed: bool) -> ParallelTokenPredictor:
+def make_predictor(family: str, student: str, checkpointed: bool) -> PredictorNetwork:
     """Trained a little, with a refiner where that is possible, and dropout in the adapter."""
     torch.manual_seed(1)
     refiner = RefinerSettings() if student == "shared" else RefinerSettings(num_layers=1)
     lora = LoraSettings(rank=4, dropout=0.5)
     config = PredictorConfig(lora=lora, window_length=LENGTH, refiner=refiner, student=STUDENTS[student])
-    predictor = ParallelTokenPredictor(config, TINY_MODELS[family](vocab_size=30))
+    predictor = PredictorNetwork(config, TINY_MODELS[family](vocab_size=30))
     for parameter in predictor.parameters():
         if parameter.requires_grad and not parameter.any():
             torch.nn.init.normal_(parameter, std=0.1)
@@ -36,7 +36,7 @@ def make_predictor(family: str, student: str, checkpointed: bool) -> ParallelTok
     return predictor
 
 
-def loss(predictor: ParallelTokenPredictor, auxiliaries: Tensor) -> Tensor:
+def loss(predictor: PredictorNetwork, auxiliaries: Tensor) -> Tensor:
     """Of slots behind a context whose cache they share, twice, refined if possible."""
     context = encode(predictor, make_batch())
     hidden = predictor.slot_hidden(context, auxiliaries)
@@ -48,7 +48,7 @@ def loss(predictor: ParallelTokenPredictor, auxiliaries: Tensor) -> Tensor:
     return predictor.slot_logits(hidden + 2 * again).logsumexp(-1).sum()
 
 
-def gradients(predictor: ParallelTokenPredictor) -> dict[str, Any]:
+def gradients(predictor: PredictorNetwork) -> dict[str, Any]:
     return {name: parameter.grad for name, parameter in predictor.named_parameters() if parameter.requires_grad}
 
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from ptp_lightning.models.auxiliary_embedding import AuxiliaryEmbedding
-from ptp_lightning.models.auxiliary_features import AuxiliaryFeatures
-from ptp_lightning.models.continuous_features import RawFloatFeatures
-from ptp_lightning.models.stepped_features import BinaryFeatures
+from ptp_lightning.models.slots.auxiliary_embedding import AuxiliaryEmbedding
+from ptp_lightning.models.slots.auxiliary_features import AuxiliaryFeatures
+from ptp_lightning.models.slots.continuous_features import RawFloatFeatures
+from ptp_lightning.models.slots.stepped_features import BinaryFeatures
 from tests.unit.models.test_auxiliary_features import ALL, uniform
 
 HIDDEN_SIZE = 512

@@ -29,7 +29,7 @@ from ptp_lightning.models import (
     ScaleFreeCosineFeatures,
     ThresholdFeatures,
 )
-from ptp_lightning.models.auxiliary_features import AuxiliaryFeatures
+from ptp_lightning.models.slots.auxiliary_features import AuxiliaryFeatures
 
 LARGEST = 1 - 2.0**-53  # the largest float64 below 1
 JUST_BELOW_HALF = 0.5 - 2.0**-40  # float32 rounds it to 0.5

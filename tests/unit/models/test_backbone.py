@@ -13,9 +13,9 @@ import torch
 from transformers.utils import logging as hf_logging
 
 from ptp_lightning.models.backbone import BackboneSettings, fingerprint, load_backbone
-from ptp_lightning.models.gated_lora import LoraSettings, add_gated_lora
-from ptp_lightning.pretrained import load_tokenizer
-from tests.tiny_models import TINY_MODELS, cast_weights, tiny_gpt2, tiny_llama
+from ptp_lightning.models.lora.gated_lora import LoraSettings, add_gated_lora
+from ptp_lightning.utils.pretrained import load_tokenizer
+from tests.helpers.tiny_models import TINY_MODELS, cast_weights, tiny_gpt2, tiny_llama
 
 INPUT_IDS = torch.tensor([[3, 1, 4, 1, 5]])
 TINY_CONFIG = {
@@ -207,7 +207,7 @@ class TestFromConfig:
 
 
 def test_embedded_is_the_default(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ptp_lightning.pretrained.embedded_folder", lambda: folder)
+    monkeypatch.setattr("ptp_lightning.utils.pretrained.embedded_folder", lambda: folder)
     assert fingerprint(load_backbone(BackboneSettings())) == fingerprint(tiny_llama())
     shutil.rmtree(folder)
     with pytest.raises(FileNotFoundError, match=r"expected a model folder at .*teacher"):

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointError
 from transformers import PreTrainedModel
 
-from ptp_lightning.models.gate import Gate
-from ptp_lightning.models.gated_lora import LoraSettings, add_gated_lora, attach_gate
-from tests.tiny_gated_lora import CONTEXT, INPUT_IDS, SLOT_MASK, SLOTS, fill_adapter, gated, logits
-from tests.tiny_models import TINY_MODELS, cast_weights, tiny_gpt2, tiny_llama
+from ptp_lightning.models.lora.gate import Gate
+from ptp_lightning.models.lora.gated_lora import LoraSettings, add_gated_lora, attach_gate
+from tests.helpers.tiny_gated_lora import CONTEXT, INPUT_IDS, SLOT_MASK, SLOTS, fill_adapter, gated, logits
+from tests.helpers.tiny_models import TINY_MODELS, cast_weights, tiny_gpt2, tiny_llama
 
 DTYPES = [torch.float32, torch.bfloat16]
 

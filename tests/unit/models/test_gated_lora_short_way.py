@@ -4,9 +4,9 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from ptp_lightning.models.gated_lora import attach_gate
-from tests.tiny_gated_lora import INPUT_IDS, SLOTS, gated, logits
-from tests.tiny_models import TINY_MODELS, tiny_llama
+from ptp_lightning.models.lora.gated_lora import attach_gate
+from tests.helpers.tiny_gated_lora import INPUT_IDS, SLOTS, gated, logits
+from tests.helpers.tiny_models import TINY_MODELS, tiny_llama
 
 
 @pytest.mark.parametrize("num_rows", [1, 2])

@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from ptp_lightning.models.gated_lora import LoraSettings, add_gated_lora
-from ptp_lightning.models.lower_layers import LowerLayers
-from tests.tiny_models import TINY_MODELS
+from ptp_lightning.models.lora.gated_lora import LoraSettings, add_gated_lora
+from ptp_lightning.models.refiner.lower_layers import LowerLayers
+from tests.helpers.tiny_models import TINY_MODELS
 
 NUM_LAYERS = 3
 INPUT_IDS = torch.tensor([[5, 9, 2, 2, 7, 1], [3, 3, 8, 0, 4, 6]])

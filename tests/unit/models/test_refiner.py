@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
-from ptp_lightning.models import LoraSettings, ParallelTokenPredictor, PredictorConfig, RefinerSettings
-from ptp_lightning.models.refiner import Refiner, refine_draft
-from ptp_lightning.models.slots import (
+from ptp_lightning.models import LoraSettings, PredictorConfig, PredictorNetwork, RefinerSettings
+from ptp_lightning.models.refiner.refiner import Refiner, refine_draft
+from ptp_lightning.models.slots.objectives import (
     CategoricalObjective,
     IndependentObjective,
     Objective,
     OneHotObjective,
     SequentialObjective,
 )
-from tests.tiny_models import TINY_MODELS
-from tests.tiny_windows import DOCUMENT_IDS, POSITION_IDS, WINDOW_STARTS, slots_that_differ, slots_that_see
+from tests.helpers.tiny_models import TINY_MODELS
+from tests.helpers.tiny_windows import DOCUMENT_IDS, POSITION_IDS, WINDOW_STARTS, slots_that_differ, slots_that_see
 
 VOCAB_SIZE, WINDOW_LENGTH = 64, 4
 
@@ -38,7 +38,7 @@ def make_predictor(
     trained: bool = True,
     base_layers: int = 0,
     start: Start = "random",
-) -> ParallelTokenPredictor:
+) -> PredictorNetwork:
     torch.manual_seed(1)
     config = PredictorConfig(
         objective=objective,
@@ -46,7 +46,7 @@ def make_predictor(
         window_length=WINDOW_LENGTH,
         refiner=RefinerSettings(num_layers=2, base_layers=base_layers, start=start),
     )
-    predictor = ParallelTokenPredictor(config, TINY_MODELS[family](vocab_size=VOCAB_SIZE)).double().eval()
+    predictor = PredictorNetwork(config, TINY_MODELS[family](vocab_size=VOCAB_SIZE)).double().eval()
     if trained:
         for name, parameter in predictor.named_parameters():
             if ("lora_B" in name or "refiner" in name) and not parameter.any():
@@ -65,13 +65,13 @@ def inputs() -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.no_grad()
-def refined(predictor: ParallelTokenPredictor, input_ids: Tensor, hidden: Tensor, tokens: Tensor) -> Tensor:
+def refined(predictor: PredictorNetwork, input_ids: Tensor, hidden: Tensor, tokens: Tensor) -> Tensor:
     context = predictor.encode(input_ids, DOCUMENT_IDS, POSITION_IDS, WINDOW_STARTS)
     return predictor.refine(context, predictor.refiner_context(context), hidden, tokens)
 
 
 @torch.no_grad()
-def slot_hidden(predictor: ParallelTokenPredictor) -> Tensor:
+def slot_hidden(predictor: PredictorNetwork) -> Tensor:
     input_ids, auxiliaries, _ = inputs()
     context = predictor.encode(input_ids, DOCUMENT_IDS, POSITION_IDS, WINDOW_STARTS)
     return predictor.slot_hidden(context, auxiliaries)
@@ -173,7 +173,7 @@ class TestLastLayers:
         model = TINY_MODELS["llama"](vocab_size=VOCAB_SIZE).to(torch.bfloat16)
         before = {name: weight.clone() for name, weight in model.state_dict().items()}
         config = PredictorConfig(lora=LoraSettings(rank=4), refiner=RefinerSettings(1, start="last_layers"))
-        predictor = ParallelTokenPredictor(config, model)
+        predictor = PredictorNetwork(config, model)
         refiner = predictor.refiner
         assert refiner is not None
         copied = {name: weight for name, weight in refiner.named_parameters() if name.startswith("layers.0.")}
@@ -216,7 +216,7 @@ def test_who_is_told_the_draft(objective: Objective) -> None:
 
 
 def test_without_a_refiner_there_are_no_rounds() -> None:
-    predictor = ParallelTokenPredictor(PredictorConfig(lora=LoraSettings(rank=2)), TINY_MODELS["llama"]())
+    predictor = PredictorNetwork(PredictorConfig(lora=LoraSettings(rank=2)), TINY_MODELS["llama"]())
     assert predictor.refiner is None and predictor.refinement_rounds == 0
 
 
@@ -302,7 +302,7 @@ class TestRefusals:
         decoder: Any = model.get_decoder()
         decoder.others = torch.nn.ModuleList([torch.nn.Identity(), torch.nn.Identity()])
         with pytest.raises(ValueError, match=f"one list of 2 layers in LlamaModel, found 2: {instead}"):
-            ParallelTokenPredictor(PredictorConfig(lora=LoraSettings(rank=2), refiner=settings), model)
+            PredictorNetwork(PredictorConfig(lora=LoraSettings(rank=2), refiner=settings), model)
 
     def test_more_last_layers_than_there_are(self) -> None:
         with pytest.raises(ValueError, match="predictor.refiner.num_layers <= 2 .*found 3"):

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from ptp_lightning.auxiliary import pick, token_interval
-from ptp_lightning.models.slots import interval_overlap
+from ptp_lightning.models.slots.objectives import interval_overlap
 from ptp_lightning.sampling import SamplingConfig, TokenDistribution
-from tests.tiny_predictors import OBJECTIVES
+from tests.helpers.tiny_predictors import OBJECTIVES
 
 GRID = 2000
 PICKING = [name for name in OBJECTIVES if name != "one_hot"]

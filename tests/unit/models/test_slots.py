@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from ptp_lightning.models import CategoricalObjective, IndependentObjective, SequentialObjective
-from ptp_lightning.models.slots import PickingObjective
+from ptp_lightning.models.slots.objectives import PickingObjective
 from ptp_lightning.sampling import Sampler, SamplingConfig
-from tests.tiny_predictors import tiny_predictor
+from tests.helpers.tiny_predictors import tiny_predictor
 
 AUXILIARIES = torch.full((1, 1, 4), 0.25, dtype=torch.float64)
 

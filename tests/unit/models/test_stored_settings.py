@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ptp_lightning.export.checkpoint import SLOT_ENCODER_FILE, load_network, require_same_predictor, save_network
 from ptp_lightning.models import BinaryFeatures, CosineFeatures, OneHotObjective, PredictorConfig
-from ptp_lightning.models import predictor as predictor_module
-from ptp_lightning.models.auxiliary_features import AuxiliaryFeatures
-from ptp_lightning.models.checkpoint import SLOT_ENCODER_FILE, load_predictor, require_same_predictor
-from ptp_lightning.models.conditioning import SamplingRange
+from ptp_lightning.models import network as predictor_module
+from ptp_lightning.models.slots.auxiliary_features import AuxiliaryFeatures
+from ptp_lightning.models.slots.sampling_range import SamplingRange
 from ptp_lightning.models.students import FullCopyStudent
-from tests.stored_predictors import REFINER, SAMPLING, slot_logits, trained
+from tests.helpers.stored_predictors import REFINER, SAMPLING, slot_logits, trained
 
 
 class TestOrderAndRange:
@@ -28,14 +28,14 @@ class TestOrderAndRange:
 
     def test_come_back(self, base: Path, tmp_path: Path) -> None:
         before = trained(base, sampling=self.BY_EMBEDDING, sampling_range=self.RANGE)
-        before.save_pretrained(tmp_path / "export", dtype=torch.bfloat16)
-        after = load_predictor(tmp_path / "export")
+        save_network(before, tmp_path / "export", dtype=torch.bfloat16)
+        after = load_network(tmp_path / "export")
         assert after.config == before.config
         places = after.slot_encoder.token_places
         assert places is not None and places.dtype == torch.int64
         assert torch.equal(places, before.sampler().token_places)  # pyright: ignore[reportArgumentType]
-        trained(base, sampling=self.BY_EMBEDDING, sampling_range=self.RANGE).save_pretrained(tmp_path / "exact")
-        assert torch.equal(slot_logits(load_predictor(tmp_path / "exact")), slot_logits(before))
+        save_network(trained(base, sampling=self.BY_EMBEDDING, sampling_range=self.RANGE), tmp_path / "exact")
+        assert torch.equal(slot_logits(load_network(tmp_path / "exact")), slot_logits(before))
 
     def test_the_stored_order_is_used_whatever_this_machine_would_compute(
         self, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -44,9 +44,9 @@ class TestOrderAndRange:
         assert before.slot_encoder.token_places is not None
         other = before.slot_encoder.token_places.flip(0).clone()
         before.slot_encoder.token_places.copy_(other)
-        before.save_pretrained(tmp_path / "export")
+        save_network(before, tmp_path / "export")
         monkeypatch.setattr(predictor_module, "similar_tokens_together", lambda table: pytest.fail("computed"))
-        after = load_predictor(tmp_path / "export")
+        after = load_network(tmp_path / "export")
         assert torch.equal(after.sampler().token_places, other)  # pyright: ignore[reportArgumentType]
 
     @pytest.mark.parametrize(
@@ -59,14 +59,14 @@ class TestOrderAndRange:
         ids=["missing", "no permutation", "of another vocabulary"],
     )
     def test_a_broken_order_is_refused(self, base: Path, tmp_path: Path, places: Tensor | None, message: str) -> None:
-        trained(base, sampling=self.BY_EMBEDDING).save_pretrained(tmp_path / "export")
+        save_network(trained(base, sampling=self.BY_EMBEDDING), tmp_path / "export")
         weights = load_file(tmp_path / "export" / SLOT_ENCODER_FILE)
         del weights["token_places"]
         save_file(
             weights if places is None else weights | {"token_places": places}, tmp_path / "export" / SLOT_ENCODER_FILE
         )
         with pytest.raises(ValueError, match=message):
-            load_predictor(tmp_path / "export")
+            load_network(tmp_path / "export")
 
     @pytest.mark.parametrize(
         ("change", "key"), [({"sampling": BY_EMBEDDING}, "order"), ({"sampling_range": RANGE}, "range")]
@@ -78,7 +78,7 @@ class TestOrderAndRange:
                 predictor.load_trainable_state(state)
 
     def test_card(self, base: Path, tmp_path: Path) -> None:
-        trained(base, sampling=self.BY_EMBEDDING, sampling_range=self.RANGE).save_pretrained(tmp_path / "export")
+        save_network(trained(base, sampling=self.BY_EMBEDDING, sampling_range=self.RANGE), tmp_path / "export")
         card = (tmp_path / "export" / "README.md").read_text()
         assert "embedding order" in card
         assert "| Trained for | `SamplingRange(min_temperature=0.5, max_temperature=1.0," in card

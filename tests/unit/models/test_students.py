@@ -8,20 +8,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from ptp_lightning.models import LoraSettings, ParallelTokenPredictor, PredictorConfig, RefinerSettings
+from ptp_lightning.models import LoraSettings, PredictorConfig, PredictorNetwork, RefinerSettings
 from ptp_lightning.models.backbone import architecture_fingerprint, fingerprint
-from tests.tiny_models import TINY_MODELS
-from tests.tiny_predictors import STUDENTS, tiny_predictor
-from tests.tiny_windows import DOCUMENT_IDS, POSITION_IDS, WINDOW_STARTS, slots_that_differ, slots_that_see
+from tests.helpers.tiny_models import TINY_MODELS
+from tests.helpers.tiny_predictors import STUDENTS, tiny_predictor
+from tests.helpers.tiny_windows import DOCUMENT_IDS, POSITION_IDS, WINDOW_STARTS, slots_that_differ, slots_that_see
 
 LENGTH = 4
 
 
-def make(student: str, family: str = "llama", **config: Any) -> ParallelTokenPredictor:
+def make(student: str, family: str = "llama", **config: Any) -> PredictorNetwork:
     """As it is at the start of training, in float64."""
     torch.manual_seed(1)
     config = {"lora": LoraSettings(rank=2), "window_length": LENGTH, "student": STUDENTS[student]} | config
-    return ParallelTokenPredictor(PredictorConfig(**config), TINY_MODELS[family]()).double().eval()
+    return PredictorNetwork(PredictorConfig(**config), TINY_MODELS[family]()).double().eval()
 
 
 def inputs() -> tuple[Tensor, Tensor]:
@@ -30,7 +30,7 @@ def inputs() -> tuple[Tensor, Tensor]:
     return input_ids, torch.rand(*WINDOW_STARTS.shape, LENGTH, generator=generator, dtype=torch.float64)
 
 
-def slot_hidden(predictor: ParallelTokenPredictor, input_ids: Tensor, auxiliaries: Tensor) -> Tensor:
+def slot_hidden(predictor: PredictorNetwork, input_ids: Tensor, auxiliaries: Tensor) -> Tensor:
     return predictor.slot_hidden(predictor.encode(input_ids, DOCUMENT_IDS, POSITION_IDS, WINDOW_STARTS), auxiliaries)
 
 
@@ -108,7 +108,7 @@ class TestCopy:
     def test_dropout_acts_on_the_copy_and_never_on_the_teacher(self) -> None:
         torch.manual_seed(0)
         base = TINY_MODELS["gpt2"]()  # dropout 0.1
-        predictor = ParallelTokenPredictor(PredictorConfig(window_length=4, student=STUDENTS["full_copy"]), base)
+        predictor = PredictorNetwork(PredictorConfig(window_length=4, student=STUDENTS["full_copy"]), base)
         assert predictor.student_model.training and not predictor.base_model.training
         input_ids, auxiliaries = inputs()
         with torch.no_grad():
@@ -120,7 +120,7 @@ class TestCopy:
 
 class TestShared:
     def test_no_dropout(self) -> None:
-        predictor = ParallelTokenPredictor(
+        predictor = PredictorNetwork(
             PredictorConfig(window_length=4, student=STUDENTS["shared"]), TINY_MODELS["gpt2"]()
         )
         assert predictor.training and not any(module.training for module in predictor.base_model.modules())
@@ -132,7 +132,7 @@ class TestShared:
         assert fingerprint(first) != fingerprint(second)
         config = PredictorConfig(student=STUDENTS["shared"])
         expected = architecture_fingerprint(first)
-        found = [ParallelTokenPredictor(config, model).base_fingerprint for model in (first, second)]
+        found = [PredictorNetwork(config, model).base_fingerprint for model in (first, second)]
         assert found == [expected, expected]
         assert architecture_fingerprint(TINY_MODELS["llama"](hidden_size=64)) != expected
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ptp_lightning.models.token_order import require_permutation, similar_tokens_together
 from ptp_lightning.sampling import SamplingConfig
-from tests.tiny_predictors import tiny_predictor
+from tests.helpers.tiny_predictors import tiny_predictor
 
 
 def listing(token_embeddings: Tensor) -> list[int]:

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ptp_lightning.models import visible_keys
-from ptp_lightning.models.visible_keys import Group, VisibleKeys
-from ptp_lightning.models.window_attention import sees_context
+from ptp_lightning.models.attention import visible_keys
+from ptp_lightning.models.attention.masks import sees_context
+from ptp_lightning.models.attention.visible_keys import Group, VisibleKeys
 
 DOCUMENTS = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0, 0, 0]])
 STARTS = torch.tensor([[1, 3, 5, 7], [2, 4, 6, 7]])

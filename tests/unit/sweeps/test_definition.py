@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 from optuna.distributions import CategoricalDistribution
 
-from sweeps.definition import MAX_SHOWN, definition_of, differences, require_same
-from sweeps.running import open_study
-from sweeps.storage import open_storage
-from sweeps.study import Study
-from tests.tiny_study import letters
+from ptp_lightning.sweeps.definition import MAX_SHOWN, definition_of, differences, require_same
+from ptp_lightning.sweeps.run import open_study
+from ptp_lightning.sweeps.storage import open_storage
+from ptp_lightning.sweeps.study import Study
+from tests.helpers.tiny_study import letters
 
 BASE = {
     "model": {"rank": 4, "betas": (0.9, 0.99)},

@@ -13,13 +13,13 @@ from optuna.distributions import FloatDistribution
 from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
 
-from ptp_lightning.data.claims import Owner
-from sweeps.attributes import GIVEN_UP, HEARTBEAT, OWNER, POINT, SEED, TRACEBACK
-from sweeps.queue import STALE_SECONDS, Progress, TrialQueue
-from sweeps.running import open_study
-from sweeps.storage import open_storage
-from sweeps.study import Study
-from tests.tiny_study import letters
+from ptp_lightning.sweeps.attributes import GIVEN_UP, HEARTBEAT, OWNER, POINT, SEED, TRACEBACK
+from ptp_lightning.sweeps.queue import STALE_SECONDS, Progress, TrialQueue
+from ptp_lightning.sweeps.run import open_study
+from ptp_lightning.sweeps.storage import open_storage
+from ptp_lightning.sweeps.study import Study
+from ptp_lightning.utils.file_lock import Owner
+from tests.helpers.tiny_study import letters
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.samplers import RandomSampler
 from optuna.trial import TrialState, create_trial
 
-from sweeps.attributes import (
+from ptp_lightning.sweeps.attributes import (
     ACCURACY,
     COMMAND,
     GIVEN_UP,
@@ -23,11 +23,11 @@ from sweeps.attributes import (
     TRACEBACK,
     TRAINING_SECONDS,
 )
-from sweeps.figures import HISTORY, POSITIONS, SLICES
-from sweeps.report import write_report
-from sweeps.study import Objective, Published, PublishedValue, Study
-from sweeps.summary import baseline_row, best_row, half_width, rows_of
-from tests.tiny_study import letters
+from ptp_lightning.sweeps.figures import HISTORY, POSITIONS, SLICES
+from ptp_lightning.sweeps.report import write_report
+from ptp_lightning.sweeps.study import Objective, Published, PublishedValue, Study
+from ptp_lightning.sweeps.summary import baseline_row, best_row, half_width, rows_of
+from tests.helpers.tiny_study import letters
 
 BOTH = {"a": [1.0, 2.0, 3.0], "b": [4.0, 4.0, 7.0]}
 

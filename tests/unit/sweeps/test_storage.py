@@ -10,14 +10,14 @@ import optuna
 import pytest
 from optuna.storages.journal import JournalFileSymlinkLock
 
-from sweeps.running import open_study
-from sweeps.storage import drop_torn_line, load_stored, open_storage
-from tests.tiny_study import letters
+from ptp_lightning.sweeps.run import open_study
+from ptp_lightning.sweeps.storage import drop_torn_line, load_stored, open_storage
+from tests.helpers.tiny_study import letters
 
 ROOT = Path(__file__).parents[3]
 KILLED_WITH_LOCK = """
 import os, signal
-from sweeps.storage import open_storage
+from ptp_lightning.sweeps.storage import open_storage
 open_storage("deep/study.journal", create=True)._backend._lock.acquire()
 os.kill(os.getpid(), signal.SIGKILL)
 """

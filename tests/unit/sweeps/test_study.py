@@ -9,8 +9,18 @@ import yaml
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.samplers import RandomSampler
 
-from sweeps.study import Budget, Objective, Point, Published, PublishedValue, Study, beside, load_study, study_name
-from tests.tiny_study import INDEPENDENT, letters, plain_study, write_study
+from ptp_lightning.sweeps.study import (
+    Budget,
+    Objective,
+    Point,
+    Published,
+    PublishedValue,
+    Study,
+    beside,
+    load_study,
+    study_name,
+)
+from tests.helpers.tiny_study import INDEPENDENT, letters, plain_study, write_study
 
 
 def test_a_grid_has_all_points_of_the_first_seed_first() -> None:

@@ -12,17 +12,27 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from ptp_lightning.data.corpus import Corpus, Document, Split
+from ptp_lightning.sweeps.attributes import (
+    ACCURACY,
+    COMMAND,
+    GIVEN_UP,
+    LOG_DIR,
+    METRICS,
+    PREFIX_COUNTS,
+    STEPS,
+    TOKENS,
+    TRACEBACK,
+)
+from ptp_lightning.sweeps.queue import Progress, TrialQueue
+from ptp_lightning.sweeps.run import open_study
+from ptp_lightning.sweeps.storage import open_storage
+from ptp_lightning.sweeps.study import load_study
+from ptp_lightning.sweeps.training_run import RaisingParser, SharedCorpus
+from ptp_lightning.sweeps.worker import Worker
 from ptp_lightning.training.cli import TrainingCLI, parsed
-from sweeps.attributes import ACCURACY, COMMAND, GIVEN_UP, LOG_DIR, METRICS, PREFIX_COUNTS, STEPS, TOKENS, TRACEBACK
-from sweeps.queue import Progress, TrialQueue
-from sweeps.running import open_study
-from sweeps.storage import open_storage
-from sweeps.study import load_study
-from sweeps.training_run import RaisingParser, SharedCorpus
-from sweeps.worker import Worker
-from tests.tiny_study import CONFIG, ENTROPY, UNSOUND, write_study
-from tests.tiny_study import STEPS as BUDGET_STEPS
-from tests.tiny_study import TOKENS as BUDGET_TOKENS
+from tests.helpers.tiny_study import CONFIG, ENTROPY, UNSOUND, write_study
+from tests.helpers.tiny_study import STEPS as BUDGET_STEPS
+from tests.helpers.tiny_study import TOKENS as BUDGET_TOKENS
 
 METRIC = "val/correct_tokens"
 

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from ptp_lightning.auxiliary import pick
-from ptp_lightning.data.batch import PackedBatch
-from ptp_lightning.data.markov import MarkovSeries
-from ptp_lightning.data.series_datamodule import SeriesDataModule
+from ptp_lightning.batch import PackedBatch
+from ptp_lightning.data.series.markov import MarkovSeries
+from ptp_lightning.data.series.series_datamodule import SeriesDataModule
 from ptp_lightning.sampling import SamplingConfig, TokenDistribution
-from ptp_lightning.training.analytic_windows import AnalyticWindows
-from ptp_lightning.training.windows import WindowSample
-from tests.tiny_distillation import by_objective, make_module, make_trainer
+from ptp_lightning.training.windows.analytic_windows import AnalyticWindows
+from ptp_lightning.training.windows.windows import WindowSample
+from tests.helpers.tiny_distillation import by_objective, make_module, make_trainer
 
 SERIES = MarkovSeries(order=2, vocab_size=4, entropy=0.9)
 BEGINNING = 4

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from ptp_lightning.data import MarkovSeries, SeriesDataModule
 from ptp_lightning.metrics import WindowMetrics, WindowSummary, as_tags
 from ptp_lightning.training.callbacks import FinalMetrics, PositionCharts, RunSummary
-from tests.tiny_data import tiny_data
+from tests.helpers.tiny_data import tiny_data
 
 # One validation batch a list of windows; the model gets better with every validation.
 VALIDATIONS = [("100", "000"), ("110", "100"), ("111", "110")]

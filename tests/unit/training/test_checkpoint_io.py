@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from ptp_lightning.training.checkpoint_io import AtomicCheckpointIO
+from ptp_lightning.training.distributed.checkpoint_io import AtomicCheckpointIO
 
 FULL = """
 import resource, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # an error instead, as on a full disk
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
 import torch
-from ptp_lightning.training.checkpoint_io import AtomicCheckpointIO
+from ptp_lightning.training.distributed.checkpoint_io import AtomicCheckpointIO
 AtomicCheckpointIO().save_checkpoint({"weight": torch.ones(1_000_000)}, sys.argv[1])
 """
 

@@ -11,23 +11,23 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import IterableDataset
 
-from ptp_lightning.data.batch import PackedBatch
-from ptp_lightning.data.completions import CompletionSettings
-from ptp_lightning.data.completions_datamodule import CompletionsDataModule
+from ptp_lightning.batch import PackedBatch
+from ptp_lightning.data.completions.completions import CompletionSettings
+from ptp_lightning.data.completions.completions_datamodule import CompletionsDataModule
 from ptp_lightning.data.corpus import Split, split_of
 from ptp_lightning.data.packed_datamodule import PackedDataModule
 from ptp_lightning.data.packing import PackedRow, TokenDocument, pack
-from ptp_lightning.data.stream import DocumentStream, evaluation_batches
+from ptp_lightning.data.streaming.stream import DocumentStream, evaluation_batches
 from ptp_lightning.decoding import GenerationSettings, decode_autoregressively
-from ptp_lightning.models.conditioning import SamplingRange
-from ptp_lightning.models.predictor import ParallelTokenPredictor
+from ptp_lightning.models.network import PredictorNetwork
+from ptp_lightning.models.slots.sampling_range import SamplingRange
 from ptp_lightning.models.students import SharedStudent
-from ptp_lightning.randomness import keyed_generator
 from ptp_lightning.sampling import SamplingConfig
-from ptp_lightning.training.distillation import DistillationModule
-from ptp_lightning.training.windows import DatasetWindows
-from tests.tiny_completions import PROMPTS, settings_of, write_sampled
-from tests.tiny_distillation import LLAMA, make_module, make_trainer, record_losses, weights
+from ptp_lightning.training.modules.distillation import DistillationModule
+from ptp_lightning.training.windows.windows import DatasetWindows
+from ptp_lightning.utils.randomness import keyed_generator
+from tests.helpers.tiny_completions import PROMPTS, settings_of, write_sampled
+from tests.helpers.tiny_distillation import LLAMA, make_module, make_trainer, record_losses, weights
 
 SIZES: dict[str, Any] = {
     "row_length": 20,
@@ -43,7 +43,7 @@ Key = tuple[int, int]
 class Sampled(DocumentStream[Key]):
     """Documents that the teacher writes when they are asked for: (prompt, completion)."""
 
-    predictor: ParallelTokenPredictor
+    predictor: PredictorNetwork
     settings: CompletionSettings
 
     def packed(self, documents: Sequence[Key]) -> Iterator[PackedRow]:
@@ -68,7 +68,7 @@ class OnTheFly(PackedDataModule):
     vocab_size = LLAMA["vocab_size"]
     end_of_text = 0
 
-    def __init__(self, predictor: ParallelTokenPredictor) -> None:
+    def __init__(self, predictor: PredictorNetwork) -> None:
         super().__init__()
         self.predictor = predictor
 
@@ -190,7 +190,7 @@ class TestRefusals:
             make_trainer(tmp_path).fit(module, datamodule=stored(tmp_path / "completions"))
 
     def test_a_model_without_a_teacher_takes_any(self, tmp_path: Path) -> None:
-        from ptp_lightning.training.self_training import InverseAutoregressiveModule
+        from ptp_lightning.training.modules.inverse_autoregressive import InverseAutoregressiveModule
 
         config = student().predictor.config
         changes = {"backbone": config.backbone, "window_length": 4, "student": SharedStudent()}

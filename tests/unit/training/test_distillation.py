@@ -10,23 +10,20 @@ import pytest
 import torch
 from torch import Tensor
 
+from ptp_lightning.export.checkpoint import read_predictor
 from ptp_lightning.losses import KullbackLeibler, Loss
 from ptp_lightning.models.backbone import BackboneSettings
-from ptp_lightning.models.checkpoint import read_predictor
+from ptp_lightning.models.config import PredictorConfig
 from ptp_lightning.models.context import Context
-from ptp_lightning.models.gated_lora import LoraSettings
-from ptp_lightning.models.predictor_config import PredictorConfig
-from ptp_lightning.models.refiner import RefinerContext, RefinerSettings
-from ptp_lightning.models.slots import (
-    Objective,
-    OneHotObjective,
-)
+from ptp_lightning.models.lora.gated_lora import LoraSettings
+from ptp_lightning.models.refiner.refiner import RefinerContext, RefinerSettings
+from ptp_lightning.models.slots.objectives import Objective, OneHotObjective
 from ptp_lightning.models.students import FullCopyStudent
 from ptp_lightning.sampling import SamplingConfig
-from ptp_lightning.training.distillation import DistillationModule
-from ptp_lightning.training.windows import DatasetWindows, TeacherWindows, WindowSample, WindowSource
-from tests.tiny_data import tiny_data
-from tests.tiny_distillation import GPT2, LLAMA, by_objective, make_module, make_trainer, record_losses, weights
+from ptp_lightning.training.modules.distillation import DistillationModule
+from ptp_lightning.training.windows.windows import DatasetWindows, TeacherWindows, WindowSample, WindowSource
+from tests.helpers.tiny_data import tiny_data
+from tests.helpers.tiny_distillation import GPT2, LLAMA, by_objective, make_module, make_trainer, record_losses, weights
 
 
 class TestTraining:
@@ -235,7 +232,7 @@ class TestValidation:
         module = make_module()
         make_trainer(tmp_path).validate(module, datamodule=tiny_data(eval_rows=2), verbose=False)
         batch = next(iter(tiny_data(eval_rows=2).val_dataloader()))
-        from ptp_lightning.randomness import keyed_generator
+        from ptp_lightning.utils.randomness import keyed_generator
 
         context = module._encode(batch)
         generator = keyed_generator(module.seed, "val", 0, 0)

@@ -10,17 +10,14 @@ import torch
 
 from ptp_lightning.losses import Loss
 from ptp_lightning.models.backbone import BackboneSettings
-from ptp_lightning.models.gated_lora import LoraSettings
-from ptp_lightning.models.slots import (
-    IndependentObjective,
-    Objective,
-)
-from ptp_lightning.models.stepped_features import BinaryFeatures
+from ptp_lightning.models.lora.gated_lora import LoraSettings
+from ptp_lightning.models.slots.objectives import IndependentObjective, Objective
+from ptp_lightning.models.slots.stepped_features import BinaryFeatures
 from ptp_lightning.models.students import FullCopyStudent, SharedStudent
 from ptp_lightning.sampling import SamplingConfig
-from ptp_lightning.training.windows import DatasetWindows, TeacherWindows
-from tests.tiny_data import tiny_data
-from tests.tiny_distillation import GPT2, LLAMA, by_objective, make_module, make_trainer, weights
+from ptp_lightning.training.windows.windows import DatasetWindows, TeacherWindows
+from tests.helpers.tiny_data import tiny_data
+from tests.helpers.tiny_distillation import GPT2, LLAMA, by_objective, make_module, make_trainer, weights
 
 
 class TestRefusals:
@@ -44,7 +41,7 @@ class TestRefusals:
             make_trainer(tmp_path, max_steps=-1, max_epochs=1).fit(make_module(), datamodule=tiny_data())
 
     def test_nan_in_the_base_model(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from ptp_lightning.models import predictor
+        from ptp_lightning.models import network as predictor
 
         load = predictor.load_backbone
 

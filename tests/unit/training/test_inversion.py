@@ -9,15 +9,15 @@ from torch.nn import functional as F
 
 from ptp_lightning.auxiliary import pick, token_interval
 from ptp_lightning.auxiliary_strategies import UniformInInterval
-from ptp_lightning.data.batch import PackedBatch
+from ptp_lightning.batch import PackedBatch
 from ptp_lightning.models import (
-    ParallelTokenPredictor,
+    PredictorNetwork,
 )
 from ptp_lightning.sampling import SamplingConfig
-from ptp_lightning.training.inversion import InverseAuxiliaries, invert
-from ptp_lightning.training.windows import window_tokens
-from tests.tiny_models import TINY_MODELS
-from tests.tiny_shared_students import (
+from ptp_lightning.training.modules.inversion import InverseAuxiliaries, invert
+from ptp_lightning.training.windows.windows import window_tokens
+from tests.helpers.tiny_models import TINY_MODELS
+from tests.helpers.tiny_shared_students import (
     FULL,
     LENGTH,
     TRUNCATED,
@@ -28,14 +28,14 @@ from tests.tiny_shared_students import (
 )
 
 
-def inverted(predictor: ParallelTokenPredictor, batch: PackedBatch, seed: int = 0) -> InverseAuxiliaries:
+def inverted(predictor: PredictorNetwork, batch: PackedBatch, seed: int = 0) -> InverseAuxiliaries:
     token_ids, _ = window_tokens(batch, LENGTH)
     generator = torch.Generator().manual_seed(seed)
     return invert(predictor, encode(predictor, batch), token_ids, UniformInInterval(), generator)
 
 
 @torch.no_grad()
-def picked(predictor: ParallelTokenPredictor, batch: PackedBatch, values: Tensor) -> Tensor:
+def picked(predictor: PredictorNetwork, batch: PackedBatch, values: Tensor) -> Tensor:
     """`[B, N, L - 1]`, what the auxiliaries pick from the distributions of one parallel pass."""
     context = encode(predictor, batch)
     slots = predictor.slot_hidden(context, F.pad(values, (0, 1)))
@@ -43,7 +43,7 @@ def picked(predictor: ParallelTokenPredictor, batch: PackedBatch, values: Tensor
     return pick(values, predictor.config.sampling.distribution(predictor.slot_logits(hidden)))
 
 
-def loop(predictor: ParallelTokenPredictor, batch: PackedBatch, seed: int) -> InverseAuxiliaries:
+def loop(predictor: PredictorNetwork, batch: PackedBatch, seed: int) -> InverseAuxiliaries:
     """Algorithm 3 window by window: a whole pass over context and slots for every token, without cache or packing."""
     token_ids, _ = window_tokens(batch, LENGTH)
     generator = torch.Generator().manual_seed(seed)

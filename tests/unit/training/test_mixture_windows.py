@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from ptp_lightning.training.mixture_windows import MixtureWindows
-from ptp_lightning.training.student_windows import StudentWindows
-from ptp_lightning.training.windows import DatasetWindows, TeacherWindows, WindowSource
-from tests.goodness_of_fit import chi_square, chi_square_bound
-from tests.tiny_data import tiny_data
-from tests.tiny_distillation import make_module, make_trainer
+from ptp_lightning.training.windows.mixture_windows import MixtureWindows
+from ptp_lightning.training.windows.student_windows import StudentWindows
+from ptp_lightning.training.windows.windows import DatasetWindows, TeacherWindows, WindowSource
+from tests.helpers.goodness_of_fit import chi_square, chi_square_bound
+from tests.helpers.tiny_data import tiny_data
+from tests.helpers.tiny_distillation import make_module, make_trainer
 
 SOURCES: list[WindowSource] = [TeacherWindows(), StudentWindows(), DatasetWindows()]
 

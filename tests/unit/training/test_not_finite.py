@@ -10,12 +10,12 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from ptp_lightning.data.batch import PackedBatch
+from ptp_lightning.batch import PackedBatch
 from ptp_lightning.losses import LossSum
 from ptp_lightning.training import DistillationModule
-from ptp_lightning.training.training_module import NotFiniteError
-from tests.tiny_data import tiny_data
-from tests.tiny_distillation import make_module, make_trainer, weights
+from ptp_lightning.training.modules.training_module import NotFiniteError
+from tests.helpers.tiny_data import tiny_data
+from tests.helpers.tiny_distillation import make_module, make_trainer, weights
 
 BROKEN_BATCH = 5  # the second one of the third step
 

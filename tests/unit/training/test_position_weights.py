@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ptp_lightning.auxiliary import token_interval
-from ptp_lightning.data.batch import PackedBatch
+from ptp_lightning.batch import PackedBatch
 from ptp_lightning.losses import (
     AcceptedLengthWeights,
     BinaryCrossEntropy,
@@ -25,12 +25,12 @@ from ptp_lightning.losses import (
     TotalVariation,
     UniformWeights,
 )
-from ptp_lightning.models.slots import CategoricalObjective, Objective, OneHotObjective
+from ptp_lightning.models.slots.objectives import CategoricalObjective, Objective, OneHotObjective
 from ptp_lightning.sampling import TokenDistribution
-from ptp_lightning.training.distillation import DistillationModule
-from ptp_lightning.training.windows import TeacherWindows, WindowSample
-from tests.tiny_data import tiny_data
-from tests.tiny_distillation import by_objective, make_module, make_trainer, record_losses
+from ptp_lightning.training.modules.distillation import DistillationModule
+from ptp_lightning.training.windows.windows import TeacherWindows, WindowSample
+from tests.helpers.tiny_data import tiny_data
+from tests.helpers.tiny_distillation import by_objective, make_module, make_trainer, record_losses
 
 GRID = 500
 every_kind = pytest.mark.parametrize(

@@ -12,16 +12,16 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from ptp_lightning.models.backbone import BackboneSettings
-from ptp_lightning.models.gated_lora import LoraSettings
-from ptp_lightning.models.predictor_config import PredictorConfig
-from ptp_lightning.models.refiner import RefinerSettings
+from ptp_lightning.models.config import PredictorConfig
+from ptp_lightning.models.lora.gated_lora import LoraSettings
+from ptp_lightning.models.refiner.refiner import RefinerSettings
 from ptp_lightning.models.students import FullCopyStudent, SharedStudent
 from ptp_lightning.sampling import SamplingConfig
-from ptp_lightning.training.distillation import DistillationModule
+from ptp_lightning.training.modules.autoregressive import AutoregressiveModule
+from ptp_lightning.training.modules.distillation import DistillationModule
+from ptp_lightning.training.modules.inverse_autoregressive import InverseAutoregressiveModule
 from ptp_lightning.training.optimization import OptimizerSettings
-from ptp_lightning.training.pretraining import AutoregressiveModule
-from ptp_lightning.training.self_training import InverseAutoregressiveModule
-from tests.tiny_data import tiny_data
+from tests.helpers.tiny_data import tiny_data
 
 MODEL = {
     "model_type": "llama",

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from ptp_lightning.losses import AcceptedLengthWeights, Loss
-from ptp_lightning.models.conditioning import SamplingRange
-from ptp_lightning.models.slots import Objective
+from ptp_lightning.models.slots.objectives import Objective
+from ptp_lightning.models.slots.sampling_range import SamplingRange
 from ptp_lightning.sampling import Sampler, SamplingConfig
-from ptp_lightning.training.distillation import DistillationModule, sampling_label
-from ptp_lightning.training.student_windows import StudentWindows
-from ptp_lightning.training.windows import DatasetWindows, TeacherWindows, WindowSource
-from tests.tiny_data import tiny_data
-from tests.tiny_distillation import by_objective, make_module, make_trainer, record_losses, weights
+from ptp_lightning.training.modules.distillation import DistillationModule, sampling_label
+from ptp_lightning.training.windows.student_windows import StudentWindows
+from ptp_lightning.training.windows.windows import DatasetWindows, TeacherWindows, WindowSource
+from tests.helpers.tiny_data import tiny_data
+from tests.helpers.tiny_distillation import by_objective, make_module, make_trainer, record_losses, weights
 
 RANGE = SamplingRange(0.5, 1.5, greedy_probability=0.3, top_k=(4, 8), top_p=(0.8, 0.9))
 USUAL = SamplingConfig(temperature=0.8, top_k=8, top_p=0.9)

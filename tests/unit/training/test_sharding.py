@@ -8,8 +8,8 @@ from typing import Any, cast
 import pytest
 from lightning.pytorch.strategies import ModelParallelStrategy
 
-from ptp_lightning.training.sharding import shard
-from tests.tiny_distillation import make_module
+from ptp_lightning.training.distributed.sharding import shard
+from tests.helpers.tiny_distillation import make_module
 
 
 def test_lightnings_own_strategy_is_refused() -> None:

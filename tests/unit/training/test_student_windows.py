@@ -12,16 +12,16 @@ from torch import Tensor
 from ptp_lightning.auxiliary import draw_auxiliaries, pick
 from ptp_lightning.losses import CrossEntropy, KullbackLeibler
 from ptp_lightning.models.context import Context
-from ptp_lightning.models.predictor import ParallelTokenPredictor
-from ptp_lightning.models.slots import Objective
+from ptp_lightning.models.network import PredictorNetwork
+from ptp_lightning.models.slots.objectives import Objective
 from ptp_lightning.sampling import SamplingConfig
-from ptp_lightning.training.student import propose
-from ptp_lightning.training.student_windows import StudentWindows
-from ptp_lightning.training.windows import TeacherWindows, WindowSample
-from tests.tiny_data import tiny_data
-from tests.tiny_distillation import PAIRS, make_module, make_trainer
-from tests.tiny_models import TINY_MODELS
-from tests.tiny_predictors import OBJECTIVES, sharpen, tiny_predictor
+from ptp_lightning.training.windows.student_proposals import propose
+from ptp_lightning.training.windows.student_windows import StudentWindows
+from ptp_lightning.training.windows.windows import TeacherWindows, WindowSample
+from tests.helpers.tiny_data import tiny_data
+from tests.helpers.tiny_distillation import PAIRS, make_module, make_trainer
+from tests.helpers.tiny_models import TINY_MODELS
+from tests.helpers.tiny_predictors import OBJECTIVES, sharpen, tiny_predictor
 from tests.unit.training.test_windows import WINDOW_STARTS, encode, make_batch
 
 VOCAB_SIZE, LENGTH, SHARPNESS = 30, 5, 2.0
@@ -30,12 +30,12 @@ SAMPLING = SamplingConfig(temperature=0.8, top_k=12, top_p=0.9)
 
 def make_predictor(
     family: str = "llama", objective: str = "categorical", sampling: SamplingConfig = SAMPLING
-) -> ParallelTokenPredictor:
+) -> PredictorNetwork:
     """An untrained student with a refiner, which is wrong more often than right."""
     return tiny_predictor(family, objective, sampling, window_length=LENGTH, sharpness=SHARPNESS, vocab_size=VOCAB_SIZE)
 
 
-def sample(predictor: ParallelTokenPredictor, end_of_text: int | None = None, source: Any = None) -> WindowSample:
+def sample(predictor: PredictorNetwork, end_of_text: int | None = None, source: Any = None) -> WindowSample:
     batch = make_batch()
     generator = torch.Generator().manual_seed(0)
     return (source or StudentWindows()).sample(predictor, batch, encode(predictor, batch), generator, end_of_text)
@@ -122,7 +122,7 @@ class TestAPerfectStudent:
     """With the teacher in place of the student, its windows are the teacher's own."""
 
     @pytest.fixture
-    def predictor(self, monkeypatch: pytest.MonkeyPatch) -> ParallelTokenPredictor:
+    def predictor(self, monkeypatch: pytest.MonkeyPatch) -> PredictorNetwork:
         predictor = make_predictor(sampling=SamplingConfig())
 
         @torch.no_grad()
@@ -142,7 +142,7 @@ class TestAPerfectStudent:
         monkeypatch.setattr(predictor, "refine", lambda context, pairs, hidden, token_ids: hidden)
         return predictor
 
-    def test_writes_the_teachers_windows(self, predictor: ParallelTokenPredictor) -> None:
+    def test_writes_the_teachers_windows(self, predictor: PredictorNetwork) -> None:
         own, teachers = sample(predictor), sample(predictor, source=TeacherWindows())
         assert torch.equal(own.conditioning_ids, own.token_ids)
         for name in ("token_ids", "auxiliaries", "mask", "conditioning_ids"):
@@ -151,7 +151,7 @@ class TestAPerfectStudent:
             found, expected = (getattr(entry, name).now().probabilities for entry in (own, teachers))
             torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
 
-    def test_ends_where_the_teachers_windows_end(self, predictor: ParallelTokenPredictor) -> None:
+    def test_ends_where_the_teachers_windows_end(self, predictor: PredictorNetwork) -> None:
         end_of_text = int(sample(predictor).token_ids[0, 0, 1])
         own, teachers = (sample(predictor, end_of_text, source) for source in (None, TeacherWindows()))
         assert torch.equal(own.mask, teachers.mask) and not own.mask.all()

@@ -12,17 +12,17 @@ from torch import Tensor
 
 from ptp_lightning.auxiliary import draw_auxiliaries, pick
 from ptp_lightning.auxiliary_strategies import BetaInInterval, ErrorSeekingInInterval
-from ptp_lightning.data.batch import PackedBatch
+from ptp_lightning.batch import PackedBatch
+from ptp_lightning.models.config import PredictorConfig
 from ptp_lightning.models.context import Context
-from ptp_lightning.models.continuous_features import CosineFeatures
-from ptp_lightning.models.gated_lora import LoraSettings
-from ptp_lightning.models.predictor import ParallelTokenPredictor
-from ptp_lightning.models.predictor_config import PredictorConfig
+from ptp_lightning.models.lora.gated_lora import LoraSettings
+from ptp_lightning.models.network import PredictorNetwork
+from ptp_lightning.models.slots.continuous_features import CosineFeatures
 from ptp_lightning.sampling import Sampler, SamplingConfig, TokenDistribution
-from ptp_lightning.training.mixture_windows import MixtureWindows
-from ptp_lightning.training.student_windows import StudentWindows
-from ptp_lightning.training.windows import DatasetWindows, TeacherWindows, WindowSample, WindowSource, until_end
-from tests.tiny_models import TINY_MODELS
+from ptp_lightning.training.windows.mixture_windows import MixtureWindows
+from ptp_lightning.training.windows.student_windows import StudentWindows
+from ptp_lightning.training.windows.windows import DatasetWindows, TeacherWindows, WindowSample, WindowSource, until_end
+from tests.helpers.tiny_models import TINY_MODELS
 
 VOCAB_SIZE = 30
 SAMPLING = SamplingConfig(temperature=0.8, top_k=12, top_p=0.9)
@@ -32,10 +32,10 @@ WINDOW_STARTS = torch.tensor([[1, 4, 8], [3, 6, 11]])
 
 
 @cache
-def make_predictor(family: str = "llama", sampling: SamplingConfig = SAMPLING) -> ParallelTokenPredictor:
+def make_predictor(family: str = "llama", sampling: SamplingConfig = SAMPLING) -> PredictorNetwork:
     """With a trained adapter, which must not take part in the teacher's samples."""
     config = PredictorConfig(features=CosineFeatures(4), lora=LoraSettings(rank=2), sampling=sampling, window_length=4)
-    predictor = ParallelTokenPredictor(config, TINY_MODELS[family](vocab_size=VOCAB_SIZE)).eval()
+    predictor = PredictorNetwork(config, TINY_MODELS[family](vocab_size=VOCAB_SIZE)).eval()
     for name, parameter in predictor.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
@@ -47,12 +47,12 @@ def make_batch() -> PackedBatch:
     return PackedBatch(input_ids, DOCUMENT_IDS, POSITION_IDS, WINDOW_STARTS, DOCUMENT_IDS >= 0)
 
 
-def encode(predictor: ParallelTokenPredictor, batch: PackedBatch) -> Context:
+def encode(predictor: PredictorNetwork, batch: PackedBatch) -> Context:
     return predictor.encode(batch.input_ids, batch.document_ids, batch.position_ids, batch.window_starts)
 
 
 def sample_from(
-    source: WindowSource, predictor: ParallelTokenPredictor, end_of_text: int | None = None, seed: int = 0
+    source: WindowSource, predictor: PredictorNetwork, end_of_text: int | None = None, seed: int = 0
 ) -> tuple[WindowSample, Context]:
     batch = make_batch()
     context = encode(predictor, batch)

@@ -1,0 +1,99 @@
+"""Perplexity of slots without a teacher, by position, against an autoregressive model that was trained by itself.
+
+    python -m benchmarks.teacher_free_gap --data PICKUPS.csv.gz --teacher runs/nyc_teacher/model CHECKPOINT ...
+
+All held-out rows, validation and test, with 16 windows a row; auxiliaries are inferred anew `--draws` times. For each
+checkpoint, in per cent: slots over the network's own reading of the tokens, slots over the separate model, and the
+network's own reading over the separate model. Standard errors are those of positions 2 and 16, over windows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from ptp_lightning.auxiliary_strategies import UniformInInterval
+from ptp_lightning.data import PackedBatch, PickUps, SeriesDataModule
+from ptp_lightning.export.checkpoint import load_network
+from ptp_lightning.models.network import PredictorNetwork
+from ptp_lightning.training.modules.inversion import followed_by_nothing, invert
+from ptp_lightning.training.windows.windows import hidden_before_tokens, window_tokens
+
+LENGTH = 16
+SHOWN = (1, 2, 3, 4, 8, 16)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoints", nargs="+")
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--teacher", required=True)
+    parser.add_argument("--draws", type=int, default=2)
+    options = parser.parse_args()
+    teacher = AutoModelForCausalLM.from_pretrained(options.teacher).eval()
+    data = SeriesDataModule(
+        PickUps(options.data), row_length=33, batch_size=64, num_windows=LENGTH, max_context=16, eval_rows=10**6
+    )
+    batches = [batch for split in ("val", "test") for batch in data.fixed_batches(split)]
+    for path in options.checkpoints:
+        predictor = load_network(path)
+        generator = torch.Generator().manual_seed(0)
+        nats = [nats_of(batch, predictor, teacher, options.draws, generator) for batch in batches]
+        slots, own, separate = (torch.cat(parts) for parts in zip(*nats, strict=True))
+        print(f"{path}: {len(slots)} windows")
+        for name, difference in {
+            "slots over own reading": slots - own,
+            "slots over separate model": slots - separate,
+            "own reading over separate model": own - separate,
+        }.items():
+            shown = "  ".join(f"{percent(difference[:, k - 1].mean()):5.2f}" for k in SHOWN)
+            errors = [percent(difference[:, k - 1].std() / len(difference) ** 0.5) for k in (2, LENGTH)]
+            mean = percent(difference[:, 1:].mean())
+            print(
+                f"  {name:<32}{shown}   mean of 2 to 16 {mean:.2f}   standard errors {errors[0]:.2f}, {errors[1]:.2f}"
+            )
+
+
+def percent(nats: Tensor) -> float:
+    """Of a perplexity that is so many nats higher."""
+    return 100 * math.expm1(float(nats))
+
+
+@torch.no_grad()
+def nats_of(
+    batch: PackedBatch,
+    predictor: PredictorNetwork,
+    teacher: PreTrainedModel,
+    num_draws: int,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Nats `[windows, L]` of the windows' tokens: by slots, by the network's own reading, by the separate model."""
+    context = predictor.encode(batch.input_ids, batch.document_ids, batch.position_ids, batch.window_starts)
+    token_ids, mask = window_tokens(batch, LENGTH)
+    whole = mask.all(-1)
+
+    def of(logits: Tensor) -> Tensor:
+        flat = F.cross_entropy(logits.float().flatten(0, -2), token_ids.flatten(), reduction="none")
+        return flat.view_as(token_ids)[whole]
+
+    by_slots = torch.zeros(int(whole.sum()), LENGTH)
+    for _ in range(num_draws):
+        auxiliaries = invert(predictor, context, token_ids, UniformInInterval(), generator)
+        hidden = predictor.slot_hidden(context, followed_by_nothing(auxiliaries.values))
+        hidden = torch.cat([context.first_hidden.unsqueeze(2), hidden], dim=2)
+        by_slots += of(predictor.slot_logits(hidden)) / num_draws
+    own = of(predictor.logits(hidden_before_tokens(batch, context, LENGTH)))
+    places = batch.window_starts.unsqueeze(-1) + torch.arange(LENGTH) - 1
+    logits = teacher(batch.input_ids).logits
+    separate = of(torch.stack([row[at] for row, at in zip(logits, places, strict=True)]))
+    return by_slots, own, separate
+
+
+if __name__ == "__main__":
+    main()

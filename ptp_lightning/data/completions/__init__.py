@@ -1,0 +1,1 @@
+"""Completions that a teacher wrote earlier, and their data module."""

@@ -1,0 +1,341 @@
+"""Completions: what a teacher wrote after prompts, stored with everything that decided it.
+
+A folder holds `completions.json`, which says what all of its completions have in common, and shards of Parquet, each
+with a fixed range of the prompts. A shard's content depends on these settings and its number alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from ptp_lightning.sampling import SamplingConfig
+from ptp_lightning.utils.atomic_files import write_whole
+from ptp_lightning.utils.pretrained import clear_errors, few, listing
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+FORMAT_VERSION = 1
+SETTINGS_FILE = "completions.json"
+FOLDER_KEY = "data.folder"
+COMPRESSION = "zstd"
+# Where a model or tokenizer lies may be spelt in several ways; what it is, other fields say.
+PLACES = frozenset({"teacher_path", "tokenizer"})
+
+
+@dataclass(frozen=True)
+class CompletionSettings:
+    """What all completions of a folder have in common.
+
+    Attributes:
+        teacher: fingerprint of the model that wrote them.
+        teacher_path: where it was.
+        teacher_dtype: number format of its weights.
+        sampling: how its logits became the distributions that tokens were drawn from.
+        max_new_tokens: a completion ended after so many tokens, or earlier at one of `ending_ids`.
+        seed: of the seeds of all completions.
+        num_prompts: P.
+        num_completions: n, of each prompt.
+        prompts: identity of the prompts' tokens, see `identity_of`.
+        shard_prompts: prompts in a shard; the last may have fewer.
+        vocab_size: V, token ids are smaller.
+        end_of_text: the token id that ends a text, if there is one.
+        ending_ids: all token ids that ended a completion, ascending.
+        tokenizer: where it was, if the prompts were text.
+        format_version: of the folder.
+    """
+
+    teacher: str
+    teacher_path: str
+    teacher_dtype: str
+    sampling: SamplingConfig
+    max_new_tokens: int
+    seed: int
+    num_prompts: int
+    num_completions: int
+    prompts: str
+    shard_prompts: int
+    vocab_size: int
+    end_of_text: int | None
+    ending_ids: tuple[int, ...]
+    tokenizer: str | None
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def num_shards(self) -> int:
+        """Files that a finished folder has."""
+        return -(-self.num_prompts // self.shard_prompts)
+
+    def prompts_of(self, shard: int) -> range:
+        """Numbers of the prompts in a shard."""
+        begin = shard * self.shard_prompts
+        return range(begin, min(begin + self.shard_prompts, self.num_prompts))
+
+    def seed_of(self, prompt: int, completion: int) -> int:
+        """The seed of one completion, 0 .. 2^63 - 1: it depends on the numbers alone, not on who writes it when."""
+        digest = hashlib.sha256(f"{self.seed}/completion/{prompt}/{completion}".encode()).digest()
+        return int.from_bytes(digest[:8], "big") >> 1
+
+    def differences(self, other: CompletionSettings) -> list[str]:
+        """Names of the settings that are not the same; places do not count."""
+        names = [field.name for field in fields(self) if field.name not in PLACES]
+        return [name for name in names if getattr(self, name) != getattr(other, name)]
+
+    def to_json(self) -> bytes:
+        """The content of `completions.json`."""
+        return (json.dumps(asdict(self), indent=2) + "\n").encode()
+
+    @classmethod
+    def from_json(cls, text: str) -> CompletionSettings:
+        """Inverse of `to_json`.
+
+        Raises:
+            ValueError: it is no such file, or one of another version.
+        """
+        plain: dict[str, Any] = json.loads(text)
+        version = plain.get("format_version") if isinstance(plain, dict) else None
+        if version != FORMAT_VERSION:
+            raise ValueError(f"expected format_version {FORMAT_VERSION}, found {version!r}")
+        names = {field.name for field in fields(cls)}
+        if plain.keys() != names:
+            raise ValueError(f"expected the entries {sorted(names)}, found {sorted(plain)}")
+        sampling, ending_ids = SamplingConfig(**plain["sampling"]), tuple(plain["ending_ids"])
+        return cls(**(plain | {"sampling": sampling, "ending_ids": ending_ids}))
+
+
+def identity_of(prompts: Iterable[Sequence[int]]) -> str:
+    """Hexadecimal sha256 of the prompts' tokens, to detect that a corpus has changed."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(np.asarray([len(prompt), *prompt], dtype="<i8").tobytes())
+    return digest.hexdigest()
+
+
+class Completion(NamedTuple):
+    """One text of the teacher.
+
+    Attributes:
+        prompt: number of the prompt.
+        completion: number among the completions of this prompt.
+        seed: of the auxiliaries that picked its tokens.
+        prompt_ids: the prompt.
+        completion_ids: what the teacher wrote after it.
+    """
+
+    prompt: int
+    completion: int
+    seed: int
+    prompt_ids: list[int]
+    completion_ids: list[int]
+
+
+class RaggedIds(NamedTuple):
+    """Token ids of many sequences, one after the other.
+
+    Attributes:
+        values: int32, of all sequences.
+        offsets: int64, where each begins, and where the last ends.
+    """
+
+    values: np.ndarray
+    offsets: np.ndarray
+
+    def of(self, row: int) -> list[int]:
+        """The ids of one sequence."""
+        return self.values[self.offsets[row] : self.offsets[row + 1]].tolist()
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64, tokens of each sequence."""
+        return np.diff(self.offsets)
+
+    @classmethod
+    def joined(cls, parts: Sequence[RaggedIds]) -> RaggedIds:
+        """The sequences of all parts."""
+        ends = np.cumsum([0, *(len(part.values) for part in parts)])
+        offsets = [part.offsets[:-1] + begin for part, begin in zip(parts, ends, strict=False)]
+        return cls(np.concatenate([part.values for part in parts]), np.concatenate([*offsets, ends[-1:]]))
+
+
+class CompletionTable(NamedTuple):
+    """Completions in memory, D of them, four bytes a token.
+
+    Attributes:
+        prompts: `[D]` int64, number of each completion's prompt.
+        prompt_ids: the prompts.
+        completion_ids: the completions.
+    """
+
+    prompts: np.ndarray
+    prompt_ids: RaggedIds
+    completion_ids: RaggedIds
+
+
+class CompletionFolder:
+    """A folder of completions.
+
+    Args:
+        path: of the folder.
+        settings: what its completions have in common.
+    """
+
+    def __init__(self, path: Path, settings: CompletionSettings) -> None:
+        self.path = path
+        self.settings = settings
+
+    @classmethod
+    def open(cls, path: str | Path) -> CompletionFolder:
+        """A folder that is there already, finished or not.
+
+        Raises:
+            FileNotFoundError: there is no such folder, or no `completions.json` in it.
+            ValueError: the file is something else.
+        """
+        folder = Path(path).expanduser()
+        if not folder.is_dir():
+            raise FileNotFoundError(
+                f"expected a folder that `python -m ptp_lightning pregenerate` has written at {folder}, found none: "
+                f"mend {FOLDER_KEY}"
+            )
+        stored = folder / SETTINGS_FILE
+        if not stored.is_file():
+            raise FileNotFoundError(f"expected {SETTINGS_FILE} in {folder}, found {listing(folder)}: mend {FOLDER_KEY}")
+        with clear_errors(stored, FOLDER_KEY):
+            return cls(folder, CompletionSettings.from_json(stored.read_text(encoding="utf-8")))
+
+    @classmethod
+    def begin(cls, path: str | Path, settings: CompletionSettings) -> CompletionFolder:
+        """A folder to write to, new or begun before with the same settings.
+
+        Raises:
+            ValueError: it was begun with other settings, or holds something else.
+            OSError: it cannot be written to.
+        """
+        folder = Path(path).expanduser()
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"expected a folder at {folder}, found a file: choose another --output")
+        folder.mkdir(parents=True, exist_ok=True)
+        stored = folder / SETTINGS_FILE
+        if not stored.is_file():
+            if any(folder.glob("*.parquet")):
+                raise ValueError(f"expected {SETTINGS_FILE} beside the shards in {folder}, found none: mend --output")
+            write_whole(stored, settings.to_json())
+        found = cls.open(folder).settings  # of a process that was faster, perhaps
+        if different := settings.differences(found):
+            pairs = (f"{name} {getattr(found, name)}, found {getattr(settings, name)}" for name in different)
+            raise ValueError(
+                f"expected the settings that {folder} was begun with: {'; '.join(pairs)}. Choose another --output, or "
+                "the same settings"
+            )
+        return cls(folder, settings)
+
+    def shard_path(self, shard: int) -> Path:
+        """Where a shard is, or will be."""
+        return self.path / f"shard-{shard:05d}.parquet"
+
+    def missing(self) -> list[int]:
+        """Numbers of the shards that are still to be made."""
+        present = {path.name for path in self.path.glob("*.parquet")}
+        return [k for k in range(self.settings.num_shards) if self.shard_path(k).name not in present]
+
+    def write(self, shard: int, completions: Sequence[Completion]) -> None:
+        """Write a shard, whole or not at all.
+
+        Raises:
+            OSError: no room, no permission; no part of it is left behind.
+        """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        columns = [list(column) for column in zip(*completions, strict=True)]
+        buffer = io.BytesIO()
+        pq.write_table(pa.table(columns, schema=_schema()), buffer, compression=COMPRESSION)
+        write_whole(self.shard_path(shard), buffer.getvalue())
+
+    def read(self) -> CompletionTable:
+        """All completions of the shards that are there.
+
+        Raises:
+            FileNotFoundError: there is no shard at all.
+            ValueError: a file is not what the settings say; it is named.
+        """
+        missing = set(self.missing())
+        shards = [shard for shard in range(self.settings.num_shards) if shard not in missing]
+        if not shards:
+            raise FileNotFoundError(
+                f"expected shards of completions in {self.path}, found {listing(self.path)}: mend {FOLDER_KEY}"
+            )
+        parts = [self._read_shard(shard) for shard in shards]
+        return CompletionTable(
+            np.concatenate([part.prompts for part in parts]),
+            RaggedIds.joined([part.prompt_ids for part in parts]),
+            RaggedIds.joined([part.completion_ids for part in parts]),
+        )
+
+    def sizes(self) -> tuple[int, int]:
+        """(new tokens, bytes) of the shards that are there."""
+        import pyarrow.parquet as pq
+
+        paths = [path for shard in range(self.settings.num_shards) if (path := self.shard_path(shard)).is_file()]
+        tables = [pq.ParquetFile(path).read(columns=["completion_ids"]) for path in paths]
+        num_tokens = sum(len(chunk.flatten()) for table in tables for chunk in table["completion_ids"].chunks)
+        return num_tokens, sum(path.stat().st_size for path in paths)
+
+    def _read_shard(self, shard: int) -> CompletionTable:
+        import pyarrow.parquet as pq
+
+        path = self.shard_path(shard)
+        with clear_errors(path, FOLDER_KEY):
+            # The class reads the file alone; `read_table` would take folder names for columns.
+            table = pq.ParquetFile(path).read()
+        expected = _schema()
+        found = {field.name: field.type for field in table.schema}
+        if wrong := [field for field in expected if found.get(field.name) != field.type]:
+            columns = few(f"{name} ({kind})" for name, kind in found.items())
+            raise ValueError(
+                f"expected a column {wrong[0].name} ({wrong[0].type}) in {path}, found {columns}: mend {FOLDER_KEY}"
+            )
+        prompts, completions = (table[name].to_numpy() for name in ("prompt", "completion"))
+        numbers = self.settings.prompts_of(shard)
+        of_prompt = self.settings.num_completions
+        if not (
+            np.array_equal(prompts, np.repeat(np.arange(numbers.start, numbers.stop), of_prompt))
+            and np.array_equal(completions, np.tile(np.arange(of_prompt), len(numbers)))
+        ):
+            raise ValueError(
+                f"expected {of_prompt} completions of each of the prompts {numbers.start} to {numbers.stop - 1} in "
+                f"{path}, found {len(prompts)} rows of others: mend {FOLDER_KEY}, or remove the file and pregenerate "
+                "it again"
+            )
+        prompt_ids, completion_ids = (self._ids(table[name], path, name) for name in ("prompt_ids", "completion_ids"))
+        return CompletionTable(prompts.astype(np.int64), prompt_ids, completion_ids)
+
+    def _ids(self, column: pa.ChunkedArray, path: Path, name: str) -> RaggedIds:
+        with clear_errors(path, FOLDER_KEY):  # an entry may be empty
+            array: Any = column.combine_chunks()
+            values, offsets = array.values.to_numpy(), array.offsets.to_numpy().astype(np.int64)
+        vocab_size = self.settings.vocab_size
+        if (np.diff(offsets) == 0).any():
+            raise ValueError(f"expected at least one token in each {name} of {path}, found none: mend {FOLDER_KEY}")
+        if values.min() < 0 or values.max() >= vocab_size:
+            worst = values.max() if values.min() >= 0 else values.min()
+            raise ValueError(
+                f"expected token ids in 0 .. {vocab_size - 1} in {name} of {path}, found {worst}: mend {FOLDER_KEY}"
+            )
+        return RaggedIds(values, offsets)
+
+
+def _schema() -> pa.Schema:
+    import pyarrow as pa
+
+    ids = pa.list_(pa.int32())
+    columns = {"prompt": pa.int32(), "completion": pa.int32(), "seed": pa.int64()}
+    return pa.schema(list((columns | {"prompt_ids": ids, "completion_ids": ids}).items()))

@@ -1,0 +1,1 @@
+"""Token series: recorded pick-ups and Markov chains, and their data module."""

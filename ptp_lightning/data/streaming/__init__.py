@@ -1,0 +1,1 @@
+"""Streamed corpora: row sources, mixtures, shuffling, and their data module."""

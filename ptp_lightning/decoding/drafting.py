@@ -1,0 +1,73 @@
+"""Drafts: what the slots of a call propose, and what the refiner makes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ptp_lightning.decoding.state import BatchContext
+from ptp_lightning.models.refiner.refiner import refine_draft
+from ptp_lightning.models.slots.objectives import Objective
+from ptp_lightning.sampling import Sampler
+
+
+class Proposer(Protocol):
+    """Turns slot logits into drafts; any tokens will do, right ones save calls."""
+
+    def __call__(self, slot_logits: Tensor, auxiliaries: Tensor, starts: Sequence[int]) -> Tensor:
+        """Tokens `starts[b]` .. `starts[b] + J - 1` of the new text of each row.
+
+        Args:
+            slot_logits: `[B, J, V]`, J >= 1.
+            auxiliaries: `[B, J]`, of the tokens to be proposed.
+            starts: number of new tokens of each row before the first proposed one.
+
+        Returns:
+            `[B, J]` int64.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class StudentProposer:
+    """What the slots were trained to say.
+
+    Args:
+        objective: of the predictor.
+        sampling: of the text.
+    """
+
+    objective: Objective
+    sampling: Sampler
+
+    def __call__(self, slot_logits: Tensor, auxiliaries: Tensor, starts: Sequence[int]) -> Tensor:
+        """See `Proposer`."""
+        return self.objective.propose(slot_logits.float(), auxiliaries, self.sampling)
+
+
+def propose(context: BatchContext, proposer: Proposer, first: Tensor, slots: Tensor, starts: Sequence[int]) -> Tensor:
+    """Drafts `[B, J + 1]` that begin with an exact token.
+
+    Args:
+        context: whose kept tokens the drafts follow.
+        proposer: names the tokens.
+        first: `[B, 1]`, the base model's own picks.
+        slots: `[B, J, H]`, hidden states of slots that stand for the first and the tokens after it.
+        starts: number of new tokens of each row before the first.
+    """
+    num_slots = slots.shape[1]
+    if num_slots == 0:
+        return first
+    predictor = context.predictor
+    proposed = [start + 1 for start in starts]
+    auxiliaries = context.auxiliaries(proposed, num_slots)
+
+    def propose_again(token_ids: Tensor) -> Tensor:
+        return proposer(predictor.slot_logits(context.refine(slots, token_ids)), auxiliaries, proposed)
+
+    draft = torch.cat([first, proposer(predictor.slot_logits(slots), auxiliaries, proposed)], dim=1)
+    return refine_draft(draft, predictor.refinement_rounds, propose_again)

@@ -1,0 +1,1 @@
+"""Files of a predictor: checkpoints, adapter folders, whole-model folders and their model cards."""

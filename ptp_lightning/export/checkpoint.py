@@ -1,0 +1,325 @@
+"""Predictors on disk: Lightning checkpoints and exported folders, and the checks before their weights are used.
+
+An exported folder is a standard PEFT adapter with two more files: the slot encoder's weights, and `predictor.json`,
+which holds all settings and the base model's fingerprint. Base weights are in neither.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ptp_lightning.export.model_card import model_card
+from ptp_lightning.models.backbone import BackboneSettings
+from ptp_lightning.models.config import PredictorConfig
+from ptp_lightning.models.network import TOKEN_PLACES, PredictorNetwork
+from ptp_lightning.models.students import GatedLoraStudent
+from ptp_lightning.utils.pretrained import PATH_KEY, clear_errors, embedded_folder, few, listing
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+CHECKPOINT_KEY = "ckpt_path"
+FORMAT_VERSION = 1
+EMBEDDED_ADAPTER = "embedded_adapter"
+ADAPTER_NAME = "default"
+PREDICTOR_FOLDER = "predictor"  # of an export that brings its base model
+
+SETTINGS_FILE = "predictor.json"
+SLOT_ENCODER_FILE = "slot_encoder.safetensors"
+ADAPTER_FILE = "adapter_model.safetensors"
+CARD_FILE = "README.md"
+EXPORTED_FILES = ("adapter_config.json", ADAPTER_FILE, SLOT_ENCODER_FILE, SETTINGS_FILE, CARD_FILE)
+
+ADAPTER_PREFIX = "language_model."  # names in PredictorNetwork.trainable_state
+SLOT_ENCODER_PREFIX = "slot_encoder."
+
+
+class StoredPredictor(NamedTuple):
+    """What a checkpoint or an exported folder says, before any network is built.
+
+    Attributes:
+        path: where it was read.
+        config: plain data of a `PredictorConfig`.
+        base_fingerprint: of the base model it was trained on.
+        state: names and values as in `PredictorNetwork.trainable_state`.
+        training: what is known of its training: `steps`; `prefix_counts` as in `PredictorNetwork`; and measured
+            numbers by tag.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    base_fingerprint: str
+    state: dict[str, Tensor]
+    training: dict[str, Any]
+
+
+def load_network(path: str | Path | None = None, *, backbone: BackboneSettings | None = None) -> PredictorNetwork:
+    """A trained predictor in eval mode, on the CPU.
+
+    Args:
+        path: a Lightning checkpoint of a module that trains a predictor, an exported folder, or None for the adapter
+            that ships with the package.
+        backbone: where the base model is now, if it has moved since or is wanted in another dtype.
+
+    Raises:
+        FileNotFoundError: a file of the predictor or of its base model is missing.
+        ValueError: a file cannot be read, or weights, settings and base model do not belong together.
+    """
+    return build_network(read_predictor(path), backbone)
+
+
+def read_predictor(path: str | Path | None = None) -> StoredPredictor:
+    """Read what `load_network` needs; arguments and errors as there, without those about the base model."""
+    place = embedded_folder(EMBEDDED_ADAPTER) if path is None else Path(path).expanduser()
+    if (place / PREDICTOR_FOLDER / SETTINGS_FILE).is_file():
+        stored = _read_folder(place / PREDICTOR_FOLDER)
+        backbone = {"path": str(place), "dtype": stored.config["backbone"]["dtype"]}
+        return stored._replace(config={**stored.config, "backbone": backbone})
+    if place.is_dir():
+        return _read_folder(place)
+    if place.is_file():
+        return _read_checkpoint(place)
+    raise FileNotFoundError(
+        f"expected a Lightning checkpoint or an exported folder at {place}, found nothing: mend {CHECKPOINT_KEY}"
+    )
+
+
+def build_network(
+    stored: StoredPredictor, backbone: BackboneSettings | None = None, model: PreTrainedModel | None = None
+) -> PredictorNetwork:
+    """The predictor that was stored; `backbone` and errors as in `load_network`.
+
+    A base model that is loaded already is taken over: its linear layers get the adapter.
+    """
+    try:
+        config = PredictorConfig.from_dict(stored.config)
+    except ValueError as error:
+        raise ValueError(f"{stored.path}: {error}") from error
+    config = config if backbone is None else replace(config, backbone=backbone)
+    predictor = PredictorNetwork(config, model, token_places=_stored_order(stored, config))
+    if predictor.base_fingerprint != stored.base_fingerprint:
+        raise ValueError(
+            f"expected the base model that {stored.path} was trained on (fingerprint {stored.base_fingerprint[:12]}), "
+            f"found another base model at {predictor.config.backbone.path!r} ({predictor.base_fingerprint[:12]}): mend "
+            f"{PATH_KEY} (in Python, pass backbone=BackboneSettings(path=...))"
+        )
+    try:
+        predictor.load_trainable_state(stored.state)
+    except ValueError as error:
+        raise ValueError(f"{stored.path}: {error}") from error
+    predictor.prefix_counts = stored.training.get("prefix_counts")
+    return predictor.eval()
+
+
+def save_network(
+    predictor: PredictorNetwork,
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+    training: dict[str, Any] | None = None,
+) -> None:
+    """Write the adapter, the slot encoder, all settings and a model card; the folder appears complete or not at all.
+
+    Args:
+        predictor: what to write.
+        folder: is created.
+        dtype: number format of the weights on disk, by default their own; they become float32 again when loaded.
+        overwrite: replace an earlier export.
+        training: for `predictor.json` and the model card, see `StoredPredictor`.
+
+    Raises:
+        ValueError: the folder is taken, see `require_free_folder`, or the student is no adapter.
+    """
+    _require_adapter(predictor.config)
+    target = require_free_folder(folder, overwrite=overwrite)
+    state = {
+        name: value.detach().to("cpu", dtype if value.is_floating_point() else None).contiguous()
+        for name, value in predictor.trainable_state().items()
+    }
+    about = {
+        "format_version": FORMAT_VERSION,
+        "package_version": _package_version(),
+        "config": predictor.config.to_dict(),
+        "base_fingerprint": predictor.base_fingerprint,
+        "training": training or {},
+    }
+    with replacing(target) as draft:
+        _save_adapter(predictor, _with_prefix(state, ADAPTER_PREFIX), draft)
+        save_file(_with_prefix(state, SLOT_ENCODER_PREFIX), draft / SLOT_ENCODER_FILE)
+        (draft / SETTINGS_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        card = model_card(predictor.config, predictor.base_fingerprint, target.name, training or {})
+        (draft / CARD_FILE).write_text(card, encoding="utf-8")  # in place of PEFT's
+        for file in draft.iterdir():  # safetensors writes files that nobody else may read
+            file.chmod((draft / SETTINGS_FILE).stat().st_mode)
+
+
+def require_free_folder(folder: str | Path, *, overwrite: bool = False) -> Path:
+    """The absolute path, if an export may be written there: nothing, an empty folder, or an export to be replaced.
+
+    Raises:
+        ValueError: something else is there, or an export that `overwrite` does not allow to replace.
+    """
+    target = Path(folder).expanduser().resolve()
+    if not target.exists():
+        return target
+    if not target.is_dir():
+        raise ValueError(f"expected a folder to write to, found the file {target}: mend output")
+    found = {entry.name for entry in target.iterdir()}
+    if found and not overwrite:
+        raise ValueError(f"expected {target} to be new or empty, found {listing(target)}: mend output or set overwrite")
+    if found - set(EXPORTED_FILES):  # what is replaced is deleted, so nothing that we did not write
+        raise ValueError(f"expected nothing but an earlier export in {target}, found {listing(target)}: mend output")
+    return target
+
+
+def require_same_predictor(checkpoint: dict[str, Any], predictor: PredictorNetwork) -> None:
+    """Refuse weights that were trained for another base model or other sampling settings.
+
+    Args:
+        checkpoint: holds `predictor` with `config` and `base_fingerprint`.
+        predictor: that is to take the weights.
+
+    Raises:
+        ValueError: what differs, and the key that mends it.
+    """
+    if "predictor" not in checkpoint:
+        raise ValueError(
+            f"expected a checkpoint of a distillation run, found one without a predictor: mend {CHECKPOINT_KEY}"
+        )
+    stored = checkpoint["predictor"]
+    if stored["base_fingerprint"] != predictor.base_fingerprint:
+        raise ValueError(
+            f"expected a checkpoint for the base model {predictor.config.backbone.path!r}, found one trained on other "
+            f"base weights ({stored['config']['backbone']['path']!r}): mend {PATH_KEY} or {CHECKPOINT_KEY}"
+        )
+    own, trained = predictor.config, PredictorConfig.from_dict(stored["config"])
+    if type(trained.objective) is not type(own.objective):  # how it proposes may change after training
+        raise ValueError(
+            f"expected predictor.objective as configured, {own.objective}, found a checkpoint trained with "
+            f"{trained.objective}: change predictor.objective to the checkpoint's, or train anew"
+        )
+    for key in ("student", "sampling", "features"):
+        if getattr(trained, key) != getattr(own, key):
+            raise ValueError(
+                f"expected predictor.{key} as configured, {getattr(own, key)}, found a checkpoint trained with "
+                f"{getattr(trained, key)}: change predictor.{key} to the checkpoint's, or train anew"
+            )
+    if trained.refiner.base_layers != own.refiner.base_layers:  # it has no weights that would tell
+        raise ValueError(
+            f"expected predictor.refiner.base_layers as configured, {own.refiner.base_layers}, found a checkpoint "
+            f"trained with {trained.refiner.base_layers}: change it to the checkpoint's, or train anew"
+        )
+
+
+def _require_adapter(config: PredictorConfig) -> None:
+    if config.student.name != GatedLoraStudent.name:
+        raise ValueError(
+            f"expected a predictor with an adapter, found {type(config.student).__name__}, whose weights are a whole "
+            "network: only predictor.student: GatedLoraStudent is exported; the checkpoint itself serves generate and "
+            "from_pretrained"
+        )
+
+
+def _read_checkpoint(file: Path) -> StoredPredictor:
+    with clear_errors(file, CHECKPOINT_KEY):
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    if not isinstance(checkpoint, dict) or "predictor" not in checkpoint:
+        raise ValueError(
+            f"expected a checkpoint of a distillation run, found that {file} holds no predictor: mend {CHECKPOINT_KEY}"
+        )
+    about = checkpoint["predictor"]
+    state = _with_prefix(checkpoint["state_dict"], "predictor.")
+    training: dict[str, Any] = {"steps": checkpoint["global_step"]}
+    if "prefix_counts" in about:  # it has been validated
+        training["prefix_counts"] = about["prefix_counts"]
+    return StoredPredictor(file, about["config"], about["base_fingerprint"], state, training)
+
+
+def _read_folder(folder: Path) -> StoredPredictor:
+    for name in (SETTINGS_FILE, ADAPTER_FILE, SLOT_ENCODER_FILE):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"expected {name} in {folder}, found {listing(folder)}: mend {CHECKPOINT_KEY}")
+    with clear_errors(folder / SETTINGS_FILE, CHECKPOINT_KEY):
+        about: Any = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
+    found = about.get("format_version") if isinstance(about, dict) else None
+    if found != FORMAT_VERSION:
+        raise ValueError(
+            f"expected format_version {FORMAT_VERSION} in {folder / SETTINGS_FILE}, found {found}: export it again "
+            "with this version of ptp_lightning"
+        )
+    if missing := {"config", "base_fingerprint", "training"} - about.keys():
+        raise ValueError(f"expected {few(missing)} in {folder / SETTINGS_FILE}, found {few(about)}: export it again")
+    state: dict[str, Tensor] = {}
+    for name, in_state in ((ADAPTER_FILE, _adapter_name), (SLOT_ENCODER_FILE, SLOT_ENCODER_PREFIX.__add__)):
+        with clear_errors(folder / name, CHECKPOINT_KEY):
+            state |= {in_state(key): value for key, value in load_file(folder / name).items()}
+    return StoredPredictor(folder, about["config"], about["base_fingerprint"], state, about["training"])
+
+
+def _adapter_name(stored: str) -> str:
+    """PEFT leaves the adapter's name out of the names of weights: `..lora_A.weight` is `..lora_A.default.weight`."""
+    module, _, parameter = stored.rpartition(".")
+    return f"{ADAPTER_PREFIX}{module}.{ADAPTER_NAME}.{parameter}"
+
+
+def _stored_order(stored: StoredPredictor, config: PredictorConfig) -> Tensor | None:
+    """Places in the order "embedding", so that they are not computed again."""
+    if config.sampling.order != "embedding":
+        return None
+    if TOKEN_PLACES not in stored.state:
+        raise ValueError(
+            f"{stored.path}: expected the token order of predictor.sampling.order 'embedding', found none stored: "
+            f"mend {CHECKPOINT_KEY}"
+        )
+    return stored.state[TOKEN_PLACES]
+
+
+def _save_adapter(predictor: PredictorNetwork, state: dict[str, Tensor], folder: Path) -> None:
+    model = cast("PeftModel", predictor.language_model)  # see _require_adapter
+    model.peft_config[ADAPTER_NAME].base_model_name_or_path = predictor.config.backbone.path
+    model.peft_config[ADAPTER_NAME].revision = predictor.config.backbone.revision
+    # "auto" would look at the base model's configuration on the hub to decide whether to store embeddings
+    model.save_pretrained(str(folder), selected_adapters=[ADAPTER_NAME], save_embedding_layers=False, state_dict=state)
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """An empty folder beside `target` that takes its place at the end of the block, or vanishes on any error."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
+        draft, old = Path(scratch) / "new", Path(scratch) / "old"
+        draft.mkdir()  # with the usual permissions, unlike the folder around it
+        yield draft
+        if target.exists():
+            target.rename(old)
+        try:
+            draft.rename(target)
+        except BaseException:
+            if old.exists():
+                old.rename(target)
+            raise
+
+
+def _with_prefix(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The weights whose names begin with `prefix`, without it."""
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def _package_version() -> str:
+    try:
+        return version("ptp_lightning")
+    except PackageNotFoundError:  # run from a source folder
+        return "unknown"

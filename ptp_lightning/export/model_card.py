@@ -1,0 +1,97 @@
+"""The README.md of an exported predictor: what it is, what it belongs to, how to load it, what was measured."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from ptp_lightning.models.config import PredictorConfig
+
+TITLES = {
+    "categorical": "categorical (C-PTP): a slot predicts a distribution, and the token's auxiliary picks from it",
+    "one_hot": "one-hot (O-PTP): a slot also sees its token's auxiliary, and proposes its most likely token",
+    "independent": "independent (MTP baseline): slots carry no auxiliaries, so they only know marginals",
+    "sequential": "sequential (baseline): slots carry no auxiliaries, the refiner is told the draft",
+}
+
+TEMPLATE = """\
+---
+library_name: peft
+base_model: {base_model}
+tags:
+- parallel-token-prediction
+- lora
+---
+
+# {name}
+
+An adapter that lets its base model predict {window_length} dependent tokens in one call: Parallel Token Prediction
+(Draxler et al., ICLR 2026, arXiv:2512.21323). It acts on auxiliary slots only. The base model's own distributions are
+left as they are and verify every token, so the text is what the base model alone would have sampled.
+
+| | |
+|---|---|
+{facts}
+
+## Use
+
+```python
+from ptp_lightning import ParallelTokenPredictor
+
+predictor = ParallelTokenPredictor.from_pretrained({folder})
+print(predictor.generate("def ").text)
+```
+
+```bash
+python -m ptp_lightning generate --ckpt_path {shell_folder} --prompt "def "
+```
+
+`adapter_model.safetensors` is a LoRA that PEFT opens. Without the slots and the gate of `ptp_lightning` it would act on
+every token, which it was not trained for.
+"""
+
+
+def model_card(config: PredictorConfig, base_fingerprint: str, name: str, training: dict[str, Any]) -> str:
+    """Markdown with the YAML front matter of the Hugging Face hub.
+
+    Args:
+        config: of the predictor.
+        base_fingerprint: of its base model.
+        name: of the folder.
+        training: `steps`, and measured numbers by tag; what is not known is left out, and so are lists.
+    """
+    sampling = config.sampling
+    facts = {
+        "Base model": f"`{config.backbone.path}` (fingerprint `{base_fingerprint[:12]}`)",
+        "Objective": TITLES.get(config.objective.name, config.objective.name),
+        "Features of an auxiliary": f"`{config.features}`, {config.head} head",
+        "Window length": f"{config.window_length} tokens, the first exact, {config.window_length - 1} from slots",
+        "Sampling": f"temperature {sampling.temperature}, top-k {sampling.top_k or 'off'}, top-p {sampling.top_p}, "
+        f"{sampling.order} order",
+        "Trained for": "these settings alone" if config.sampling_range is None else f"`{config.sampling_range}`",
+        "Refiner": _refiner(config),
+        "LoRA": f"rank {config.lora.rank}, alpha {config.lora.alpha}, on `{config.lora.target_modules}`",
+    } | {_label(tag): _number(value) for tag, value in training.items() if not isinstance(value, list)}
+    return TEMPLATE.format(
+        base_model=json.dumps(config.backbone.path),  # JSON strings are YAML strings
+        name=name,
+        window_length=config.window_length,
+        facts="\n".join(f"| {label} | {text} |" for label, text in facts.items()),
+        folder=json.dumps(name),
+        shell_folder=json.dumps(name),
+    )
+
+
+def _refiner(config: PredictorConfig) -> str:
+    if config.refiner.num_layers == 0:
+        return "none"
+    told = "told the draft" if config.objective.knows_draft else "not told the draft"
+    return f"{config.refiner.num_layers} layer(s) after the stack, {told}, {config.refiner.rounds} round(s)"
+
+
+def _label(tag: str) -> str:
+    return "Training steps" if tag == "steps" else f"`{tag}`"
+
+
+def _number(value: object) -> str:
+    return f"{value:.3f}" if isinstance(value, float) else str(value)

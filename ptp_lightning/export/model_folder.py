@@ -1,0 +1,89 @@
+"""A predictor with its base model in one folder, which transformers opens by itself.
+
+The folder is an ordinary model folder: configuration, weights and tokenizer of the base model, as they were. Beside
+them lie the predictor, in a folder of its own, and `custom_generate/generate.py`, which transformers runs in place of
+its `generate` if it is trusted to.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ptp_lightning.export.checkpoint import CARD_FILE, PREDICTOR_FOLDER, replacing, require_free_folder, save_network
+from ptp_lightning.models.backbone import load_backbone
+from ptp_lightning.models.network import PredictorNetwork
+from ptp_lightning.utils.pretrained import PATH_KEY, load_tokenizer
+
+GENERATE_FILE, REQUIREMENTS_FILE = "custom_generate/generate.py", "custom_generate/requirements.txt"
+
+GENERATE = '''\
+"""What transformers runs in place of `model.generate`: several verified tokens a call (pip install ptp_lightning)."""
+
+
+def generate(inputs=None, *, model, **options):
+    from ptp_lightning.decoding.transformers_generate import generate_with_folder
+
+    return generate_with_folder(model, inputs, **options)
+'''
+
+CARD = """\
+---
+library_name: transformers
+base_model: {base_model}
+tags:
+- parallel-token-prediction
+---
+
+# {name}
+
+The language model `{base}` with its weights as they were, and beside it, in `{predictor}/`, a predictor of several
+tokens a call: Parallel Token Prediction (Draxler et al., ICLR 2026, arXiv:2512.21323). The model verifies every token,
+so the text is what it alone would have sampled.
+
+```bash
+pip install ptp_lightning
+```
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained({folder})
+model = AutoModelForCausalLM.from_pretrained({folder}, trust_remote_code=True)
+inputs = tokenizer("def ", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64, do_sample=True)[0]))
+```
+
+How it was trained and what it reaches: `{predictor}/{card_file}`.
+"""
+
+
+def save_with_base_model(
+    predictor: PredictorNetwork,
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    training: dict[str, Any] | None = None,
+) -> None:
+    """Write the folder, complete or not at all; arguments and errors as in `save_network`."""
+    target = require_free_folder(folder)
+    backbone = predictor.config.backbone
+    with replacing(target) as draft:
+        load_backbone(backbone).save_pretrained(str(draft))  # anew, because the predictor's carries the adapter
+        load_tokenizer(backbone.path, revision=backbone.revision, key=PATH_KEY).save_pretrained(str(draft))
+        save_network(predictor, draft / PREDICTOR_FOLDER, dtype=dtype, training=training)
+        card = CARD.format(
+            base_model=json.dumps(backbone.path),  # JSON strings are YAML strings
+            name=target.name,
+            base=backbone.path,
+            predictor=PREDICTOR_FOLDER,
+            folder=json.dumps(target.name),
+            card_file=CARD_FILE,
+        )
+        files = {GENERATE_FILE: GENERATE, REQUIREMENTS_FILE: "ptp_lightning\n", CARD_FILE: card}
+        for name, text in files.items():
+            (draft / name).parent.mkdir(exist_ok=True)
+            (draft / name).write_text(text, encoding="utf-8")

@@ -1,0 +1,1 @@
+"""Attention of windows over a shared context: masks, back-ends, and what reads windows with them."""

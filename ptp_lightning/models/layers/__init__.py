@@ -1,0 +1,1 @@
+"""Layers of the base model as this package runs them."""

@@ -1,0 +1,1 @@
+"""Gated LoRA: adapters that act on slots alone."""

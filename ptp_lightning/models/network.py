@@ -1,0 +1,336 @@
+"""PredictorNetwork: a causal LM, its student and a slot encoder; context + auxiliaries -> window logits."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from ptp_lightning.models.attention.dispatch import attend_by_windows
+from ptp_lightning.models.attention.masks import context_mask
+from ptp_lightning.models.attention.window_reader import WindowReader, read_jointly
+from ptp_lightning.models.backbone import architecture_fingerprint, fingerprint, load_backbone
+from ptp_lightning.models.config import PredictorConfig
+from ptp_lightning.models.context import Context
+from ptp_lightning.models.layers.memory_efficient import make_lean
+from ptp_lightning.models.refiner.lower_layers import LowerLayers
+from ptp_lightning.models.refiner.refiner import Refiner, RefinerContext
+from ptp_lightning.models.slots.sampling_range import SettingsEmbedding
+from ptp_lightning.models.slots.slot_encoder import SlotEncoder
+from ptp_lightning.models.token_order import require_permutation, similar_tokens_together
+from ptp_lightning.sampling import Sampler, SamplingConfig
+
+TOKEN_PLACES = "slot_encoder.token_places"
+
+if TYPE_CHECKING:
+    from transformers import Cache, PreTrainedModel
+
+
+class PredictorNetwork(nn.Module):
+    """Predicts a window of dependent tokens in one forward pass of a causal LM.
+
+    The base model says what is sampled, and the student proposes it (see `Student`). With gated LoRA both are one
+    network: frozen weights act alone on context tokens and the adapter on slots only, so the base model's own
+    distributions come out of it, bit for bit.
+
+    Args:
+        config: see `PredictorConfig`.
+        backbone: the loaded base model, when the caller has it already; else it is loaded from `config.backbone`.
+        token_places: `[V]`, of the order "embedding", when it is stored already; else it is computed if needed.
+
+    Attributes:
+        lower_layers: read tokens before the refiner is told them; None where it gets embeddings.
+        prefix_counts: of a trained predictor, how many validation windows had their first 0, 1, .. L tokens right; None
+            if that is not known. Decoders divide their slots by it.
+    """
+
+    def __init__(
+        self, config: PredictorConfig, backbone: PreTrainedModel | None = None, token_places: Tensor | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.prefix_counts: list[int] | None = None
+        backbone = load_backbone(config.backbone) if backbone is None else backbone
+        # Weights that are trained themselves do not identify anything.
+        self.base_fingerprint = (architecture_fingerprint if config.student.trains_base else fingerprint)(backbone)
+        self._in_blocks = attend_by_windows(backbone)
+        if self._in_blocks:
+            make_lean(backbone)
+        table: Tensor = backbone.get_input_embeddings().weight  # pyright: ignore[reportAssignmentType]
+        _require_plain_head(backbone)
+        self.slot_encoder = SlotEncoder(config.objective, config.features, config.head, table)
+        if config.refiner.num_layers:
+            self.slot_encoder.refiner = Refiner(backbone, config.refiner)
+        if config.sampling_range is not None:
+            self.slot_encoder.settings = SettingsEmbedding(*table.shape)
+            if config.refiner.num_layers:
+                self.slot_encoder.refiner_settings = SettingsEmbedding(*table.shape)
+        if config.sampling.order == "embedding":
+            places = similar_tokens_together(table) if token_places is None else token_places.clone()
+            require_permutation(places, len(table))
+            self.slot_encoder.token_places = places
+        self.language_model, self.gate, self.student_copy = config.student.attach(backbone, config.lora)
+        # PEFT changes the layers of this very model, in place. The tuple keeps torch from taking it for a second part.
+        self._base_model = (backbone,)
+        depth = config.refiner.base_layers
+        self.lower_layers = LowerLayers(self.base_model, depth, self.gate) if depth else None
+        self.train()
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of what is trained; the base model stays in eval mode, where no dropout blurs what it says."""
+        super().train(mode)
+        self.language_model.eval()
+        for name, module in self.language_model.named_modules():
+            if name.endswith("lora_dropout"):
+                module.train(mode)
+        return self
+
+    @property
+    def base_model(self) -> PreTrainedModel:
+        """The causal LM whose samples count (its linear layers carry the gated adapter, where there is one)."""
+        return self._base_model[0]
+
+    @property
+    def student_model(self) -> PreTrainedModel:
+        """The causal LM that runs the slots: the base model, unless the student is a copy."""
+        return self.base_model if self.student_copy is None else self.student_copy
+
+    @property
+    def max_positions(self) -> int | None:
+        """Longest sequence the base model can place, if it has a limit."""
+        return getattr(self.base_model.config, "max_position_embeddings", None)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The base model's output head, for hidden states of context tokens: `[..., H]` to `[..., V]`."""
+        return _apply_head(self.base_model, hidden)
+
+    def slot_logits(self, hidden: Tensor) -> Tensor:
+        """The student's output head, for hidden states of slots, refined or not: `[..., H]` to `[..., V]`."""
+        if self.student_copy is None:
+            return self.logits(hidden)
+        return _apply_head(self.student_copy, hidden)
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """The base model's token embeddings: `[...]` to `[..., H]`."""
+        return self.base_model.get_input_embeddings()(token_ids)
+
+    def decode(
+        self, embeddings: Tensor, position_ids: Tensor, mask: Tensor, cache: Cache | None, **more: Any
+    ) -> Tensor:
+        """Run the base model's stack on input embeddings; the gate is as the caller left it.
+
+        Args:
+            embeddings: `[B, T, H]`, cast to the model's dtype.
+            position_ids: `[B, T]`.
+            mask: `[B, 1, T, P + T]` bool, P cached keys; always explicit, so that nothing is inferred from positions.
+            cache: gets the keys and values of these T tokens appended.
+            more: for the model's attention.
+
+        Returns:
+            Last hidden states `[B, T, H]`.
+        """
+        return _run_stack(self.base_model, embeddings, position_ids, mask, cache, **more)
+
+    def student_embed(self, token_ids: Tensor) -> Tensor:
+        """The student's embeddings of context tokens: `[...]` to `[..., H]`."""
+        return self.student_model.get_input_embeddings()(token_ids)
+
+    def student_decode(
+        self, embeddings: Tensor, position_ids: Tensor, mask: Tensor, cache: Cache | None, **more: Any
+    ) -> Tensor:
+        """Run the student's stack, the adapter's gate as the caller left it; arguments as in `decode`."""
+        return _run_stack(self.student_model, embeddings, position_ids, mask, cache, **more)
+
+    def sampler(self, sampling: SamplingConfig | None = None) -> Sampler:
+        """These settings, by default the predictor's own, with the token order of this predictor.
+
+        Raises:
+            ValueError: the predictor was not trained in the order "embedding", so it has no table of it.
+        """
+        sampling = self.config.sampling if sampling is None else sampling
+        if sampling.order == "embedding" and self.slot_encoder.token_places is None:
+            raise ValueError(
+                f"expected the order of predictor.sampling, {self.config.sampling.order!r}, found 'embedding', which "
+                "is stored with predictors that were trained in it: mend sampling.order"
+            )
+        return Sampler(sampling, self.slot_encoder.token_places if sampling.order == "embedding" else None)
+
+    def embed_slots(self, auxiliaries: Tensor, sampling: SamplingConfig) -> Tensor:
+        """Input embeddings of slots: `[..., L]` float64 in [0, 1) to `[..., L - 1, H]`."""
+        slots = self.slot_encoder(sampling.told(auxiliaries))
+        settings = self.slot_encoder.settings
+        return slots if settings is None else slots + settings(sampling)
+
+    def encode(
+        self,
+        input_ids: Tensor,
+        document_ids: Tensor,
+        position_ids: Tensor,
+        window_starts: Tensor,
+        sampling: SamplingConfig | None = None,
+    ) -> Context:
+        """One pass of the base model over packed rows (fields as in `PackedBatch`); no gradients if it is frozen.
+
+        The settings, by default the predictor's own, do not act on it: they are kept for the windows.
+        """
+        from transformers import DynamicCache
+
+        cache = DynamicCache()
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.student.trains_base), self.gate.closed():
+            hidden = self.decode(self.embed(input_ids), position_ids, context_mask(document_ids), cache)
+        positions = position_ids.gather(1, window_starts - 1) + 1
+        sampler = self.sampler(sampling)
+        return Context(hidden, cache, input_ids, document_ids, position_ids, window_starts, positions, sampler)
+
+    def slot_hidden(self, context: Context, auxiliaries: Tensor) -> Tensor:
+        """Hidden states that predict the tokens 1 .. L - 1 of each window.
+
+        Args:
+            context: of `encode`.
+            auxiliaries: `[B, N, L]` float64 in [0, 1).
+
+        Returns:
+            `[B, N, L - 1, H]`, for `slot_logits`, with gradients for all that is trained.
+        """
+        slots = self.embed_slots(auxiliaries, context.sampling.settings)
+        if self.student_copy is not None:
+            tokens = self.student_embed(context.input_ids)
+            places = context.window_places
+            return read_jointly(places, self.student_decode, tokens, context.position_ids, slots, self._in_blocks)
+        with self.gate.open():
+            return self.window_reader(context).read(self.decode, slots)
+
+    def window_reader(self, context: Context, *, keeps: bool = False) -> WindowReader:
+        """Reads windows behind what the base model has read; `read` it with `decode` or `student_decode`."""
+        return WindowReader(context.window_places, context.cache, in_blocks=self._in_blocks, keeps=keeps)
+
+    @property
+    def refiner(self) -> Refiner | None:
+        """The layers after the stack, if there are any."""
+        return self.slot_encoder.refiner
+
+    def refiner_context(self, context: Context) -> RefinerContext:
+        """The pairs of the context for `refine`; a graph is kept, since the refiner's keys and values are trained."""
+        assert self.refiner is not None, "checked by the caller"
+        pairs = RefinerContext(self.refiner, self.lower_layers)
+        tokens = self.embed(context.input_ids)
+        pairs.read(context.hidden, tokens, context.position_ids, context_mask(context.document_ids))
+        return pairs
+
+    def refine(self, context: Context, pairs: RefinerContext, hidden: Tensor, token_ids: Tensor) -> Tensor:
+        """Slots of packed windows, refined.
+
+        Args:
+            context: of `encode`.
+            pairs: its `refiner_context`.
+            hidden: `[B, N, L - 1, H]`, of `slot_hidden`.
+            token_ids: `[B, N, L - 1]`, the tokens that the slots stand for.
+
+        Returns:
+            `[B, N, L - 1, H]`.
+        """
+        told = self.refiner_told(context.sampling.settings)
+        tokens = self.embed_draft(token_ids)
+        return pairs.refine_windows(context.window_places, hidden, tokens, told, in_blocks=self._in_blocks)
+
+    def refiner_told(self, sampling: SamplingConfig) -> Tensor | None:
+        """What the refiner is told of the settings, `[H]`; nothing if it is trained for one setting alone."""
+        settings = self.slot_encoder.refiner_settings
+        return None if settings is None else settings(sampling)
+
+    def embed_draft(self, token_ids: Tensor) -> Tensor:
+        """What the refiner is told of the slots' tokens: `[...]` to `[..., H]`."""
+        embeddings = self.embed(token_ids)
+        return embeddings if self.config.objective.knows_draft else torch.zeros_like(embeddings)
+
+    @property
+    def refinement_rounds(self) -> int:
+        """How often a draft is refined; once is enough where the draft is not told."""
+        if self.refiner is None:
+            return 0
+        return self.config.refiner.rounds if self.config.objective.knows_draft else 1
+
+    def trainable_state(self) -> dict[str, Tensor]:
+        """Names and values of everything that is trained: the student and the slot encoder, no frozen weight.
+
+        The token order belongs to it where there is one: what slots have learned is worth nothing in another.
+        """
+        trainable = {name for name, parameter in self.named_parameters() if parameter.requires_grad} | {TOKEN_PLACES}
+        return {name: value for name, value in self.state_dict().items() if name in trainable}
+
+    def require_trainable_state(self, state: dict[str, Tensor]) -> None:
+        """Refuse weights that are not those of this predictor.
+
+        Raises:
+            ValueError: a weight is missing, unknown or of another shape, or the token order is none.
+        """
+        own = self.trainable_state()
+        if wrong := sorted(own.keys() ^ state.keys()):
+            raise ValueError(
+                f"expected the {len(own)} weights of this predictor, found a checkpoint that differs in {wrong[:4]}: "
+                "mend predictor.student, predictor.lora, predictor.objective, predictor.head, predictor.refiner, "
+                "predictor.sampling_range or predictor.sampling.order"
+            )
+        if shapes := [name for name in own if own[name].shape != state[name].shape]:
+            raise ValueError(
+                f"expected {shapes[0]} of shape {list(own[shapes[0]].shape)}, found {list(state[shapes[0]].shape)}: "
+                "mend predictor.lora.rank, predictor.features or predictor.refiner"
+            )
+        if TOKEN_PLACES in state:
+            require_permutation(state[TOKEN_PLACES], len(own[TOKEN_PLACES]))
+
+    def load_trainable_state(self, state: dict[str, Tensor]) -> None:
+        """Inverse of `trainable_state`; raises as `require_trainable_state`."""
+        self.require_trainable_state(state)
+        self.load_state_dict(state, strict=False)
+
+
+def _run_stack(
+    model: PreTrainedModel, embeddings: Tensor, position_ids: Tensor, mask: Tensor, cache: Cache | None, **more: Any
+) -> Tensor:
+    """See `PredictorNetwork.decode`."""
+    decoder = getattr(model, model.base_model_prefix)
+    return decoder(
+        inputs_embeds=embeddings.to(model.dtype),
+        position_ids=position_ids,
+        attention_mask=mask,
+        cache=cache,
+        use_cache=cache is not None,
+        **more,
+    ).last_hidden_state
+
+
+def _apply_head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    head = _output_head(model)
+    weight: Tensor = head.weight  # pyright: ignore[reportAssignmentType]
+    return head(hidden.to(weight.dtype))
+
+
+def _output_head(model: PreTrainedModel) -> nn.Module:
+    head = model.get_output_embeddings()
+    if head is None:
+        raise ValueError(
+            f"expected a causal language model with an output head, found {type(model).__name__} without: mend "
+            "predictor.backbone.path"
+        )
+    return head
+
+
+@torch.no_grad()
+def _require_plain_head(model: PreTrainedModel) -> None:
+    """Some models scale or cap their logits after the head; the loss applies the head alone, so it must be all."""
+    token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    decoder = getattr(model, model.base_model_prefix)
+    expected = model(input_ids=token, use_cache=False).logits
+    if not expected.isfinite().all():
+        raise ValueError(
+            "expected finite logits of the base model, found a NaN or infinity: its weights are broken, mend "
+            "predictor.backbone.path"
+        )
+    found = _output_head(model)(decoder(input_ids=token, use_cache=False).last_hidden_state)
+    if not torch.allclose(expected, found, atol=1e-3, rtol=1e-3):
+        raise ValueError(
+            f"expected logits = head(last hidden state), found that {type(model).__name__} changes them afterwards "
+            "(scaling or capping), which is not supported: choose another predictor.backbone.path"
+        )

@@ -1,0 +1,1 @@
+"""The refiner: layers after the stack that correct a draft, given the proposed tokens."""

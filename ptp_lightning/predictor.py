@@ -1,0 +1,112 @@
+"""ParallelTokenPredictor: open a trained predictor, continue text with it, and save it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from ptp_lightning.decoding.generation import Generation
+from ptp_lightning.decoding.text import DecoderName, generate
+from ptp_lightning.export.checkpoint import load_network, save_network
+from ptp_lightning.models.backbone import BackboneSettings
+from ptp_lightning.models.config import PredictorConfig
+from ptp_lightning.models.network import PredictorNetwork
+from ptp_lightning.sampling import SamplingConfig
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class ParallelTokenPredictor:
+    """A causal LM and its adapter, which together write several tokens per forward pass.
+
+    The text is, token for token, what the base model alone would have sampled for the same seed.
+
+    Args:
+        network: the base model with its student and slot encoder.
+
+    >>> predictor = ParallelTokenPredictor.from_pretrained()  # the code model that ships with the package
+    >>> predictor.generate("import ", max_new_tokens=8, seed=0).num_calls < 8
+    True
+    """
+
+    def __init__(self, network: PredictorNetwork) -> None:
+        self.network = network
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path | None = None, *, backbone: BackboneSettings | None = None) -> Self:
+        """An exported folder or a checkpoint, in eval mode; arguments and errors as in `load_network`."""
+        return cls(load_network(folder, backbone=backbone))
+
+    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None, overwrite: bool = False) -> None:
+        """Write a folder for `from_pretrained`, which PEFT opens too; arguments and errors as in `save_network`."""
+        save_network(self.network, folder, dtype=dtype, overwrite=overwrite)
+
+    @property
+    def config(self) -> PredictorConfig:
+        """How the predictor was built and trained."""
+        return self.network.config
+
+    @property
+    def base_model(self) -> PreTrainedModel:
+        """The causal LM whose samples are reproduced."""
+        return self.network.base_model
+
+    def to(self, device: str | torch.device) -> Self:
+        """Move all weights to a device."""
+        self.network.to(device)
+        return self
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_new_tokens: int = 64,
+        sampling: SamplingConfig | None = None,
+        seed: int = 0,
+        decoder: DecoderName = "speculative",
+        window_length: int | None = None,
+        slot_budget: int = 16,
+        end_of_text: Iterable[int] | None = None,
+        stop: Sequence[str] = (),
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        on_tokens: Callable[[list[int]], None] | None = None,
+        on_text: Callable[[str], None] | None = None,
+    ) -> Generation:
+        """Continue a prompt.
+
+        Args:
+            prompt: text, or at least one token id.
+            max_new_tokens: the most tokens to add.
+            sampling: temperature, top-k and top-p; by default those that the adapter was trained for. Others may lower
+                the acceptance, never the exactness.
+            seed: of the auxiliaries. The same seed gives the same text with every decoder.
+            decoder: "speculative" and "partial_quadratic" write several tokens per call, "autoregressive" one.
+            window_length: tokens drafted per cycle; by default as in training.
+            slot_budget: slots per call of partial quadratic decoding.
+            end_of_text: token ids that end the text; by default those of the model and of the tokenizer.
+            stop: strings before which the text ends.
+            tokenizer: by default that of the base model.
+            on_tokens: is called with new token ids as soon as they are verified.
+            on_text: the same with their text, in whole characters.
+
+        Raises:
+            ValueError: a value is out of range, or the prompt is empty, too long, or has unknown token ids.
+        """
+        return generate(
+            self.network,
+            prompt,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            seed=seed,
+            decoder=decoder,
+            window_length=window_length,
+            slot_budget=slot_budget,
+            end_of_text=end_of_text,
+            stop=stop,
+            tokenizer=tokenizer,
+            on_tokens=on_tokens,
+            on_text=on_text,
+        )

@@ -1,0 +1,1 @@
+"""Pregeneration: the teacher completes prompts before a training, and the tokens are stored."""

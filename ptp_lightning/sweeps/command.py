@@ -1,0 +1,149 @@
+"""`sweep run` and `sweep report`: train the points of a study, and report on them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from argparse import ArgumentError
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ptp_lightning.utils.user_errors import refused_options
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
+
+    from ptp_lightning.sweeps.study import Overrides
+
+STOPPED_EXIT_CODE = 130
+CONFIGURATION_KEYS = ("trainer", "model", "data", "seed_everything")
+
+HELP = """usage: python -m ptp_lightning sweep COMMAND STUDY.yaml [options]
+
+  run     train the points of a study that are not trained yet, and report:
+          sweeps/gate_rank.yaml [--full] [--trials N] [--jobs K] [--output DIR] [--storage FILE_OR_URL]
+          [--trainer.*, --model.*, --data.* as fit has them, for all trials]
+  report  write the table and the figures of what is trained:
+          sweeps/gate_rank.yaml [--full] [--output DIR] [--storage FILE_OR_URL]
+
+A study runs in its quick version unless --full is given. Started again, it goes on where it was stopped; started
+several times, the processes share its points. Each command explains its options with --help."""
+
+
+def main(args: Sequence[str]) -> None:
+    """Run the command that `args[0]` names; Ctrl-C ends it with status 130."""
+    try:
+        dispatch(args)
+    except KeyboardInterrupt:
+        if os.environ.get("PTP_TRACEBACK"):
+            raise
+        print("Stopped. The same command goes on.", file=sys.stderr)
+        sys.exit(STOPPED_EXIT_CODE)
+
+
+def dispatch(args: Sequence[str]) -> None:
+    """Run the command that `args[0]` names; as another rank of a training, that training."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        from ptp_lightning.sweeps.training_run import follow
+
+        follow()
+        return
+    if not args or args[0] in ("-h", "--help"):
+        print(HELP)
+        return
+    command, *rest = args
+    if command == "run":
+        run(rest)
+    elif command == "report":
+        report(rest)
+    else:
+        raise ValueError(f"expected run or report, found {command!r}\n\n{HELP}")
+
+
+def run(args: Sequence[str]) -> None:
+    """Train what is not trained yet."""
+    own, overrides = split_overrides(args)
+    parser = _parser("run", "Train the points of a study that are not trained yet, and report.")
+    parser.add_argument("--trials", type=int, help="train at most so many points now; by default all")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that share the study, on this machine")
+    parser.add_argument("--retry_failed", action="store_true", help="train points again whose trials failed")
+    options = _parsed("run", parser, own)
+    for name in ("trials", "jobs"):
+        if options[name] is not None and options[name] < 1:
+            raise ValueError(f"expected --{name} >= 1, found {options[name]}")
+    from ptp_lightning.sweeps.run import Running
+
+    running = Running(
+        study_file=Path(options.study),
+        full=options.full,
+        output=options.output,
+        storage=options.storage,
+        overrides=overrides,
+        retry_failed=options.retry_failed,
+    )
+    running.run(options.trials, options.jobs)
+
+
+def report(args: Sequence[str]) -> None:
+    """Write the table and the figures of what is trained."""
+    options = _parsed("report", _parser("report", "Write the table and the figures of a study."), args)
+    from ptp_lightning.sweeps.report import write_report
+    from ptp_lightning.sweeps.run import default_output, journal_in
+    from ptp_lightning.sweeps.storage import load_stored, open_storage
+    from ptp_lightning.sweeps.study import load_study, study_name
+
+    path = Path(options.study)
+    study, name = load_study(path, full=options.full), study_name(path, full=options.full)
+    output = Path(options.output or default_output(name))
+    location = options.storage or journal_in(default_output(name) if options.output is None else output)
+    stored = load_stored(name, open_storage(location, create=False))
+    print(write_report(study, stored, output))
+
+
+def split_overrides(args: Sequence[str]) -> tuple[list[str], Overrides]:
+    """Our own options, and those of the configuration (`--model.init_args.seed 3`, or with `=`) by their paths.
+
+    Raises:
+        ValueError: an override without a value.
+    """
+    own: list[str] = []
+    overrides: Overrides = {}
+    rest = list(args)
+    while rest:
+        option = rest.pop(0)
+        path, has_value, value = option.removeprefix("--").partition("=")
+        if not option.startswith("--") or path.partition(".")[0] not in CONFIGURATION_KEYS:
+            own.append(option)
+            continue
+        if not has_value:
+            if not rest:
+                raise ValueError(f"expected a value after {option}, found none")
+            value = rest.pop(0)
+        overrides[path] = value
+    return own, overrides
+
+
+def _parser(command: str, description: str) -> ArgumentParser:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(
+        prog=f"python -m ptp_lightning sweep {command}",
+        description=description,
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("study", type=str, help="a file such as sweeps/gate_rank.yaml")
+    parser.add_argument("--full", action="store_true", help="the full version; by default the quick one")
+    parser.add_argument("--output", type=str, help="folder of the study; by default runs/sweeps/NAME")
+    parser.add_argument(
+        "--storage", type=str, help="journal file, or a database by its URL; by default a file in the output folder"
+    )
+    return parser
+
+
+def _parsed(command: str, parser: ArgumentParser, args: Sequence[str]) -> Namespace:
+    try:
+        return parser.parse_args(list(args))
+    except ArgumentError as error:
+        raise refused_options(command, error) from error

@@ -1,0 +1,142 @@
+"""The report of a study: a Markdown table and figures, from what is in the storage."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+
+import optuna
+from optuna.trial import TrialState
+
+from ptp_lightning.sweeps.attributes import COMMAND, GIVEN_UP, TRACEBACK
+from ptp_lightning.sweeps.figures import write_figures
+from ptp_lightning.sweeps.names import describe_parameters, shown
+from ptp_lightning.sweeps.study import Study, short_name
+from ptp_lightning.sweeps.summary import Row, best_row, rows_of
+
+REPORT = "report.md"
+NONE = "-"
+LEAST_FOR_IMPORTANCE = 8  # results; of fewer it says little
+
+
+def write_report(study: Study, stored: optuna.Study, folder: Path) -> str:
+    """Write report.md and its figures into a folder; returns the text to show.
+
+    Raises:
+        ValueError: trials had different budgets.
+    """
+    rows = rows_of(study, stored)
+    folder.mkdir(parents=True, exist_ok=True)
+    figures = write_figures(study, stored, rows, folder)
+    text = report_text(study, stored, rows)
+    pictures = "".join(f"\n![{name.partition('.')[0]}]({name})\n" for name in figures)
+    path = folder / REPORT
+    path.write_text(text + pictures, encoding="utf-8")
+    return f"{text}\nReport  {os.path.relpath(path)}"
+
+
+def report_text(study: Study, stored: optuna.Study, rows: Sequence[Row]) -> str:
+    """The report without its figures."""
+    parts = [
+        f"# {stored.study_name}\n\n{study.title}\n",
+        f"`{study.objective.metric}` ({study.objective.direction}) after {study.budget.steps:,} steps and "
+        f"{study.budget.tokens:,} tokens; seeds {', '.join(map(str, study.seeds))}. `±` is half of the 95 % interval "
+        "of the mean over seeds (Student's t).\n",
+        table(study, rows),
+    ]
+    overheads = sorted(seconds for row in rows for seconds in row.overheads)
+    if overheads:
+        parts.append(
+            f"Beyond its training a trial takes {median(overheads):.1f} s (median; at most {overheads[-1]:.1f}).\n"
+        )
+    if study.decode_lengths:
+        parts.append("Right tokens when only the beginning of each window is drafted, means over seeds:\n")
+        parts.append(shorter_drafts_table(study, rows))
+    if study.published is not None:
+        parts.append(f"Published: {study.published.source}.\n")
+    importances = parameter_importances(study, stored)
+    if importances:
+        shares = ", ".join(f"{short_name(name)} {share:.2f}" for name, share in importances.items())
+        parts.append(f"Importance of the parameters (fANOVA, shares of 1): {shares}.\n")
+    best = best_row(study, rows)
+    if best is not None:
+        parts.append(f"Best: {describe_parameters(best.parameters)}. To train it by itself:\n")
+        parts.append(f"```\n{best.trials[0].user_attrs[COMMAND]}\n```\n")
+    parts += failures(stored)
+    return "\n".join(parts)
+
+
+def table(study: Study, rows: Sequence[Row]) -> str:
+    """Markdown: a line for each point."""
+    names = list(study.distributions)
+    has_published = any(row.published is not None for row in rows)
+    header = [*(short_name(name) for name in names), "mean", "±", "trials", "pruned", "failed", "seconds a trial"]
+    header += study.also
+    lines = [header + ["published"] * has_published]
+    for row in rows:
+        cells = [*(shown(row.parameters.get(name)) for name in names), number(row.mean), number(row.half_width)]
+        cells += [str(len(row.trials)), str(row.num_pruned), str(row.num_failed), number(row.seconds, 1)]
+        cells += [number(row.mean_of(tag)) for tag in study.also]
+        lines.append(cells + [NONE if row.published is None else f"{row.published:g}"] * has_published)
+    return markdown(lines)
+
+
+def shorter_drafts_table(study: Study, rows: Sequence[Row]) -> str:
+    """Markdown: a line for each point, a column for each length of a draft."""
+    names = list(study.distributions)
+    lines = [[*(short_name(name) for name in names), *(f"first {length}" for length in study.decode_lengths)]]
+    lines += [
+        [
+            *(shown(row.parameters.get(name)) for name in names),
+            *(number(row.correct_of_first(length)) for length in study.decode_lengths),
+        ]
+        for row in rows
+    ]
+    return markdown(lines)
+
+
+def markdown(lines: list[list[str]]) -> str:
+    """A table whose first line is its header."""
+    header, *others = lines
+    return "".join(f"| {' | '.join(line)} |\n" for line in [header, ["---"] * len(header), *others])
+
+
+def parameter_importances(study: Study, stored: optuna.Study) -> dict[str, float]:
+    """Share of each parameter in what makes results differ; empty for a single parameter or too few results.
+
+    Optuna's default looks at the best trials alone, which in a grid says nothing: there every choice is as frequent.
+    """
+    from optuna.importance import FanovaImportanceEvaluator, get_param_importances
+
+    num_results = len(stored.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
+    if len(study.distributions) < 2 or num_results < LEAST_FOR_IMPORTANCE:
+        return {}
+    try:
+        evaluator = FanovaImportanceEvaluator(seed=0)
+        return get_param_importances(stored, evaluator=evaluator, params=list(study.distributions))
+    except (ValueError, RuntimeError):  # all results are equal, say
+        return {}
+
+
+def failures(stored: optuna.Study) -> list[str]:
+    """The last line of each failed trial's traceback."""
+    failed = [
+        (trial.number, trial.user_attrs[TRACEBACK].strip().splitlines()[-1])
+        for trial in stored.get_trials(deepcopy=False, states=(TrialState.FAIL,))
+        if TRACEBACK in trial.user_attrs and GIVEN_UP not in trial.user_attrs
+    ]
+    if not failed:
+        return []
+    return [
+        "Failed (the whole traceback is a user attribute of the trial):\n",
+        *(f"* {n}: {line}" for n, line in failed),
+        "",
+    ]
+
+
+def number(value: float, digits: int = 3) -> str:
+    """For a cell; `-` for NaN."""
+    return NONE if math.isnan(value) else f"{value:.{digits}f}"

@@ -1,0 +1,344 @@
+"""Study: what a file in sweeps/ says, typed. Optuna's own classes are named by `class_path`."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from argparse import ArgumentError
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from jsonargparse import ArgumentParser
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.pruners import BasePruner, NopPruner
+from optuna.samplers import BaseSampler
+
+from ptp_lightning.utils.user_errors import plain_reason
+
+QUICK = "quick"  # the key of what the quick version has otherwise, and the end of its name
+ENTRY_BY_ENTRY = ("overrides", "variants", "settings")
+MAX_GRID = 1000
+
+Value = bool | int | float | str | None
+Parameters = dict[str, Value]
+Overrides = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What every trial of a study spends; results are compared at equal budgets only.
+
+    Args:
+        steps: optimiser steps.
+        tokens: tokens of all windows that are trained on: steps x rows x windows x window length.
+        validations: how often a trial is validated, evenly spread, the last time after the last step.
+    """
+
+    steps: int
+    tokens: int
+    validations: int = 4
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.validations < 1 or self.steps % self.validations:
+            raise ValueError(
+                f"expected budget.steps to be a multiple of budget.validations, so that the last step is validated, "
+                f"found {self.steps} and {self.validations}"
+            )
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is compared.
+
+    Args:
+        metric: logged at validation; `{name}` in it stands for a parameter's value, by the last part of its path.
+        direction: which values are better.
+    """
+
+    metric: str = "val/correct_tokens"
+    direction: Literal["maximize", "minimize"] = "maximize"
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """Something that trials read and a training makes, a teacher for instance; it is made when it is not there.
+
+    Args:
+        makes: the folder that tells whether it is there.
+        config: of the training, relative to the study's file.
+        overrides: of the configuration, which has to write to `makes`.
+        passed_on: paths whose overrides the preparation shares with the study, where the study has any.
+    """
+
+    makes: str
+    config: str
+    overrides: Overrides = field(default_factory=dict)
+    passed_on: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class PublishedValue:
+    """A number of the paper.
+
+    Args:
+        point: the parameters it was measured with, by their names in the study.
+        value: the number.
+    """
+
+    point: dict[str, Value]
+    value: float
+
+
+@dataclass(frozen=True)
+class Published:
+    """A table of the paper, to print beside one's own.
+
+    Args:
+        source: where the numbers stand and what they count.
+        values: the numbers.
+    """
+
+    source: str
+    values: list[PublishedValue]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One training of a study.
+
+    Attributes:
+        parameters: chosen before; empty where a sampler chooses them when the training begins.
+        seed: of weights, data and auxiliaries.
+        ticket: its number among the points that a sampler chooses; None in a grid.
+    """
+
+    parameters: Parameters
+    seed: int
+    ticket: int | None = None
+
+    @property
+    def key(self) -> str:
+        """Its identity in a storage."""
+        return json.dumps([self.parameters, self.seed, self.ticket], sort_keys=True)
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study. Without a sampler it is the grid of all variants and settings, each point once for every seed.
+
+    Args:
+        title: one line on what is compared.
+        base: the configuration of a run, relative to the study's file.
+        budget: of every trial.
+        overrides: path in the configuration to value, for all trials.
+        variants: parameter to its choices, each of which is a name and the overrides that it stands for.
+        settings: parameters that are a single path in the configuration, and what values it may have.
+        seeds: of the trials of a point.
+        seed_paths: where a seed goes.
+        objective: what is compared.
+        also: further metrics for the table.
+        decode_lengths: also show how many tokens are right when only so many of a window are drafted, which is what a
+            shorter window gives if slots do not see later ones (without a refiner).
+        sampler: chooses the points; by default all of the grid are trained.
+        trials: how many points a sampler chooses.
+        pruner: stops trials at a validation; by default none.
+        baseline: the point that the figure by position shows beside the best one; by default the worst.
+        published: the paper's numbers.
+        prepare: what trials read.
+    """
+
+    title: str
+    base: str
+    budget: Budget
+    overrides: Overrides = field(default_factory=dict)
+    variants: dict[str, dict[str, Overrides]] = field(default_factory=dict)
+    settings: dict[str, BaseDistribution] = field(default_factory=dict)
+    seeds: list[int] = field(default_factory=lambda: [0])
+    seed_paths: list[str] = field(
+        default_factory=lambda: ["seed_everything", "model.init_args.seed", "data.init_args.seed"]
+    )
+    objective: Objective = field(default_factory=Objective)
+    also: list[str] = field(default_factory=list)
+    decode_lengths: list[int] = field(default_factory=list)
+    sampler: BaseSampler | None = None
+    trials: int | None = None
+    pruner: BasePruner = field(default_factory=NopPruner)
+    baseline: Parameters | None = None
+    published: Published | None = None
+    prepare: list[Preparation] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Refuse a study without a space or with contradictions, before any work."""
+        if not self.variants and not self.settings:
+            raise ValueError("expected parameters to compare, found an empty space: fill variants or settings")
+        for name, choices in self.variants.items():
+            if not choices:
+                raise ValueError(f"expected choices of variants.{name}, found none")
+        if both := sorted(self.variants.keys() & self.settings.keys()):
+            raise ValueError(f"expected each parameter once, found {both} in variants and settings")
+        shorts = [short_name(name) for name in [*self.variants, *self.settings]]
+        if len(set(shorts)) < len(shorts):
+            raise ValueError(f"expected parameters whose paths end differently, found {shorts}: make one a variant")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"expected different seeds, at least one, found seeds: {self.seeds}")
+        if (self.sampler is None) != (self.trials is None):
+            raise ValueError("expected sampler and trials together: a grid has as many trials as points")
+        if self.sampler is not None and len(self.seeds) > 1:
+            raise ValueError(
+                f"expected one seed beside a sampler, which tries every point once, found seeds: {self.seeds}"
+            )
+        if self.trials is not None and self.trials < 1:
+            raise ValueError(f"expected trials >= 1, found {self.trials}")
+        if self.sampler is None:
+            for name, distribution in self.settings.items():
+                _choices(name, distribution)  # refuses endless ones
+        published = [] if self.published is None else [entry.point for entry in self.published.values]
+        for named in [self.baseline or {}, *published]:
+            self._require_known(named)
+        try:
+            self.metric_of(self.covering_points()[0])
+        except (KeyError, IndexError, ValueError) as error:
+            raise ValueError(
+                f"expected objective.metric to name parameters {[short_name(name) for name in self.distributions]} in "
+                f"braces, found {self.objective.metric}"
+            ) from error
+
+    @property
+    def distributions(self) -> dict[str, BaseDistribution]:
+        """All parameters, variants by their names."""
+        variants = {name: CategoricalDistribution(list(choices)) for name, choices in self.variants.items()}
+        return variants | self.settings
+
+    def points(self) -> list[Point]:
+        """All trainings, those of the first seed first."""
+        if self.trials is not None:
+            return [Point({}, self.seeds[0], ticket) for ticket in range(self.trials)]
+        return [Point(parameters, seed) for seed in self.seeds for parameters in self._grid()]
+
+    def covering_points(self) -> list[Parameters]:
+        """As few points as have every choice of every parameter; of a range its ends."""
+        choices = {name: _some_choices(distribution) for name, distribution in self.distributions.items()}
+        count = max(len(values) for values in choices.values())
+        return [{name: values[k % len(values)] for name, values in choices.items()} for k in range(count)]
+
+    def overrides_of(self, parameters: Mapping[str, Value]) -> Overrides:
+        """What parameters change in the configuration."""
+        changed: Overrides = {}
+        for name, value in parameters.items():
+            changed |= self.variants[name][str(value)] if name in self.variants else {name: value}
+        return changed
+
+    def metric_of(self, parameters: Mapping[str, Value]) -> str:
+        """The metric of a point."""
+        return self.objective.metric.format(**{short_name(name): value for name, value in parameters.items()})
+
+    def _grid(self) -> Iterator[Parameters]:
+        choices = {name: _choices(name, distribution) for name, distribution in self.distributions.items()}
+        for values in itertools.product(*choices.values()):
+            yield dict(zip(choices, values, strict=True))
+
+    def _require_known(self, parameters: Mapping[str, Value]) -> None:
+        for name, value in parameters.items():
+            distribution = self.distributions.get(name)
+            if distribution is None:
+                raise ValueError(f"expected one of the parameters {sorted(self.distributions)}, found {name!r}")
+            if isinstance(distribution, CategoricalDistribution) and value not in distribution.choices:
+                raise ValueError(f"expected one of the choices {list(distribution.choices)} of {name}, found {value!r}")
+
+
+def load_study(path: Path, *, full: bool) -> Study:
+    """The study that a file describes, by default in its quick version.
+
+    The keys below `quick` stand in for those of the full version. Of `overrides`, `variants` and `settings` they
+    replace single entries, or remove them (null).
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a key or a value of it is wrong.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"expected a study, a file such as sweeps/losses.yaml, at {path}, found none")
+    try:
+        plain = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: expected YAML, found {error}") from error
+    if not isinstance(plain, dict):
+        raise ValueError(f"{path}: expected the keys of a study, found {type(plain).__name__}")
+    quick = plain.pop(QUICK, {})
+    if not full:
+        for key, value in quick.items():
+            merged = plain.get(key, {}) | value if key in ENTRY_BY_ENTRY else value
+            plain[key] = {k: v for k, v in merged.items() if v is not None} if key in ENTRY_BY_ENTRY else merged
+    plain = _with_class_paths_as_text(plain)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Study, "study")
+    try:
+        return parser.instantiate(parser.parse_object({"study": plain}))["study"]
+    except (ArgumentError, ValueError, TypeError) as error:
+        reason = plain_reason(str(error)).replace("study.", "")
+        raise ValueError(f"{path}: {reason}") from error
+
+
+def study_name(path: Path, *, full: bool) -> str:
+    """Under which a study is stored: the two versions are two studies."""
+    return path.stem if full else f"{path.stem}_{QUICK}"
+
+
+def short_name(parameter: str) -> str:
+    """The last part of a path."""
+    return parameter.rpartition(".")[2]
+
+
+def beside(study_file: Path, path: str) -> str:
+    """A path that a study's file names, as seen from the current folder."""
+    return os.path.relpath(study_file.parent / path)
+
+
+def _with_class_paths_as_text(plain: dict[str, Any]) -> dict[str, Any]:
+    """A study whose overrides name classes by a path of their own; as entries jsonargparse would instantiate them."""
+    text = dict(plain)
+    if isinstance(plain.get("overrides"), dict):
+        text["overrides"] = _class_path_as_text(plain["overrides"])
+    if isinstance(plain.get("variants"), dict):
+        text["variants"] = {
+            name: {choice: _class_path_as_text(overrides or {}) for choice, overrides in (choices or {}).items()}
+            for name, choices in plain["variants"].items()
+        }
+    return text
+
+
+def _class_path_as_text(overrides: Overrides) -> Overrides:
+    """`a: {class_path: b.C, init_args: {d: 1}}` as `a: b.C` and `a.init_args.d: 1`."""
+    text: Overrides = {}
+    for path, value in overrides.items():
+        if isinstance(value, dict) and "class_path" in value:
+            text[path] = value["class_path"]
+            text |= _class_path_as_text({f"{path}.init_args.{k}": v for k, v in value.get("init_args", {}).items()})
+        else:
+            text[path] = value
+    return text
+
+
+def _choices(name: str, distribution: BaseDistribution) -> list[Value]:
+    """All values of a setting of a grid; raises ValueError if there is no end to them."""
+    if isinstance(distribution, CategoricalDistribution):
+        return list(distribution.choices)
+    if isinstance(distribution, IntDistribution | FloatDistribution) and distribution.step is not None:
+        count = int((distribution.high - distribution.low) / distribution.step + 1e-8) + 1
+        if count <= MAX_GRID and not distribution.log:
+            return [distribution.low + k * distribution.step for k in range(count)]
+    raise ValueError(
+        f"expected finitely many values of settings.{name}, found {distribution}: name them with a "
+        "CategoricalDistribution, give it a step, or set sampler and trials"
+    )
+
+
+def _some_choices(distribution: BaseDistribution) -> list[Value]:
+    if isinstance(distribution, CategoricalDistribution):
+        return list(distribution.choices)
+    assert isinstance(distribution, IntDistribution | FloatDistribution)
+    return [distribution.low, distribution.high]

@@ -1,0 +1,163 @@
+"""What the trials of a study came to: means over seeds with their uncertainty, at equal budgets only."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from ptp_lightning.sweeps.attributes import GIVEN_UP, METRICS, PREFIX_COUNTS, SECONDS, STEPS, TOKENS, TRAINING_SECONDS
+from ptp_lightning.sweeps.study import Parameters, Study
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Row:
+    """A point of a study.
+
+    Attributes:
+        parameters: which.
+        trials: with a result, one a seed.
+        num_pruned: trials that were stopped at a validation.
+        num_failed: trials that ended with an error.
+        published: the paper's number, if it has one.
+    """
+
+    parameters: Parameters
+    trials: tuple[FrozenTrial, ...]
+    num_pruned: int
+    num_failed: int
+    published: float | None
+
+    @property
+    def mean(self) -> float:
+        """Of the results; NaN without any."""
+        return fmean(value_of(trial) for trial in self.trials) if self.trials else math.nan
+
+    @property
+    def half_width(self) -> float:
+        """Half of the 95 % interval of the mean: Student's t over seeds; NaN below two results."""
+        return half_width([value_of(trial) for trial in self.trials])
+
+    @property
+    def seconds(self) -> float:
+        """Mean cost of a trial; NaN without any."""
+        return fmean(trial.user_attrs[SECONDS] for trial in self.trials) if self.trials else math.nan
+
+    @property
+    def overheads(self) -> list[float]:
+        """Seconds of each trial beyond its training: for its configuration, its model and its data."""
+        return [trial.user_attrs[SECONDS] - trial.user_attrs[TRAINING_SECONDS] for trial in self.trials]
+
+    def mean_of(self, tag: str) -> float:
+        """Of another metric of the last validation; NaN if it was not logged."""
+        values = [trial.user_attrs[METRICS].get(tag, math.nan) for trial in self.trials]
+        return fmean(values) if values else math.nan
+
+    def correct_of_first(self, length: int) -> float:
+        """Mean correct tokens if only the first `length` tokens of windows were drafted; NaN for shorter windows."""
+        counts = [trial.user_attrs[PREFIX_COUNTS] for trial in self.trials]
+        if not counts or len(counts[0]) <= length:
+            return math.nan
+        return fmean(
+            sum(min(correct, length) * windows for correct, windows in enumerate(one)) / sum(one) for one in counts
+        )
+
+
+def half_width(values: Sequence[float]) -> float:
+    """Half of the 95 % interval of a mean of independent normal values; NaN below two."""
+    from scipy.stats import t
+
+    if len(values) < 2:
+        return math.nan
+    quantile = float(t.ppf((1 + CONFIDENCE) / 2, len(values) - 1))
+    return quantile * stdev(values) / math.sqrt(len(values))
+
+
+def rows_of(study: Study, stored: optuna.Study) -> list[Row]:
+    """One for each point with a trial that ended: those of a grid in its order, those of a sampler from the best on.
+
+    Raises:
+        ValueError: trials had different budgets.
+    """
+    ended: dict[str, list[FrozenTrial]] = {}
+    if study.sampler is None:
+        ended = {_key(point.parameters): [] for point in study.points()}
+    for trial in stored.get_trials(deepcopy=False):
+        if trial.state.is_finished() and GIVEN_UP not in trial.user_attrs:
+            ended.setdefault(_key(trial.params), []).append(trial)
+    require_equal_budgets(study, [trial for trials in ended.values() for trial in trials])
+    rows = [_row(study, trials) for trials in ended.values() if trials]
+    if study.sampler is not None:
+        sign = -1 if study.objective.direction == "maximize" else 1
+        rows.sort(key=lambda row: math.inf if math.isnan(row.mean) else sign * row.mean)
+    return rows
+
+
+def require_equal_budgets(study: Study, trials: Sequence[FrozenTrial]) -> None:
+    """Refuse results that were paid for differently.
+
+    Raises:
+        ValueError: which trials, and what they spent.
+    """
+    budget = study.budget
+    for trial in trials:
+        if trial.state == TrialState.COMPLETE:
+            spent = trial.user_attrs.get(STEPS), trial.user_attrs.get(TOKENS)
+            if spent != (budget.steps, budget.tokens):
+                raise ValueError(
+                    f"expected {budget.steps} steps and {budget.tokens} tokens of every trial (budget), found "
+                    f"{spent[0]} and {spent[1]} of trial {trial.number}: only equal budgets are compared; mend budget, "
+                    "or take the trial out of the storage"
+                )
+
+
+def best_row(study: Study, rows: Sequence[Row]) -> Row | None:
+    """The row with the best mean; None without results."""
+    return _extreme(rows, largest=study.objective.direction == "maximize")
+
+
+def baseline_row(study: Study, rows: Sequence[Row]) -> Row | None:
+    """The row of the study's baseline, or the one with the worst mean; None without results."""
+    if study.baseline is None:
+        return _extreme(rows, largest=study.objective.direction != "maximize")
+    matching = [row for row in rows if row.trials and study.baseline.items() <= row.parameters.items()]
+    return matching[0] if matching else None
+
+
+def _extreme(rows: Sequence[Row], *, largest: bool) -> Row | None:
+    with_results = [row for row in rows if row.trials]
+    if not with_results:
+        return None
+    return max(with_results, key=lambda row: row.mean if largest else -row.mean)
+
+
+def _row(study: Study, trials: Sequence[FrozenTrial]) -> Row:
+    states = [trial.state for trial in trials]
+    parameters: Parameters = {name: trials[0].params[name] for name in study.distributions}
+    published = (
+        [entry.value for entry in study.published.values if entry.point == parameters] if study.published else []
+    )
+    return Row(
+        parameters=parameters,
+        trials=tuple(trial for trial in trials if trial.state == TrialState.COMPLETE),
+        num_pruned=states.count(TrialState.PRUNED),
+        num_failed=states.count(TrialState.FAIL),
+        published=published[0] if published else None,
+    )
+
+
+def _key(parameters: Parameters) -> str:
+    return json.dumps(parameters, sort_keys=True)
+
+
+def value_of(trial: FrozenTrial) -> float:
+    """Of a trial with a result, or its last validation if it was pruned."""
+    assert trial.value is not None
+    return trial.value

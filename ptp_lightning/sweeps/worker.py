@@ -1,0 +1,166 @@
+"""Worker: takes one trial after the other, trains it, and writes down what came of it."""
+
+from __future__ import annotations
+
+import math
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.trial import Trial, TrialState
+
+from ptp_lightning.sweeps.attributes import (
+    ACCURACY,
+    COMMAND,
+    LOG_DIR,
+    METRICS,
+    PREFIX_COUNTS,
+    SECONDS,
+    SEED,
+    STEPS,
+    TOKENS,
+    TRACEBACK,
+    TRAINING_SECONDS,
+)
+from ptp_lightning.sweeps.names import describe, run_name
+from ptp_lightning.sweeps.queue import TrialQueue
+from ptp_lightning.sweeps.study import Overrides, Parameters, Study, short_name
+from ptp_lightning.sweeps.training_run import (
+    Result,
+    TrainingRuns,
+    budget_overrides,
+    fit_arguments,
+    fit_command,
+    logger_overrides,
+    override_arguments,
+)
+from ptp_lightning.sweeps.trial_callbacks import Heartbeat, PruneAtValidation
+
+
+class Worker:
+    """Trains trials of a study in this process.
+
+    Args:
+        study: what is to be trained.
+        queue: its points.
+        base: the base configuration.
+        more: overrides of all trials, from the command line.
+        logs: folder of TensorBoard files.
+        say: is told a line at the beginning and at the end of every trial.
+    """
+
+    def __init__(
+        self, study: Study, queue: TrialQueue, base: str, more: Overrides, logs: Path, say: Callable[[str], None]
+    ) -> None:
+        self.study = study
+        self.queue = queue
+        self.base = base
+        self.more = more
+        self.logs = logs
+        self.say = say
+        self.runs = TrainingRuns()
+
+    def work(self, limit: int | None) -> int:
+        """Train until no point is left, or `limit` trials; returns how many trials there were.
+
+        Raises:
+            KeyboardInterrupt: somebody stopped it; the trial that was running is put back.
+        """
+        done = 0
+        while limit is None or done < limit:
+            trial = self.queue.take()
+            if trial is None:
+                break
+            self._train(trial)
+            done += 1
+        return done
+
+    def arguments(self, parameters: Parameters, seed: int) -> list[str]:
+        """What `fit` is told for a point."""
+        return trial_arguments(self.study, self.base, self.more, parameters, seed)
+
+    def _train(self, trial: Trial) -> None:
+        parameters: Parameters = {
+            name: suggest(trial, name, distribution) for name, distribution in self.study.distributions.items()
+        }
+        seed = trial.user_attrs[SEED]
+        label = describe(parameters, seed)
+        self.say(f"trial {trial.number} starts: {label}")
+        arguments = self.arguments(parameters, seed)
+        run = run_name(trial.number, parameters, seed)
+        trial.set_user_attr(COMMAND, fit_command(arguments))
+        trial.set_user_attr(LOG_DIR, str(self.logs / run))
+        pruning = PruneAtValidation(self.study.metric_of(parameters), trial)
+        hyperparameters = {short_name(name): value for name, value in parameters.items()} | {SEED: seed}
+        try:
+            try:
+                result = self.runs.run(
+                    [*arguments, *override_arguments(logger_overrides(self.logs, run))],
+                    [pruning, Heartbeat(trial)],
+                    hyperparameters,
+                )
+                self.say(f"{self._record(trial, result, pruning)}: {label} ({result.seconds:.0f} s)")
+            except (KeyboardInterrupt, SystemExit) as stop:  # Lightning turns Ctrl-C and SIGTERM into an exit
+                self.queue.give_up(trial, "stopped")
+                self.queue.fill()
+                self.say(f"trial {trial.number} stopped and put back: {label}")
+                raise KeyboardInterrupt from stop
+            except UpdateFinishedTrialError:
+                raise
+            except Exception as error:  # whatever went wrong in one trial, the next one may be right
+                trial.set_user_attr(TRACEBACK, traceback.format_exc())
+                self.queue.stored.tell(trial, state=TrialState.FAIL)
+                self.say(f"trial {trial.number} failed: {label}: {type(error).__name__}: {error}")
+        except UpdateFinishedTrialError:
+            self.say(f"trial {trial.number} was given up by another process, which took it for dead: {label}")
+
+    def _record(self, trial: Trial, result: Result, pruning: PruneAtValidation) -> str:
+        metric = pruning.metric
+        value = result.metrics[metric]
+        if math.isnan(value):
+            raise ValueError(f"expected a number for {metric}, found NaN after {result.steps} steps")
+        for name, entry in (
+            (METRICS, result.metrics),
+            (ACCURACY, result.accuracy_by_position),
+            (PREFIX_COUNTS, result.prefix_counts),
+            (STEPS, result.steps),
+            (TOKENS, result.tokens),
+            (SECONDS, result.seconds),
+            (TRAINING_SECONDS, result.training_seconds),
+        ):
+            trial.set_user_attr(name, entry)
+        if pruning.pruned:
+            self.queue.stored.tell(trial, state=TrialState.PRUNED)
+            ended = f"pruned after {result.steps} steps at {value:.4g}"
+        else:
+            self.queue.stored.tell(trial, value)
+            ended = f"has {metric} {value:.4g}"
+        progress = self.queue.progress()
+        return f"[{progress.ended}/{progress.total}] trial {trial.number} {ended}"
+
+
+def trial_arguments(study: Study, base: str, more: Overrides, parameters: Parameters, seed: int) -> list[str]:
+    """What `fit` is told for a point: the budget and the parameters outrank the command line's overrides."""
+    seeds = dict.fromkeys(study.seed_paths, seed)
+    return fit_arguments(
+        base, study.overrides, more, budget_overrides(study.budget), seeds, study.overrides_of(parameters)
+    )
+
+
+def suggest(trial: Trial, name: str, distribution: BaseDistribution) -> bool | int | float | str | None:
+    """The value of a parameter: what its point says, or what the sampler chooses."""
+    match distribution:
+        case CategoricalDistribution():
+            return trial.suggest_categorical(name, distribution.choices)
+        case IntDistribution():
+            return trial.suggest_int(
+                name, distribution.low, distribution.high, step=distribution.step, log=distribution.log
+            )
+        case FloatDistribution():
+            return trial.suggest_float(
+                name, distribution.low, distribution.high, step=distribution.step, log=distribution.log
+            )
+        case _:
+            raise TypeError(f"expected one of Optuna's distributions for {name}, found {distribution}")

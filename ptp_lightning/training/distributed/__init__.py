@@ -1,0 +1,1 @@
+"""Many devices: strategies, sharding, checkpoint files, and how all processes stop together."""

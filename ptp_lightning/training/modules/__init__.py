@@ -1,0 +1,1 @@
+"""LightningModules: distillation, inverse autoregressive training, and the training of small teachers."""

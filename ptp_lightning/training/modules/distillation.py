@@ -1,0 +1,252 @@
+"""DistillationModule: a teacher's distributions and picks -> a student that predicts whole windows from auxiliaries."""
+
+import math
+from dataclasses import replace
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ptp_lightning.auxiliary import pick
+from ptp_lightning.batch import PackedBatch
+from ptp_lightning.losses import (
+    KullbackLeibler,
+    Loss,
+    LossSum,
+    PositionWeights,
+    SlotTargets,
+    UniformWeights,
+    require_sound,
+)
+from ptp_lightning.metrics import PositionMeans, WindowMetrics, as_tags
+from ptp_lightning.models.config import PredictorConfig
+from ptp_lightning.models.context import Context
+from ptp_lightning.sampling import Sampler, SamplingConfig
+from ptp_lightning.training.modules.best_of import best_of
+from ptp_lightning.training.modules.predictor_module import PredictorModule
+from ptp_lightning.training.modules.right_probability import right_probability
+from ptp_lightning.training.optimization import OptimizerSettings
+from ptp_lightning.training.windows.student_proposals import propose
+from ptp_lightning.training.windows.windows import SLOTS, TeacherWindows, WindowSample, WindowSource
+from ptp_lightning.utils.randomness import keyed_generator
+
+
+class DistillationModule(PredictorModule):
+    """Teach a student's slots what the frozen base model will sample (Algorithm 2 of Draxler et al., ICLR 2026).
+
+    Every step runs the base model over the packed contexts, lets `source` fill the windows, and trains the slots on
+    them. Checkpoints hold the student (the adapter, or the trained copy), the slot encoder and the predictor's
+    configuration, never a frozen weight.
+
+    Args:
+        predictor: the base model and everything that is trained.
+        loss: compares a slot's prediction with the teacher; must be sound for the objective.
+        source: where the windows' tokens come from in training.
+        val_source: the same in validation; the teacher's own samples show what decoding will meet.
+        optimizer: optimiser and schedule.
+        first_pass_loss_weight: of what the slots say before they are refined, against the loss of the refined
+            prediction; without a refiner it has no meaning.
+        num_proposals: M; if there are several, a validation also proposes every window M times, keeps the proposal
+            whose auxiliaries lie closest to the centres of their intervals, and logs
+            `val/correct_tokens_best_of_{M}` (see `ptp_lightning.training.modules.best_of`).
+        seed: of all auxiliaries.
+        position_weights: how much each slot of a window weighs in both losses.
+        val_sampling: further settings to validate, with the same auxiliaries; `predictor.sampling` always is, and its
+            order is theirs. What they give is logged as `val/correct_tokens/temperature_0.50`, see `sampling_label`.
+        activation_checkpointing: compute what decoder layers remember again in the backward pass instead: less memory,
+            more time.
+        compile: run decoder layers through `torch.compile` where gradients are wanted; see `PredictorModule`.
+    """
+
+    def __init__(
+        self,
+        predictor: PredictorConfig,
+        loss: Loss = KullbackLeibler(),  # noqa: B008  frozen
+        source: WindowSource = TeacherWindows(),  # noqa: B008  frozen
+        val_source: WindowSource = TeacherWindows(),  # noqa: B008  frozen
+        optimizer: OptimizerSettings = OptimizerSettings(),  # noqa: B008  frozen
+        first_pass_loss_weight: float = 0.5,
+        num_proposals: int = 1,
+        seed: int = 0,
+        position_weights: PositionWeights = UniformWeights(),  # noqa: B008  frozen
+        val_sampling: tuple[SamplingConfig, ...] = (),
+        activation_checkpointing: bool = False,
+        compile: bool = False,
+    ) -> None:
+        require_sound(loss, predictor.objective.name)
+        if predictor.student.trains_base:
+            raise ValueError(
+                "expected a student beside a frozen teacher, found SharedStudent, which would change the distributions "
+                "it is to learn: set predictor.student to FullCopyStudent or GatedLoraStudent, or train without a "
+                "teacher (InverseAutoregressiveModule)"
+            )
+        super().__init__(predictor, optimizer, activation_checkpointing, compile)
+        self.loss = loss
+        self.source = source
+        self.val_source = val_source
+        if not 0 <= first_pass_loss_weight < math.inf:
+            raise ValueError(f"expected model.init_args.first_pass_loss_weight >= 0, found {first_pass_loss_weight}")
+        self.first_pass_loss_weight = first_pass_loss_weight
+        if num_proposals < 1:
+            raise ValueError(f"expected model.init_args.num_proposals >= 1, found {num_proposals}")
+        self.num_proposals = num_proposals
+        self.seed = seed
+        self.position_weights = position_weights
+        usual = predictor.sampling
+        self.val_sampling = {
+            sampling_label(sampling, usual): replace(sampling, order=usual.order) for sampling in val_sampling
+        }
+        if len(self.val_sampling) < len(val_sampling):
+            raise ValueError(f"expected different settings in model.init_args.val_sampling, found {val_sampling}")
+        self.val_sampling_metrics = nn.ModuleList(WindowMetrics(predictor.window_length) for _ in val_sampling)
+        self.val_metrics = WindowMetrics(predictor.window_length)
+        self.val_divergences = PositionMeans(predictor.window_length)
+        self.best_of_metrics = WindowMetrics(predictor.window_length)
+
+    @property
+    def reads_windows_from_rows(self) -> bool:
+        """Sources that sample may look beyond the end of a row."""
+        return self.source.reads_rows or self.val_source.reads_rows
+
+    def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
+        """Loss in nats per slot, normalised by the weights of the slots of all ranks."""
+        generator = keyed_generator(self.seed, "train", self.global_rank, self.global_step, batch_idx)
+        context = self._encode(batch, self._training_settings(batch_idx))
+        progress = min(1.0, self.global_step / self.trainer.estimated_stepping_batches)
+        # Not keyed by the rank: all choose alike, see `MixtureWindows`.
+        source = self.source.choose(progress, keyed_generator(self.seed, "source", self.global_step, batch_idx))
+        sample = source.sample(self.predictor, batch, context, generator, self.end_of_text)
+        hidden = self.predictor.slot_hidden(context, sample.auxiliaries)
+        prediction = first_pass = self._first_pass_loss(context, hidden, sample)
+        if self.predictor.refiner is not None:
+            prediction = self._refined_loss(context, hidden, sample)
+        # Both losses count the same slots, but weights may depend on what the student says.
+        mean_count, first_pass_count = self._mean_counts(batch, prediction, first_pass)
+        total = prediction.total
+        if self.predictor.refiner is not None:
+            # The ratio is exactly 1 where weights do not depend on the student.
+            total = total + self.first_pass_loss_weight * (first_pass.total * (mean_count / first_pass_count))
+        self.log("train/loss_nats", prediction.total.detach() / mean_count, prog_bar=True)
+        self.log("train/first_pass_loss_nats", first_pass.total.detach() / first_pass_count)
+        return total / mean_count
+
+    def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
+        """Propose every window and compare with the teacher's picks for the same auxiliaries."""
+        self._evaluate(batch, "val", batch_idx)
+
+    def test_step(self, batch: PackedBatch, batch_idx: int) -> None:
+        """As in validation."""
+        self._evaluate(batch, "test", batch_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the tags of the finished validation."""
+        self._log_window_metrics("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the tags of the finished test."""
+        self._log_window_metrics("test")
+
+    def _training_settings(self, batch_idx: int) -> SamplingConfig:
+        """Settings of this batch; every rank and micro-batch draws its own, so that a step averages over several."""
+        config = self.predictor.config
+        if config.sampling_range is None:
+            return config.sampling
+        generator = keyed_generator(self.seed, "sampling", self.global_rank, self.global_step, batch_idx)
+        return config.sampling_range.draw(config.sampling, generator)
+
+    def _first_pass_loss(self, context: Context, hidden: Tensor, sample: WindowSample) -> LossSum:
+        return self._slot_loss(hidden, sample, context.sampling)
+
+    def _refined_loss(self, context: Context, hidden: Tensor, sample: WindowSample) -> LossSum:
+        """Loss of refined slots that are told the tokens which the teacher's distributions follow.
+
+        Of given windows these are the true ones: only windows whose tokens so far are all right can still gain one, so
+        these are the ones to train for. Windows that the student wrote are told as they stand.
+        """
+        pairs = self.predictor.refiner_context(context)
+        refined = self.predictor.refine(context, pairs, hidden, sample.conditioning_ids[..., :-1])
+        return self._slot_loss(refined, sample, context.sampling)
+
+    def _slot_loss(self, hidden: Tensor, sample: WindowSample, sampling: Sampler) -> LossSum:
+        """Loss of the slots' hidden states `[B, N, L - 1, H]`; `sampling` is what their proposals are made with."""
+        mask = sample.mask[..., 1:]
+        flat = sample.target.at(SLOTS).flat()
+        targets = SlotTargets(sample.token_ids[..., 1:].flatten(), flat, mask.flatten().to(torch.float32))
+        measure = right_probability(self.predictor, sample, sampling) if self.position_weights.needs_right else None
+        losses = self.loss.of_slots(hidden.flatten(0, 2), self.predictor.slot_logits, targets, measure)
+        return self.loss.weighted_sum(losses, self.position_weights(mask, losses.measured_on(mask)).flatten())
+
+    def _log_window_metrics(self, stage: str) -> None:
+        more: dict[str, float] = {}
+        if self.predictor.config.objective.predicts_distribution:
+            more |= {f"{stage}/kl/position_{j:02d}": mean for j, mean in self.val_divergences.compute().items()}
+        if self.num_proposals > 1:
+            best_of_several = self.best_of_metrics.compute()
+            if best_of_several.num_windows > 0:
+                tag = f"{stage}/correct_tokens_best_of_{self.num_proposals}"
+                more[tag] = float(best_of_several.correct_tokens)
+        for label, metrics in self._metrics_by_label().items():
+            tags = as_tags(metrics.compute(), stage)
+            names = (f"{stage}/correct_tokens", f"{stage}/correct_tokens_standard_error")
+            more |= {f"{name}/{label}": tags[name] for name in names if name in tags}
+            metrics.reset()
+        self._log_summary(stage, self.val_metrics.compute(), more)
+        for metric in (self.val_metrics, self.val_divergences, self.best_of_metrics):
+            metric.reset()
+
+    def _metrics_by_label(self) -> dict[str, WindowMetrics]:
+        """Of the further settings to validate."""
+        return dict(zip(self.val_sampling, cast("list[WindowMetrics]", self.val_sampling_metrics), strict=True))
+
+    @torch.no_grad()
+    def _evaluate(self, batch: PackedBatch, stage: str, batch_idx: int) -> None:
+        context = self._encode(batch)
+        keys = (self.seed, stage, self.global_rank, batch_idx)
+        generator = keyed_generator(*keys)
+        source = self.val_source.choose(1.0, keyed_generator(self.seed, "source", stage, batch_idx))
+        sample, logits = self._measure(batch, context, source, generator, self.val_metrics)
+        if self.predictor.config.objective.predicts_distribution:
+            target, mask = sample.target.at(SLOTS).flat().now(), sample.mask[..., 1:]
+            divergences = KullbackLeibler().per_slot(logits.flatten(0, -2), sample.token_ids[..., 1:].flatten(), target)
+            positions = torch.arange(1, self.predictor.config.window_length, device=mask.device).expand_as(mask)
+            self.val_divergences.update(divergences.view_as(mask)[mask], positions[mask])
+        if self.num_proposals > 1:
+            chosen = best_of(self.num_proposals, self.predictor, batch, context, generator, self.end_of_text)
+            self.best_of_metrics.update(*chosen)
+        for label, metrics in self._metrics_by_label().items():
+            sampler = self.predictor.sampler(self.val_sampling[label])
+            self._measure(batch, context._replace(sampling=sampler), source, keyed_generator(*keys), metrics)
+
+    def _measure(
+        self,
+        batch: PackedBatch,
+        context: Context,
+        source: WindowSource,
+        generator: torch.Generator,
+        metrics: WindowMetrics,
+    ) -> tuple[WindowSample, Tensor]:
+        """Windows under the settings of the context, and the student's logits `[B, N, L - 1, V]` for them."""
+        sample = source.sample(self.predictor, batch, context, generator, self.end_of_text)
+        # The first token needs no slot: the base model's own distribution is what decoding picks it from.
+        first = sample.teacher.at((..., 0)).now()
+        first_nll = -first.probability_of(sample.token_ids[..., 0]).log()
+        draft = propose(self.predictor, context, sample.auxiliaries, pick(sample.auxiliaries[..., 0], first))
+        logits = self.predictor.slot_logits(draft.hidden).float()
+        nll = F.cross_entropy(logits.flatten(0, -2), sample.token_ids[..., 1:].flatten(), reduction="none")
+        metrics.update(
+            draft.token_ids == sample.token_ids,
+            sample.mask,
+            torch.cat([first_nll.unsqueeze(-1), nll.view_as(logits[..., 0])], dim=-1),
+        )
+        return sample, logits
+
+
+def sampling_label(sampling: SamplingConfig, usual: SamplingConfig) -> str:
+    """A name for settings: the temperature, and what else is not as usual, `temperature_0.50_top_k_20`."""
+    others = [
+        f"_{name}_{getattr(sampling, name)}"
+        for name in ("top_k", "top_p")
+        if getattr(sampling, name) != getattr(usual, name)
+    ]
+    return f"temperature_{sampling.temperature:.2f}" + "".join(others)

@@ -1,0 +1,200 @@
+"""PredictorModule: what every LightningModule that trains a predictor does alike, checks and checkpoints above all."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from lightning.fabric.utilities.warnings import PossibleUserWarning
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+
+from ptp_lightning.batch import PackedBatch
+from ptp_lightning.data.completions.completions import FOLDER_KEY, CompletionSettings
+from ptp_lightning.data.completions.completions_datamodule import CompletionsDataModule
+from ptp_lightning.data.packed_datamodule import PackedDataModule
+from ptp_lightning.metrics import WindowSummary, as_tags
+from ptp_lightning.models.config import PredictorConfig
+from ptp_lightning.models.context import Context
+from ptp_lightning.models.layers.activation_checkpointing import checkpoint_layers
+from ptp_lightning.models.layers.compile import compile_layers
+from ptp_lightning.models.network import PredictorNetwork
+from ptp_lightning.sampling import SamplingConfig
+from ptp_lightning.training.modules.training_module import TrainingModule
+from ptp_lightning.training.optimization import OptimizerSettings, configure
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class PredictorModule(TrainingModule):
+    """A predictor in training.
+
+    Args:
+        predictor: the base model and everything that is trained.
+        optimizer: optimiser and schedule.
+        activation_checkpointing: keep only what decoder layers and refiner read, and compute the rest again in the
+            backward pass: less memory, about a third more time.
+        compile: run decoder layers through `torch.compile` where gradients are wanted, for a GPU that waits for Python:
+            small models, short batches. Needs a C++ compiler and minutes at the start. What reads without gradients,
+            contexts, validation and decoding, stays as it is.
+
+    Attributes:
+        val_summary: of the last validation or test; the callbacks show it.
+        end_of_text: the token id that ends a text, if there is one; known after `setup`.
+    """
+
+    def __init__(
+        self,
+        predictor: PredictorConfig,
+        optimizer: OptimizerSettings,
+        activation_checkpointing: bool = False,
+        compile: bool = False,
+    ) -> None:
+        super().__init__(optimizer)
+        self.strict_loading = False  # frozen weights are not in the checkpoint
+        self.predictor = PredictorNetwork(predictor)
+        self.val_summary: WindowSummary | None = None
+        if compile:  # first, so that what is computed again is compiled, too
+            compile_layers(self.decoder_layers("set model.init_args.compile to false"))
+        if activation_checkpointing:
+            layers = self.decoder_layers("set model.init_args.activation_checkpointing to false")
+            refiner = self.predictor.refiner
+            checkpoint_layers(layers if refiner is None else [*layers, *refiner.layers], self.predictor.gate)
+
+    @property
+    def networks(self) -> list[PreTrainedModel]:
+        """The base model, and the student's copy of it where there is one."""
+        copy = self.predictor.student_copy
+        return [self.predictor.base_model] if copy is None else [self.predictor.base_model, copy]
+
+    @property
+    def reads_windows_from_rows(self) -> bool:
+        """Whether windows hold the rows' own tokens, so that a row must have room for one."""
+        return True
+
+    def setup(self, stage: str) -> None:
+        """Compare data and model before the first step.
+
+        Raises:
+            ValueError: tokenizer, row length or window length do not fit, or completions are another teacher's.
+        """
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        length, limit = self.predictor.config.window_length, self.predictor.max_positions
+        if isinstance(data, CompletionsDataModule):
+            require_own_completions(self.predictor, data.settings)
+        require_known_tokens(self.predictor, data)
+        if self.reads_windows_from_rows and length > data.row_length:
+            raise ValueError(
+                f"expected windows no longer than a row, found predictor.window_length {length} > data.row_length "
+                f"{data.row_length}: lower the first or raise the second"
+            )
+        if limit is not None and data.row_length + length > limit:
+            raise ValueError(
+                f"expected data.row_length + predictor.window_length <= {limit} (the model's positions), found "
+                f"{data.row_length} + {length}: lower data.row_length"
+            )
+        self.end_of_text: int | None = data.end_of_text
+
+    def on_fit_start(self) -> None:
+        """Keep Lightning from warning about the base model, which is in eval mode on purpose."""
+        warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode", category=PossibleUserWarning)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The configured optimiser and schedule over what is trained."""
+        return configure(
+            self.optimizer_settings, self.predictor.named_parameters(), self.trainer.estimated_stepping_batches
+        )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Replace all weights by the trained ones and say what they belong to."""
+        checkpoint["state_dict"] = {
+            f"predictor.{name}": value for name, value in self.predictor.trainable_state().items()
+        }
+        checkpoint["predictor"] = {
+            "config": self.predictor.config.to_dict(),
+            "base_fingerprint": self.predictor.base_fingerprint,
+        }
+        if self.val_summary is not None and self.val_summary.num_windows > 0:
+            checkpoint["predictor"]["prefix_counts"] = self.val_summary.prefix_counts.tolist()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another base model, of other sampling settings or of another adapter.
+
+        Raises:
+            ValueError: what differs, and the key that mends it.
+        """
+        from ptp_lightning.export.checkpoint import require_same_predictor
+
+        require_same_predictor(checkpoint, self.predictor)
+        state: dict[str, Tensor] = checkpoint["state_dict"]
+        self.predictor.require_trainable_state({name.removeprefix("predictor."): state[name] for name in state})
+
+    def _encode(self, batch: PackedBatch, sampling: SamplingConfig | None = None) -> Context:
+        return self.predictor.encode(
+            batch.input_ids, batch.document_ids, batch.position_ids, batch.window_starts, sampling
+        )
+
+    def _log_summary(
+        self, stage: str, summary: WindowSummary, more: Mapping[str, float] = MappingProxyType({})
+    ) -> None:
+        """Keep a summary for the callbacks; log its tags and some more."""
+        self.val_summary = summary
+        tags = as_tags(summary, stage) | dict(more)
+        headline = f"{stage}/correct_tokens"
+        if headline in tags:  # there were windows
+            # The same on every rank; synchronised all the same, so that a checkpoint callback may monitor it.
+            self.log(headline, tags.pop(headline), prog_bar=True, sync_dist=True)
+        self.log_dict(tags, rank_zero_only=True)
+
+
+def require_known_tokens(predictor: PredictorNetwork, data: PackedDataModule) -> None:
+    """Refuse data with token ids that the base model does not have.
+
+    Raises:
+        ValueError: how many there are in both.
+    """
+    vocabulary = predictor.base_model.config.vocab_size
+    if data.vocab_size > vocabulary:
+        raise ValueError(
+            f"expected data of at most {vocabulary} token ids (the model's vocab_size), found {data.vocab_size}: "
+            "data.tokenizer must name the model of predictor.backbone.path (a series needs one id more than it has "
+            "values)"
+        )
+
+
+def require_own_completions(predictor: PredictorNetwork, completions: CompletionSettings) -> None:
+    """Refuse what another teacher wrote, or this one under other sampling settings.
+
+    A base model that is trained itself has no teacher: for it completions are data like any others.
+
+    Raises:
+        ValueError: what differs, and the keys that mend it.
+    """
+    config = predictor.config
+    if config.student.trains_base:
+        return
+    vocabulary = predictor.base_model.config.vocab_size
+    if completions.vocab_size != vocabulary:
+        raise ValueError(
+            f"expected completions of a teacher with {vocabulary} token ids (the model's vocab_size), found "
+            f"{completions.vocab_size} ({completions.teacher_path}): mend {FOLDER_KEY} or predictor.backbone.path"
+        )
+    if completions.teacher != predictor.base_fingerprint:
+        raise ValueError(
+            f"expected completions of the teacher {config.backbone.path} (fingerprint {predictor.base_fingerprint}), "
+            f"found those of {completions.teacher_path} (fingerprint {completions.teacher}): mend {FOLDER_KEY} or "
+            "predictor.backbone.path"
+        )
+    if config.sampling_range is not None:
+        raise ValueError(
+            f"expected completions of every setting in predictor.sampling_range {config.sampling_range}, found those "
+            f"of {completions.sampling} alone: set predictor.sampling_range to null, or mend {FOLDER_KEY}"
+        )
+    if completions.sampling != config.sampling:
+        raise ValueError(
+            f"expected completions that were sampled with {config.sampling}, found {completions.sampling}: mend "
+            f"{FOLDER_KEY} or predictor.sampling"
+        )

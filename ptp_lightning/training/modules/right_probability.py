@@ -1,0 +1,30 @@
+"""The probability that a slot proposes its reference token, measured while the loss holds the slot's logits."""
+
+import torch
+from torch import Tensor
+
+from ptp_lightning.losses import SlotMeasure
+from ptp_lightning.models.network import PredictorNetwork
+from ptp_lightning.sampling import Sampler
+from ptp_lightning.training.windows.windows import SLOTS, WindowSample
+
+
+def right_probability(predictor: PredictorNetwork, sample: WindowSample, sampling: Sampler) -> SlotMeasure:
+    """What `AcceptedLengthWeights` reads: `Objective.right_probability` of slots.
+
+    Args:
+        predictor: what its objective proposes.
+        sample: the windows, whose teacher drew the tokens.
+        sampling: settings of the windows.
+
+    Returns:
+        A measure of slots that are numbered through `[B, N, L - 1]`.
+    """
+    objective = predictor.config.objective
+    tokens, teachers = sample.token_ids[..., 1:], sample.teacher.at(SLOTS)
+
+    def measure(logits: Tensor, slots: Tensor) -> Tensor:
+        index = torch.unravel_index(slots, tokens.shape)
+        return objective.right_probability(logits, tokens[index], teachers.at(index).now(), sampling)
+
+    return measure

@@ -1,0 +1,1 @@
+"""Window sources: which tokens and auxiliaries a training step learns from."""

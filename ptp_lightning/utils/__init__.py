@@ -1,0 +1,1 @@
+"""Utilities that know nothing of the method: files, locks, errors, seeds, pretrained folders."""

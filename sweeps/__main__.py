@@ -1,6 +1,0 @@
-"""python -m sweeps."""
-
-from sweeps.command import main
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,41 @@
+"""Predictors to be written to disk and read again, for tests."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ptp_lightning.models import (
+    BackboneSettings,
+    LoraSettings,
+    PredictorConfig,
+    PredictorNetwork,
+    RefinerSettings,
+)
+from ptp_lightning.sampling import SamplingConfig
+
+SAMPLING = SamplingConfig(temperature=0.7, top_k=5, top_p=0.9, order="vocabulary")
+REFINER = RefinerSettings(num_layers=2, intermediate_size=24, rounds=2)
+
+
+def trained(base: Path | str, **config: Any) -> PredictorNetwork:
+    """Every trained weight is random, so that none can be lost unnoticed."""
+    settings = {"window_length": 4, "lora": LoraSettings(rank=2), "sampling": SAMPLING, "refiner": REFINER} | config
+    predictor = PredictorNetwork(PredictorConfig(BackboneSettings(path=str(base)), **settings)).eval()
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for weight in predictor.trainable_state().values():
+            if weight.is_floating_point():  # not the token order
+                weight.copy_(torch.randn(weight.shape, generator=generator) * 0.2)
+    return predictor
+
+
+@torch.no_grad()
+def slot_logits(predictor: PredictorNetwork) -> Tensor:
+    ids = torch.tensor([[3, 1, 4, 1, 5]])
+    context = predictor.encode(ids, torch.zeros_like(ids), torch.arange(5)[None], torch.tensor([[2, 5]]))
+    auxiliaries = torch.arange(1, 9, dtype=torch.float64).reshape(1, 2, 4) / 10
+    hidden = predictor.slot_hidden(context, auxiliaries)
+    refined = predictor.refine(context, predictor.refiner_context(context), hidden, ids[:, None, :3].expand(1, 2, 3))
+    return predictor.logits(torch.cat([hidden, refined]))

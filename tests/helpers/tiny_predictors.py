@@ -1,0 +1,77 @@
+"""Tiny predictors with random, clearly non-zero adapters, for tests."""
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ptp_lightning.models import (
+    CategoricalObjective,
+    FullCopyStudent,
+    GatedLoraStudent,
+    IndependentObjective,
+    LoraSettings,
+    OneHotObjective,
+    PredictorConfig,
+    PredictorNetwork,
+    RefinerSettings,
+    SequentialObjective,
+    SharedStudent,
+)
+from ptp_lightning.models.slots.objectives import Objective
+from ptp_lightning.models.slots.sampling_range import SamplingRange
+from ptp_lightning.models.students import Student
+from ptp_lightning.sampling import SamplingConfig
+from tests.helpers.tiny_models import TINY_MODELS, cast_weights
+
+OBJECTIVES: dict[str, Objective] = {
+    objective.name: objective
+    for objective in (CategoricalObjective(), OneHotObjective(), IndependentObjective(), SequentialObjective())
+}
+STUDENTS: dict[str, Student] = {
+    student.name: student for student in (GatedLoraStudent(), FullCopyStudent(), SharedStudent())
+}
+
+
+def sharpen(model: PreTrainedModel, factor: float) -> None:
+    """Scale the output head, so that some tokens are likely."""
+    head = model.get_output_embeddings()
+    assert isinstance(head, torch.nn.Linear)
+    head.weight.data.mul_(factor)
+
+
+def tiny_predictor(
+    family: str = "llama",
+    objective: str = "categorical",
+    sampling: SamplingConfig = SamplingConfig(),  # noqa: B008  frozen
+    *,
+    window_length: int = 8,
+    dtype: torch.dtype = torch.float32,
+    sharpness: float = 2.0,
+    student: str = "gated_lora",
+    sampling_range: SamplingRange | None = None,
+    **model: Any,
+) -> PredictorNetwork:
+    """In eval mode; `sharpness` as in `sharpen`; `model` are further arguments of the builder in TINY_MODELS."""
+    backbone = cast_weights(TINY_MODELS[family](**model), dtype)
+    config = PredictorConfig(
+        objective=OBJECTIVES[objective],
+        lora=LoraSettings(rank=4),
+        sampling=sampling,
+        window_length=window_length,
+        refiner=RefinerSettings(num_layers=1, rounds=2, base_layers=1),
+        student=STUDENTS[student],
+        sampling_range=sampling_range,
+    )
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(1)
+        sharpen(backbone, sharpness)
+        predictor = PredictorNetwork(config, backbone)
+        for name, parameter in predictor.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.1)
+            elif name.startswith("student_copy"):
+                parameter += 0.05 * torch.randn_like(parameter)
+            elif ("refiner" in name or "settings" in name) and not parameter.any():
+                parameter.normal_(std=0.2)
+    return predictor.eval()

@@ -1,0 +1,48 @@
+"""Studies of tiny trainings on a Markov chain, for tests."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from optuna.distributions import CategoricalDistribution
+
+from ptp_lightning.sweeps.study import Budget, Study
+
+CONFIG = Path(__file__).parents[2] / "configs" / "markov_categorical.yaml"
+STEPS, TOKENS = 4, 4 * 4 * 2 * 4  # steps, rows, windows, window length
+INDEPENDENT = {"model.init_args.predictor.objective": "ptp_lightning.models.IndependentObjective"}
+UNSOUND = {"model.init_args.loss": "ptp_lightning.losses.BinaryCrossEntropy"}  # found out when it is built
+ENTROPY = "data.init_args.series.init_args.entropy"
+
+
+def plain_study(**changes: Any) -> dict[str, Any]:
+    """What a study's file says: two objectives, one seed, four steps."""
+    return {
+        "title": "tiny",
+        "base": str(CONFIG),
+        "budget": {"steps": STEPS, "tokens": TOKENS, "validations": 2},
+        "overrides": {
+            "trainer.num_sanity_val_steps": 0,
+            "data.init_args.batch_size": 4,
+            "data.init_args.num_windows": 2,
+            "data.init_args.eval_rows": 16,
+            "model.init_args.predictor.backbone.from_config.hidden_size": 16,
+            "model.init_args.predictor.backbone.from_config.intermediate_size": 32,
+        },
+        "variants": {"objective": {"categorical": {}, "independent": INDEPENDENT}},
+    } | changes
+
+
+def write_study(folder: Path, **changes: Any) -> Path:
+    """A study's file."""
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(plain_study(**changes), sort_keys=False))
+    return path
+
+
+def letters(*, seeds: tuple[int, ...] = (0,), **changes: Any) -> Study:
+    """A study of the points a and b that is never trained."""
+    space = (
+        {} if changes.keys() & {"variants", "settings"} else {"settings": {"x": CategoricalDistribution(["a", "b"])}}
+    )
+    return Study(title="letters", base="x.yaml", budget=Budget(4, 8), seeds=list(seeds), **space, **changes)

@@ -1,0 +1,306 @@
+"""Predictors on disk: what comes back is what was written, or one clear error; nothing half-written stays behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from ptp_lightning.export import checkpoint
+from ptp_lightning.export.checkpoint import (
+    ADAPTER_FILE,
+    EXPORTED_FILES,
+    SETTINGS_FILE,
+    SLOT_ENCODER_FILE,
+    load_network,
+    read_predictor,
+    save_network,
+)
+from ptp_lightning.models import (
+    BackboneSettings,
+    BinaryFeatures,
+    CosineFeatures,
+    LoraSettings,
+)
+from ptp_lightning.models.slots.auxiliary_features import AuxiliaryFeatures
+from tests.helpers.stored_predictors import SAMPLING, slot_logits, trained
+from tests.helpers.tiny_models import tiny_gpt2, tiny_llama
+from tests.helpers.tiny_predictors import OBJECTIVES
+
+
+@pytest.fixture(scope="module")
+def other_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Like `base`, with one number changed."""
+    path = tmp_path_factory.mktemp("other_base")
+    model = tiny_llama()
+    with torch.no_grad():
+        model.get_output_embeddings().weight[0, 0] += 1
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def exported(base: Path, tmp_path: Path) -> Path:
+    save_network(trained(base), tmp_path / "export")
+    return tmp_path / "export"
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    """Change entries of predictor.json; None removes one."""
+    about = json.loads((folder / SETTINGS_FILE).read_text()) | changes
+    (folder / SETTINGS_FILE).write_text(json.dumps({key: value for key, value in about.items() if value is not None}))
+
+
+class TestRoundTrip:
+    @pytest.mark.parametrize("features", [CosineFeatures(num_frequencies=3), BinaryFeatures(bits=5)])
+    @pytest.mark.parametrize("objective", OBJECTIVES)
+    def test_everything_comes_back(
+        self, base: Path, tmp_path: Path, objective: str, features: AuxiliaryFeatures
+    ) -> None:
+        head = "linear" if objective == "one_hot" else "mlp"
+        before = trained(base, objective=OBJECTIVES[objective], features=features, head=head)
+        save_network(before, tmp_path / "export")
+        after = load_network(tmp_path / "export")
+        assert after.config == before.config
+        assert after.config.sampling == SAMPLING
+        assert not any(module.training for module in after.modules())
+        assert torch.equal(slot_logits(after), slot_logits(before))
+
+    def test_other_family_and_ranks(self, tmp_path: Path) -> None:
+        tiny_gpt2().save_pretrained(tmp_path / "base")
+        lora = LoraSettings(rank=2, alpha=3.0, target_modules=["c_attn", "c_fc"], rank_pattern={"c_fc": 4})
+        before = trained(tmp_path / "base", lora=lora)
+        save_network(before, tmp_path / "export")
+        assert torch.equal(slot_logits(load_network(tmp_path / "export")), slot_logits(before))
+
+    def test_bfloat16_on_disk_is_float32_in_memory(self, base: Path, tmp_path: Path) -> None:
+        before = trained(base)
+        save_network(before, tmp_path / "export", dtype=torch.bfloat16)
+        after = load_network(tmp_path / "export").trainable_state()
+        for name, weight in before.trainable_state().items():
+            assert weight.dtype == after[name].dtype == torch.float32
+            assert torch.equal(after[name], weight.to(torch.bfloat16).float())
+        for file in (ADAPTER_FILE, SLOT_ENCODER_FILE):
+            assert {weight.dtype for weight in load_file(tmp_path / "export" / file).values()} == {torch.bfloat16}
+
+    def test_in_another_process(self, exported: Path, base: Path) -> None:
+        code = (
+            "import sys, torch; from tests.unit.export.test_checkpoint import *\n"
+            "torch.save(slot_logits(load_network(sys.argv[1])), sys.argv[2])"
+        )
+        file = exported.parent / "logits.pt"
+        subprocess.run([sys.executable, "-c", code, exported, file], check=True, cwd=Path(__file__).parents[3])
+        assert torch.equal(torch.load(file), slot_logits(trained(base)))
+
+    def test_peft_opens_it(self, exported: Path, base: Path) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)  # about keys that are missing or not expected
+            model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(exported))
+        assert model.peft_config["default"].base_model_name_or_path == str(base)
+        found = {name: weight for name, weight in model.state_dict().items() if "lora_" in name}
+        expected = {name: value for name, value in trained(base).language_model.state_dict().items() if "lora_" in name}
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in found)
+
+    def test_no_base_weight_is_written(self, exported: Path) -> None:
+        assert {file.name for file in exported.iterdir()} == set(EXPORTED_FILES)
+        assert all("lora_" in name for name in load_file(exported / ADAPTER_FILE))
+
+    def test_files_are_as_readable_as_any_other(self, exported: Path) -> None:
+        (exported.parent / "usual").write_text("")
+        assert {file.stat().st_mode for file in exported.iterdir()} == {(exported.parent / "usual").stat().st_mode}
+
+    def test_training_numbers(self, base: Path, tmp_path: Path) -> None:
+        training = {"steps": 400, "prefix_counts": [0, 3, 2, 2, 1], "val/correct_tokens": 3.25}
+        save_network(trained(base), tmp_path / "export", training=training)
+        assert read_predictor(tmp_path / "export").training == training
+        assert load_network(tmp_path / "export").prefix_counts == [0, 3, 2, 2, 1]
+        card = (tmp_path / "export" / "README.md").read_text()
+        assert "| Training steps | 400 |\n| `val/correct_tokens` | 3.250 |" in card
+
+    def test_card(self, exported: Path, base: Path) -> None:
+        card = (exported / "README.md").read_text()
+        assert card.startswith(f'---\nlibrary_name: peft\nbase_model: "{base}"\n')
+        assert "temperature 0.7, top-k 5, top-p 0.9, vocabulary order" in card
+        assert "4 tokens, the first exact, 3 from slots" in card
+        assert "| Refiner | 2 layer(s) after the stack, told the draft, 2 round(s) |" in card
+        assert '--ckpt_path "export"' in card
+
+    def test_without_a_path_the_shipped_one(self, exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(checkpoint, "embedded_folder", lambda name: exported.with_name(f"{name} moved"))
+        with pytest.raises(FileNotFoundError, match="an exported folder at .*embedded_adapter moved, found nothing"):
+            load_network()
+        exported.rename(exported.with_name("embedded_adapter moved"))
+        assert load_network().config.window_length == 4
+
+
+class TestBaseModel:
+    def test_another_one_is_refused(self, exported: Path, base: Path, other_base: Path) -> None:
+        moved = BackboneSettings(path=str(other_base))
+        with pytest.raises(ValueError, match=r"another base model at .*other_base.*: mend predictor\.backbone\.path"):
+            load_network(exported, backbone=moved)
+
+    def test_may_move(self, exported: Path, base: Path, tmp_path: Path) -> None:
+        edit(exported, config=trained(base).config.to_dict() | {"backbone": {"path": str(tmp_path / "gone")}})
+        with pytest.raises(FileNotFoundError, match=r"model folder at .*gone, found nothing: mend predictor\.backbone"):
+            load_network(exported)
+        after = load_network(exported, backbone=BackboneSettings(path=str(base)))
+        assert torch.equal(slot_logits(after), slot_logits(trained(base)))
+
+    def test_may_be_rounded(self, exported: Path, base: Path) -> None:
+        after = load_network(exported, backbone=BackboneSettings(path=str(base), dtype="bfloat16"))
+        assert after.base_model.dtype == torch.bfloat16
+        assert {weight.dtype for weight in after.trainable_state().values()} == {torch.float32}
+
+
+class TestBrokenFolder:
+    @pytest.mark.parametrize("kept", [0, 4, 300])
+    @pytest.mark.parametrize("name", [ADAPTER_FILE, SLOT_ENCODER_FILE])
+    def test_corrupt_safetensors(self, exported: Path, name: str, kept: int) -> None:
+        (exported / name).write_bytes((exported / name).read_bytes()[:kept])
+        with pytest.raises(ValueError, match=rf"^ckpt_path=.*{name} cannot be read: [^\n]+$"):
+            load_network(exported)
+
+    @pytest.mark.parametrize("name", [ADAPTER_FILE, SLOT_ENCODER_FILE, SETTINGS_FILE])
+    def test_missing_file(self, exported: Path, name: str) -> None:
+        (exported / name).unlink()
+        with pytest.raises(FileNotFoundError, match=rf"expected {name} in .*, found README\.md.*: mend ckpt_path"):
+            load_network(exported)
+
+    def test_settings_that_are_no_json(self, exported: Path) -> None:
+        (exported / SETTINGS_FILE).write_text("{")
+        with pytest.raises(ValueError, match=rf"ckpt_path=.*{SETTINGS_FILE} cannot be read"):
+            load_network(exported)
+
+    @pytest.mark.parametrize("found", [None, 2])
+    def test_another_format(self, exported: Path, found: int | None) -> None:
+        edit(exported, format_version=found)
+        with pytest.raises(ValueError, match=rf"expected format_version 1 in .*, found {found}"):
+            load_network(exported)
+
+    def test_settings_that_lack_an_entry(self, exported: Path) -> None:
+        edit(exported, base_fingerprint=None)
+        with pytest.raises(ValueError, match="expected base_fingerprint in "):
+            load_network(exported)
+
+    def test_settings_of_no_predictor(self, exported: Path) -> None:
+        edit(exported, config={"window_size": 4})
+        with pytest.raises(ValueError, match=r"export: expected the configuration of a predictor.*window_size"):
+            load_network(exported)
+
+    @pytest.mark.parametrize("name", [ADAPTER_FILE, SLOT_ENCODER_FILE])
+    def test_a_weight_is_missing_or_of_another_shape(self, exported: Path, name: str) -> None:
+        weights = load_file(exported / name)
+        first = min(weights)
+        save_file({key: value for key, value in weights.items() if key != first}, exported / name)
+        with pytest.raises(ValueError, match=r"export: expected the \d+ weights of this predictor, found"):
+            load_network(exported)
+        save_file(weights | {first: torch.zeros(3, 3, 3)}, exported / name)
+        with pytest.raises(ValueError, match=r"export: expected .* of shape .* found \[3, 3, 3\]"):
+            load_network(exported)
+
+
+class TestCheckpointFile:
+    """Files that no run wrote; real ones are in tests/integration/test_export_command.py."""
+
+    @pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 neither"])
+    def test_no_checkpoint(self, tmp_path: Path, content: bytes) -> None:
+        (tmp_path / "last.ckpt").write_bytes(content)
+        with pytest.raises(ValueError, match=r"^ckpt_path=.*last\.ckpt cannot be read: [^\n]*$"):
+            load_network(tmp_path / "last.ckpt")
+
+    def test_nothing_there(self, tmp_path: Path) -> None:
+        with pytest.raises(FileNotFoundError, match=r"at .*last\.ckpt, found nothing: mend ckpt_path"):
+            load_network(tmp_path / "last.ckpt")
+
+    @pytest.mark.parametrize("content", [{"state_dict": {}}, [1, 2], 7])
+    def test_of_another_module(self, tmp_path: Path, content: object) -> None:
+        torch.save(content, tmp_path / "last.ckpt")
+        with pytest.raises(ValueError, match=r"of a distillation run, found that .*last\.ckpt holds no predictor"):
+            load_network(tmp_path / "last.ckpt")
+
+    def test_code_is_not_run(self, tmp_path: Path) -> None:
+        torch.save({"predictor": Payload(tmp_path / "run")}, tmp_path / "last.ckpt")
+        with pytest.raises(ValueError, match=r"last\.ckpt cannot be read"):
+            load_network(tmp_path / "last.ckpt")
+        assert not (tmp_path / "run").exists()
+
+
+class Payload:
+    """What a pickle can do."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = str(file)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (self.file,)
+
+
+class TestWriting:
+    @pytest.mark.parametrize("step", ["_save_adapter", "save_file", "model_card"])
+    def test_failure_leaves_nothing(
+        self, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+    ) -> None:
+        monkeypatch.setattr(checkpoint, step, disk_full)
+        with pytest.raises(OSError, match="disk full"):
+            save_network(trained(base), tmp_path / "export")
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
+    def test_failure_leaves_the_earlier_export(
+        self, exported: Path, base: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+    ) -> None:
+        before = {file.name: file.read_bytes() for file in exported.iterdir()}
+        rename = Path.rename
+
+        def stumble(source: Path, target: Path) -> Path:
+            if source.name == "new":
+                raise error
+            return rename(source, target)
+
+        monkeypatch.setattr(Path, "rename", stumble)
+        with pytest.raises(type(error)):
+            save_network(trained(base, window_length=8), exported, overwrite=True)
+        assert {file.name: file.read_bytes() for file in exported.iterdir()} == before
+        assert list(exported.parent.iterdir()) == [exported]
+
+    def test_overwrite(self, exported: Path, base: Path) -> None:
+        new = trained(base, window_length=8)
+        with pytest.raises(ValueError, match=r"export to be new or empty, found .*mend output or set overwrite"):
+            save_network(new, exported)
+        assert load_network(exported).config.window_length == 4
+        save_network(new, exported, overwrite=True)
+        assert load_network(exported).config == replace(new.config, window_length=8)
+        assert list(exported.parent.iterdir()) == [exported]
+
+    def test_overwrite_deletes_no_foreign_file(self, exported: Path, base: Path) -> None:
+        (exported / "thesis.tex").write_text("years of work")
+        with pytest.raises(ValueError, match=r"expected nothing but an earlier export in .*mend output"):
+            save_network(trained(base), exported, overwrite=True)
+        assert (exported / "thesis.tex").read_text() == "years of work"
+
+    def test_empty_folder_and_missing_parents(self, base: Path, tmp_path: Path) -> None:
+        (tmp_path / "empty").mkdir()
+        for folder in (tmp_path / "empty", tmp_path / "not" / "yet"):
+            save_network(trained(base), folder)
+            assert load_network(folder).config.window_length == 4
+
+    def test_a_file_is_in_the_way(self, base: Path, tmp_path: Path) -> None:
+        (tmp_path / "export").write_text("")
+        with pytest.raises(ValueError, match=r"expected a folder to write to, found the file .*export: mend output"):
+            save_network(trained(base), tmp_path / "export", overwrite=True)
+
+
+def disk_full(*args: object, **kwargs: object) -> None:
+    raise OSError("disk full")

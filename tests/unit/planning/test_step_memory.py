@@ -1,0 +1,154 @@
+"""A step that is measured without memory needs what a real one gets from torch's allocator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from ptp_lightning.batch import PackedBatch
+from ptp_lightning.losses import CrossEntropy, KullbackLeibler
+from ptp_lightning.models.lora.gated_lora import LoraSettings
+from ptp_lightning.models.refiner.refiner import RefinerSettings
+from ptp_lightning.models.slots.objectives import OneHotObjective
+from ptp_lightning.models.students import FullCopyStudent
+from ptp_lightning.planning.command import full_batch
+from ptp_lightning.planning.fake_tensors import building, running
+from ptp_lightning.planning.live_bytes import OTHER
+from ptp_lightning.planning.rank_memory import replicated
+from ptp_lightning.planning.step_memory import StepMemory, measure_step
+from ptp_lightning.sampling import SamplingConfig
+from ptp_lightning.training.modules.distillation import DistillationModule
+from ptp_lightning.training.windows.windows import DatasetWindows
+from tests.helpers.tiny_distillation import make_module
+
+TOLERANCE = 0.05  # kernels may take memory for themselves; to 15 % a plan can be relied on
+NETWORK = {
+    "model_type": "llama",
+    "vocab_size": 2048,
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+SIZES = SimpleNamespace(batch_size=2, row_length=64, num_windows=8)
+SETTINGS: dict[str, dict[str, Any]] = {
+    "activations": {"objective": OneHotObjective(), "loss": CrossEntropy(), "lora": LoraSettings(rank=16)},
+    # Nearly all of it are weights, gradients and the optimiser's states.
+    "weights": {
+        "student": FullCopyStudent(),
+        "window_length": 2,
+        "refiner": RefinerSettings(),
+        "loss": KullbackLeibler(chunk_size=16),
+    },
+    # Nearly all of it are logits: a vocabulary beside which everything else is small.
+    "logits": {
+        "backbone": NETWORK | {"vocab_size": 32768, "hidden_size": 32, "intermediate_size": 32},
+        "source": DatasetWindows(),
+        "sampling": SamplingConfig(),  # under which no token of the data is impossible, and so none masked
+        "refiner": RefinerSettings(),
+    },
+}
+
+
+def make(settings: dict[str, Any]) -> DistillationModule:
+    module = make_module(**({"backbone": NETWORK, "window_length": 8} | settings))
+    module.end_of_text = None
+    return module
+
+
+def measured(settings: dict[str, Any], **options: bool) -> StepMemory:
+    """Without memory."""
+    with building():
+        module = make(settings)
+    with running(module, on_gpu=False):
+        return measure_step(module, full_batch(SIZES), **options)
+
+
+def allocated(work: Callable[[], None]) -> int:
+    """The most that torch's allocator has given out at a time, as the profiler records it."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        work()
+    assert record.profiler is not None
+    events: list[Any] = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
+@pytest.fixture
+def with_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the steps of a module ask their trainer."""
+    trainer: Any = SimpleNamespace(
+        estimated_stepping_batches=2, strategy=SimpleNamespace(reduce=lambda tensor, reduce_op: tensor)
+    )
+    entries = {"trainer": trainer, "global_step": 0, "global_rank": 0, "log": lambda *args, **options: None}
+    for name, entry in entries.items():
+        monkeypatch.setattr(DistillationModule, name, entry)
+
+
+def real_batch() -> PackedBatch:
+    batch = full_batch(SIZES)
+    return batch._replace(input_ids=torch.randint(2048, batch.input_ids.shape))
+
+
+def real_steps(module: DistillationModule, *, accumulates: bool = False) -> Callable[[], None]:
+    """Two optimiser steps in Lightning's order: gradients are removed between the forward and the backward pass.
+
+    To accumulate, they are not removed.
+    """
+    batch = real_batch()
+    optimizer: Any = module.configure_optimizers()
+
+    def work() -> None:
+        for _ in range(2):
+            loss = module.training_step(batch, 0)
+            if not accumulates:
+                optimizer["optimizer"].zero_grad()
+            loss.backward()
+            del loss
+            optimizer["optimizer"].step()
+
+    return work
+
+
+@pytest.mark.usefixtures("with_trainer")
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_the_estimate_is_what_a_real_step_takes(settings: dict[str, Any]) -> None:
+    expected = replicated(measured(settings), 1).total
+    module = make(settings)
+    weights = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+    found = weights + allocated(real_steps(module))
+    assert expected == pytest.approx(found, rel=TOLERANCE)
+
+
+@pytest.mark.usefixtures("with_trainer")
+def test_gradients_that_are_added_up_stay_in_the_backward_pass() -> None:
+    settings = SETTINGS["weights"] | {"loss": KullbackLeibler(), "window_length": 4}
+    one, several = (measured(settings, accumulates=accumulates) for accumulates in (False, True))
+    assert one.peaks["backward"].total() < several.peaks["backward"].total()
+    module = make(settings)
+    weights = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+    found = weights + allocated(real_steps(module, accumulates=True))
+    assert replicated(several, 1).total == pytest.approx(found, rel=TOLERANCE)
+
+
+@pytest.mark.usefixtures("with_trainer")
+def test_so_is_that_of_a_validation() -> None:
+    settings = SETTINGS["activations"] | {"refiner": RefinerSettings(num_layers=1, rounds=1)}
+    expected = measured(settings, validates=True).peaks["validation"][OTHER]
+    module, batch = make(settings).eval(), real_batch()
+
+    @torch.no_grad()
+    def validate() -> None:
+        module.validation_step(batch, 0)
+
+    assert expected == pytest.approx(allocated(validate), rel=TOLERANCE)
