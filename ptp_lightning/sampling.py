@@ -184,7 +184,7 @@ class SamplingConfig:
         """Settings for student logits: they were trained on `target`, so the temperature must not act again."""
         return replace(self, temperature=1.0 if self.temperature > 0 else 0.0)
 
-    def told(self, auxiliaries: Tensor) -> Tensor:
+    def slot_auxiliaries(self, auxiliaries: Tensor) -> Tensor:
         """What slots are told of `auxiliaries`: greedy decoding ignores u, so one that names a likely token."""
         if self.temperature > 0:
             return auxiliaries
@@ -192,31 +192,31 @@ class SamplingConfig:
         return torch.full_like(auxiliaries, 0.0 if self.order == "descending" else 0.5)
 
     def with_target(
-        self, logits: Tensor, token_places: Tensor | None = None
+        self, logits: Tensor, token_ranks: Tensor | None = None
     ) -> tuple[TokenDistribution, TokenDistribution]:
         """`distribution(...)` and `target().distribution(...)` of the same arguments, ranking the tokens once."""
         if self.top_p == 1 or self.temperature == 0:
-            distribution = self.distribution(logits, token_places)
+            distribution = self.distribution(logits, token_ranks)
             return distribution, distribution
         scores, token_ids = self._candidates(logits, _peak(logits))
         return (
-            self._listed(self._keep_top_p(scores), token_ids, logits, token_places),
-            self._listed(scores, token_ids, logits, token_places),
+            self._listed(self._keep_top_p(scores), token_ids, logits, token_ranks),
+            self._listed(scores, token_ids, logits, token_ranks),
         )
 
-    def distribution(self, logits: Tensor, token_places: Tensor | None = None) -> TokenDistribution:
+    def distribution(self, logits: Tensor, token_ranks: Tensor | None = None) -> TokenDistribution:
         """The distribution to sample from, in float32 (float64 for float64 logits); differentiable in the logits.
 
         Args:
             logits: `[..., V]`, any float dtype; -inf is a token of probability zero.
-            token_places: `[V]` int64, the place of each token in the order "embedding"; the other orders need none.
+            token_ranks: `[V]` int64, the place of each token in the order "embedding"; the other orders need none.
 
         Returns:
             Candidates `[..., K]`, K = min(top_k, V), or K = 1 if greedy. In vocabulary order with K = V,
             `token_ids` is None.
 
         Raises:
-            ValueError: if a row holds NaN or +inf, or nothing but -inf; if the order needs `token_places` of V tokens.
+            ValueError: if a row holds NaN or +inf, or nothing but -inf; if the order needs `token_ranks` of V tokens.
         """
         peak = _peak(logits)
         if self.temperature == 0:
@@ -226,10 +226,10 @@ class SamplingConfig:
             probabilities = self._scores(logits, peak).softmax(-1)
             if self.order == "vocabulary":
                 return TokenDistribution(probabilities)
-            token_ids = self._required(token_places, logits).argsort()
+            token_ids = self._required(token_ranks, logits).argsort()
             return TokenDistribution(probabilities[..., token_ids], token_ids.expand(logits.shape))
         scores, token_ids = self._candidates(logits, peak)
-        return self._listed(self._keep_top_p(scores), token_ids, logits, token_places)
+        return self._listed(self._keep_top_p(scores), token_ids, logits, token_ranks)
 
     def _num_candidates(self, logits: Tensor) -> int:
         return min(self.top_k or logits.shape[-1], logits.shape[-1])
@@ -240,7 +240,7 @@ class SamplingConfig:
         return self._scores(logits.gather(-1, token_ids), peak), token_ids
 
     def _listed(
-        self, scores: Tensor, token_ids: Tensor, logits: Tensor, token_places: Tensor | None
+        self, scores: Tensor, token_ids: Tensor, logits: Tensor, token_ranks: Tensor | None
     ) -> TokenDistribution:
         """Scores and ids `[..., K]` in rank order, as a distribution in the configured order."""
         probabilities = scores.softmax(-1)
@@ -250,17 +250,17 @@ class SamplingConfig:
             token_ids, in_order = token_ids.sort(-1)
             implied = token_ids.shape[-1] == logits.shape[-1]
             return TokenDistribution(probabilities.gather(-1, in_order), None if implied else token_ids)
-        in_order = self._required(token_places, logits)[token_ids].argsort(-1)
+        in_order = self._required(token_ranks, logits)[token_ids].argsort(-1)
         return TokenDistribution(probabilities.gather(-1, in_order), token_ids.gather(-1, in_order))
 
-    def _required(self, token_places: Tensor | None, logits: Tensor) -> Tensor:
-        if token_places is None or token_places.shape != logits.shape[-1:]:
-            found = "none" if token_places is None else f"{len(token_places)} places"
+    def _required(self, token_ranks: Tensor | None, logits: Tensor) -> Tensor:
+        if token_ranks is None or token_ranks.shape != logits.shape[-1:]:
+            found = "none" if token_ranks is None else f"{len(token_ranks)} places"
             raise ValueError(
                 f"order {self.order!r} needs the places of {logits.shape[-1]} tokens, found {found}: take the sampler "
                 "of a predictor that was trained with predictor.sampling.order: embedding"
             )
-        return token_places
+        return token_ranks
 
     def _scores(self, logits: Tensor, peak: Tensor) -> Tensor:
         # Subtracting the peak first keeps a low temperature from overflowing.
@@ -282,11 +282,11 @@ class Sampler:
 
     Args:
         settings: how logits become a distribution.
-        token_places: `[V]` int64, the place of each token; None where the order needs none.
+        token_ranks: `[V]` int64, the place of each token; None where the order needs none.
     """
 
     settings: SamplingConfig
-    token_places: Tensor | None = None
+    token_ranks: Tensor | None = None
 
     def proposal(self) -> Sampler:
         """For student logits, see `SamplingConfig.proposal`."""
@@ -294,11 +294,11 @@ class Sampler:
 
     def distribution(self, logits: Tensor) -> TokenDistribution:
         """See `SamplingConfig.distribution`."""
-        return self.settings.distribution(logits, self.token_places)
+        return self.settings.distribution(logits, self.token_ranks)
 
     def with_target(self, logits: Tensor) -> tuple[TokenDistribution, TokenDistribution]:
         """See `SamplingConfig.with_target`."""
-        return self.settings.with_target(logits, self.token_places)
+        return self.settings.with_target(logits, self.token_ranks)
 
 
 def _peak(logits: Tensor) -> Tensor:

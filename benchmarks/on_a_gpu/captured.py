@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache
 
 from ptp_lightning.auxiliary import pick
 from ptp_lightning.decoding import GenerationSettings, StudentProposer
-from ptp_lightning.decoding.batch_invariance import steady
+from ptp_lightning.decoding.batch_invariance import batch_invariant
 from ptp_lightning.decoding.lookahead import Lookahead, place
 from ptp_lightning.decoding.ragged_cache import LayerWithRoom
 from ptp_lightning.models import PredictorNetwork
@@ -102,7 +102,7 @@ class CapturedDecoder:
 
     def call(self) -> None:
         """One call, of the same operations each time: verify, look ahead, commit, propose."""
-        with steady(self._predictor.base_model):
+        with batch_invariant(self._predictor.base_model):
             self._call()
 
     def _call(self) -> None:
@@ -111,11 +111,11 @@ class CapturedDecoder:
         self._cache.columns = self._length + torch.arange(len(self._own), device=self._length.device)
         if self._lookahead is None:
             with predictor.gate.closed():
-                hidden = predictor.decode(embeddings, position_ids, mask, self._cache)
+                hidden = predictor.run_decoder(embeddings, position_ids, mask, self._cache)
         else:
             slots = self._slot_embeddings(self._lookahead).to(embeddings.dtype)
             with predictor.gate.open(suffix=self._num_slots):
-                hidden = predictor.decode(torch.cat([embeddings, slots], dim=1), position_ids, mask, self._cache)
+                hidden = predictor.run_decoder(torch.cat([embeddings, slots], dim=1), position_ids, mask, self._cache)
         distribution = self._sampling.distribution(predictor.logits(hidden[:, :num_read]))
         picks = pick(self._of_new_tokens(self._start, num_read), distribution)
         correct = (self._tokens[:, 1:] == picks[:, :-1]).cumprod(dim=1).sum(dim=1, keepdim=True)
@@ -132,8 +132,8 @@ class CapturedDecoder:
         self._cache.columns = torch.arange(len(prompt), device=device)
         position_ids, own = place([0], len(prompt), None, device)
         mask = pad(own, (0, self._cache.capacity - len(prompt)), value=False)
-        with predictor.gate.closed(), steady(predictor.base_model):
-            hidden = predictor.decode(predictor.embed(token_ids), position_ids, mask, self._cache)
+        with predictor.gate.closed(), batch_invariant(predictor.base_model):
+            hidden = predictor.run_decoder(predictor.embed(token_ids), position_ids, mask, self._cache)
             distribution = self._sampling.distribution(predictor.logits(hidden[:, -1:]))
         self._length.fill_(len(prompt))
         self._start.fill_(1)

@@ -100,7 +100,7 @@ class TextFiles(Corpus):
             raise ValueError("expected at least one file or folder, found an empty list: set data.corpus.paths")
         for path in self.paths:
             if not Path(path).exists():
-                raise FileNotFoundError(f"expected a file or folder at {path}, found nothing: mend data.corpus.paths")
+                raise FileNotFoundError(f"expected a file or folder at {path}, found nothing: set data.corpus.paths")
 
     def documents(self, split: Split) -> Iterator[Document]:
         """Yield the files' texts of `split`, in the order given and sorted inside folders.
@@ -118,7 +118,7 @@ class TextFiles(Corpus):
                 try:
                     text = path.read_text(encoding="utf-8")
                 except UnicodeDecodeError as error:
-                    raise ValueError(f"expected UTF-8 text in {path}, found {error}: mend data.corpus.paths") from error
+                    raise ValueError(f"expected UTF-8 text in {path}, found {error}: set data.corpus.paths") from error
                 if self.held_out == "lines":
                     lines = text.splitlines(keepends=True)
                     val, test = (len(lines) * buckets.start // 100 for buckets in (VAL_BUCKETS, TEST_BUCKETS))

@@ -118,7 +118,7 @@ class CorpusDataModule(TextDataModule):
         if not any(document.text for document in documents):
             raise ValueError(
                 f"expected text in the {split} split of {self.corpus}, found {len(documents)} documents without any: "
-                "mend data.corpus (with few files, held_out: lines splits inside each file)"
+                "set data.corpus (with few files, held_out: lines splits inside each file)"
             )
         return documents
 

@@ -128,7 +128,7 @@ def draw_window_starts(eligible: Tensor, num_windows: int, generator: torch.Gene
     if not bool(eligible.any(dim=1).all()):
         raise ValueError(
             "expected at least one token with a context before it in every row, found a row without: the corpus holds "
-            "no document of two or more tokens, or a completion_mask is empty; mend data.corpus"
+            "no document of two or more tokens, or a completion_mask is empty; set data.corpus"
         )
     keys = torch.rand(eligible.shape, generator=generator).masked_fill(~eligible, 2.0)
     order = keys.argsort(dim=1)

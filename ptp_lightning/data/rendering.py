@@ -127,7 +127,7 @@ class Chat(Rendering):
             ):
                 raise BadRowError(
                     f"expected messages with {self.role!r} and {self.content!r} in column {self.column!r}, found "
-                    f"{message!r:.80}: mend role and content of ptp_lightning.data.Chat"
+                    f"{message!r:.80}: set role and content of ptp_lightning.data.Chat"
                 )
             speaker, words = str(message[self.role]), str(message[self.content])
             messages.append({"role": (ROLES | self.roles).get(speaker, speaker), "content": words})
@@ -183,7 +183,7 @@ def value_at(row: Mapping[str, Any], way: str) -> Any:
             found = found[int(step)]
         else:
             there = sorted(found) if isinstance(found, Mapping) else f"{type(found).__name__} {found!r:.40}"
-            raise BadRowError(f"expected a column {way!r}, found no {step!r} in {there}: mend the column in data.parts")
+            raise BadRowError(f"expected a column {way!r}, found no {step!r} in {there}: set the column in data.parts")
     return found
 
 

@@ -9,7 +9,7 @@ import torch
 from ptp_lightning.auxiliary import pick
 from ptp_lightning.decoding.generation import Decoded, GenerationSettings, OnTokens
 from ptp_lightning.decoding.state import begin, columns_from
-from ptp_lightning.decoding.timing import Laps
+from ptp_lightning.decoding.timing import PhaseTimer
 from ptp_lightning.models.network import PredictorNetwork
 
 
@@ -19,7 +19,7 @@ def decode_autoregressively(
     prompts: Sequence[Sequence[int]],
     settings: GenerationSettings,
     on_tokens: OnTokens | None = None,
-    laps: Laps | None = None,
+    timer: PhaseTimer | None = None,
 ) -> list[Decoded]:
     """Sample t_k = Pick(u_k, Q_k), Q_k the base model's distribution given everything before.
 
@@ -28,25 +28,25 @@ def decode_autoregressively(
         prompts: B lists of token ids.
         settings: `window_length` has no meaning here.
         on_tokens: is called with each new token.
-        laps: is told when a phase ends.
+        timer: is told when a phase ends.
 
     Raises:
         ValueError: a prompt is empty, or too long for `max_new_tokens` more.
     """
-    context, texts, unread, counts = begin(predictor, prompts, settings, on_tokens, laps)
+    context, texts, unread, counts = begin(predictor, prompts, settings, on_tokens, timer)
     while texts.rows:
         hidden, _ = context.read(unread)
         context.keep(counts)
-        context.laps.lap("forward")
+        context.timer.mark("forward")
         last = columns_from(hidden, [count - 1 for count in counts], 1)
         unread = pick(context.auxiliaries(texts.starts, 1), context.sampling.distribution(context.logits(last)))
         picks = unread.tolist()
-        context.laps.lap("verifying")
+        context.timer.mark("verifying")
         texts.commit(picks, num_calls=1)
         staying = texts.drop_finished()
         if staying:
             context.select(staying)
             unread = unread[staying]
         counts = [1] * len(texts.rows)
-        context.laps.lap("bookkeeping")
+        context.timer.mark("bookkeeping")
     return texts.decoded()

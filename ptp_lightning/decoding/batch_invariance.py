@@ -31,8 +31,8 @@ ROWS_OF_PRODUCT = 64
 
 
 @contextmanager
-def steady(model: PreTrainedModel) -> Iterator[None]:
-    """Inside the block, calls of a 16-bit model are steady. Other models stay as they are.
+def batch_invariant(model: PreTrainedModel) -> Iterator[None]:
+    """Inside the block, calls of a 16-bit model are batch_invariant. Other models stay as they are.
 
     Args:
         model: or what belongs to it, its head for instance, runs in the block.
@@ -45,7 +45,7 @@ def steady(model: PreTrainedModel) -> Iterator[None]:
     before = config._attn_implementation
     config._attn_implementation = NAME
     try:
-        with _SteadyRows() if _products_depend_on_rows(model.device) else nullcontext():
+        with _BatchInvariantRows() if _products_depend_on_rows(model.device) else nullcontext():
             yield
     finally:
         config._attn_implementation = before
@@ -55,7 +55,7 @@ def _products_depend_on_rows(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-class _SteadyRows(TorchFunctionMode):
+class _BatchInvariantRows(TorchFunctionMode):
     """Products of matrices with a fixed number of rows, and means in float64, whoever asks for them."""
 
     def __torch_function__(
@@ -65,7 +65,7 @@ class _SteadyRows(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        return _STEADY.get(func, func)(*args, **(kwargs or {}))
+        return _BATCH_INVARIANT.get(func, func)(*args, **(kwargs or {}))
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -90,7 +90,7 @@ def _mean(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return input.double().mean(*args, **kwargs).to(input.dtype)
 
 
-_STEADY: dict[Callable[..., Any], Callable[..., Any]] = {
+_BATCH_INVARIANT: dict[Callable[..., Any], Callable[..., Any]] = {
     F.linear: _linear,
     torch.addmm: _addmm,
     torch.mean: _mean,

@@ -163,13 +163,13 @@ def _prompts(prompt: str | None, file: str | None) -> list[str]:
         return [prompt]
     path = Path(str(file)).expanduser()
     if not path.is_file():
-        raise FileNotFoundError(f"expected a file with one prompt per line at {path}, found none: mend --prompts")
+        raise FileNotFoundError(f"expected a file with one prompt per line at {path}, found none: set --prompts")
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"expected UTF-8 text in {path}, found {error}: mend --prompts") from error
+        raise ValueError(f"expected UTF-8 text in {path}, found {error}: set --prompts") from error
     if not text:
-        raise ValueError(f"expected one prompt per line in {path}, found an empty file: mend --prompts")
+        raise ValueError(f"expected one prompt per line in {path}, found an empty file: set --prompts")
     return text.removesuffix("\n").split("\n")
 
 

@@ -70,4 +70,4 @@ def propose(context: BatchContext, proposer: Proposer, first: Tensor, slots: Ten
         return proposer(predictor.slot_logits(context.refine(slots, token_ids)), auxiliaries, proposed)
 
     draft = torch.cat([first, proposer(predictor.slot_logits(slots), auxiliaries, proposed)], dim=1)
-    return refine_draft(draft, predictor.refinement_rounds, propose_again)
+    return refine_draft(draft, predictor.num_refinement_steps, propose_again)

@@ -60,7 +60,7 @@ class GenerationSettings:
         """
         seeds = (self.seed,) * num_texts if isinstance(self.seed, int) else self.seed
         if len(seeds) != num_texts:
-            raise ValueError(f"expected a seed, or one for each of {num_texts} prompts, found {len(seeds)}: mend seed")
+            raise ValueError(f"expected a seed, or one for each of {num_texts} prompts, found {len(seeds)}: set seed")
         shape = (self.max_new_tokens,)
         return torch.stack([draw_auxiliaries(shape, keyed_generator(seed, "generate"), device) for seed in seeds])
 
@@ -216,7 +216,7 @@ def require_prompts(
         ValueError: names what to change.
     """
     if not prompts:
-        raise ValueError("expected at least one prompt, found none: mend prompts")
+        raise ValueError("expected at least one prompt, found none: set prompts")
     for prompt in prompts:
         require_room(predictor, len(prompt), settings)
 
@@ -228,7 +228,7 @@ def require_room(predictor: PredictorNetwork, prompt_length: int, settings: Gene
         ValueError: names what to change.
     """
     if prompt_length == 0:
-        raise ValueError("expected a prompt of at least one token, found an empty one: mend prompt")
+        raise ValueError("expected a prompt of at least one token, found an empty one: set prompt")
     limit = predictor.max_positions
     if limit is not None and prompt_length + settings.max_new_tokens > limit:
         raise ValueError(

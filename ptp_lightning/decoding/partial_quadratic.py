@@ -16,7 +16,7 @@ from ptp_lightning.decoding.generation import Decoded, GenerationSettings, OnTok
 from ptp_lightning.decoding.lookahead import Lookahead
 from ptp_lightning.decoding.slot_allocation import CorrectLengths, allocate
 from ptp_lightning.decoding.state import begin, columns_from
-from ptp_lightning.decoding.timing import Laps
+from ptp_lightning.decoding.timing import PhaseTimer
 from ptp_lightning.models.network import PredictorNetwork
 
 
@@ -28,7 +28,7 @@ def decode_partially_quadratically(
     on_tokens: OnTokens | None = None,
     proposer: Proposer | None = None,
     lengths: CorrectLengths | None = None,
-    laps: Laps | None = None,
+    timer: PhaseTimer | None = None,
 ) -> list[Decoded]:
     """Calls that each commit `correct + 1` tokens: the right part of the draft, and the base model's pick after it.
 
@@ -45,12 +45,12 @@ def decode_partially_quadratically(
         proposer: makes the drafts; by default the predictor.
         lengths: how long drafts are right, which decides how slots are divided and never changes the text; by default
             what the predictor's validation says.
-        laps: is told when a phase ends.
+        timer: is told when a phase ends.
 
     Raises:
         ValueError: a prompt is empty, or too long for `max_new_tokens` more.
     """
-    context, texts, known, counts = begin(predictor, prompts, settings, on_tokens, laps)
+    context, texts, known, counts = begin(predictor, prompts, settings, on_tokens, timer)
     longest = settings.window_length - 1
     if lengths is None:
         lengths = CorrectLengths.of_validation(predictor.prefix_counts, longest)
@@ -70,7 +70,7 @@ def decode_partially_quadratically(
         hidden, slots = context.read(
             torch.cat([known, drafts], dim=1), Lookahead.branches(counts, branches, context.device)
         )
-        context.laps.lap("forward")
+        context.timer.mark("forward")
         verified = columns_from(hidden, [count - 1 for count in counts], drafts.shape[1] + 1)
         distribution = context.sampling.distribution(context.logits(verified))
         picks = pick(context.auxiliaries(starts, drafts.shape[1] + 1), distribution)
@@ -80,7 +80,7 @@ def decode_partially_quadratically(
 
         # Commit. This is the call's one wait for the device.
         found = torch.cat([correct, picks], dim=1).tolist()
-        context.laps.lap("verifying")
+        context.timer.mark("verifying")
         num_correct = [row[0] for row in found]
         context.keep([count + k for count, k in zip(counts, num_correct, strict=True)])
         known = picks.gather(1, correct)
@@ -99,12 +99,12 @@ def decode_partially_quadratically(
             context.select(staying)
             known, slots = known[staying], slots[staying]
             first_slots, draft_lengths = ([old[place] for place in staying] for old in (first_slots, draft_lengths))
-        context.laps.lap("bookkeeping")
+        context.timer.mark("bookkeeping")
         if texts.rows:
             counts = [1] * len(texts.rows)
             ahead = columns_from(slots, first_slots, max(draft_lengths))
             drafts = propose(context, proposer, known, ahead, [start - 1 for start in texts.starts])[:, 1:]
-            context.laps.lap("proposing")
+            context.timer.mark("proposing")
     return texts.decoded()
 
 

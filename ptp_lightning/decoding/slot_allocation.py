@@ -34,7 +34,7 @@ class CorrectLengths:
         steps = np.diff([1.0, *self.survival, 0.0])
         if not self.survival or not (steps <= 0).all():
             raise ValueError(
-                f"expected probabilities that never rise, between 1 and 0, found {list(self.survival)}: mend survival"
+                f"expected probabilities that never rise, between 1 and 0, found {list(self.survival)}: set survival"
             )
 
     @classmethod

@@ -15,7 +15,7 @@ from ptp_lightning.decoding.drafting import Proposer, StudentProposer, propose
 from ptp_lightning.decoding.generation import Decoded, GenerationSettings, OnTokens
 from ptp_lightning.decoding.lookahead import Lookahead
 from ptp_lightning.decoding.state import begin, columns_from
-from ptp_lightning.decoding.timing import Laps
+from ptp_lightning.decoding.timing import PhaseTimer
 from ptp_lightning.models.network import PredictorNetwork
 
 
@@ -26,7 +26,7 @@ def decode_speculatively(
     settings: GenerationSettings,
     on_tokens: OnTokens | None = None,
     proposer: Proposer | None = None,
-    laps: Laps | None = None,
+    timer: PhaseTimer | None = None,
 ) -> list[Decoded]:
     """Cycles of two calls, or three with a student's copy, that commit `accepted = correct + 1` tokens.
 
@@ -46,12 +46,12 @@ def decode_speculatively(
         settings: sampling settings other than the predictor's own cost correct tokens, not exactness.
         on_tokens: is called once a cycle with the committed tokens of each text.
         proposer: makes the drafts; by default the predictor.
-        laps: is told when a phase ends.
+        timer: is told when a phase ends.
 
     Raises:
         ValueError: a prompt is empty, or too long for `max_new_tokens` more.
     """
-    context, texts, unread, counts = begin(predictor, prompts, settings, on_tokens, laps)
+    context, texts, unread, counts = begin(predictor, prompts, settings, on_tokens, timer)
     if proposer is None:
         proposer = StudentProposer(predictor.config.objective, context.sampling)
     while texts.rows:
@@ -61,7 +61,7 @@ def decode_speculatively(
         # Propose.
         hidden, slots = context.read(unread, Lookahead.single(counts, length - 1, context.device))
         context.keep(counts)
-        context.laps.lap("forward")
+        context.timer.mark("forward")
         last = columns_from(hidden, [count - 1 for count in counts], 1)
         first = pick(context.auxiliaries(starts, 1), context.sampling.distribution(context.logits(last)))
         if max(texts.remaining) == 1:
@@ -69,18 +69,18 @@ def decode_speculatively(
             texts.commit(first.tolist(), context.num_calls - calls_before, correct=single, drafted=single)
             break
         draft = propose(context, proposer, first, slots, starts)
-        context.laps.lap("proposing")
+        context.timer.mark("proposing")
 
         # Verify: picks[:, j] is what the base model says after draft[:, j].
         hidden, _ = context.read(draft)
-        context.laps.lap("forward")
+        context.timer.mark("forward")
         distribution = context.sampling.distribution(context.logits(hidden))
         picks = pick(context.auxiliaries([start + 1 for start in starts], length), distribution)
         correct = 1 + (draft[:, 1:] == picks[:, :-1]).cumprod(dim=1).sum(dim=1, keepdim=True)
 
         # Commit. The correct part of the draft is picks shifted by one. This is the cycle's one wait for the device.
         found = torch.cat([correct, first, picks], dim=1).tolist()
-        context.laps.lap("verifying")
+        context.timer.mark("verifying")
         num_correct = [row[0] for row in found]
         context.keep(num_correct)
         texts.commit(
@@ -95,5 +95,5 @@ def decode_speculatively(
             context.select(staying)
             unread = unread[staying]
         counts = [1] * len(texts.rows)
-        context.laps.lap("bookkeeping")
+        context.timer.mark("bookkeeping")
     return texts.decoded()

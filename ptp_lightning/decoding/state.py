@@ -9,12 +9,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
-from ptp_lightning.decoding.batch_invariance import steady
+from ptp_lightning.decoding.batch_invariance import batch_invariant
 from ptp_lightning.decoding.generation import GenerationSettings, OnTokens, VerifiedTexts, require_prompts
 from ptp_lightning.decoding.lookahead import Lookahead, place
 from ptp_lightning.decoding.packed_linear import pack_linear_layers
 from ptp_lightning.decoding.ragged_cache import RaggedCache
-from ptp_lightning.decoding.timing import Laps
+from ptp_lightning.decoding.timing import PhaseTimer
 from ptp_lightning.models.network import PredictorNetwork
 from ptp_lightning.models.refiner.refiner import RefinerContext
 
@@ -29,11 +29,11 @@ class BatchContext:
         predictor: the network.
         settings: sampling and auxiliaries of the texts.
         prompt_lengths: of the rows, whose tokens are still to be read.
-        laps: is told when a phase ends.
+        timer: is told when a phase ends.
 
     Attributes:
         sampling: the same, with the predictor's token order.
-        laps: the stopwatch.
+        timer: the stopwatch.
         num_calls: forward passes so far, those of a student's copy included.
     """
 
@@ -42,11 +42,11 @@ class BatchContext:
         predictor: PredictorNetwork,
         settings: GenerationSettings,
         prompt_lengths: Sequence[int],
-        laps: Laps | None = None,
+        timer: PhaseTimer | None = None,
     ) -> None:
         pack_linear_layers(predictor)
         self.predictor = predictor
-        self.laps = Laps() if laps is None else laps
+        self.timer = PhaseTimer() if timer is None else timer
         self.sampling = predictor.sampler(settings.sampling)
         self.num_calls = 0
         num_rows = len(prompt_lengths)
@@ -103,7 +103,7 @@ class BatchContext:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The base model's `[..., V]` of hidden states `[..., H]` of tokens, whatever others it gets beside them."""
-        with steady(self.predictor.base_model):
+        with batch_invariant(self.predictor.base_model):
             return self.predictor.logits(hidden)
 
     def keep(self, counts: Sequence[int]) -> None:
@@ -127,8 +127,8 @@ class BatchContext:
         Returns:
             `[B, J, H]`.
         """
-        assert self._pairs is not None, "checked by predictor.refinement_rounds"
-        told = self.predictor.refiner_told(self.sampling.settings)
+        assert self._pairs is not None, "checked by predictor.num_refinement_steps"
+        told = self.predictor.refiner_conditioning(self.sampling.settings)
         return self._pairs.refine(hidden, self.predictor.embed_draft(token_ids), told)
 
     def select(self, rows: Sequence[int]) -> None:
@@ -154,8 +154,8 @@ class BatchContext:
     def _call(self, embeddings: Tensor, num_tokens: int, lookahead: Lookahead | None) -> Tensor:
         self.num_calls += 1
         position_ids, mask = place_within(self.predictor, self._cache.lengths, num_tokens, lookahead, self.device)
-        with steady(self.predictor.base_model):
-            return self.predictor.decode(embeddings, position_ids, mask, self._cache)
+        with batch_invariant(self.predictor.base_model):
+            return self.predictor.run_decoder(embeddings, position_ids, mask, self._cache)
 
 
 class _Copy:
@@ -193,7 +193,7 @@ class _Copy:
             self._predictor, self._cache.lengths, tokens.shape[1], lookahead._replace(anchors=anchors), tokens.device
         )
         embeddings = torch.cat([tokens, slots.to(tokens.dtype)], dim=1)
-        hidden = self._predictor.student_decode(embeddings, position_ids, mask, self._cache)
+        hidden = self._predictor.run_student_decoder(embeddings, position_ids, mask, self._cache)
         self._cache.keep(unread)
         self._unread = [[] for _ in unread]
         self._has_read = True
@@ -293,7 +293,7 @@ def begin(
     prompts: Sequence[Sequence[int]],
     settings: GenerationSettings,
     on_tokens: OnTokens | None,
-    laps: Laps | None,
+    timer: PhaseTimer | None,
 ) -> tuple[BatchContext, VerifiedTexts, Tensor, list[int]]:
     """What all decoders begin with.
 
@@ -306,7 +306,7 @@ def begin(
     """
     require_prompts(predictor, prompts, settings)
     counts = [len(prompt) for prompt in prompts]
-    context = BatchContext(predictor, settings, counts, laps)
+    context = BatchContext(predictor, settings, counts, timer)
     filled = [[*prompt, *[0] * (max(counts) - len(prompt))] for prompt in prompts]
     texts = VerifiedTexts(settings, len(prompts), on_tokens)
     return context, texts, torch.tensor(filled, device=context.device), counts

@@ -20,7 +20,7 @@ class StopStrings:
 
     def __init__(self, strings: Sequence[str]) -> None:
         if not all(strings):
-            raise ValueError(f"expected stop strings of at least one character, found {list(strings)}: mend stop")
+            raise ValueError(f"expected stop strings of at least one character, found {list(strings)}: set stop")
         self._strings = tuple(strings)
         self._held = ""
         self.found = False

@@ -12,7 +12,7 @@ from ptp_lightning.decoding.generation import Decoded, Generation, GenerationSet
 from ptp_lightning.decoding.partial_quadratic import decode_partially_quadratically
 from ptp_lightning.decoding.speculative import decode_speculatively
 from ptp_lightning.decoding.stop_strings import StopStrings
-from ptp_lightning.decoding.timing import Laps
+from ptp_lightning.decoding.timing import PhaseTimer
 from ptp_lightning.models.network import PredictorNetwork
 from ptp_lightning.sampling import SamplingConfig
 from ptp_lightning.utils.pretrained import PATH_KEY, load_tokenizer
@@ -33,7 +33,7 @@ class Decoder(Protocol):
         settings: GenerationSettings,
         on_tokens: OnTokens | None = None,
         *,
-        laps: Laps | None = None,
+        timer: PhaseTimer | None = None,
     ) -> list[Decoded]: ...
 
 
@@ -56,7 +56,7 @@ class Options(TypedDict, total=False):
         decoder: "speculative" (default) and "partial_quadratic", several tokens per call, or "autoregressive", the
             reference with one.
         window_length: tokens drafted per cycle; by default as in training.
-        slot_budget: slots of a call of partial quadratic decoding; 16. `best_budget` finds what suits a machine.
+        slot_budget: slots of a call of partial quadratic decoding; 16. `best_budget` finds what is_supported a machine.
         end_of_text: token ids that end the text; by default those of the model's generation settings and tokenizer.
         stop: strings before which the text ends. The token that completes one is the last of `token_ids`.
         tokenizer: by default that of the base model, loaded anew in each call.

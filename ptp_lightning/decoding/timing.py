@@ -1,4 +1,4 @@
-"""Laps: where the time of decoding goes."""
+"""PhaseTimer: where the time of decoding goes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Phase = Literal["forward", "verifying", "proposing", "bookkeeping"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
 
 
-class Laps:
+class PhaseTimer:
     """A stopwatch that decoders press at the end of each phase.
 
     Forward is the network over tokens and slots; verifying, the base model's output head, its picks, and their
@@ -32,7 +32,7 @@ class Laps:
         self._waits = device is not None and device.type == "cuda"
         self._last = clock()
 
-    def lap(self, phase: Phase) -> None:
+    def mark(self, phase: Phase) -> None:
         """What has passed since the last lap was this."""
         if self._waits:
             torch.cuda.synchronize()

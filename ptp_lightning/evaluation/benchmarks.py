@@ -92,10 +92,10 @@ def read_questions(benchmark: str, path: str | Path | None = None, limit: int | 
         raise ValueError(f"expected --questions with --benchmark {benchmark}, found none")
     path = Path(path).expanduser()
     if not path.is_file():
-        raise FileNotFoundError(f"expected the questions of {benchmark} at {path}, found no file: mend --questions")
+        raise FileNotFoundError(f"expected the questions of {benchmark} at {path}, found no file: set --questions")
     questions = list(_questions(benchmark, path))
     if not questions:
-        raise ValueError(f"expected questions in {path}, found none: mend --questions")
+        raise ValueError(f"expected questions in {path}, found none: set --questions")
     seen: set[str] = set()
     for question in questions:
         if question.question_id in seen:
@@ -109,7 +109,7 @@ def _questions(benchmark: str, path: Path) -> Iterator[Question]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
-        raise ValueError(f"expected UTF-8 text in {path}, found {error}: mend --questions") from error
+        raise ValueError(f"expected UTF-8 text in {path}, found {error}: set --questions") from error
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ptp_lightning.decoding import DECODERS, GenerationSettings
-from ptp_lightning.decoding.timing import Laps
+from ptp_lightning.decoding.timing import PhaseTimer
 from ptp_lightning.models.network import PredictorNetwork
 
 if TYPE_CHECKING:
@@ -79,14 +79,14 @@ class OurDecoder(Contender):
         """See `Contender.answer`."""
         settings = replace(settings, **self._changes)
         begin = perf_counter()
-        laps = Laps(device=self._predictor.base_model.device)
-        (decoded,) = self._decode(self._predictor, [prompt], settings, None, laps=laps)
+        timer = PhaseTimer(device=self._predictor.base_model.device)
+        (decoded,) = self._decode(self._predictor, [prompt], settings, None, timer=timer)
         seconds = perf_counter() - begin
         return Answer(
             decoded.token_ids,
             decoded.num_calls,
             seconds,
-            laps.seconds,
+            timer.seconds,
             decoded.correct_per_cycle,
             decoded.drafted_per_cycle,
         )

@@ -110,7 +110,7 @@ def is_near_tie(logits: Tensor, u: Tensor, token_id: int, sampling: Sampler, rou
     device = logits.device
     logits = logits.float()
     rank = logits.argsort(descending=True).argsort()
-    places = torch.arange(vocabulary, device=device) if sampling.token_places is None else sampling.token_places
+    places = torch.arange(vocabulary, device=device) if sampling.token_ranks is None else sampling.token_ranks
     tilts = [
         torch.where(by <= by[token_id] + shift, 1.0, -1.0) * sign
         for by in (places, rank)

@@ -19,10 +19,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ptp_lightning.export.migrations import FORMAT_VERSION, migrated_config, migrated_state
 from ptp_lightning.export.model_card import model_card
 from ptp_lightning.models.backbone import BackboneSettings
 from ptp_lightning.models.config import PredictorConfig
-from ptp_lightning.models.network import TOKEN_PLACES, PredictorNetwork
+from ptp_lightning.models.network import TOKEN_RANKS, PredictorNetwork
 from ptp_lightning.models.students import GatedLoraStudent
 from ptp_lightning.utils.pretrained import PATH_KEY, clear_errors, embedded_folder, few, listing
 
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CHECKPOINT_KEY = "ckpt_path"
-FORMAT_VERSION = 1
 EMBEDDED_ADAPTER = "embedded_adapter"
 ADAPTER_NAME = "default"
 PREDICTOR_FOLDER = "predictor"  # of an export that brings its base model
@@ -92,7 +92,7 @@ def read_predictor(path: str | Path | None = None) -> StoredPredictor:
     if place.is_file():
         return _read_checkpoint(place)
     raise FileNotFoundError(
-        f"expected a Lightning checkpoint or an exported folder at {place}, found nothing: mend {CHECKPOINT_KEY}"
+        f"expected a Lightning checkpoint or an exported folder at {place}, found nothing: set {CHECKPOINT_KEY}"
     )
 
 
@@ -108,11 +108,11 @@ def build_network(
     except ValueError as error:
         raise ValueError(f"{stored.path}: {error}") from error
     config = config if backbone is None else replace(config, backbone=backbone)
-    predictor = PredictorNetwork(config, model, token_places=_stored_order(stored, config))
+    predictor = PredictorNetwork(config, model, token_ranks=_stored_order(stored, config))
     if predictor.base_fingerprint != stored.base_fingerprint:
         raise ValueError(
             f"expected the base model that {stored.path} was trained on (fingerprint {stored.base_fingerprint[:12]}), "
-            f"found another base model at {predictor.config.backbone.path!r} ({predictor.base_fingerprint[:12]}): mend "
+            f"found another base model at {predictor.config.backbone.path!r} ({predictor.base_fingerprint[:12]}): set "
             f"{PATH_KEY} (in Python, pass backbone=BackboneSettings(path=...))"
         )
     try:
@@ -176,12 +176,12 @@ def require_free_folder(folder: str | Path, *, overwrite: bool = False) -> Path:
     if not target.exists():
         return target
     if not target.is_dir():
-        raise ValueError(f"expected a folder to write to, found the file {target}: mend output")
+        raise ValueError(f"expected a folder to write to, found the file {target}: set output")
     found = {entry.name for entry in target.iterdir()}
     if found and not overwrite:
-        raise ValueError(f"expected {target} to be new or empty, found {listing(target)}: mend output or set overwrite")
+        raise ValueError(f"expected {target} to be new or empty, found {listing(target)}: set output or set overwrite")
     if found - set(EXPORTED_FILES):  # what is replaced is deleted, so nothing that we did not write
-        raise ValueError(f"expected nothing but an earlier export in {target}, found {listing(target)}: mend output")
+        raise ValueError(f"expected nothing but an earlier export in {target}, found {listing(target)}: set output")
     return target
 
 
@@ -197,15 +197,15 @@ def require_same_predictor(checkpoint: dict[str, Any], predictor: PredictorNetwo
     """
     if "predictor" not in checkpoint:
         raise ValueError(
-            f"expected a checkpoint of a distillation run, found one without a predictor: mend {CHECKPOINT_KEY}"
+            f"expected a checkpoint of a distillation run, found one without a predictor: set {CHECKPOINT_KEY}"
         )
     stored = checkpoint["predictor"]
     if stored["base_fingerprint"] != predictor.base_fingerprint:
         raise ValueError(
             f"expected a checkpoint for the base model {predictor.config.backbone.path!r}, found one trained on other "
-            f"base weights ({stored['config']['backbone']['path']!r}): mend {PATH_KEY} or {CHECKPOINT_KEY}"
+            f"base weights ({stored['config']['backbone']['path']!r}): set {PATH_KEY} or {CHECKPOINT_KEY}"
         )
-    own, trained = predictor.config, PredictorConfig.from_dict(stored["config"])
+    own, trained = predictor.config, PredictorConfig.from_dict(migrated_config(stored["config"]))
     if type(trained.objective) is not type(own.objective):  # how it proposes may change after training
         raise ValueError(
             f"expected predictor.objective as configured, {own.objective}, found a checkpoint trained with "
@@ -238,27 +238,28 @@ def _read_checkpoint(file: Path) -> StoredPredictor:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     if not isinstance(checkpoint, dict) or "predictor" not in checkpoint:
         raise ValueError(
-            f"expected a checkpoint of a distillation run, found that {file} holds no predictor: mend {CHECKPOINT_KEY}"
+            f"expected a checkpoint of a distillation run, found that {file} holds no predictor: set {CHECKPOINT_KEY}"
         )
     about = checkpoint["predictor"]
     state = _with_prefix(checkpoint["state_dict"], "predictor.")
     training: dict[str, Any] = {"steps": checkpoint["global_step"]}
     if "prefix_counts" in about:  # it has been validated
         training["prefix_counts"] = about["prefix_counts"]
-    return StoredPredictor(file, about["config"], about["base_fingerprint"], state, training)
+    config = migrated_config(about["config"])
+    return StoredPredictor(file, config, about["base_fingerprint"], migrated_state(state), training)
 
 
 def _read_folder(folder: Path) -> StoredPredictor:
     for name in (SETTINGS_FILE, ADAPTER_FILE, SLOT_ENCODER_FILE):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"expected {name} in {folder}, found {listing(folder)}: mend {CHECKPOINT_KEY}")
+            raise FileNotFoundError(f"expected {name} in {folder}, found {listing(folder)}: set {CHECKPOINT_KEY}")
     with clear_errors(folder / SETTINGS_FILE, CHECKPOINT_KEY):
         about: Any = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
     found = about.get("format_version") if isinstance(about, dict) else None
-    if found != FORMAT_VERSION:
+    if not isinstance(found, int) or not 1 <= found <= FORMAT_VERSION:
         raise ValueError(
-            f"expected format_version {FORMAT_VERSION} in {folder / SETTINGS_FILE}, found {found}: export it again "
-            "with this version of ptp_lightning"
+            f"expected format_version 1 to {FORMAT_VERSION} in {folder / SETTINGS_FILE}, found {found}: "
+            "export it again with this version of ptp_lightning"
         )
     if missing := {"config", "base_fingerprint", "training"} - about.keys():
         raise ValueError(f"expected {few(missing)} in {folder / SETTINGS_FILE}, found {few(about)}: export it again")
@@ -266,7 +267,8 @@ def _read_folder(folder: Path) -> StoredPredictor:
     for name, in_state in ((ADAPTER_FILE, _adapter_name), (SLOT_ENCODER_FILE, SLOT_ENCODER_PREFIX.__add__)):
         with clear_errors(folder / name, CHECKPOINT_KEY):
             state |= {in_state(key): value for key, value in load_file(folder / name).items()}
-    return StoredPredictor(folder, about["config"], about["base_fingerprint"], state, about["training"])
+    config = migrated_config(about["config"])
+    return StoredPredictor(folder, config, about["base_fingerprint"], migrated_state(state), about["training"])
 
 
 def _adapter_name(stored: str) -> str:
@@ -279,12 +281,12 @@ def _stored_order(stored: StoredPredictor, config: PredictorConfig) -> Tensor | 
     """Places in the order "embedding", so that they are not computed again."""
     if config.sampling.order != "embedding":
         return None
-    if TOKEN_PLACES not in stored.state:
+    if TOKEN_RANKS not in stored.state:
         raise ValueError(
             f"{stored.path}: expected the token order of predictor.sampling.order 'embedding', found none stored: "
-            f"mend {CHECKPOINT_KEY}"
+            f"set {CHECKPOINT_KEY}"
         )
-    return stored.state[TOKEN_PLACES]
+    return stored.state[TOKEN_RANKS]
 
 
 def _save_adapter(predictor: PredictorNetwork, state: dict[str, Tensor], folder: Path) -> None:

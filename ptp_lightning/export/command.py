@@ -51,7 +51,7 @@ def run(args: Sequence[str]) -> None:
         else:
             save_network(predictor, options.output, dtype=dtype, overwrite=options.overwrite, training=stored.training)
     except (OSError, SafetensorError) as error:  # no permission, no space
-        raise ValueError(f"cannot write {options.output}: {error}: mend --output") from error
+        raise ValueError(f"cannot write {options.output}: {error}: set --output") from error
     folder = Path(options.output).expanduser()
     print(_summary_with_base_model(folder) if options.with_base_model else _summary(folder))
 

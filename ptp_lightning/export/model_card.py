@@ -85,8 +85,10 @@ def model_card(config: PredictorConfig, base_fingerprint: str, name: str, traini
 def _refiner(config: PredictorConfig) -> str:
     if config.refiner.num_layers == 0:
         return "none"
-    told = "told the draft" if config.objective.knows_draft else "not told the draft"
-    return f"{config.refiner.num_layers} layer(s) after the stack, {told}, {config.refiner.rounds} round(s)"
+    told = "told the draft" if config.objective.conditions_on_draft else "not told the draft"
+    return (
+        f"{config.refiner.num_layers} layer(s) after the stack, {told}, {config.refiner.num_refinement_steps} round(s)"
+    )
 
 
 def _label(tag: str) -> str:

@@ -21,7 +21,7 @@ from torch import Tensor
 class PositionWeights(ABC):
     """Weights of the slots of windows; a new kind is a subclass with `relative`."""
 
-    needs_right: ClassVar[bool] = False
+    needs_correct_probability: ClassVar[bool] = False
     """Whether the probabilities of being right are read; measuring them costs a softmax per slot."""
 
     @abstractmethod
@@ -35,12 +35,13 @@ class PositionWeights(ABC):
         Args:
             mask: `[..., L - 1]` bool, the slots that count: a prefix of each window.
             right: `[..., L - 1]`, the probability that a slot's proposal is the reference token if those before it
-                are (`Objective.right_probability`); anything where the mask is false. None unless `needs_right`.
+                are (`Objective.correct_probability`); anything where the mask is false. None unless
+                `needs_correct_probability`.
 
         Returns:
             `[..., L - 1]` float32, 0 where the mask is false.
         """
-        assert right is not None or not self.needs_right, "checked by the caller"
+        assert right is not None or not self.needs_correct_probability, "checked by the caller"
         ones = mask.to(torch.float32)
         return torch.where(mask, self.relative(ones if right is None else right.to(torch.float32)), 0.0)
 
@@ -90,7 +91,7 @@ class AcceptedLengthWeights(PositionWeights):
     marginal over the windows in which the slots before them are right, which are the ones that matter.
     """
 
-    needs_right: ClassVar[bool] = True
+    needs_correct_probability: ClassVar[bool] = True
 
     def relative(self, right: Tensor) -> Tensor:
         """`prod_{i < j} r_i`."""

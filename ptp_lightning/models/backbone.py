@@ -134,9 +134,9 @@ def _sampled_bytes(tensor: Tensor) -> bytes:
 def _require_model_files(folder: Path, *, weights: bool) -> None:
     if not (folder / "config.json").is_file():
         hint = " (or to the .gguf file itself)" if any(folder.glob("*.gguf")) else ""
-        raise FileNotFoundError(f"expected config.json in {folder}, found {listing(folder)}: mend {PATH_KEY}{hint}")
+        raise FileNotFoundError(f"expected config.json in {folder}, found {listing(folder)}: set {PATH_KEY}{hint}")
     if weights and not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
-        raise FileNotFoundError(f"expected *.safetensors weights in {folder}, found {listing(folder)}: mend {PATH_KEY}")
+        raise FileNotFoundError(f"expected *.safetensors weights in {folder}, found {listing(folder)}: set {PATH_KEY}")
 
 
 def _config_from_dict(entries: dict[str, Any]) -> "PreTrainedConfig":

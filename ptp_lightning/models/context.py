@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
-from ptp_lightning.models.attention.window_reader import WindowPlaces
+from ptp_lightning.models.attention.window_reader import WindowLayout
 from ptp_lightning.sampling import Sampler
 
 if TYPE_CHECKING:
@@ -42,9 +42,9 @@ class Context(NamedTuple):
         return _gather(self.hidden, self.window_starts - 1)
 
     @property
-    def window_places(self) -> WindowPlaces:
+    def window_layout(self) -> WindowLayout:
         """Where the windows stand."""
-        return WindowPlaces(self.document_ids, self.window_starts, self.window_positions)
+        return WindowLayout(self.document_ids, self.window_starts, self.window_positions)
 
 
 def _gather(states: Tensor, index: Tensor) -> Tensor:

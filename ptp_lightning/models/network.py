@@ -21,7 +21,7 @@ from ptp_lightning.models.slots.slot_encoder import SlotEncoder
 from ptp_lightning.models.token_order import require_permutation, similar_tokens_together
 from ptp_lightning.sampling import Sampler, SamplingConfig
 
-TOKEN_PLACES = "slot_encoder.token_places"
+TOKEN_RANKS = "slot_encoder.token_ranks"
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
@@ -37,7 +37,7 @@ class PredictorNetwork(nn.Module):
     Args:
         config: see `PredictorConfig`.
         backbone: the loaded base model, when the caller has it already; else it is loaded from `config.backbone`.
-        token_places: `[V]`, of the order "embedding", when it is stored already; else it is computed if needed.
+        token_ranks: `[V]`, of the order "embedding", when it is stored already; else it is computed if needed.
 
     Attributes:
         lower_layers: read tokens before the refiner is told them; None where it gets embeddings.
@@ -46,7 +46,7 @@ class PredictorNetwork(nn.Module):
     """
 
     def __init__(
-        self, config: PredictorConfig, backbone: PreTrainedModel | None = None, token_places: Tensor | None = None
+        self, config: PredictorConfig, backbone: PreTrainedModel | None = None, token_ranks: Tensor | None = None
     ) -> None:
         super().__init__()
         self.config = config
@@ -67,9 +67,9 @@ class PredictorNetwork(nn.Module):
             if config.refiner.num_layers:
                 self.slot_encoder.refiner_settings = SettingsEmbedding(*table.shape)
         if config.sampling.order == "embedding":
-            places = similar_tokens_together(table) if token_places is None else token_places.clone()
+            places = similar_tokens_together(table) if token_ranks is None else token_ranks.clone()
             require_permutation(places, len(table))
-            self.slot_encoder.token_places = places
+            self.slot_encoder.token_ranks = places
         self.language_model, self.gate, self.student_copy = config.student.attach(backbone, config.lora)
         # PEFT changes the layers of this very model, in place. The tuple keeps torch from taking it for a second part.
         self._base_model = (backbone,)
@@ -115,7 +115,7 @@ class PredictorNetwork(nn.Module):
         """The base model's token embeddings: `[...]` to `[..., H]`."""
         return self.base_model.get_input_embeddings()(token_ids)
 
-    def decode(
+    def run_decoder(
         self, embeddings: Tensor, position_ids: Tensor, mask: Tensor, cache: Cache | None, **more: Any
     ) -> Tensor:
         """Run the base model's stack on input embeddings; the gate is as the caller left it.
@@ -136,7 +136,7 @@ class PredictorNetwork(nn.Module):
         """The student's embeddings of context tokens: `[...]` to `[..., H]`."""
         return self.student_model.get_input_embeddings()(token_ids)
 
-    def student_decode(
+    def run_student_decoder(
         self, embeddings: Tensor, position_ids: Tensor, mask: Tensor, cache: Cache | None, **more: Any
     ) -> Tensor:
         """Run the student's stack, the adapter's gate as the caller left it; arguments as in `decode`."""
@@ -149,16 +149,16 @@ class PredictorNetwork(nn.Module):
             ValueError: the predictor was not trained in the order "embedding", so it has no table of it.
         """
         sampling = self.config.sampling if sampling is None else sampling
-        if sampling.order == "embedding" and self.slot_encoder.token_places is None:
+        if sampling.order == "embedding" and self.slot_encoder.token_ranks is None:
             raise ValueError(
                 f"expected the order of predictor.sampling, {self.config.sampling.order!r}, found 'embedding', which "
-                "is stored with predictors that were trained in it: mend sampling.order"
+                "is stored with predictors that were trained in it: set sampling.order"
             )
-        return Sampler(sampling, self.slot_encoder.token_places if sampling.order == "embedding" else None)
+        return Sampler(sampling, self.slot_encoder.token_ranks if sampling.order == "embedding" else None)
 
     def embed_slots(self, auxiliaries: Tensor, sampling: SamplingConfig) -> Tensor:
         """Input embeddings of slots: `[..., L]` float64 in [0, 1) to `[..., L - 1, H]`."""
-        slots = self.slot_encoder(sampling.told(auxiliaries))
+        slots = self.slot_encoder(sampling.slot_auxiliaries(auxiliaries))
         settings = self.slot_encoder.settings
         return slots if settings is None else slots + settings(sampling)
 
@@ -178,7 +178,7 @@ class PredictorNetwork(nn.Module):
 
         cache = DynamicCache()
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.student.trains_base), self.gate.closed():
-            hidden = self.decode(self.embed(input_ids), position_ids, context_mask(document_ids), cache)
+            hidden = self.run_decoder(self.embed(input_ids), position_ids, context_mask(document_ids), cache)
         positions = position_ids.gather(1, window_starts - 1) + 1
         sampler = self.sampler(sampling)
         return Context(hidden, cache, input_ids, document_ids, position_ids, window_starts, positions, sampler)
@@ -196,14 +196,14 @@ class PredictorNetwork(nn.Module):
         slots = self.embed_slots(auxiliaries, context.sampling.settings)
         if self.student_copy is not None:
             tokens = self.student_embed(context.input_ids)
-            places = context.window_places
-            return read_jointly(places, self.student_decode, tokens, context.position_ids, slots, self._in_blocks)
+            places = context.window_layout
+            return read_jointly(places, self.run_student_decoder, tokens, context.position_ids, slots, self._in_blocks)
         with self.gate.open():
-            return self.window_reader(context).read(self.decode, slots)
+            return self.window_reader(context).read(self.run_decoder, slots)
 
     def window_reader(self, context: Context, *, keeps: bool = False) -> WindowReader:
-        """Reads windows behind what the base model has read; `read` it with `decode` or `student_decode`."""
-        return WindowReader(context.window_places, context.cache, in_blocks=self._in_blocks, keeps=keeps)
+        """Reads windows behind what the base model has read; `read` it with `decode` or `run_student_decoder`."""
+        return WindowReader(context.window_layout, context.cache, in_blocks=self._in_blocks, keeps=keeps)
 
     @property
     def refiner(self) -> Refiner | None:
@@ -230,11 +230,11 @@ class PredictorNetwork(nn.Module):
         Returns:
             `[B, N, L - 1, H]`.
         """
-        told = self.refiner_told(context.sampling.settings)
+        told = self.refiner_conditioning(context.sampling.settings)
         tokens = self.embed_draft(token_ids)
-        return pairs.refine_windows(context.window_places, hidden, tokens, told, in_blocks=self._in_blocks)
+        return pairs.refine_windows(context.window_layout, hidden, tokens, told, in_blocks=self._in_blocks)
 
-    def refiner_told(self, sampling: SamplingConfig) -> Tensor | None:
+    def refiner_conditioning(self, sampling: SamplingConfig) -> Tensor | None:
         """What the refiner is told of the settings, `[H]`; nothing if it is trained for one setting alone."""
         settings = self.slot_encoder.refiner_settings
         return None if settings is None else settings(sampling)
@@ -242,21 +242,21 @@ class PredictorNetwork(nn.Module):
     def embed_draft(self, token_ids: Tensor) -> Tensor:
         """What the refiner is told of the slots' tokens: `[...]` to `[..., H]`."""
         embeddings = self.embed(token_ids)
-        return embeddings if self.config.objective.knows_draft else torch.zeros_like(embeddings)
+        return embeddings if self.config.objective.conditions_on_draft else torch.zeros_like(embeddings)
 
     @property
-    def refinement_rounds(self) -> int:
+    def num_refinement_steps(self) -> int:
         """How often a draft is refined; once is enough where the draft is not told."""
         if self.refiner is None:
             return 0
-        return self.config.refiner.rounds if self.config.objective.knows_draft else 1
+        return self.config.refiner.num_refinement_steps if self.config.objective.conditions_on_draft else 1
 
     def trainable_state(self) -> dict[str, Tensor]:
         """Names and values of everything that is trained: the student and the slot encoder, no frozen weight.
 
         The token order belongs to it where there is one: what slots have learned is worth nothing in another.
         """
-        trainable = {name for name, parameter in self.named_parameters() if parameter.requires_grad} | {TOKEN_PLACES}
+        trainable = {name for name, parameter in self.named_parameters() if parameter.requires_grad} | {TOKEN_RANKS}
         return {name: value for name, value in self.state_dict().items() if name in trainable}
 
     def require_trainable_state(self, state: dict[str, Tensor]) -> None:
@@ -269,16 +269,16 @@ class PredictorNetwork(nn.Module):
         if wrong := sorted(own.keys() ^ state.keys()):
             raise ValueError(
                 f"expected the {len(own)} weights of this predictor, found a checkpoint that differs in {wrong[:4]}: "
-                "mend predictor.student, predictor.lora, predictor.objective, predictor.head, predictor.refiner, "
+                "set predictor.student, predictor.lora, predictor.objective, predictor.head, predictor.refiner, "
                 "predictor.sampling_range or predictor.sampling.order"
             )
         if shapes := [name for name in own if own[name].shape != state[name].shape]:
             raise ValueError(
                 f"expected {shapes[0]} of shape {list(own[shapes[0]].shape)}, found {list(state[shapes[0]].shape)}: "
-                "mend predictor.lora.rank, predictor.features or predictor.refiner"
+                "set predictor.lora.rank, predictor.features or predictor.refiner"
             )
-        if TOKEN_PLACES in state:
-            require_permutation(state[TOKEN_PLACES], len(own[TOKEN_PLACES]))
+        if TOKEN_RANKS in state:
+            require_permutation(state[TOKEN_RANKS], len(own[TOKEN_RANKS]))
 
     def load_trainable_state(self, state: dict[str, Tensor]) -> None:
         """Inverse of `trainable_state`; raises as `require_trainable_state`."""
@@ -311,7 +311,7 @@ def _output_head(model: PreTrainedModel) -> nn.Module:
     head = model.get_output_embeddings()
     if head is None:
         raise ValueError(
-            f"expected a causal language model with an output head, found {type(model).__name__} without: mend "
+            f"expected a causal language model with an output head, found {type(model).__name__} without: set "
             "predictor.backbone.path"
         )
     return head
@@ -325,7 +325,7 @@ def _require_plain_head(model: PreTrainedModel) -> None:
     expected = model(input_ids=token, use_cache=False).logits
     if not expected.isfinite().all():
         raise ValueError(
-            "expected finite logits of the base model, found a NaN or infinity: its weights are broken, mend "
+            "expected finite logits of the base model, found a NaN or infinity: its weights are broken, set "
             "predictor.backbone.path"
         )
     found = _output_head(model)(decoder(input_ids=token, use_cache=False).last_hidden_state)

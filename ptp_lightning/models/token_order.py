@@ -41,15 +41,15 @@ def similar_tokens_together(token_embeddings: Tensor) -> Tensor:
     return order.argsort()
 
 
-def require_permutation(token_places: Tensor, num_tokens: int) -> None:
+def require_permutation(token_ranks: Tensor, num_tokens: int) -> None:
     """Refuse places that are no order of V = `num_tokens` tokens.
 
     Raises:
         ValueError: a place is missing, taken twice or out of range.
     """
-    if not torch.equal(token_places.cpu().sort().values, torch.arange(num_tokens)):
+    if not torch.equal(token_ranks.cpu().sort().values, torch.arange(num_tokens)):
         raise ValueError(
-            f"expected a token order, a permutation of 0 .. {num_tokens - 1}, found {len(token_places)} numbers that "
+            f"expected a token order, a permutation of 0 .. {num_tokens - 1}, found {len(token_ranks)} numbers that "
             "are none: it belongs to another base model or is damaged, take another copy of the adapter"
         )
 

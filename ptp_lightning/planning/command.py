@@ -170,7 +170,7 @@ def _measure(cli: PlanCLI, num_ranks: int) -> Layouts:
     """Run the step of a parsed configuration."""
     module, data, trainer = cli.model, cli.datamodule, cli.config["trainer"]
     if not isinstance(data, PackedDataModule):
-        raise ValueError(f"expected data in packed rows, found {type(data).__name__}: mend data")
+        raise ValueError(f"expected data in packed rows, found {type(data).__name__}: set data")
     plugin = _precision(str(trainer["precision"] or "32-true"))
     with building():
         module = plugin.convert_module(module)

@@ -119,7 +119,7 @@ def _require_text(data: LightningDataModule | None) -> TextDataModule:
     if not isinstance(data, TextDataModule):
         raise ValueError(
             "expected data of class CorpusDataModule or StreamingCorpus, whose documents give the prompts, found "
-            f"{type(data).__name__}: mend data"
+            f"{type(data).__name__}: set data"
         )
     return data
 
@@ -128,7 +128,7 @@ def _require_teacher(model: LightningModule) -> PredictorNetwork:
     if not isinstance(model, PredictorModule) or model.predictor.config.student.trains_base:
         raise ValueError(
             f"expected a model with a frozen teacher, DistillationModule for instance, found {type(model).__name__}, "
-            "which trains its base model: mend model"
+            "which trains its base model: set model"
         )
     predictor = model.predictor
     if predictor.config.sampling_range is not None:

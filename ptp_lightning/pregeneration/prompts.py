@@ -38,7 +38,7 @@ def find_prompts(data: TextDataModule, num_prompts: int | None, prompt_tokens: i
         left_out = f" and {num_too_long} of more than {longest} tokens" if num_too_long else ""
         raise ValueError(
             f"expected {num_prompts or 'some'} prompts in the training documents of data, found {len(found)}"
-            f"{left_out}: lower --num_prompts{' or raise --prompt_tokens' if left_out else ''}, or mend data"
+            f"{left_out}: lower --num_prompts{' or raise --prompt_tokens' if left_out else ''}, or set data"
         )
     if num_too_long:
         warnings.warn(

@@ -121,9 +121,7 @@ class Running:
 
     def _base_configuration(self, study: Study, base: str) -> dict[str, Any]:
         if not Path(base).is_file():
-            raise FileNotFoundError(
-                f"expected the configuration of a run at {base}, found none: mend base of the study"
-            )
+            raise FileNotFoundError(f"expected the configuration of a run at {base}, found none: set base of the study")
         return read_configuration(fit_arguments(base, study.overrides, self.overrides, budget_overrides(study.budget)))
 
     def _greet(self, study: Study, queue: TrialQueue) -> None:
@@ -174,7 +172,7 @@ def require_changes_that_exist(study: Study, base: str, more: Overrides) -> None
         if (steps, tokens) != (study.budget.steps, study.budget.tokens):
             raise ValueError(
                 f"expected {study.budget.steps:,} steps and {study.budget.tokens:,} tokens of every trial (budget), "
-                f"found {steps:,} and {tokens:,} for {parameters}: mend budget, or let the choice change batch_size or "
+                f"found {steps:,} and {tokens:,} for {parameters}: set budget, or let the choice change batch_size or "
                 "num_windows, too"
             )
 

@@ -31,7 +31,7 @@ def open_storage(location: str, *, create: bool) -> BaseStorage:
     path = Path(location).absolute()
     if not create and not path.exists():
         raise FileNotFoundError(
-            f"expected a study's storage at {path}, found none: start one with run, or mend --storage"
+            f"expected a study's storage at {path}, found none: start one with run, or set --storage"
         )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,7 +54,7 @@ def load_stored(name: str, storage: BaseStorage) -> optuna.Study:
     """
     names = sorted(optuna.get_all_study_names(storage))
     if name not in names:
-        raise ValueError(f"expected the study {name!r} in the storage, found {names}: mend --storage or --full")
+        raise ValueError(f"expected the study {name!r} in the storage, found {names}: set --storage or --full")
     return optuna.load_study(study_name=name, storage=storage)
 
 

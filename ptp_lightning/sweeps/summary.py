@@ -113,7 +113,7 @@ def require_equal_budgets(study: Study, trials: Sequence[FrozenTrial]) -> None:
             if spent != (budget.steps, budget.tokens):
                 raise ValueError(
                     f"expected {budget.steps} steps and {budget.tokens} tokens of every trial (budget), found "
-                    f"{spent[0]} and {spent[1]} of trial {trial.number}: only equal budgets are compared; mend budget, "
+                    f"{spent[0]} and {spent[1]} of trial {trial.number}: only equal budgets are compared; set budget, "
                     "or take the trial out of the storage"
                 )
 

@@ -217,8 +217,7 @@ def tokens_per_step(configuration: Mapping[str, Any], world_size: int) -> int:
         length = configuration["model"]["init_args"]["predictor"]["window_length"]
     except KeyError as error:
         raise ValueError(
-            f"expected the configuration of a predictor that is trained on windows, found one without {error}: mend "
-            "base"
+            f"expected the configuration of a predictor that is trained on windows, found one without {error}: set base"
         ) from error
     return windows * length * configuration["trainer"]["accumulate_grad_batches"] * world_size
 

@@ -17,14 +17,14 @@ def temporary_path(path: Path, host: str, pid: int) -> Path:
     return path.with_name(f".{path.name}.{host}.{pid}{TEMPORARY_SUFFIX}")
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file as in `writing_whole`."""
-    with writing_whole(path) as file:
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file as in `atomic_write`."""
+    with atomic_write(path) as file:
         file.write(content)
 
 
 @contextmanager
-def writing_whole(path: Path) -> Iterator[BinaryIO]:
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Write, reach the disk, and only then take the name; another process may write the same content meanwhile.
 
     Raises:

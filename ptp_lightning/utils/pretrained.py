@@ -49,7 +49,7 @@ def locate(path: str, *, revision: str | None = None, key: str = PATH_KEY) -> di
         }
     if local.is_absolute() or local.suffix == ".gguf" or path.startswith((".", "~")) or path.count("/") > 1:
         expected = "GGUF file" if local.suffix == ".gguf" else "model folder"
-        raise FileNotFoundError(f"expected a {expected} at {local}, found nothing: mend {key}")
+        raise FileNotFoundError(f"expected a {expected} at {local}, found nothing: set {key}")
     return {"pretrained_model_name_or_path": path, "revision": revision}
 
 
@@ -68,7 +68,7 @@ def load_tokenizer(path: str, *, revision: str | None = None, key: str = TOKENIZ
     if is_local and "gguf_file" not in source:
         folder = Path(source["pretrained_model_name_or_path"])
         if not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
-            raise FileNotFoundError(f"expected a tokenizer in {folder}, found {listing(folder)}: mend {key}")
+            raise FileNotFoundError(f"expected a tokenizer in {folder}, found {listing(folder)}: set {key}")
     with clear_errors(path, key), quiet_transformers(progress_bar=not is_local):
         return AutoTokenizer.from_pretrained(**source)
 
@@ -117,6 +117,6 @@ def _require_gguf(file: Path, key: str) -> None:
     with file.open("rb") as stream:
         magic = stream.read(len(GGUF_MAGIC))
     if magic != GGUF_MAGIC:
-        raise ValueError(f"expected a model folder or a GGUF file, found that {file} starts with {magic!r}: mend {key}")
+        raise ValueError(f"expected a model folder or a GGUF file, found that {file} starts with {magic!r}: set {key}")
     if importlib.util.find_spec("gguf") is None:
         raise ImportError(f"{key}={file} needs the package gguf: pip install 'ptp_lightning[gguf]'")

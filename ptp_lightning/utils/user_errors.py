@@ -19,7 +19,7 @@ _NOISE = re.compile(
 def run_plainly(dispatch: Callable[[list[str]], None]) -> None:
     """Run a command on the arguments of the command line.
 
-    What a user can mend (ValueError, a missing file, a full disk, a missing package) ends as one message and status 2.
+    What a user can set (ValueError, a missing file, a full disk, a missing package) ends as one message and status 2.
     Set PTP_TRACEBACK=1 to see where it was raised.
     """
     args = sys.argv[1:]
@@ -40,6 +40,6 @@ def refused_options(command: str, error: ArgumentError) -> ValueError:
 
 
 def plain_reason(message: str) -> str:
-    """The lines of an error message that say what to mend."""
+    """The lines of an error message that say what to set."""
     lines = [line for line in message.splitlines() if line.strip() and not _NOISE.match(line)]
     return "\n".join(line.strip().removeprefix("- ") for line in lines)

@@ -16,7 +16,7 @@ from ptp_lightning.models import (
 from ptp_lightning.sampling import SamplingConfig
 
 SAMPLING = SamplingConfig(temperature=0.7, top_k=5, top_p=0.9, order="vocabulary")
-REFINER = RefinerSettings(num_layers=2, intermediate_size=24, rounds=2)
+REFINER = RefinerSettings(num_layers=2, intermediate_size=24, num_refinement_steps=2)
 
 
 def trained(base: Path | str, **config: Any) -> PredictorNetwork:

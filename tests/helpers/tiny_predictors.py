@@ -59,7 +59,7 @@ def tiny_predictor(
         lora=LoraSettings(rank=4),
         sampling=sampling,
         window_length=window_length,
-        refiner=RefinerSettings(num_layers=1, rounds=2, base_layers=1),
+        refiner=RefinerSettings(num_layers=1, num_refinement_steps=2, base_layers=1),
         student=STUDENTS[student],
         sampling_range=sampling_range,
     )

@@ -96,7 +96,7 @@ def combinations() -> list[dict[str, Any]]:
 def refiner(index: int) -> dict[str, Any]:
     """Starts and numbers of base layers in all pairs; for the divisors see `combinations`."""
     start = "last_layers" if index // 4 % 2 else "random"
-    return {"num_layers": 1, "rounds": 2, "base_layers": index % 3, "start": start}
+    return {"num_layers": 1, "num_refinement_steps": 2, "base_layers": index % 3, "start": start}
 
 
 def named(combination: dict[str, Any]) -> str:

@@ -125,4 +125,4 @@ def test_a_series_needs_a_path(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert run_main(monkeypatch, "fit", "--config", config) == 2
     assert f"found no path: set data.series.path, on the command line {path} FILE" in capsys.readouterr().err
     assert run_main(monkeypatch, "fit", "--config", config, path, "nowhere.csv") == 2
-    assert "at nowhere.csv, found none: mend data.series.path" in capsys.readouterr().err
+    assert "at nowhere.csv, found none: set data.series.path" in capsys.readouterr().err

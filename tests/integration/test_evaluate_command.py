@@ -184,7 +184,7 @@ def test_long_prompts_lose_their_beginning(evaluation: Evaluation) -> None:
         (["--decoders", "fast"], "--decoders"),
         (["--temperatures", "-1"], "temperature"),
         (["--slot_budget", "0"], "expected slot_budget >= 1, found 0"),
-        (["--questions", "none.jsonl"], "mend --questions"),
+        (["--questions", "none.jsonl"], "set --questions"),
         (["--benchmark", "mmlu"], "--benchmark"),
     ],
 )

@@ -124,7 +124,7 @@ def test_overwrite(run: Run, export, capsys: pytest.CaptureFixture[str]) -> None
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ("--ckpt_path nowhere.ckpt --output out", "found nothing: mend ckpt_path"),
+        ("--ckpt_path nowhere.ckpt --output out", "found nothing: set ckpt_path"),
         ("--ckpt_path broken.ckpt --output out", "broken.ckpt cannot be read"),
         ("--ckpt_path broken.ckpt --output broken.ckpt", "expected a folder to write to, found the file"),
         ("--output out", "ckpt_path"),

@@ -150,7 +150,7 @@ class TestErrors:
         [
             ([], "expected one of --prompt and --prompts, found neither"),
             (["--prompt", "x", "--prompts", "y"], "found both"),
-            (["--prompts", "missing.txt"], "missing.txt, found none: mend --prompts"),
+            (["--prompts", "missing.txt"], "missing.txt, found none: set --prompts"),
             (["--prompt", ""], "--prompt: expected a prompt of at least one token"),
             (["--prompt", "x", "--max_new_tokens", "0"], "max_new_tokens >= 1, found 0"),
             (["--prompt", "x", "--max_new_tokens", "256"], "lower max_new_tokens"),

@@ -288,7 +288,7 @@ def test_a_full_disk(config: Path, tmp_path: Path, run: Run, monkeypatch: pytest
                 "--data=ptp_lightning.data.SeriesDataModule",
                 "--data.init_args.series=ptp_lightning.data.MarkovSeries",
             ],
-            ["CorpusDataModule", "SeriesDataModule", "mend data"],
+            ["CorpusDataModule", "SeriesDataModule", "set data"],
         ),
         (
             [
@@ -296,7 +296,7 @@ def test_a_full_disk(config: Path, tmp_path: Path, run: Run, monkeypatch: pytest
                 "--model.init_args.backbone.path=embedded",
                 "--data.init_args.tokenizer=embedded",
             ],
-            ["frozen teacher", "AutoregressiveModule", "mend model"],
+            ["frozen teacher", "AutoregressiveModule", "set model"],
         ),
         (
             [
@@ -306,7 +306,7 @@ def test_a_full_disk(config: Path, tmp_path: Path, run: Run, monkeypatch: pytest
                 "--model.init_args.predictor.sampling.temperature=1.0",
                 "--model.init_args.predictor.refiner.num_layers=0",
             ],
-            ["frozen teacher", "InverseAutoregressiveModule", "mend model"],
+            ["frozen teacher", "InverseAutoregressiveModule", "set model"],
         ),
     ],
     ids=lambda value: value[0].split("=")[0].rpartition(".")[2] if value[0].startswith("--") else None,

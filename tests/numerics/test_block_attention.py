@@ -134,9 +134,9 @@ class TestInAModel:
             predictor = self.make(family, in_blocks)
             with torch.no_grad(), predictor.gate.closed():
                 context = encode(predictor, make_batch(inputs()[0]))
-                found.append(predictor.window_reader(context).read(predictor.decode, embeddings))
+                found.append(predictor.window_reader(context).read(predictor.run_decoder, embeddings))
                 reader = predictor.window_reader(context, keeps=True)
-                parts = [reader.read(predictor.decode, part) for part in embeddings.split([1, 2], dim=2)]
+                parts = [reader.read(predictor.run_decoder, part) for part in embeddings.split([1, 2], dim=2)]
                 found.append(torch.cat(parts, dim=2))
         for other in found[1:]:
             torch.testing.assert_close(found[0], other, atol=1e-9, rtol=0)

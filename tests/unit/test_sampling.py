@@ -139,8 +139,8 @@ def test_embedding_order_without_its_places_raises(places: Tensor | None, found:
 @pytest.mark.parametrize("order", ["descending", "vocabulary", "embedding"])
 def test_only_greedy_slots_are_told_another_u(order: Order):
     u = torch.tensor([0.25, 0.75], dtype=torch.float64)
-    assert SamplingConfig(0.7, order=order).told(u) is u
-    assert SamplingConfig(0.0, order=order).told(u).tolist() == [0.0 if order == "descending" else 0.5] * 2
+    assert SamplingConfig(0.7, order=order).slot_auxiliaries(u) is u
+    assert SamplingConfig(0.0, order=order).slot_auxiliaries(u).tolist() == [0.0 if order == "descending" else 0.5] * 2
 
 
 @pytest.mark.parametrize("top_p", [0.6, 1.0])

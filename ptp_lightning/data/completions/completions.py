@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from ptp_lightning.sampling import SamplingConfig
-from ptp_lightning.utils.atomic_files import write_whole
+from ptp_lightning.utils.atomic_files import write_atomically
 from ptp_lightning.utils.pretrained import clear_errors, few, listing
 
 if TYPE_CHECKING:
@@ -203,11 +203,11 @@ class CompletionFolder:
         if not folder.is_dir():
             raise FileNotFoundError(
                 f"expected a folder that `python -m ptp_lightning pregenerate` has written at {folder}, found none: "
-                f"mend {FOLDER_KEY}"
+                f"set {FOLDER_KEY}"
             )
         stored = folder / SETTINGS_FILE
         if not stored.is_file():
-            raise FileNotFoundError(f"expected {SETTINGS_FILE} in {folder}, found {listing(folder)}: mend {FOLDER_KEY}")
+            raise FileNotFoundError(f"expected {SETTINGS_FILE} in {folder}, found {listing(folder)}: set {FOLDER_KEY}")
         with clear_errors(stored, FOLDER_KEY):
             return cls(folder, CompletionSettings.from_json(stored.read_text(encoding="utf-8")))
 
@@ -226,8 +226,8 @@ class CompletionFolder:
         stored = folder / SETTINGS_FILE
         if not stored.is_file():
             if any(folder.glob("*.parquet")):
-                raise ValueError(f"expected {SETTINGS_FILE} beside the shards in {folder}, found none: mend --output")
-            write_whole(stored, settings.to_json())
+                raise ValueError(f"expected {SETTINGS_FILE} beside the shards in {folder}, found none: set --output")
+            write_atomically(stored, settings.to_json())
         found = cls.open(folder).settings  # of a process that was faster, perhaps
         if different := settings.differences(found):
             pairs = (f"{name} {getattr(found, name)}, found {getattr(settings, name)}" for name in different)
@@ -258,7 +258,7 @@ class CompletionFolder:
         columns = [list(column) for column in zip(*completions, strict=True)]
         buffer = io.BytesIO()
         pq.write_table(pa.table(columns, schema=_schema()), buffer, compression=COMPRESSION)
-        write_whole(self.shard_path(shard), buffer.getvalue())
+        write_atomically(self.shard_path(shard), buffer.getvalue())
 
     def read(self) -> CompletionTable:
         """All completions of the shards that are there.
@@ -271,7 +271,7 @@ class CompletionFolder:
         shards = [shard for shard in range(self.settings.num_shards) if shard not in missing]
         if not shards:
             raise FileNotFoundError(
-                f"expected shards of completions in {self.path}, found {listing(self.path)}: mend {FOLDER_KEY}"
+                f"expected shards of completions in {self.path}, found {listing(self.path)}: set {FOLDER_KEY}"
             )
         parts = [self._read_shard(shard) for shard in shards]
         return CompletionTable(
@@ -301,7 +301,7 @@ class CompletionFolder:
         if wrong := [field for field in expected if found.get(field.name) != field.type]:
             columns = few(f"{name} ({kind})" for name, kind in found.items())
             raise ValueError(
-                f"expected a column {wrong[0].name} ({wrong[0].type}) in {path}, found {columns}: mend {FOLDER_KEY}"
+                f"expected a column {wrong[0].name} ({wrong[0].type}) in {path}, found {columns}: set {FOLDER_KEY}"
             )
         prompts, completions = (table[name].to_numpy() for name in ("prompt", "completion"))
         numbers = self.settings.prompts_of(shard)
@@ -312,7 +312,7 @@ class CompletionFolder:
         ):
             raise ValueError(
                 f"expected {of_prompt} completions of each of the prompts {numbers.start} to {numbers.stop - 1} in "
-                f"{path}, found {len(prompts)} rows of others: mend {FOLDER_KEY}, or remove the file and pregenerate "
+                f"{path}, found {len(prompts)} rows of others: set {FOLDER_KEY}, or remove the file and pregenerate "
                 "it again"
             )
         prompt_ids, completion_ids = (self._ids(table[name], path, name) for name in ("prompt_ids", "completion_ids"))
@@ -324,11 +324,11 @@ class CompletionFolder:
             values, offsets = array.values.to_numpy(), array.offsets.to_numpy().astype(np.int64)
         vocab_size = self.settings.vocab_size
         if (np.diff(offsets) == 0).any():
-            raise ValueError(f"expected at least one token in each {name} of {path}, found none: mend {FOLDER_KEY}")
+            raise ValueError(f"expected at least one token in each {name} of {path}, found none: set {FOLDER_KEY}")
         if values.min() < 0 or values.max() >= vocab_size:
             worst = values.max() if values.min() >= 0 else values.min()
             raise ValueError(
-                f"expected token ids in 0 .. {vocab_size - 1} in {name} of {path}, found {worst}: mend {FOLDER_KEY}"
+                f"expected token ids in 0 .. {vocab_size - 1} in {name} of {path}, found {worst}: set {FOLDER_KEY}"
             )
         return RaggedIds(values, offsets)
 

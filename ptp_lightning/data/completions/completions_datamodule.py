@@ -166,7 +166,7 @@ class CompletionsDataModule(PackedDataModule):
             raise ValueError(
                 f"expected completions in the {split} split of {self.folder.path} for rank {rank} of {world}, found "
                 f"{len(chosen)} prompts there: pregenerate more prompts (of 100 about 90 train, 5 validate, 5 test) or "
-                f"mend {FOLDER_KEY}"
+                f"set {FOLDER_KEY}"
             )
         return rows
 

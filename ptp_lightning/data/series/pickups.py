@@ -19,7 +19,7 @@ import numpy as np
 
 from ptp_lightning.data.corpus import Split, split_of
 from ptp_lightning.data.series.series import RecordedSeries
-from ptp_lightning.utils.atomic_files import write_whole
+from ptp_lightning.utils.atomic_files import write_atomically
 
 CACHE_FORMAT = 1  # part of the cache's key: raise it when the same settings would give other ids
 RESTARTS = 4  # of k-means, of which the best is taken
@@ -83,7 +83,7 @@ class PickUps(RecordedSeries):
             )
         if not Path(self.path).is_file():
             raise FileNotFoundError(
-                f"expected a CSV file with latitudes and longitudes at {self.path}, found none: mend data.series.path"
+                f"expected a CSV file with latitudes and longitudes at {self.path}, found none: set data.series.path"
             )
         if not 0 < self.fitted_share <= 1:
             raise ValueError(f"expected 0 < data.series.fitted_share <= 1, found {self.fitted_share}")
@@ -146,14 +146,14 @@ class PickUps(RecordedSeries):
             raise ValueError(
                 f"expected a latitude within +-{LARGEST_LATITUDE:g} and a longitude within +-{LARGEST_LONGITUDE:g} in "
                 f"every row of {self.path}, found {len(invalid)} of {len(coordinates) + len(invalid)} rows without, "
-                f"the first in line {invalid[0]}: mend the file, or leave them out with data.series.skip_invalid: true"
+                f"the first in line {invalid[0]}: set the file, or leave them out with data.series.skip_invalid: true"
             )
         return np.array(coordinates, dtype=np.float64).reshape(-1, 2)
 
     def _column(self, header: list[str], key: str, name: str) -> int:
         if name.lower() not in header:
             raise ValueError(
-                f"expected a column {name!r} in {self.path}, found {header}: mend data.series.{key} or the header"
+                f"expected a column {name!r} in {self.path}, found {header}: set data.series.{key} or the header"
             )
         return header.index(name.lower())
 
@@ -267,4 +267,4 @@ def _write(path: Path, found: Neighbourhoods) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, token_ids=found.token_ids, centres=found.centres)
-    write_whole(path, buffer.getvalue())
+    write_atomically(path, buffer.getvalue())

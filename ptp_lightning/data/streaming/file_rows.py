@@ -48,7 +48,7 @@ class FileRows(RowSource):
                 inside = sorted(str(file) for file in path.glob(self.pattern) if file.is_file())
                 if not inside:
                     raise FileNotFoundError(
-                        f"expected files like {self.pattern} in {path}, found none: mend the paths or the pattern of "
+                        f"expected files like {self.pattern} in {path}, found none: set the paths or the pattern of "
                         f"{type(self).__name__}"
                     )
                 found.extend(inside)
@@ -56,7 +56,7 @@ class FileRows(RowSource):
                 found.append(str(path))
             else:
                 raise FileNotFoundError(
-                    f"expected a file or folder at {path}, found nothing: mend the paths of {type(self).__name__}"
+                    f"expected a file or folder at {path}, found nothing: set the paths of {type(self).__name__}"
                 )
         return found
 

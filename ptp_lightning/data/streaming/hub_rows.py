@@ -88,5 +88,5 @@ def opened(path: str, name: str | None, data_files: str | list[str] | None, spli
     except (OSError, ValueError, DatasetNotFoundError) as error:
         raise FileNotFoundError(
             f"expected a dataset that opens as {path!r} (name {name}, data_files {data_files}, split {split}), found: "
-            f"{error}; mend HubRows in data.parts"
+            f"{error}; set HubRows in data.parts"
         ) from error

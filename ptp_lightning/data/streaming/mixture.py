@@ -109,7 +109,7 @@ class Mixture:
         if row is None:
             raise ValueError(
                 f"expected documents in {self._parts[part].source}, found none for process {self._share.rank} of "
-                f"{self._share.world}: mend part {part} of data.parts"
+                f"{self._share.world}: set part {part} of data.parts"
             )
         return row, {"epoch": state["epoch"], "within": row.position}, rows
 

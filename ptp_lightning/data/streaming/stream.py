@@ -21,7 +21,7 @@ def no_rows(split: Split, num_documents: int) -> ValueError:
     """What to raise where documents make no row."""
     return ValueError(
         f"expected a document of two or more tokens in the {split} split, found none among {num_documents} documents "
-        "of this process: mend data.corpus (there must be one for each process)"
+        "of this process: set data.corpus (there must be one for each process)"
     )
 
 

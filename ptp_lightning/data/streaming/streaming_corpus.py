@@ -254,7 +254,7 @@ class StreamingCorpus(TextDataModule):
         if self._loaded_identity is not None and self._loaded_identity != self._identity():
             raise ValueError(
                 f"expected the stream that the checkpoint was written from, {self._loaded_identity}, found "
-                f"{self._identity()}: places in the one mean nothing in the other; mend data, or begin anew with "
+                f"{self._identity()}: places in the one mean nothing in the other; set data, or begin anew with "
                 "weights alone"
             )
         rank, world = self.rank_and_world()
@@ -360,7 +360,7 @@ def _not_all_empty(blocks: Iterable[Block]) -> Iterator[Block]:
         empty = 0 if len(block.rows.input_ids) else empty + 1
         if empty > LARGEST_EMPTY_RUN:
             raise ValueError(
-                f"expected documents with something to be learned, found none in {empty} blocks: mend data.parts"
+                f"expected documents with something to be learned, found none in {empty} blocks: set data.parts"
             )
 
 

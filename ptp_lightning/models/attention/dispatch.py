@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ptp_lightning.models.attention.blocks import block_attention
-from ptp_lightning.models.attention.flex import FlexWindows, suits
+from ptp_lightning.models.attention.flex import FlexWindows, is_supported
 from ptp_lightning.models.attention.visible_keys import VisibleKeys
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class WindowKeys:
         keeps: whether those of a call stay for the next one.
 
     Attributes:
-        flexes: whether FlexAttention is used where it suits; false to compare.
+        flexes: whether FlexAttention is used where it is_supported; false to compare.
     """
 
     flexes = True
@@ -84,7 +84,7 @@ class WindowKeys:
         assert self._context is not None
         context = cast("DynamicLayer", self._context.layers[layer])
         assert context.keys is not None and context.values is not None, "the context has been read"
-        if not self._keeps and self.flexes and suits(query):
+        if not self._keeps and self.flexes and is_supported(query):
             if self._flex is None:
                 self._flex = FlexWindows(sees_context, key.shape[2] // sees_context.shape[1])
             return self._flex.attend(query, (context.keys, context.values), (key, value), scale)

@@ -16,7 +16,7 @@ from torch import Tensor
 LEAST_HEAD_SIZE = 16  # of its kernels
 
 
-def suits(query: Tensor) -> bool:
+def is_supported(query: Tensor) -> bool:
     """Whether this attention is the better one for such numbers on such a device.
 
     Not for tensors without memory, which are on no device: a plan counts what attention by blocks keeps, which is the

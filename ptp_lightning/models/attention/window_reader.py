@@ -28,7 +28,7 @@ class Run(Protocol):
     ) -> Tensor: ...
 
 
-class WindowPlaces(NamedTuple):
+class WindowLayout(NamedTuple):
     """Where the windows of packed rows stand.
 
     Attributes:
@@ -52,7 +52,7 @@ class WindowReader:
         keeps: whether a call sees the places of the calls before it; else each call starts at the first place.
     """
 
-    def __init__(self, places: WindowPlaces, cache: DynamicCache, *, in_blocks: bool, keeps: bool = False) -> None:
+    def __init__(self, places: WindowLayout, cache: DynamicCache, *, in_blocks: bool, keeps: bool = False) -> None:
         self._places = places
         self._keeps = keeps
         self._keys = WindowKeys(cache, keeps) if in_blocks else None
@@ -90,7 +90,7 @@ class WindowReader:
 
 
 def read_jointly(
-    places: WindowPlaces, run: Run, tokens: Tensor, token_positions: Tensor, embeddings: Tensor, in_blocks: bool
+    places: WindowLayout, run: Run, tokens: Tensor, token_positions: Tensor, embeddings: Tensor, in_blocks: bool
 ) -> Tensor:
     """The context and windows behind it in one call, so that gradients reach both.
 
@@ -119,7 +119,7 @@ def read_jointly(
     return hidden[:, tokens.shape[1] :].unflatten(1, (num_windows, length))
 
 
-def _dense_mask(places: WindowPlaces, num_windows: int, calls: Sequence[int]) -> Tensor:
+def _dense_mask(places: WindowLayout, num_windows: int, calls: Sequence[int]) -> Tensor:
     """`[B, 1, N * J, S + N * K]` of the last of some calls that read so many places of each window.
 
     What a cache holds of windows lies call by call, window by window in each.

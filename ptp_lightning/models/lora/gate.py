@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-class Opening(NamedTuple):
+class GateState(NamedTuple):
     """Where an open gate lets the adapter act: a mask [B, T], the last `suffix` positions, or (both None) all."""
 
     mask: Tensor | None
@@ -36,7 +36,7 @@ class Gate:
     """
 
     def __init__(self) -> None:
-        self.opening: Opening | None = None  # where the adapter acts; set by the context managers only
+        self.opening: GateState | None = None  # where the adapter acts; set by the context managers only
 
     @contextmanager
     def open(self, mask: Tensor | None = None, *, suffix: int | None = None) -> Iterator[None]:
@@ -56,7 +56,7 @@ class Gate:
             raise ValueError(f"the gate mask must be bool [B, T], found {mask.dtype} {list(mask.shape)}")
         if suffix is not None and suffix < 0:
             raise ValueError(f"the gate suffix must be at least 0 positions, found {suffix}")
-        with _Hold(self, Opening(mask, suffix)):
+        with _Hold(self, GateState(mask, suffix)):
             yield
 
     def closed(self) -> AbstractContextManager[None]:
@@ -71,7 +71,7 @@ class Gate:
 class _Hold(AbstractContextManager[None]):
     """Holds a gate in one state; a class because checkpoints enter theirs again on every further backward."""
 
-    def __init__(self, gate: Gate, opening: Opening | None) -> None:
+    def __init__(self, gate: Gate, opening: GateState | None) -> None:
         self._gate = gate
         self._opening = opening
 

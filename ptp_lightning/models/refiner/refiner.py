@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from ptp_lightning.models.attention.window_reader import WindowPlaces, WindowReader
+from ptp_lightning.models.attention.window_reader import WindowLayout, WindowReader
 from ptp_lightning.models.refiner.layers import last_layers, new_layers, stream_scale
 from ptp_lightning.models.refiner.lower_layers import LowerLayers
 
@@ -35,9 +35,9 @@ class RefinerSettings:
     Args:
         num_layers: decoder layers, of the base model's width and number of heads; 0 for no refiner.
         intermediate_size: width of their MLPs, by default three times the model's; of new layers only.
-        rounds: how often a draft is refined. Round k lets token k + 1 know all tokens before it as they will stand, so
-            more than window_length - 1 change nothing. A round costs `num_layers` + `base_layers` layers and a head on
-            slots alone.
+        num_refinement_steps: how often a draft is refined. Step k lets token k + 1 know all tokens before it as they
+            will stand, so more than window_length - 1 change nothing. A step costs `num_layers` + `base_layers` layers
+            and a head on slots alone.
         base_layers: first layers of the base model that read the tokens, so that slots are told what these layers make
             of them instead of bare embeddings (see `LowerLayers`).
         start: `random` for new layers, or `last_layers` for copies of the base model's last ones, which can already
@@ -49,12 +49,17 @@ class RefinerSettings:
 
     num_layers: int = 0
     intermediate_size: int | None = None
-    rounds: int = 3
+    num_refinement_steps: int = 3
     base_layers: int = 0
     start: Literal["random", "last_layers"] = "random"
 
     def __post_init__(self) -> None:
-        for name, minimum in (("num_layers", 0), ("intermediate_size", 1), ("rounds", 1), ("base_layers", 0)):
+        for name, minimum in (
+            ("num_layers", 0),
+            ("intermediate_size", 1),
+            ("num_refinement_steps", 1),
+            ("base_layers", 0),
+        ):
             value = getattr(self, name)
             if value is not None and value < minimum:
                 raise ValueError(f"expected predictor.refiner.{name} >= {minimum}, found {value}")
@@ -182,7 +187,7 @@ class RefinerContext:
 
     def refine_windows(
         self,
-        places: WindowPlaces,
+        places: WindowLayout,
         hidden: Tensor,
         token_embeddings: Tensor,
         told: Tensor | None,
@@ -207,15 +212,15 @@ class RefinerContext:
         return self._lower_layers(embeddings, position_ids, mask, self._lower_cache)
 
 
-def refine_draft(draft: Tensor, rounds: int, propose: Callable[[Tensor], Tensor]) -> Tensor:
+def refine_draft(draft: Tensor, num_refinement_steps: int, propose: Callable[[Tensor], Tensor]) -> Tensor:
     """Let each token after the first be proposed again, knowing the draft before it.
 
     Args:
         draft: `[..., L]` token ids, the first exact.
-        rounds: of proposals for all L - 1 places at once; round k settles token k + 1, so L - 1 are enough.
+        num_refinement_steps: each proposes all L - 1 tokens at once; step k settles token k + 1, so L - 1 are enough.
         propose: from the tokens `[..., L - 1]` that the slots stand for to those they predict.
     """
-    for _ in range(min(rounds, draft.shape[-1] - 1)):
+    for _ in range(min(num_refinement_steps, draft.shape[-1] - 1)):
         draft = torch.cat([draft[..., :1], propose(draft[..., :-1])], dim=-1)
     return draft
 

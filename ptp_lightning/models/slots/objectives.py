@@ -17,7 +17,7 @@ class Objective(ABC):
 
     name: ClassVar[str]
     num_inputs: ClassVar[int]
-    knows_draft: ClassVar[bool] = True
+    conditions_on_draft: ClassVar[bool] = True
     """Whether the refiner, where there is one, is told the proposed tokens that the slots stand for."""
     predicts_distribution: ClassVar[bool] = True
     """Whether logits stand for the distribution of the next token, to be compared with the teacher's."""
@@ -31,7 +31,7 @@ class Objective(ABC):
         """Tokens `[...]` from logits `[..., V]` and the auxiliaries `[...]` of the predicted tokens."""
 
     @abstractmethod
-    def right_probability(
+    def correct_probability(
         self, logits: Tensor, token_ids: Tensor, teacher: TokenDistribution, sampling: Sampler
     ) -> Tensor:
         """How likely a slot proposes the reference token: `[...]`, float32 or better, without gradient.
@@ -67,7 +67,7 @@ class OneHotObjective(Objective):
         return token_ids.squeeze(-1)
 
     @torch.no_grad()
-    def right_probability(
+    def correct_probability(
         self, logits: Tensor, token_ids: Tensor, teacher: TokenDistribution, sampling: Sampler
     ) -> Tensor:
         """The probability that the student gives to the reference token; `teacher` and `sampling` are not read."""
@@ -96,7 +96,7 @@ class PickingObjective(Objective):
         """Inverse CDF of the predicted distribution at the predicted token's u."""
         return likely_pick(auxiliaries, sampling.proposal().distribution(logits), self.cdf_error)
 
-    def right_probability(
+    def correct_probability(
         self, logits: Tensor, token_ids: Tensor, teacher: TokenDistribution, sampling: Sampler
     ) -> Tensor:
         """See `interval_overlap`; as if `cdf_error` were 0."""
@@ -121,7 +121,7 @@ class IndependentObjective(PickingObjective):
 
     name: ClassVar[str] = "independent"
     num_inputs: ClassVar[int] = 0
-    knows_draft: ClassVar[bool] = False
+    conditions_on_draft: ClassVar[bool] = False
 
     def inputs(self, auxiliaries: Tensor) -> list[Tensor]:
         """Nothing."""
@@ -136,7 +136,7 @@ class SequentialObjective(IndependentObjective):
     """
 
     name: ClassVar[str] = "sequential"
-    knows_draft: ClassVar[bool] = True
+    conditions_on_draft: ClassVar[bool] = True
 
 
 @torch.no_grad()

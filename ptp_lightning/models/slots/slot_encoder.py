@@ -27,7 +27,7 @@ class SlotEncoder(nn.Module):
         refiner: what else slots learn, after the stack; set by the predictor, which knows the base model.
         settings: tells slots the sampling settings, of a predictor that is trained for several; likewise.
         refiner_settings: tells the refiner's slots.
-        token_places: `[V]` int64, places in the order "embedding" if slots are trained in it (see `Sampler`); likewise.
+        token_ranks: `[V]` int64, places in the order "embedding" if slots are trained in it (see `Sampler`); likewise.
     """
 
     def __init__(
@@ -49,8 +49,8 @@ class SlotEncoder(nn.Module):
         self.refiner: Refiner | None = None
         self.settings: SettingsEmbedding | None = None
         self.refiner_settings: SettingsEmbedding | None = None
-        self.token_places: Tensor | None
-        self.register_buffer("token_places", None)
+        self.token_ranks: Tensor | None
+        self.register_buffer("token_ranks", None)
 
     def forward(self, auxiliaries: Tensor) -> Tensor:
         """Map auxiliaries `[..., L]` to `[..., L - 1, H]`."""

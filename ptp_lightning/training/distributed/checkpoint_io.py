@@ -10,7 +10,7 @@ import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import get_filesystem
 
-from ptp_lightning.utils.atomic_files import writing_whole
+from ptp_lightning.utils.atomic_files import atomic_write
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -33,7 +33,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         target = Path(os.fspath(path).removeprefix("file://"))
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with writing_whole(target) as file:
+            with atomic_write(target) as file:
                 torch.save(checkpoint, file)
         except BaseException as error:
             reason = _reason(error)

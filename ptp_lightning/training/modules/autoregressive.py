@@ -98,7 +98,7 @@ class AutoregressiveModule(TrainingModule):
         if data.vocab_size > vocab_size:
             raise ValueError(
                 f"expected data of at most {vocab_size} token ids (the model's vocab_size), found {data.vocab_size}: "
-                "mend data.tokenizer or model.backbone (a series needs one id more than it has values)"
+                "set data.tokenizer or model.backbone (a series needs one id more than it has values)"
             )
         self.has_bytes = data.tokenizer is not None
         byte_lengths = torch.zeros(vocab_size, dtype=torch.int64)

@@ -24,8 +24,8 @@ from ptp_lightning.models.config import PredictorConfig
 from ptp_lightning.models.context import Context
 from ptp_lightning.sampling import Sampler, SamplingConfig
 from ptp_lightning.training.modules.best_of import best_of
+from ptp_lightning.training.modules.correct_probability import correct_probability
 from ptp_lightning.training.modules.predictor_module import PredictorModule
-from ptp_lightning.training.modules.right_probability import right_probability
 from ptp_lightning.training.optimization import OptimizerSettings
 from ptp_lightning.training.windows.student_proposals import propose
 from ptp_lightning.training.windows.windows import SLOTS, TeacherWindows, WindowSample, WindowSource
@@ -173,7 +173,11 @@ class DistillationModule(PredictorModule):
         mask = sample.mask[..., 1:]
         flat = sample.target.at(SLOTS).flat()
         targets = SlotTargets(sample.token_ids[..., 1:].flatten(), flat, mask.flatten().to(torch.float32))
-        measure = right_probability(self.predictor, sample, sampling) if self.position_weights.needs_right else None
+        measure = (
+            correct_probability(self.predictor, sample, sampling)
+            if self.position_weights.needs_correct_probability
+            else None
+        )
         losses = self.loss.of_slots(hidden.flatten(0, 2), self.predictor.slot_logits, targets, measure)
         return self.loss.weighted_sum(losses, self.position_weights(mask, losses.measured_on(mask)).flatten())
 

@@ -114,7 +114,7 @@ class InverseAutoregressiveModule(PredictorModule):
                 "expected model.init_args.autoregressive_loss_weight > 0 beside model.init_args.slot_loss "
                 f"{type(slot_loss).__name__}, found 0: slots would learn predictions that nothing trains"
             )
-        if position_weights.needs_right:
+        if position_weights.needs_correct_probability:
             raise ValueError(
                 "expected model.init_args.position_weights that depend on positions alone, found "
                 f"{type(position_weights).__name__}: no teacher says which proposals are right; set UniformWeights or "

@@ -57,7 +57,7 @@ def invert(
     for offset in range(length - 1):
         if offset > 0:
             newest = predictor.embed_slots(followed_by_nothing(values[-1].unsqueeze(-1)), sampling.settings)
-            logits = predictor.slot_logits(reader.read(predictor.student_decode, newest).squeeze(2))
+            logits = predictor.slot_logits(reader.read(predictor.run_student_decoder, newest).squeeze(2))
         lower, upper = token_interval(sampling.distribution(logits), token_ids[..., offset])
         values.append(strategy(lower, upper, generator))
         found.append(upper > lower)

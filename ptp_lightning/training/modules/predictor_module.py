@@ -171,7 +171,7 @@ def require_own_completions(predictor: PredictorNetwork, completions: Completion
     A base model that is trained itself has no teacher: for it completions are data like any others.
 
     Raises:
-        ValueError: what differs, and the keys that mend it.
+        ValueError: what differs, and the keys that set it.
     """
     config = predictor.config
     if config.student.trains_base:
@@ -180,21 +180,21 @@ def require_own_completions(predictor: PredictorNetwork, completions: Completion
     if completions.vocab_size != vocabulary:
         raise ValueError(
             f"expected completions of a teacher with {vocabulary} token ids (the model's vocab_size), found "
-            f"{completions.vocab_size} ({completions.teacher_path}): mend {FOLDER_KEY} or predictor.backbone.path"
+            f"{completions.vocab_size} ({completions.teacher_path}): set {FOLDER_KEY} or predictor.backbone.path"
         )
     if completions.teacher != predictor.base_fingerprint:
         raise ValueError(
             f"expected completions of the teacher {config.backbone.path} (fingerprint {predictor.base_fingerprint}), "
-            f"found those of {completions.teacher_path} (fingerprint {completions.teacher}): mend {FOLDER_KEY} or "
+            f"found those of {completions.teacher_path} (fingerprint {completions.teacher}): set {FOLDER_KEY} or "
             "predictor.backbone.path"
         )
     if config.sampling_range is not None:
         raise ValueError(
             f"expected completions of every setting in predictor.sampling_range {config.sampling_range}, found those "
-            f"of {completions.sampling} alone: set predictor.sampling_range to null, or mend {FOLDER_KEY}"
+            f"of {completions.sampling} alone: set predictor.sampling_range to null, or set {FOLDER_KEY}"
         )
     if completions.sampling != config.sampling:
         raise ValueError(
-            f"expected completions that were sampled with {config.sampling}, found {completions.sampling}: mend "
+            f"expected completions that were sampled with {config.sampling}, found {completions.sampling}: set "
             f"{FOLDER_KEY} or predictor.sampling"
         )

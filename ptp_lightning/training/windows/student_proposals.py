@@ -74,7 +74,7 @@ def propose(
                 hidden = predictor.refine(context, pairs, slots, token_ids)
                 return picks(hidden)
 
-            draft = refine_draft(draft, predictor.refinement_rounds, propose_again)
+            draft = refine_draft(draft, predictor.num_refinement_steps, propose_again)
     return StudentDraft(draft, hidden)
 
 
@@ -149,7 +149,7 @@ def distributions_along(predictor: PredictorNetwork, context: Context, token_ids
     read = token_ids.shape[2] - 1
     sampling = context.sampling
     with predictor.gate.closed():
-        hidden = predictor.window_reader(context).read(predictor.decode, predictor.embed(token_ids[..., :-1]))
+        hidden = predictor.window_reader(context).read(predictor.run_decoder, predictor.embed(token_ids[..., :-1]))
     if are_lazy(predictor, context):
         return lazily(predictor, context, torch.cat([context.first_hidden.unsqueeze(2), hidden], dim=2))
     # Position 0 is computed for itself, as everywhere else, so that rounding gives the same token everywhere.

@@ -109,7 +109,7 @@ class TeacherWindows(WindowSource):
             for offset in range(length):
                 if offset > 0:
                     newest = predictor.embed(tokens[-1]).unsqueeze(2)
-                    hidden = reader.read(predictor.decode, newest).squeeze(2)
+                    hidden = reader.read(predictor.run_decoder, newest).squeeze(2)
                 tokens.append(pick(auxiliaries[..., offset], along.add(hidden)))
         token_ids = torch.stack(tokens, dim=-1)
         mask = until_end(token_ids, end_of_text)

@@ -118,7 +118,7 @@ class TestRefusals:
             CompletionFolder.open(tmp_path)
 
     def test_no_folder(self, tmp_path: Path) -> None:
-        with pytest.raises(FileNotFoundError, match="pregenerate.*nowhere, found none: mend data.folder"):
+        with pytest.raises(FileNotFoundError, match="pregenerate.*nowhere, found none: set data.folder"):
             CompletionFolder.open(tmp_path / "nowhere")
         (tmp_path / "file").write_text("")
         with pytest.raises(ValueError, match="found a file: choose another --output"):
@@ -131,7 +131,7 @@ class TestRefusals:
             CompletionFolder.open(tmp_path)
 
     def test_no_shards(self, tmp_path: Path) -> None:
-        with pytest.raises(FileNotFoundError, match="expected shards .*found completions.json: mend data.folder"):
+        with pytest.raises(FileNotFoundError, match="expected shards .*found completions.json: set data.folder"):
             write_made_up(tmp_path, shards=[]).read()
 
     @pytest.mark.parametrize("content", [b"", b"PAR1", b"no Parquet at all"])
@@ -163,7 +163,7 @@ class TestRefusals:
     @pytest.mark.parametrize("token", [-1, 32, 2048])
     def test_tokens_outside_the_vocabulary(self, tmp_path: Path, token: int) -> None:
         ids = pa.array([[1, token]] * 16, pa.list_(pa.int32()))
-        with pytest.raises(ValueError, match=rf"0 .. 31 in completion_ids of .*shard-00000.*, found {token}: mend"):
+        with pytest.raises(ValueError, match=rf"0 .. 31 in completion_ids of .*shard-00000.*, found {token}: set"):
             self.rewritten(tmp_path, completion_ids=ids).read()
 
     @pytest.mark.parametrize("entry", [[], None])

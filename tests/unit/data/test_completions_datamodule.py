@@ -137,7 +137,7 @@ class TestRefusals:
     def test_a_folder_without_completions(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match="data.folder"):
             CompletionsDataModule(str(tmp_path / "nowhere"))
-        with pytest.raises(FileNotFoundError, match="found an empty folder: mend data.folder"):
+        with pytest.raises(FileNotFoundError, match="found an empty folder: set data.folder"):
             CompletionsDataModule(str(tmp_path))
 
     def test_a_row_too_short_for_a_completion(self, folder: Path) -> None:

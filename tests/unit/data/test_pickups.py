@@ -121,7 +121,7 @@ class TestCache:
 
 class TestBadFiles:
     def test_no_file(self, tmp_path: Path) -> None:
-        with pytest.raises(FileNotFoundError, match="events.csv, found none: mend data.series.path"):
+        with pytest.raises(FileNotFoundError, match="events.csv, found none: set data.series.path"):
             make_series(tmp_path / "events.csv")
 
     @pytest.mark.parametrize("bad", ["9,,\n", "9,40.0\n", "9,north,-74\n", "9,nan,-74\n", "9,90.5,-74\n", "9,40,181\n"])

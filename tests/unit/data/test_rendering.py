@@ -101,7 +101,7 @@ class TestChat:
             ([], "a list of messages"),
             ("Hi", "a list of messages"),
             ([{"role": "user"}], "'content'"),
-            ([{"from": "human", "value": "Hi"}], "mend role and content"),
+            ([{"from": "human", "value": "Hi"}], "set role and content"),
             ([{"role": "user", "content": None}], "'content'"),
         ],
     )

@@ -344,7 +344,7 @@ class TestBadRows:
     @pytest.mark.parametrize("num_workers", [0, 1])
     def test_an_empty_source(self, tmp_path: Path, num_workers: int) -> None:
         (tmp_path / "data.jsonl").touch()
-        with pytest.raises(ValueError, match=r"^expected documents in JsonLines.*mend part 0 of data.parts$"):
+        with pytest.raises(ValueError, match=r"^expected documents in JsonLines.*set part 0 of data.parts$"):
             take(corpus([str(tmp_path / "data.jsonl")], num_workers=num_workers), 1)
 
     def test_held_out_rows_are_not_looked_for_for_ever(self, files: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

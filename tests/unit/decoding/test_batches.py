@@ -106,7 +106,7 @@ def test_each_prompt_may_have_its_own_seed(decoder: str) -> None:
     found = [decoded.token_ids for decoded in decode(predictor, [PROMPTS[0]] * 3, settings)]
     assert found == [reference(predictor, replace(settings, seed=seed), PROMPTS[0]) for seed in (4, 9, 4)]
     assert found[0] == found[2] != found[1]
-    with pytest.raises(ValueError, match="one for each of 2 prompts, found 3: mend seed"):
+    with pytest.raises(ValueError, match="one for each of 2 prompts, found 3: set seed"):
         decode(predictor, PROMPTS[:2], settings)
 
 

@@ -15,7 +15,7 @@ from ptp_lightning.decoding import (
     decode_partially_quadratically,
     decode_speculatively,
 )
-from ptp_lightning.decoding.batch_invariance import NAME, steady
+from ptp_lightning.decoding.batch_invariance import NAME, batch_invariant
 from ptp_lightning.decoding.lookahead import Lookahead
 from ptp_lightning.decoding.state import BatchContext
 from ptp_lightning.export.checkpoint import load_network
@@ -32,7 +32,7 @@ NUM_SEEDS = 4
 @pytest.mark.parametrize("decode", [decode_speculatively, decode_partially_quadratically], ids=lambda d: d.__name__)
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "gpt_neox"])
 def test_texts_are_the_reference_texts(family: str, decode: Decode) -> None:
-    """Without `steady`, 0.6 to 0.9 % of these tokens differ."""
+    """Without `batch_invariant`, 0.6 to 0.9 % of these tokens differ."""
     sampling = SamplingConfig(temperature=0.7, top_k=50, top_p=0.9)
     predictor = tiny_predictor(family, sampling=sampling, vocab_size=VOCABULARY, dtype=torch.bfloat16)
     for seed in range(NUM_SEEDS):
@@ -119,7 +119,7 @@ def test_the_models_own_attention_comes_back() -> None:
     before = model.config._attn_implementation
 
     def interrupted() -> None:
-        with steady(model):
+        with batch_invariant(model):
             assert model.config._attn_implementation == NAME
             raise KeyboardInterrupt
 
@@ -130,7 +130,7 @@ def test_the_models_own_attention_comes_back() -> None:
 
 def test_float32_stays_as_it_is() -> None:
     model = tiny_llama()
-    with steady(model):
+    with batch_invariant(model):
         assert model.config._attn_implementation == "sdpa"
 
 
@@ -139,5 +139,5 @@ def test_attention_is_what_it_was_up_to_rounding() -> None:
     token_ids = torch.tensor([PROMPT])
     with torch.no_grad():
         expected = model(input_ids=token_ids).logits
-        with steady(model):
+        with batch_invariant(model):
             torch.testing.assert_close(model(input_ids=token_ids).logits, expected, atol=0.05, rtol=0.02)

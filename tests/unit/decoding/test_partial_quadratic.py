@@ -176,4 +176,4 @@ def test_slot_logits_are_those_of_training(family: str, student: str, objective:
         return draft
 
     assert decoded(predictor, settings, proposer=compare).token_ids == text[0, len(PROMPT) :].tolist()
-    assert len(earlier) > 5 and max(len(passes) for passes in earlier.values()) == 1 + predictor.refinement_rounds
+    assert len(earlier) > 5 and max(len(passes) for passes in earlier.values()) == 1 + predictor.num_refinement_steps

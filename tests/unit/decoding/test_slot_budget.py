@@ -1,4 +1,4 @@
-"""The budget that suits a machine: what calls cost is measured as the decoder makes them."""
+"""The budget that is_supported a machine: what calls cost is measured as the decoder makes them."""
 
 import pytest
 

@@ -293,8 +293,13 @@ class TestSlots:
 
         accelerated(predictor, settings, proposer=compare)
         assert list(drafts) == [1, 7, 9, 11]  # 6 tokens, then 2 a cycle; the last two need no slot
-        rounds = predictor.refinement_rounds  # a window of two slots cannot use more than two
-        assert [len(passes) for passes in drafts.values()] == [1 + rounds, 1 + rounds, 1 + rounds, 1 + min(rounds, 2)]
+        rounds = predictor.num_refinement_steps  # a window of two slots cannot use more than two
+        assert [len(passes) for passes in drafts.values()] == [
+            1 + rounds,
+            1 + rounds,
+            1 + rounds,
+            1 + min(rounds, 2),
+        ]
 
     @pytest.mark.parametrize(("order", "told"), [("descending", 0.0), ("vocabulary", 0.5), ("embedding", 0.5)])
     def test_greedy_slots_are_told_a_likely_u(self, order: str, told: float) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ptp_lightning.decoding.batch_invariance import steady
+from ptp_lightning.decoding.batch_invariance import batch_invariant
 from ptp_lightning.decoding.generation import GenerationSettings
 from ptp_lightning.decoding.lookahead import Lookahead
 from ptp_lightning.decoding.state import BatchContext
@@ -24,7 +24,7 @@ def test_context_tokens_of_a_propose_call_keep_their_bits(dtype: torch.dtype) ->
     decoder = predictor.base_model.get_submodule(predictor.base_model.base_model_prefix)
     mask = torch.ones(10, 10, dtype=torch.bool).tril()[None, None]
     slots = predictor.slot_encoder(u).to(dtype)
-    with predictor.gate.closed(), steady(predictor.base_model):  # the same call shape, without the adapter
+    with predictor.gate.closed(), batch_invariant(predictor.base_model):  # the same call shape, without the adapter
         expected = decoder(
             inputs_embeds=torch.cat([predictor.embed(INPUT_IDS), slots], dim=1),
             position_ids=torch.arange(10).unsqueeze(0),
@@ -40,6 +40,6 @@ def test_context_tokens_of_a_propose_call_keep_their_bits(dtype: torch.dtype) ->
     assert context.num_calls == 1
     again, _ = context.read(INPUT_IDS[:, :2])
     text = torch.cat([INPUT_IDS, INPUT_IDS[:, :2]], dim=1)
-    with predictor.gate.closed(), steady(predictor.base_model):
+    with predictor.gate.closed(), batch_invariant(predictor.base_model):
         expected = decoder(input_ids=text, use_cache=False).last_hidden_state[:, 7:]
     torch.testing.assert_close(again, expected, atol=2e-2 if dtype == torch.bfloat16 else 1e-5, rtol=0)

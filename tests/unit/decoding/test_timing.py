@@ -13,7 +13,7 @@ from ptp_lightning.decoding import (
     decode_partially_quadratically,
     decode_speculatively,
 )
-from ptp_lightning.decoding.timing import PHASES, Laps
+from ptp_lightning.decoding.timing import PHASES, PhaseTimer
 from ptp_lightning.evaluation.landing import correct_everywhere
 from tests.helpers.tiny_decoding import PROMPT, Decode, decode_one
 from tests.helpers.tiny_predictors import tiny_predictor
@@ -38,21 +38,21 @@ def ticks() -> Callable[[], float]:
     ids=["autoregressive", "speculative", "partial_quadratic"],
 )
 def test_each_phase_ends_with_its_lap(decode: Decode, cycle: dict[str, int]) -> None:
-    laps = Laps(ticks())
-    decoded = decode_one(decode, PREDICTOR, SETTINGS, laps=laps)
+    timer = PhaseTimer(ticks())
+    decoded = decode_one(decode, PREDICTOR, SETTINGS, timer=timer)
     num_cycles = len(decoded.correct_per_cycle) or len(decoded.token_ids)
-    assert set(laps.seconds) == set(PHASES)
+    assert set(timer.seconds) == set(PHASES)
     for phase, laps_of_cycle in cycle.items():
         # The last cycle has nothing to propose, or nothing to verify.
-        assert 0 <= laps_of_cycle * num_cycles - laps.seconds[phase] <= laps_of_cycle
+        assert 0 <= laps_of_cycle * num_cycles - timer.seconds[phase] <= laps_of_cycle
 
 
 def test_a_gpu_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[None] = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(None))
-    Laps(ticks()).lap("forward")
+    PhaseTimer(ticks()).mark("forward")
     assert not waits
-    Laps(ticks(), torch.device("cuda")).lap("forward")
+    PhaseTimer(ticks(), torch.device("cuda")).mark("forward")
     assert len(waits) == 1
 
 

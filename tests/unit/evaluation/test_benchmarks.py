@@ -72,7 +72,7 @@ class TestRefusals:
             read_questions("gsm8k")
 
     def test_missing_file(self, tmp_path: Path) -> None:
-        with pytest.raises(FileNotFoundError, match="mend --questions"):
+        with pytest.raises(FileNotFoundError, match="set --questions"):
             read_questions("gsm8k", tmp_path / "none.jsonl")
 
     def test_unknown_benchmark(self, tmp_path: Path) -> None:

@@ -148,12 +148,12 @@ class TestRoundTrip:
 class TestBaseModel:
     def test_another_one_is_refused(self, exported: Path, base: Path, other_base: Path) -> None:
         moved = BackboneSettings(path=str(other_base))
-        with pytest.raises(ValueError, match=r"another base model at .*other_base.*: mend predictor\.backbone\.path"):
+        with pytest.raises(ValueError, match=r"another base model at .*other_base.*: set predictor\.backbone\.path"):
             load_network(exported, backbone=moved)
 
     def test_may_move(self, exported: Path, base: Path, tmp_path: Path) -> None:
         edit(exported, config=trained(base).config.to_dict() | {"backbone": {"path": str(tmp_path / "gone")}})
-        with pytest.raises(FileNotFoundError, match=r"model folder at .*gone, found nothing: mend predictor\.backbone"):
+        with pytest.raises(FileNotFoundError, match=r"model folder at .*gone, found nothing: set predictor\.backbone"):
             load_network(exported)
         after = load_network(exported, backbone=BackboneSettings(path=str(base)))
         assert torch.equal(slot_logits(after), slot_logits(trained(base)))
@@ -175,7 +175,7 @@ class TestBrokenFolder:
     @pytest.mark.parametrize("name", [ADAPTER_FILE, SLOT_ENCODER_FILE, SETTINGS_FILE])
     def test_missing_file(self, exported: Path, name: str) -> None:
         (exported / name).unlink()
-        with pytest.raises(FileNotFoundError, match=rf"expected {name} in .*, found README\.md.*: mend ckpt_path"):
+        with pytest.raises(FileNotFoundError, match=rf"expected {name} in .*, found README\.md.*: set ckpt_path"):
             load_network(exported)
 
     def test_settings_that_are_no_json(self, exported: Path) -> None:
@@ -221,7 +221,7 @@ class TestCheckpointFile:
             load_network(tmp_path / "last.ckpt")
 
     def test_nothing_there(self, tmp_path: Path) -> None:
-        with pytest.raises(FileNotFoundError, match=r"at .*last\.ckpt, found nothing: mend ckpt_path"):
+        with pytest.raises(FileNotFoundError, match=r"at .*last\.ckpt, found nothing: set ckpt_path"):
             load_network(tmp_path / "last.ckpt")
 
     @pytest.mark.parametrize("content", [{"state_dict": {}}, [1, 2], 7])
@@ -277,7 +277,7 @@ class TestWriting:
 
     def test_overwrite(self, exported: Path, base: Path) -> None:
         new = trained(base, window_length=8)
-        with pytest.raises(ValueError, match=r"export to be new or empty, found .*mend output or set overwrite"):
+        with pytest.raises(ValueError, match=r"export to be new or empty, found .*set output or set overwrite"):
             save_network(new, exported)
         assert load_network(exported).config.window_length == 4
         save_network(new, exported, overwrite=True)
@@ -286,7 +286,7 @@ class TestWriting:
 
     def test_overwrite_deletes_no_foreign_file(self, exported: Path, base: Path) -> None:
         (exported / "thesis.tex").write_text("years of work")
-        with pytest.raises(ValueError, match=r"expected nothing but an earlier export in .*mend output"):
+        with pytest.raises(ValueError, match=r"expected nothing but an earlier export in .*set output"):
             save_network(trained(base), exported, overwrite=True)
         assert (exported / "thesis.tex").read_text() == "years of work"
 
@@ -298,7 +298,7 @@ class TestWriting:
 
     def test_a_file_is_in_the_way(self, base: Path, tmp_path: Path) -> None:
         (tmp_path / "export").write_text("")
-        with pytest.raises(ValueError, match=r"expected a folder to write to, found the file .*export: mend output"):
+        with pytest.raises(ValueError, match=r"expected a folder to write to, found the file .*export: set output"):
             save_network(trained(base), tmp_path / "export", overwrite=True)
 
 

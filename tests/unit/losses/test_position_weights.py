@@ -34,7 +34,7 @@ every_kind = pytest.mark.parametrize(("weights", "expected"), CASES)
 
 @every_kind
 def test_by_hand(weights: PositionWeights, expected: list[list[float]]) -> None:
-    found = weights(MASK, RIGHT if weights.needs_right else None)
+    found = weights(MASK, RIGHT if weights.needs_correct_probability else None)
     assert found.dtype == torch.float32
     assert torch.equal(found, torch.tensor(expected))
 

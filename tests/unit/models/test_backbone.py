@@ -102,7 +102,7 @@ class TestLocalFolder:
 class TestBadInput:
     @pytest.mark.parametrize("path", ["./nowhere", "/nowhere/at/all", "~/nowhere", "a/b/c", "nowhere.gguf"])
     def test_missing_path_is_not_looked_up_on_the_hub(self, path: str) -> None:
-        with pytest.raises(FileNotFoundError, match=r"found nothing: mend predictor\.backbone\.path"):
+        with pytest.raises(FileNotFoundError, match=r"found nothing: set predictor\.backbone\.path"):
             load_backbone(settings_for(path))
 
     def test_unreachable_hub_id(self, monkeypatch: pytest.MonkeyPatch) -> None:

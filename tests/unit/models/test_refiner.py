@@ -212,12 +212,12 @@ def test_who_is_told_the_draft(objective: Objective) -> None:
     hidden = slot_hidden(predictor)
     before, after = (refined(predictor, input_ids, hidden, each) for each in (tokens, (tokens + 1) % VOCAB_SIZE))
     assert torch.equal(before, after) == (objective in NOT_TOLD)
-    assert predictor.refinement_rounds == (1 if objective in NOT_TOLD else 3)
+    assert predictor.num_refinement_steps == (1 if objective in NOT_TOLD else 3)
 
 
 def test_without_a_refiner_there_are_no_rounds() -> None:
     predictor = PredictorNetwork(PredictorConfig(lora=LoraSettings(rank=2)), TINY_MODELS["llama"]())
-    assert predictor.refiner is None and predictor.refinement_rounds == 0
+    assert predictor.refiner is None and predictor.num_refinement_steps == 0
 
 
 def test_asking_twice_changes_nothing() -> None:
@@ -241,7 +241,7 @@ class TestRounds:
         return known.cumsum(-1)
 
     @pytest.mark.parametrize(
-        ("rounds", "expected"),
+        ("num_refinement_steps", "expected"),
         [
             (0, [1, 9, 9, 9, 9]),
             (1, [1, 1, 10, 19, 28]),
@@ -249,8 +249,8 @@ class TestRounds:
             (4, [1, 1, 2, 4, 8]),
         ],
     )
-    def test_each_settles_one_token_more(self, rounds: int, expected: list[int]) -> None:
-        assert refine_draft(self.DRAFT, rounds, self.propose).tolist() == [expected]
+    def test_each_settles_one_token_more(self, num_refinement_steps: int, expected: list[int]) -> None:
+        assert refine_draft(self.DRAFT, num_refinement_steps, self.propose).tolist() == [expected]
 
     def test_no_more_than_there_are_tokens_to_settle(self) -> None:
         calls: list[Tensor] = []
@@ -265,7 +265,8 @@ class TestRounds:
 
 class TestRefusals:
     @pytest.mark.parametrize(
-        ("key", "minimum"), [("num_layers", 0), ("intermediate_size", 1), ("rounds", 1), ("base_layers", 0)]
+        ("key", "minimum"),
+        [("num_layers", 0), ("intermediate_size", 1), ("num_refinement_steps", 1), ("base_layers", 0)],
     )
     def test_sizes_out_of_range(self, key: str, minimum: int) -> None:
         values: dict[str, Any] = {key: minimum - 1}

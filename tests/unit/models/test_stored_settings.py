@@ -31,9 +31,9 @@ class TestOrderAndRange:
         save_network(before, tmp_path / "export", dtype=torch.bfloat16)
         after = load_network(tmp_path / "export")
         assert after.config == before.config
-        places = after.slot_encoder.token_places
+        places = after.slot_encoder.token_ranks
         assert places is not None and places.dtype == torch.int64
-        assert torch.equal(places, before.sampler().token_places)  # pyright: ignore[reportArgumentType]
+        assert torch.equal(places, before.sampler().token_ranks)  # pyright: ignore[reportArgumentType]
         save_network(trained(base, sampling=self.BY_EMBEDDING, sampling_range=self.RANGE), tmp_path / "exact")
         assert torch.equal(slot_logits(load_network(tmp_path / "exact")), slot_logits(before))
 
@@ -41,13 +41,13 @@ class TestOrderAndRange:
         self, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         before = trained(base, sampling=self.BY_EMBEDDING)
-        assert before.slot_encoder.token_places is not None
-        other = before.slot_encoder.token_places.flip(0).clone()
-        before.slot_encoder.token_places.copy_(other)
+        assert before.slot_encoder.token_ranks is not None
+        other = before.slot_encoder.token_ranks.flip(0).clone()
+        before.slot_encoder.token_ranks.copy_(other)
         save_network(before, tmp_path / "export")
         monkeypatch.setattr(predictor_module, "similar_tokens_together", lambda table: pytest.fail("computed"))
         after = load_network(tmp_path / "export")
-        assert torch.equal(after.sampler().token_places, other)  # pyright: ignore[reportArgumentType]
+        assert torch.equal(after.sampler().token_ranks, other)  # pyright: ignore[reportArgumentType]
 
     @pytest.mark.parametrize(
         ("places", "message"),
@@ -61,9 +61,9 @@ class TestOrderAndRange:
     def test_a_broken_order_is_refused(self, base: Path, tmp_path: Path, places: Tensor | None, message: str) -> None:
         save_network(trained(base, sampling=self.BY_EMBEDDING), tmp_path / "export")
         weights = load_file(tmp_path / "export" / SLOT_ENCODER_FILE)
-        del weights["token_places"]
+        del weights["token_ranks"]
         save_file(
-            weights if places is None else weights | {"token_places": places}, tmp_path / "export" / SLOT_ENCODER_FILE
+            weights if places is None else weights | {"token_ranks": places}, tmp_path / "export" / SLOT_ENCODER_FILE
         )
         with pytest.raises(ValueError, match=message):
             load_network(tmp_path / "export")
@@ -74,7 +74,7 @@ class TestOrderAndRange:
     def test_weights_of_another_kind_are_refused(self, base: Path, change: dict[str, Any], key: str) -> None:
         plain, other = trained(base), trained(base, **change)
         for predictor, state in ((plain, other.trainable_state()), (other, plain.trainable_state())):
-            with pytest.raises(ValueError, match=f"found a checkpoint that differs in .*mend .*{key}"):
+            with pytest.raises(ValueError, match=f"found a checkpoint that differs in .*set .*{key}"):
                 predictor.load_trainable_state(state)
 
     def test_card(self, base: Path, tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def test_other_numbers_are_refused(places: list[int]) -> None:
 class TestOfAPredictor:
     def test_comes_from_its_token_embeddings(self) -> None:
         predictor = tiny_predictor(sampling=SamplingConfig(order="embedding"))
-        places = predictor.sampler().token_places
+        places = predictor.sampler().token_ranks
         assert places is not None
         table = predictor.base_model.get_input_embeddings().weight
         assert places.tolist() == similar_tokens_together(table).tolist()  # pyright: ignore[reportArgumentType]
@@ -101,11 +101,11 @@ class TestOfAPredictor:
     @pytest.mark.parametrize("order", ["vocabulary", "descending"])
     def test_other_orders_need_none(self, order: str) -> None:
         trained_in_it = tiny_predictor(sampling=SamplingConfig(order="embedding"))
-        assert trained_in_it.sampler(SamplingConfig(order=order)).token_places is None  # pyright: ignore[reportArgumentType]
+        assert trained_in_it.sampler(SamplingConfig(order=order)).token_ranks is None  # pyright: ignore[reportArgumentType]
         plain = tiny_predictor(sampling=SamplingConfig(order=order))  # pyright: ignore[reportArgumentType]
-        assert plain.sampler().token_places is None
-        assert not any("token_places" in name for name in plain.trainable_state())
+        assert plain.sampler().token_ranks is None
+        assert not any("token_ranks" in name for name in plain.trainable_state())
 
     def test_a_predictor_of_another_order_has_none(self) -> None:
-        with pytest.raises(ValueError, match="order of predictor.sampling, 'vocabulary', found 'embedding'.*mend"):
+        with pytest.raises(ValueError, match="order of predictor.sampling, 'vocabulary', found 'embedding'.*set"):
             tiny_predictor().sampler(SamplingConfig(order="embedding"))

@@ -143,7 +143,7 @@ def test_gradients_that_are_added_up_stay_in_the_backward_pass() -> None:
 
 @pytest.mark.usefixtures("with_trainer")
 def test_so_is_that_of_a_validation() -> None:
-    settings = SETTINGS["activations"] | {"refiner": RefinerSettings(num_layers=1, rounds=1)}
+    settings = SETTINGS["activations"] | {"refiner": RefinerSettings(num_layers=1, num_refinement_steps=1)}
     expected = measured(settings, validates=True).peaks["validation"][OTHER]
     module, batch = make(settings).eval(), real_batch()
 

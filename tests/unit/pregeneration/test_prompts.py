@@ -42,7 +42,7 @@ class TestCorpus:
         assert find_prompts(data, None, 1, LONG) == [[1], [3], [5]]
 
     def test_too_few_documents(self) -> None:
-        with pytest.raises(ValueError, match="expected 3 prompts .*found 2: lower --num_prompts, or mend data"):
+        with pytest.raises(ValueError, match="expected 3 prompts .*found 2: lower --num_prompts, or set data"):
             find_prompts(tiny_data(Texts(["ab", "c"])), 3, 1, LONG)
         with pytest.raises(ValueError, match="found 2 documents without any.*data.corpus"):
             find_prompts(tiny_data(Texts(["", ""])), None, 1, LONG)

@@ -179,7 +179,7 @@ class TestRefusals:
 
     def test_a_range_of_sampling_settings(self, tmp_path: Path) -> None:
         module = student(sampling_range=SamplingRange(0.5, 1.0, top_k=(4, 8)))
-        with pytest.raises(ValueError, match="predictor.sampling_range to null, or mend data.folder"):
+        with pytest.raises(ValueError, match="predictor.sampling_range to null, or set data.folder"):
             make_trainer(tmp_path).fit(module, datamodule=stored(tmp_path / "completions"))
 
     @pytest.mark.parametrize("vocab_size", [40, 24])

@@ -276,15 +276,19 @@ class TestValidation:
         assert metrics["test/accuracy/position_00"] == 1.0
         assert "test/correct_tokens" in metrics
 
-    @pytest.mark.parametrize("rounds", [1, 2, 3])
-    def test_each_round_settles_a_token(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rounds: int) -> None:
+    @pytest.mark.parametrize("num_refinement_steps", [1, 2, 3])
+    def test_each_round_settles_a_token(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_refinement_steps: int
+    ) -> None:
         """With the teacher in place of the refiner, a token is right once all tokens before it are."""
-        module = make_module(sampling=SamplingConfig(), refiner=RefinerSettings(num_layers=1, rounds=rounds))
+        module = make_module(
+            sampling=SamplingConfig(), refiner=RefinerSettings(num_layers=1, num_refinement_steps=num_refinement_steps)
+        )
         monkeypatch.setattr(module.predictor, "refine", teacher_in_place_of_the_refiner(module))
         trainer = make_trainer(tmp_path, limit_val_batches=1.0)
         metrics = trainer.validate(module, datamodule=tiny_data(eval_rows=8), verbose=False)[0]
         right = [metrics[f"val/accuracy_given_prefix/position_{place:02d}"] == 1.0 for place in range(4)]
-        assert right == [place <= rounds for place in range(4)]
+        assert right == [place <= num_refinement_steps for place in range(4)]
 
 
 def teacher_in_place_of_the_refiner(module: DistillationModule) -> Any:
@@ -294,7 +298,7 @@ def teacher_in_place_of_the_refiner(module: DistillationModule) -> Any:
     def refine(context: Context, pairs: RefinerContext, hidden: Tensor, token_ids: Tensor) -> Tensor:
         predictor = module.predictor
         with predictor.gate.closed():
-            return predictor.window_reader(context).read(predictor.decode, predictor.embed(token_ids))
+            return predictor.window_reader(context).read(predictor.run_decoder, predictor.embed(token_ids))
 
     return refine
 

@@ -131,7 +131,7 @@ class TestTraining:
         positions = context.window_positions[:, window] + offset
         slots = predictor.slot_encoder(F.pad(values, (0, 1))).flatten(1, 2)
         of_context = F.pad(context_mask(batch.document_ids), (0, slots.shape[1]))
-        hidden = predictor.decode(
+        hidden = predictor.run_decoder(
             torch.cat([predictor.embed(batch.input_ids), slots], dim=1),
             torch.cat([batch.position_ids, positions], dim=1),
             torch.cat([of_context, of_slots], dim=2),

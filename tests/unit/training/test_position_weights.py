@@ -103,10 +103,12 @@ def test_the_loss_is_the_weighted_sum(
     total, count = weighing._slot_loss(hidden, sample, module.predictor.sampler())
     right = counted_right(module, sample, hidden)
     expected = weights_by_hand(weights, sample.mask[..., 1:], right)
-    assert float(count) == pytest.approx(float(expected.sum()), abs=0.05 if weights.needs_right else 1e-6)
+    assert float(count) == pytest.approx(float(expected.sum()), abs=0.05 if weights.needs_correct_probability else 1e-6)
     nats = nats_by_slot(module, sample, hidden)
-    assert float(total) == pytest.approx(float((nats * expected).sum()), rel=0.01 if weights.needs_right else 1e-5)
-    if weights.needs_right:  # else this test would not tell it from the others
+    assert float(total) == pytest.approx(
+        float((nats * expected).sum()), rel=0.01 if weights.needs_correct_probability else 1e-5
+    )
+    if weights.needs_correct_probability:  # else this test would not tell it from the others
         assert float(expected[..., 1:].max()) > 0.1 and float(expected.sum()) < sample.mask[..., 1:].sum() - 1
 
 
@@ -146,7 +148,7 @@ def test_both_losses_are_means_of_their_own(tmp_path: Path, weights: PositionWei
     assert float(trainer.callback_metrics["train/loss_nats"]) == pytest.approx(means["refined"], rel=1e-5)
     assert float(trainer.callback_metrics["train/first_pass_loss_nats"]) == pytest.approx(means["first pass"], rel=1e-5)
     assert losses == [pytest.approx(means["refined"] + 0.5 * means["first pass"], rel=1e-5)]
-    assert (seen["refined"].count != seen["first pass"].count) == weights.needs_right
+    assert (seen["refined"].count != seen["first pass"].count) == weights.needs_correct_probability
 
 
 @every_kind
@@ -202,14 +204,14 @@ def test_teachers_of_all_slots_are_not_copied() -> None:
     sample, hidden = windows(module)
     seen: list[TokenDistribution] = []
     objective = module.predictor.config.objective
-    original = type(objective).right_probability
+    original = type(objective).correct_probability
 
     def watch(self: Objective, logits: Tensor, tokens: Tensor, teacher: TokenDistribution, sampling: object) -> Tensor:
         seen.append(teacher)
         return original(self, logits, tokens, teacher, sampling)  # pyright: ignore[reportArgumentType]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(objective), "right_probability", watch)
+        patch.setattr(type(objective), "correct_probability", watch)
         module._slot_loss(hidden, sample, module.predictor.sampler())
     kept = sample.teacher.now().probabilities[..., 1:, :][sample.mask[..., 1:]]
     assert torch.equal(torch.cat([teacher.probabilities for teacher in seen]), kept)

@@ -104,13 +104,13 @@ class TestTraining:
     ) -> None:
         module = make_module(sampling_range=RANGE, position_weights=AcceptedLengthWeights())
         objective = type(module.predictor.config.objective)
-        original, measured = objective.right_probability, []
+        original, measured = objective.correct_probability, []
 
         def watch(self: Objective, logits: Tensor, tokens: Tensor, teacher: Any, sampling: Sampler) -> Tensor:
             measured.append(sampling.settings)
             return original(self, logits, tokens, teacher, sampling)
 
-        monkeypatch.setattr(objective, "right_probability", watch)
+        monkeypatch.setattr(objective, "correct_probability", watch)
         settings = record_settings(module)
         make_trainer(tmp_path, max_steps=4, limit_val_batches=0).fit(module, datamodule=tiny_data())
         assert list(dict.fromkeys(measured)) == settings and USUAL not in settings

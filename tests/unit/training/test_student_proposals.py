@@ -44,7 +44,7 @@ def windows(
         objective=chosen,
         loss=loss,
         lora=LoraSettings(rank=2, dropout=dropout),
-        refiner=RefinerSettings(num_layers=int(refiner), intermediate_size=16, rounds=2),
+        refiner=RefinerSettings(num_layers=int(refiner), intermediate_size=16, num_refinement_steps=2),
         student=student,
     )
     with torch.no_grad():
@@ -80,7 +80,7 @@ class TestPropose:
         first = torch.full((2, 3), 7)
         draft: Tensor | None = None
         # Once without the refiner and two rounds with it; once where it is not told the draft.
-        for _ in range(3 if config.objective.knows_draft else 2):
+        for _ in range(3 if config.objective.conditions_on_draft else 2):
             logits = logits_told(case, draft)
             proposed = config.objective.propose(logits, case.auxiliaries[..., 1:], config.sampling)
             draft = torch.cat([first.unsqueeze(-1), proposed], dim=-1)

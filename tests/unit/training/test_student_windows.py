@@ -105,7 +105,7 @@ class TestCost:
         predictor, batch = make_predictor(), make_batch()
         context = encode(predictor, batch)
         calls: list[tuple[bool, list[int]]] = []
-        for name in ("decode", "student_decode"):
+        for name in ("decode", "run_student_decoder"):
             decode = getattr(predictor, name)
 
             def count(embeddings: Tensor, *arguments: Any, decode: Any = decode, **named: Any) -> Tensor:
@@ -135,7 +135,7 @@ class TestAPerfectStudent:
                 text.append(pick(auxiliaries[..., place], Q))
                 with predictor.gate.closed():
                     embeddings = predictor.embed(torch.stack(text, -1))
-                    hidden = predictor.window_reader(context).read(predictor.decode, embeddings)
+                    hidden = predictor.window_reader(context).read(predictor.run_decoder, embeddings)
             return hidden
 
         monkeypatch.setattr(predictor, "slot_hidden", slot_hidden)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from ptp_lightning.data.completions.completions import CompletionFolder
-from ptp_lightning.utils.atomic_files import remove_unfinished, temporary_path, write_whole
+from ptp_lightning.utils.atomic_files import remove_unfinished, temporary_path, write_atomically
 from tests.helpers.tiny_completions import made_up, tiny_settings
 
 
@@ -28,26 +28,26 @@ def room_for(num_bytes: int) -> Iterator[None]:
 
 
 def test_a_file_is_replaced_as_a_whole(tmp_path: Path) -> None:
-    write_whole(tmp_path / "a", b"old")
-    write_whole(tmp_path / "a", b"new")
+    write_atomically(tmp_path / "a", b"old")
+    write_atomically(tmp_path / "a", b"new")
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("a", b"new")]
 
 
 def test_nothing_is_left_when_there_is_no_room(tmp_path: Path) -> None:
     with room_for(1000), pytest.raises(OSError, match="too large"):
-        write_whole(tmp_path / "a", b"x" * 2000)
+        write_atomically(tmp_path / "a", b"x" * 2000)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_old_file_stays_when_the_disk_fills_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_whole(tmp_path / "a", b"old")
+    write_atomically(tmp_path / "a", b"old")
 
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        write_whole(tmp_path / "a", b"new")
+        write_atomically(tmp_path / "a", b"new")
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("a", b"old")]
 
 
@@ -62,6 +62,6 @@ def test_a_shard_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
 
 def test_what_killed_processes_left_is_removed(tmp_path: Path) -> None:
     temporary_path(tmp_path / "a", "elsewhere", 7).write_bytes(b"ha")
-    write_whole(tmp_path / "b", b"whole")
+    write_atomically(tmp_path / "b", b"whole")
     remove_unfinished(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["b"]

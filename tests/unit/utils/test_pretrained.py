@@ -54,7 +54,7 @@ class TestLocate:
 
     @pytest.mark.parametrize("path", ["./nowhere", "../nowhere", "/nowhere/at/all", "~/nowhere", "a/b/c"])
     def test_local_path_to_nothing(self, path: str) -> None:
-        with pytest.raises(FileNotFoundError, match=r"model folder at .*found nothing: mend predictor\.backbone\.path"):
+        with pytest.raises(FileNotFoundError, match=r"model folder at .*found nothing: set predictor\.backbone\.path"):
             locate(path)
 
     @pytest.mark.parametrize("path", ["nowhere.gguf", "someone/nowhere.gguf"])
@@ -88,7 +88,7 @@ class TestTokenizer:
         for file in folder.iterdir():
             file.unlink()
         (folder / "config.json").write_text("{}")
-        with pytest.raises(FileNotFoundError, match=r"a tokenizer in .*found config\.json: mend data\.tokenizer"):
+        with pytest.raises(FileNotFoundError, match=r"a tokenizer in .*found config\.json: set data\.tokenizer"):
             load_tokenizer(str(folder))
 
     def test_broken_one(self, folder: Path) -> None:

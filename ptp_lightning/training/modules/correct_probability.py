@@ -9,8 +9,8 @@ from ptp_lightning.sampling import Sampler
 from ptp_lightning.training.windows.windows import SLOTS, WindowSample
 
 
-def right_probability(predictor: PredictorNetwork, sample: WindowSample, sampling: Sampler) -> SlotMeasure:
-    """What `AcceptedLengthWeights` reads: `Objective.right_probability` of slots.
+def correct_probability(predictor: PredictorNetwork, sample: WindowSample, sampling: Sampler) -> SlotMeasure:
+    """What `AcceptedLengthWeights` reads: `Objective.correct_probability` of slots.
 
     Args:
         predictor: what its objective proposes.
@@ -25,6 +25,6 @@ def right_probability(predictor: PredictorNetwork, sample: WindowSample, samplin
 
     def measure(logits: Tensor, slots: Tensor) -> Tensor:
         index = torch.unravel_index(slots, tokens.shape)
-        return objective.right_probability(logits, tokens[index], teachers.at(index).now(), sampling)
+        return objective.correct_probability(logits, tokens[index], teachers.at(index).now(), sampling)
 
     return measure

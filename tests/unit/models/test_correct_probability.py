@@ -35,7 +35,7 @@ def slots(seed: int, sampling: SamplingConfig) -> tuple[Tensor, Tensor, TokenDis
 def test_share_of_the_teachers_interval(objective: str, sampling: SamplingConfig) -> None:
     """Every u of a fine grid in the token's interval is proposed from; the share of right proposals is counted."""
     logits, tokens, teacher = slots(0, sampling)
-    found = OBJECTIVES[objective].right_probability(logits, tokens, teacher, sampling)
+    found = OBJECTIVES[objective].correct_probability(logits, tokens, teacher, sampling)
     lower, upper = token_interval(teacher, tokens)
     r = (torch.arange(GRID, dtype=torch.float64) + 0.5) / GRID
     u = lower[:, None] + r * (upper - lower)[:, None]
@@ -49,14 +49,14 @@ def test_share_of_the_teachers_interval(objective: str, sampling: SamplingConfig
 def test_one_hot_is_the_students_probability() -> None:
     sampling = SAMPLINGS[2]
     logits, tokens, teacher = slots(1, sampling)
-    found = OBJECTIVES["one_hot"].right_probability(logits, tokens, teacher, sampling)
+    found = OBJECTIVES["one_hot"].correct_probability(logits, tokens, teacher, sampling)
     torch.testing.assert_close(found, logits.softmax(-1)[torch.arange(40), tokens])
 
 
 @pytest.mark.parametrize("objective", list(OBJECTIVES))
 def test_no_gradient(objective: str) -> None:
     logits, tokens, teacher = slots(2, SamplingConfig())
-    right = OBJECTIVES[objective].right_probability(logits.requires_grad_(), tokens, teacher, SamplingConfig())
+    right = OBJECTIVES[objective].correct_probability(logits.requires_grad_(), tokens, teacher, SamplingConfig())
     assert not right.requires_grad
 
 
@@ -80,4 +80,4 @@ def test_a_greedy_student_is_right_or_wrong() -> None:
     teacher = greedy.distribution(torch.tensor([[0.0, 1.0, 0.0]]).expand(2, -1))
     tokens = torch.tensor([1, 1])
     for objective in PICKING:
-        assert OBJECTIVES[objective].right_probability(logits, tokens, teacher, greedy).tolist() == [1, 0]
+        assert OBJECTIVES[objective].correct_probability(logits, tokens, teacher, greedy).tolist() == [1, 0]
