@@ -9,6 +9,8 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ptp_lightning.utils.packaged_models import PACKAGED_MODELS, packaged_folder
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -28,7 +30,7 @@ def locate(path: str, *, revision: str | None = None, key: str = PATH_KEY) -> di
     """Keyword arguments that make a `from_pretrained` open `path`; what is local never touches the network.
 
     Args:
-        path: "embedded", a folder, a GGUF file, or a hub id.
+        path: "embedded", the name of a packaged model ("smollm2"), a folder, a GGUF file, or a hub id.
         revision: branch, tag or commit of a hub id.
         key: the configuration key that errors name.
 
@@ -37,6 +39,8 @@ def locate(path: str, *, revision: str | None = None, key: str = PATH_KEY) -> di
         ValueError: a file is there that is not GGUF.
         ImportError: a GGUF file needs the package `gguf`.
     """
+    if path in PACKAGED_MODELS:
+        return {"pretrained_model_name_or_path": str(packaged_folder(path, key=key)), "local_files_only": True}
     local = embedded_folder() if path == EMBEDDED else Path(path).expanduser()
     if local.is_dir():
         return {"pretrained_model_name_or_path": str(local), "local_files_only": True}
