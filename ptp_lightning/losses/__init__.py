@@ -9,6 +9,8 @@ from ptp_lightning.losses.divergences import (
     TotalVariation,
 )
 from ptp_lightning.losses.likelihoods import BinaryCrossEntropy, CrossEntropy
+from ptp_lightning.losses.mixture import MixedLoss, WeightedLoss
+from ptp_lightning.losses.overlap import NegativeLogOverlap
 from ptp_lightning.losses.position_weights import (
     AcceptedLengthWeights,
     GeometricWeights,
@@ -29,6 +31,8 @@ __all__ = [
     "KullbackLeibler",
     "Loss",
     "LossSum",
+    "MixedLoss",
+    "NegativeLogOverlap",
     "PositionWeights",
     "ReverseKullbackLeibler",
     "SlotLosses",
@@ -36,5 +40,6 @@ __all__ = [
     "SlotTargets",
     "TotalVariation",
     "UniformWeights",
+    "WeightedLoss",
     "require_sound",
 ]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
@@ -17,9 +19,12 @@ from ptp_lightning.losses import (
     JensenShannon,
     KullbackLeibler,
     Loss,
+    MixedLoss,
+    NegativeLogOverlap,
     ReverseKullbackLeibler,
     SlotTargets,
     TotalVariation,
+    WeightedLoss,
 )
 from ptp_lightning.sampling import SamplingConfig, TokenDistribution
 
@@ -58,6 +63,25 @@ def total_variation(logits: Tensor, teacher: Tensor, token_ids: Tensor) -> Tenso
     return (logits.softmax(-1) - teacher).abs().sum(-1) / 2
 
 
+def negative_log_overlap(logits: Tensor, teacher: Tensor, token_ids: Tensor) -> Tensor:
+    return -torch.minimum(logits.softmax(-1), teacher).sum(-1).log()
+
+
+def mixture(logits: Tensor, teacher: Tensor, token_ids: Tensor) -> Tensor:
+    return 0.1 * cross_entropy(logits, teacher, token_ids) + 0.9 * total_variation(logits, teacher, token_ids)
+
+
+@dataclass(frozen=True)
+class DSparkLoss(MixedLoss):
+    """A mixture with terms of its own, for tests that build each loss from its class."""
+
+    needs_teacher: ClassVar[bool] = True
+    sound_for: ClassVar[frozenset[str]] = TotalVariation.sound_for
+    unsound_because: ClassVar[Mapping[str, str]] = TotalVariation.unsound_because
+
+    terms: Sequence[WeightedLoss] = (WeightedLoss(CrossEntropy(), 0.1), WeightedLoss(TotalVariation(), 0.9))
+
+
 Definition = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Logits [M, V], teacher probabilities [M, V], both float64, and token ids [M] to the loss of each slot [M]."""
 
@@ -68,9 +92,13 @@ DEFINITIONS: dict[type[Loss], Definition] = {
     ReverseKullbackLeibler: reverse_kullback_leibler,
     JensenShannon: jensen_shannon,
     TotalVariation: total_variation,
+    NegativeLogOverlap: negative_log_overlap,
+    DSparkLoss: mixture,
 }
 every_loss = pytest.mark.parametrize("loss", list(DEFINITIONS))
-every_divergence = pytest.mark.parametrize("loss", [loss for loss in DEFINITIONS if issubclass(loss, Divergence)])
+every_divergence = pytest.mark.parametrize(
+    "loss", [loss for loss in DEFINITIONS if issubclass(loss, Divergence | NegativeLogOverlap)]
+)
 
 
 def identity(hidden: Tensor) -> Tensor:

@@ -13,13 +13,14 @@ from ptp_lightning.losses import (
     JensenShannon,
     KullbackLeibler,
     Loss,
+    NegativeLogOverlap,
     ReverseKullbackLeibler,
     SlotTargets,
     TotalVariation,
     require_sound,
 )
 from ptp_lightning.sampling import TokenDistribution
-from tests.helpers.tiny_losses import DEFINITIONS, every_loss, identity
+from tests.helpers.tiny_losses import DEFINITIONS, DSparkLoss, every_loss, identity
 
 SOUND: dict[type[Loss], set[str]] = {
     CrossEntropy: {"one_hot", "categorical", "independent", "sequential"},
@@ -28,6 +29,8 @@ SOUND: dict[type[Loss], set[str]] = {
     ReverseKullbackLeibler: {"categorical"},
     JensenShannon: {"categorical"},
     TotalVariation: {"categorical"},
+    NegativeLogOverlap: {"categorical"},
+    DSparkLoss: {"categorical"},
 }
 
 Q = torch.tensor([[0.70, 0.25, 0.05], [0.10, 0.30, 0.60]], dtype=torch.float64)  # two futures of one context
