@@ -14,8 +14,8 @@ from time import thread_time
 import torch
 
 from ptp_lightning.auxiliary import pick
-from ptp_lightning.decoding import CorrectLengths, GenerationSettings, StudentProposer
-from ptp_lightning.decoding.drafting import propose
+from ptp_lightning.decoding import CorrectLengths, GenerationSettings, StudentDrafter
+from ptp_lightning.decoding.drafting import draft_windows
 from ptp_lightning.decoding.lookahead import Lookahead
 from ptp_lightning.decoding.slot_allocation import allocate
 from ptp_lightning.decoding.state import BatchContext
@@ -89,7 +89,7 @@ class Call:
             self.context = BatchContext(predictor, settings, [options.context])
             self.context.read(torch.zeros(1, options.context, dtype=torch.long))
             self.context.keep([options.context])
-        self.proposer = StudentProposer(predictor.config.objective, self.context.sampling)
+        self.drafter = StudentDrafter(predictor.config.objective, self.context.sampling)
 
     @torch.inference_mode()
     def seconds(self) -> float:
@@ -105,7 +105,7 @@ class Call:
         picks.tolist()
         context.keep([0])
         if slots is not None:
-            propose(context, self.proposer, picks[:, :1], ahead[:, : slots[0][-1]], [0]).tolist()
+            draft_windows(context, self.drafter, picks[:, :1], ahead[:, : slots[0][-1]], [0]).tolist()
         return thread_time() - begin
 
 

@@ -20,7 +20,7 @@ from ptp_lightning.data import StandardLibrary
 from ptp_lightning.decoding import (
     CorrectLengths,
     GenerationSettings,
-    StudentProposer,
+    StudentDrafter,
     decode_autoregressively,
     decode_partially_quadratically,
 )
@@ -44,12 +44,12 @@ class ReplacedDraft:
         forced: what is proposed instead.
     """
 
-    def __init__(self, own: StudentProposer, forced: ForcedDraft) -> None:
+    def __init__(self, own: StudentDrafter, forced: ForcedDraft) -> None:
         self.own = own
         self.forced = forced
 
     def __call__(self, slot_logits: Tensor, auxiliaries: Tensor, starts: Sequence[int]) -> Tensor:
-        """See `Proposer`."""
+        """See `Drafter`."""
         self.own(slot_logits, auxiliaries, starts)
         return self.forced(slot_logits, auxiliaries, starts)
 
@@ -87,7 +87,7 @@ def measure(
     lengths = CorrectLengths.geometric(right, window - 1)
     slots = best_budget(lengths, measure_costs(predictor, settings, lengths, clock=thread_time))
     settings = GenerationSettings(sampling, NEW_TOKENS, window_length=window, slot_budget=slots)
-    own = StudentProposer(predictor.config.objective, predictor.sampler())
+    own = StudentDrafter(predictor.config.objective, predictor.sampler())
     fastest = [[float("inf")] * 2 for _ in prompts]
     num_calls = num_tokens = 0
     for _ in range(NUM_REPETITIONS):
@@ -96,10 +96,8 @@ def measure(
             (reference,) = decode_autoregressively(predictor, [prompt], settings)
             middle = thread_time()
             forced = ForcedDraft([reference.token_ids], right, predictor.base_model.config.vocab_size)
-            proposer = ReplacedDraft(own, forced)
-            (decoded,) = decode_partially_quadratically(
-                predictor, [prompt], settings, proposer=proposer, lengths=lengths
-            )
+            drafter = ReplacedDraft(own, forced)
+            (decoded,) = decode_partially_quadratically(predictor, [prompt], settings, drafter=drafter, lengths=lengths)
             end = thread_time()
             assert decoded.token_ids == reference.token_ids
             fastest[row] = [

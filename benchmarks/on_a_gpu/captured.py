@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 from transformers.cache_utils import Cache
 
 from ptp_lightning.auxiliary import pick
-from ptp_lightning.decoding import GenerationSettings, StudentProposer
+from ptp_lightning.decoding import GenerationSettings, StudentDrafter
 from ptp_lightning.decoding.batch_invariance import batch_invariant
 from ptp_lightning.decoding.lookahead import Lookahead, place
 from ptp_lightning.decoding.ragged_cache import LayerWithRoom
@@ -60,7 +60,7 @@ class CapturedDecoder:
         self._predictor = predictor
         self._max_new_tokens = settings.max_new_tokens
         self._sampling = predictor.sampler(settings.sampling)
-        self._proposer = StudentProposer(predictor.config.objective, self._sampling)
+        self._drafter = StudentDrafter(predictor.config.objective, self._sampling)
         self._num_drafted, self._num_slots = num_drafted, sum(branches)
         self._lookahead = Lookahead.branches([1], [branches], device) if self._num_slots else None
         self._places, own = place([0], 1 + num_drafted, self._lookahead, device)
@@ -160,7 +160,7 @@ class CapturedDecoder:
         offsets = torch.arange(self._num_drafted, device=slots.device)
         ahead = slots[:, (self._firsts[correct] + offsets).clamp_max(self._num_slots - 1)]
         logits = self._predictor.slot_logits(ahead)
-        draft = self._proposer(logits, self._of_new_tokens(self._start, self._num_drafted), ())
+        draft = self._drafter(logits, self._of_new_tokens(self._start, self._num_drafted), ())
         if self._guesses is None:
             return draft
         guesses = self._guesses[self._start + offsets]

@@ -27,7 +27,7 @@ from ptp_lightning.decoding import (
     CorrectLengths,
     Decoded,
     GenerationSettings,
-    StudentProposer,
+    StudentDrafter,
     decode_autoregressively,
     decode_partially_quadratically,
     decode_speculatively,
@@ -135,13 +135,13 @@ def writers(
     guesses = guessed(reference, size.right, predictor)
     lengths = CorrectLengths.geometric(size.right, size.drafted)
     branches = best_branches(size.drafted, size.slots, size.right)
-    proposer = Guesses(StudentProposer(predictor.config.objective, predictor.sampler(settings.sampling)), guesses)
-    quadratic = partial(decode_partially_quadratically, proposer=proposer, lengths=lengths)
+    drafter = Guesses(StudentDrafter(predictor.config.objective, predictor.sampler(settings.sampling)), guesses)
+    quadratic = partial(decode_partially_quadratically, drafter=drafter, lengths=lengths)
     return {
         LIBRARY: partial(library, subject, settings),
         ONE_TOKEN_GRAPHS: partial(of_one_shape, subject, settings),
         ONE_TOKEN: _ours(decode_autoregressively, subject, settings),
-        "speculative": _ours(partial(decode_speculatively, proposer=proposer), subject, settings),
+        "speculative": _ours(partial(decode_speculatively, drafter=drafter), subject, settings),
         QUADRATIC: _ours(quadratic, subject, settings),
         QUADRATIC_GRAPHS: partial(of_one_shape, subject, settings, branches, guesses),
         LIBRARY_GRAPHS: partial(library_with_graphs, subject, settings),
@@ -215,11 +215,11 @@ class Guesses:
         tokens: `[M]`, what is proposed at each place of the text.
     """
 
-    own: StudentProposer
+    own: StudentDrafter
     tokens: Tensor
 
     def __call__(self, slot_logits: Tensor, auxiliaries: Tensor, starts: Sequence[int]) -> Tensor:
-        """See `Proposer`."""
+        """See `Drafter`."""
         self.own(slot_logits, auxiliaries, starts)
         offsets = torch.arange(auxiliaries.shape[1], device=self.tokens.device)
         places = torch.tensor(starts, device=self.tokens.device).unsqueeze(1) + offsets

@@ -5,7 +5,7 @@ before the first token: the same prompt, seed and settings give the same text wh
 """
 
 from ptp_lightning.decoding.autoregressive import decode_autoregressively
-from ptp_lightning.decoding.drafting import Proposer, StudentProposer
+from ptp_lightning.decoding.drafting import Drafter, StudentDrafter
 from ptp_lightning.decoding.generation import Decoded, Generation, GenerationSettings
 from ptp_lightning.decoding.partial_quadratic import decode_partially_quadratically
 from ptp_lightning.decoding.slot_allocation import CorrectLengths
@@ -18,10 +18,10 @@ __all__ = [
     "CorrectLengths",
     "CustomGenerate",
     "Decoded",
+    "Drafter",
     "Generation",
     "GenerationSettings",
-    "Proposer",
-    "StudentProposer",
+    "StudentDrafter",
     "decode_autoregressively",
     "decode_partially_quadratically",
     "decode_speculatively",

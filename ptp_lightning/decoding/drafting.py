@@ -15,7 +15,7 @@ from ptp_lightning.models.slots.objectives import Objective
 from ptp_lightning.sampling import Sampler
 
 
-class Proposer(Protocol):
+class Drafter(Protocol):
     """Turns slot logits into drafts; any tokens will do, right ones save calls."""
 
     def __call__(self, slot_logits: Tensor, auxiliaries: Tensor, starts: Sequence[int]) -> Tensor:
@@ -33,7 +33,7 @@ class Proposer(Protocol):
 
 
 @dataclass(frozen=True)
-class StudentProposer:
+class StudentDrafter:
     """What the slots were trained to say.
 
     Args:
@@ -45,16 +45,18 @@ class StudentProposer:
     sampling: Sampler
 
     def __call__(self, slot_logits: Tensor, auxiliaries: Tensor, starts: Sequence[int]) -> Tensor:
-        """See `Proposer`."""
-        return self.objective.propose(slot_logits.float(), auxiliaries, self.sampling)
+        """See `Drafter`."""
+        return self.objective.tokens_from_logits(slot_logits.float(), auxiliaries, self.sampling)
 
 
-def propose(context: BatchContext, proposer: Proposer, first: Tensor, slots: Tensor, starts: Sequence[int]) -> Tensor:
+def draft_windows(
+    context: BatchContext, drafter: Drafter, first: Tensor, slots: Tensor, starts: Sequence[int]
+) -> Tensor:
     """Drafts `[B, J + 1]` that begin with an exact token.
 
     Args:
         context: whose kept tokens the drafts follow.
-        proposer: names the tokens.
+        drafter: names the tokens.
         first: `[B, 1]`, the base model's own picks.
         slots: `[B, J, H]`, hidden states of slots that stand for the first and the tokens after it.
         starts: number of new tokens of each row before the first.
@@ -66,8 +68,8 @@ def propose(context: BatchContext, proposer: Proposer, first: Tensor, slots: Ten
     proposed = [start + 1 for start in starts]
     auxiliaries = context.auxiliaries(proposed, num_slots)
 
-    def propose_again(token_ids: Tensor) -> Tensor:
-        return proposer(predictor.slot_logits(context.refine(slots, token_ids)), auxiliaries, proposed)
+    def predict_again(token_ids: Tensor) -> Tensor:
+        return drafter(predictor.slot_logits(context.refine(slots, token_ids)), auxiliaries, proposed)
 
-    draft = torch.cat([first, proposer(predictor.slot_logits(slots), auxiliaries, proposed)], dim=1)
-    return refine_draft(draft, predictor.num_refinement_steps, propose_again)
+    draft = torch.cat([first, drafter(predictor.slot_logits(slots), auxiliaries, proposed)], dim=1)
+    return refine_draft(draft, predictor.num_refinement_steps, predict_again)

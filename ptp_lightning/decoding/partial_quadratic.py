@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from ptp_lightning.auxiliary import pick
-from ptp_lightning.decoding.drafting import Proposer, StudentProposer, propose
+from ptp_lightning.decoding.drafting import Drafter, StudentDrafter, draft_windows
 from ptp_lightning.decoding.generation import Decoded, GenerationSettings, OnTokens
 from ptp_lightning.decoding.lookahead import Lookahead
 from ptp_lightning.decoding.slot_allocation import CorrectLengths, allocate
@@ -26,7 +26,7 @@ def decode_partially_quadratically(
     prompts: Sequence[Sequence[int]],
     settings: GenerationSettings,
     on_tokens: OnTokens | None = None,
-    proposer: Proposer | None = None,
+    drafter: Drafter | None = None,
     lengths: CorrectLengths | None = None,
     timer: PhaseTimer | None = None,
 ) -> list[Decoded]:
@@ -42,7 +42,7 @@ def decode_partially_quadratically(
         prompts: B lists of token ids, decoded side by side; each text is what it would be alone.
         settings: a branch has at most `window_length - 1` slots, a call `slot_budget`.
         on_tokens: is called once a call with the committed tokens of each text.
-        proposer: makes the drafts; by default the predictor.
+        drafter: makes the drafts; by default the predictor.
         lengths: how long drafts are right, which decides how slots are divided and never changes the text; by default
             what the predictor's validation says.
         timer: is told when a phase ends.
@@ -55,8 +55,8 @@ def decode_partially_quadratically(
     if lengths is None:
         lengths = CorrectLengths.of_validation(predictor.prefix_counts, longest)
     lengths = lengths.up_to(longest)
-    if proposer is None:
-        proposer = StudentProposer(predictor.config.objective, context.sampling)
+    if drafter is None:
+        drafter = StudentDrafter(predictor.config.objective, context.sampling)
     drafts = known[:, :0]
     draft_lengths = [0] * len(prompts)
     while texts.rows:
@@ -103,8 +103,8 @@ def decode_partially_quadratically(
         if texts.rows:
             counts = [1] * len(texts.rows)
             ahead = columns_from(slots, first_slots, max(draft_lengths))
-            drafts = propose(context, proposer, known, ahead, [start - 1 for start in texts.starts])[:, 1:]
-            context.timer.mark("proposing")
+            drafts = draft_windows(context, drafter, known, ahead, [start - 1 for start in texts.starts])[:, 1:]
+            context.timer.mark("drafting")
     return texts.decoded()
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ptp_lightning.auxiliary import pick
-from ptp_lightning.decoding.drafting import StudentProposer, propose
+from ptp_lightning.decoding.drafting import StudentDrafter, draft_windows
 from ptp_lightning.decoding.generation import GenerationSettings
 from ptp_lightning.decoding.lookahead import Lookahead
 from ptp_lightning.decoding.slot_allocation import CorrectLengths, allocate, expected_tokens, length_shares
@@ -73,7 +73,7 @@ def measure_costs(
     device = context.device
     context.read(torch.zeros(1, NUM_CONTEXT_TOKENS, dtype=torch.long, device=device))
     context.keep([NUM_CONTEXT_TOKENS])
-    proposer = StudentProposer(predictor.config.objective, context.sampling)
+    drafter = StudentDrafter(predictor.config.objective, context.sampling)
     for _ in range(NUM_MEASUREMENTS):
         for budget, length in usual_length.items():
             begin = clock()
@@ -84,7 +84,7 @@ def measure_costs(
             picks = pick(context.auxiliaries([0], 1 + length), distribution)
             picks.tolist()  # waits for the device, as the decoder does
             context.keep([0])
-            propose(context, proposer, picks[:, :1], ahead[:, : max(1, length)], [0]).tolist()
+            draft_windows(context, drafter, picks[:, :1], ahead[:, : max(1, length)], [0]).tolist()
             fastest[budget] = min(fastest[budget], clock() - begin)
     return CallCosts(tuple(fastest), tuple(np.maximum.accumulate(list(fastest.values())).tolist()))
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from ptp_lightning.auxiliary import pick
-from ptp_lightning.decoding.drafting import Proposer, StudentProposer, propose
+from ptp_lightning.decoding.drafting import Drafter, StudentDrafter, draft_windows
 from ptp_lightning.decoding.generation import Decoded, GenerationSettings, OnTokens
 from ptp_lightning.decoding.lookahead import Lookahead
 from ptp_lightning.decoding.state import begin, columns_from
@@ -25,7 +25,7 @@ def decode_speculatively(
     prompts: Sequence[Sequence[int]],
     settings: GenerationSettings,
     on_tokens: OnTokens | None = None,
-    proposer: Proposer | None = None,
+    drafter: Drafter | None = None,
     timer: PhaseTimer | None = None,
 ) -> list[Decoded]:
     """Cycles of two calls, or three with a student's copy, that commit `accepted = correct + 1` tokens.
@@ -45,15 +45,15 @@ def decode_speculatively(
         prompts: B lists of token ids, decoded side by side; each text is what it would be alone.
         settings: sampling settings other than the predictor's own cost correct tokens, not exactness.
         on_tokens: is called once a cycle with the committed tokens of each text.
-        proposer: makes the drafts; by default the predictor.
+        drafter: makes the drafts; by default the predictor.
         timer: is told when a phase ends.
 
     Raises:
         ValueError: a prompt is empty, or too long for `max_new_tokens` more.
     """
     context, texts, unread, counts = begin(predictor, prompts, settings, on_tokens, timer)
-    if proposer is None:
-        proposer = StudentProposer(predictor.config.objective, context.sampling)
+    if drafter is None:
+        drafter = StudentDrafter(predictor.config.objective, context.sampling)
     while texts.rows:
         starts, calls_before = texts.starts, context.num_calls
         length = max(1, min(settings.window_length, max(texts.remaining) - 1))
@@ -68,8 +68,8 @@ def decode_speculatively(
             single = [1] * len(starts)
             texts.commit(first.tolist(), context.num_calls - calls_before, correct=single, drafted=single)
             break
-        draft = propose(context, proposer, first, slots, starts)
-        context.timer.mark("proposing")
+        draft = draft_windows(context, drafter, first, slots, starts)
+        context.timer.mark("drafting")
 
         # Verify: picks[:, j] is what the base model says after draft[:, j].
         hidden, _ = context.read(draft)

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 import torch
 
-Phase = Literal["forward", "verifying", "proposing", "bookkeeping"]
+Phase = Literal["forward", "verifying", "drafting", "bookkeeping"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
 
 
@@ -16,7 +16,7 @@ class PhaseTimer:
     """A stopwatch that decoders press at the end of each phase.
 
     Forward is the network over tokens and slots; verifying, the base model's output head, its picks, and their
-    comparison with the draft; proposing, the slots' output head, picks and refiner; bookkeeping is all else.
+    comparison with the draft; drafting, the slots' output head, picks and refiner; bookkeeping is all else.
 
     Args:
         clock: gives seconds.

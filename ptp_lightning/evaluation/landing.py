@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ptp_lightning.decoding.drafting import StudentProposer, propose
+from ptp_lightning.decoding.drafting import StudentDrafter, draft_windows
 from ptp_lightning.decoding.generation import GenerationSettings
 from ptp_lightning.decoding.lookahead import Lookahead
 from ptp_lightning.decoding.state import begin
@@ -35,13 +35,13 @@ def correct_everywhere(
     """
     length = settings.window_length
     context, _, unread, counts = begin(predictor, [prompt], settings, None, None)
-    proposer = StudentProposer(predictor.config.objective, context.sampling)
+    drafter = StudentDrafter(predictor.config.objective, context.sampling)
     known = torch.tensor([list(text)], device=context.device)
     correct: list[torch.Tensor] = []
     for start in range(len(text) - length + 1):
         _, slots = context.read(unread, Lookahead.single(counts, length - 1, context.device))
         context.keep(counts)
-        draft = propose(context, proposer, known[:, start : start + 1], slots, [start])
+        draft = draft_windows(context, drafter, known[:, start : start + 1], slots, [start])
         right = draft == known[:, start : start + length]
         correct.append(right.cumprod(dim=1).sum())
         unread, counts = known[:, start : start + 1], [1]

@@ -212,16 +212,16 @@ class RefinerContext:
         return self._lower_layers(embeddings, position_ids, mask, self._lower_cache)
 
 
-def refine_draft(draft: Tensor, num_refinement_steps: int, propose: Callable[[Tensor], Tensor]) -> Tensor:
+def refine_draft(draft: Tensor, num_refinement_steps: int, predict: Callable[[Tensor], Tensor]) -> Tensor:
     """Let each token after the first be proposed again, knowing the draft before it.
 
     Args:
         draft: `[..., L]` token ids, the first exact.
         num_refinement_steps: each proposes all L - 1 tokens at once; step k settles token k + 1, so L - 1 are enough.
-        propose: from the tokens `[..., L - 1]` that the slots stand for to those they predict.
+        predict: from the tokens `[..., L - 1]` that the slots stand for to those they predict.
     """
     for _ in range(min(num_refinement_steps, draft.shape[-1] - 1)):
-        draft = torch.cat([draft[..., :1], propose(draft[..., :-1])], dim=-1)
+        draft = torch.cat([draft[..., :1], predict(draft[..., :-1])], dim=-1)
     return draft
 
 

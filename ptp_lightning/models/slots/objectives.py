@@ -27,7 +27,7 @@ class Objective(ABC):
         """Split `[..., L]` into the `num_inputs` auxiliaries of each of the L - 1 slots, `[..., L - 1]` each."""
 
     @abstractmethod
-    def propose(self, logits: Tensor, auxiliaries: Tensor, sampling: Sampler) -> Tensor:
+    def tokens_from_logits(self, logits: Tensor, auxiliaries: Tensor, sampling: Sampler) -> Tensor:
         """Tokens `[...]` from logits `[..., V]` and the auxiliaries `[...]` of the predicted tokens."""
 
     @abstractmethod
@@ -56,7 +56,7 @@ class OneHotObjective(Objective):
         """u_{i+j} and u_{i+j+1}."""
         return [auxiliaries[..., :-1], auxiliaries[..., 1:]]
 
-    def propose(self, logits: Tensor, auxiliaries: Tensor, sampling: Sampler) -> Tensor:
+    def tokens_from_logits(self, logits: Tensor, auxiliaries: Tensor, sampling: Sampler) -> Tensor:
         """The most likely token.
 
         Raises:
@@ -92,7 +92,7 @@ class PickingObjective(Objective):
         if not self.cdf_error >= 0:
             raise ValueError(f"expected predictor.objective.init_args.cdf_error >= 0, found {self.cdf_error}")
 
-    def propose(self, logits: Tensor, auxiliaries: Tensor, sampling: Sampler) -> Tensor:
+    def tokens_from_logits(self, logits: Tensor, auxiliaries: Tensor, sampling: Sampler) -> Tensor:
         """Inverse CDF of the predicted distribution at the predicted token's u."""
         return likely_pick(auxiliaries, sampling.proposal().distribution(logits), self.cdf_error)
 

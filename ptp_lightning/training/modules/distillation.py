@@ -27,7 +27,7 @@ from ptp_lightning.training.modules.best_of import best_of
 from ptp_lightning.training.modules.correct_probability import correct_probability
 from ptp_lightning.training.modules.predictor_module import PredictorModule
 from ptp_lightning.training.optimization import OptimizerSettings
-from ptp_lightning.training.windows.student_proposals import propose
+from ptp_lightning.training.windows.student_proposals import student_draft
 from ptp_lightning.training.windows.windows import SLOTS, TeacherWindows, WindowSample, WindowSource
 from ptp_lightning.utils.randomness import keyed_generator
 
@@ -235,7 +235,7 @@ class DistillationModule(PredictorModule):
         # The first token needs no slot: the base model's own distribution is what decoding picks it from.
         first = sample.teacher.at((..., 0)).now()
         first_nll = -first.probability_of(sample.token_ids[..., 0]).log()
-        draft = propose(self.predictor, context, sample.auxiliaries, pick(sample.auxiliaries[..., 0], first))
+        draft = student_draft(self.predictor, context, sample.auxiliaries, pick(sample.auxiliaries[..., 0], first))
         logits = self.predictor.slot_logits(draft.hidden).float()
         nll = F.cross_entropy(logits.flatten(0, -2), sample.token_ids[..., 1:].flatten(), reduction="none")
         metrics.update(

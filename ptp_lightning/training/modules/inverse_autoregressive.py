@@ -188,7 +188,7 @@ class InverseAutoregressiveModule(PredictorModule):
         sample = TeacherWindows().sample(self.predictor, batch, context, generator, self.end_of_text)
         logits = self.predictor.slot_logits(self.predictor.slot_hidden(context, sample.auxiliaries)).float()
         objective = self.predictor.config.objective
-        proposed = objective.propose(logits, sample.auxiliaries[..., 1:], context.sampling)
+        proposed = objective.tokens_from_logits(logits, sample.auxiliaries[..., 1:], context.sampling)
         self.agreement.update(torch.cat([sample.token_ids[..., :1], proposed], dim=-1) == sample.token_ids, sample.mask)
 
     def _log_metrics(self, stage: str) -> None:

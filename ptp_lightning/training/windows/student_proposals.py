@@ -42,7 +42,7 @@ class StudentDraft(NamedTuple):
 
 
 @torch.no_grad()
-def propose(
+def student_draft(
     predictor: PredictorNetwork, context: Context, auxiliaries: Tensor, first_token_ids: Tensor
 ) -> StudentDraft:
     """Let the student propose windows as it does in decoding: one pass over all slots, then the refiner's rounds.
@@ -57,7 +57,7 @@ def propose(
 
     def picks(states: Tensor) -> Tensor:
         chunks = _by_chunk(
-            lambda chunk, u: objective.propose(predictor.slot_logits(chunk).float(), u, sampling),
+            lambda chunk, u: objective.tokens_from_logits(predictor.slot_logits(chunk).float(), u, sampling),
             states.flatten(0, 2),
             auxiliaries[..., 1:].flatten(),
         )
@@ -69,12 +69,12 @@ def propose(
         if predictor.refiner is not None:
             pairs = predictor.refiner_context(context)
 
-            def propose_again(token_ids: Tensor) -> Tensor:
+            def predict_again(token_ids: Tensor) -> Tensor:
                 nonlocal hidden
                 hidden = predictor.refine(context, pairs, slots, token_ids)
                 return picks(hidden)
 
-            draft = refine_draft(draft, predictor.num_refinement_steps, propose_again)
+            draft = refine_draft(draft, predictor.num_refinement_steps, predict_again)
     return StudentDraft(draft, hidden)
 
 
@@ -92,7 +92,7 @@ def student_probe(predictor: PredictorNetwork, context: Context, token_ids: Tens
     def answer(hidden: Tensor, u: Tensor, tokens: Tensor) -> StudentAnswer:
         objective, sampling = predictor.config.objective, context.sampling
         logits = predictor.slot_logits(hidden).float()
-        correct = objective.propose(logits, u, sampling) == tokens
+        correct = objective.tokens_from_logits(logits, u, sampling) == tokens
         if not objective.predicts_distribution:
             return StudentAnswer(correct, None)
         return StudentAnswer(correct, token_interval(sampling.proposal().distribution(logits), tokens))

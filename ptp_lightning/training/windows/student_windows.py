@@ -9,7 +9,7 @@ from ptp_lightning.batch import PackedBatch
 from ptp_lightning.distributions import picks
 from ptp_lightning.models.context import Context
 from ptp_lightning.models.network import PredictorNetwork
-from ptp_lightning.training.windows.student_proposals import distributions_along, propose
+from ptp_lightning.training.windows.student_proposals import distributions_along, student_draft
 from ptp_lightning.training.windows.windows import WindowSample, WindowSource, until_end
 
 
@@ -45,7 +45,7 @@ class StudentWindows(WindowSource):
         shape = (*batch.window_starts.shape, predictor.config.window_length)
         auxiliaries = draw_auxiliaries(shape, generator, batch.input_ids.device)
         first = context.sampling.distribution(predictor.logits(context.first_hidden))
-        draft = propose(predictor, context, auxiliaries, pick(auxiliaries[..., 0], first)).token_ids
+        draft = student_draft(predictor, context, auxiliaries, pick(auxiliaries[..., 0], first)).token_ids
         teacher, target = distributions_along(predictor, context, draft)
         token_ids = picks(auxiliaries, teacher)
         token_ids[..., 0] = draft[..., 0]  # the teacher's own, however the rounding of another call's logits falls out

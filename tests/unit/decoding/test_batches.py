@@ -86,15 +86,15 @@ def test_rows_that_accept_different_numbers(decode: Decode, student: str) -> Non
     predictor = small(student=student)
     settings = GenerationSettings(max_new_tokens=22, seed=1, window_length=5)
     texts = [reference(predictor, settings, prompt) for prompt in PROMPTS]
-    proposer = TextsByPrompt(texts)
-    proposer.rows = list(range(len(PROMPTS)))
+    drafter = TextsByPrompt(texts)
+    drafter.rows = list(range(len(PROMPTS)))
     done = [0] * len(PROMPTS)
 
     def count(row: int, token_ids: list[int]) -> None:
         done[row] += len(token_ids)
-        proposer.rows = [row for row, length in enumerate(done) if length < settings.max_new_tokens]
+        drafter.rows = [row for row, length in enumerate(done) if length < settings.max_new_tokens]
 
-    together = decode(predictor, PROMPTS, settings, count, proposer)
+    together = decode(predictor, PROMPTS, settings, count, drafter)
     assert [found.token_ids for found in together] == texts
     assert len({tuple(found.correct_per_cycle) for found in together}) > 2
 

@@ -80,7 +80,7 @@ def test_forced_drafts_change_nothing(family: str, student: str, probability_rig
         text = reference(predictor, settings)
         draft = ForcedDraft([text], probability_right, VOCABULARY)
         lengths = CorrectLengths.geometric(0.8, 15)
-        found = decoded(predictor, settings, proposer=draft, lengths=lengths)
+        found = decoded(predictor, settings, drafter=draft, lengths=lengths)
         assert found.token_ids == text
 
 
@@ -90,7 +90,7 @@ class TestCounting:
         predictor = small()
         settings = GenerationSettings(max_new_tokens=max_new_tokens, window_length=6, slot_budget=9)
         text = reference(predictor, settings)
-        found = decoded(predictor, settings, proposer=ForcedDraft([text], 1.0, VOCABULARY))
+        found = decoded(predictor, settings, drafter=ForcedDraft([text], 1.0, VOCABULARY))
         expected, length, done = [], 0, 0
         while done < max_new_tokens:
             expected.append(min(length + 1, max_new_tokens - done))
@@ -103,7 +103,7 @@ class TestCounting:
         predictor = small()
         settings = GenerationSettings(max_new_tokens=9, window_length=6)
         text = reference(predictor, settings)
-        found = decoded(predictor, settings, proposer=ForcedDraft([text], 0.0, VOCABULARY))
+        found = decoded(predictor, settings, drafter=ForcedDraft([text], 0.0, VOCABULARY))
         assert found.correct_per_cycle == [1] * 9
 
     def test_a_right_token_after_a_wrong_one_does_not_count(self) -> None:
@@ -119,14 +119,14 @@ class TestCounting:
             return draft
 
         # Enough slots for five in every branch: a token, two of five and the correction, and the four that are left.
-        assert decoded(predictor, settings, proposer=third_is_wrong).correct_per_cycle == [1, 3, 4]
+        assert decoded(predictor, settings, drafter=third_is_wrong).correct_per_cycle == [1, 3, 4]
 
     def test_a_branch_has_no_more_slots_than_a_window(self) -> None:
         predictor = small()
         settings = GenerationSettings(max_new_tokens=20, window_length=3, slot_budget=99)
         text = reference(predictor, settings)
         draft = ForcedDraft([text], 1.0, VOCABULARY)
-        assert max(decoded(predictor, settings, proposer=draft).correct_per_cycle) == 3
+        assert max(decoded(predictor, settings, drafter=draft).correct_per_cycle) == 3
 
 
 @pytest.mark.parametrize("probability_right", [0.0, 0.7, 1.0])
@@ -136,7 +136,7 @@ def test_text_ends_where_the_reference_ends(probability_right: float) -> None:
     text = reference(predictor, open_ended)
     for end in dict.fromkeys(text):  # as first, middle and last token of what a call commits
         settings = replace(open_ended, end_of_text=frozenset({end}))
-        found = decoded(predictor, settings, proposer=ForcedDraft([text], probability_right, VOCABULARY))
+        found = decoded(predictor, settings, drafter=ForcedDraft([text], probability_right, VOCABULARY))
         assert found.token_ids == text[: text.index(end) + 1]
         assert found.finished == "eos"
 
@@ -149,7 +149,7 @@ def test_the_last_position_of_the_model_can_be_filled(family: str) -> None:
     for right in (0.0, 1.0):
         draft = ForcedDraft([text], right, VOCABULARY)
         lengths = CorrectLengths.geometric(0.9, 15)
-        assert decoded(predictor, settings, proposer=draft, lengths=lengths).token_ids == text
+        assert decoded(predictor, settings, drafter=draft, lengths=lengths).token_ids == text
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -175,5 +175,5 @@ def test_slot_logits_are_those_of_training(family: str, student: str, objective:
         passes.append(draft)
         return draft
 
-    assert decoded(predictor, settings, proposer=compare).token_ids == text[0, len(PROMPT) :].tolist()
+    assert decoded(predictor, settings, drafter=compare).token_ids == text[0, len(PROMPT) :].tolist()
     assert len(earlier) > 5 and max(len(passes) for passes in earlier.values()) == 1 + predictor.num_refinement_steps

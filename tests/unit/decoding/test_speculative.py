@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ptp_lightning.decoding import (
     Decoded,
+    Drafter,
     GenerationSettings,
-    Proposer,
     decode_autoregressively,
     decode_speculatively,
 )
@@ -61,7 +61,7 @@ def accelerated(
     predictor: PredictorNetwork,
     settings: GenerationSettings,
     prompt: Sequence[int] = PROMPT,
-    proposer: Proposer | None = None,
+    drafter: Drafter | None = None,
 ) -> Decoded:
     """Decodes, and checks what holds for every run."""
     streamed: list[list[int]] = []
@@ -71,7 +71,7 @@ def accelerated(
         settings,
         prompt,
         on_tokens=lambda _, token_ids: streamed.append(token_ids),
-        proposer=proposer,
+        drafter=drafter,
     )
     assert [token_id for tokens in streamed for token_id in tokens] == decoded.token_ids
     assert all(streamed)
@@ -134,7 +134,7 @@ def test_drafts_depend_on_the_settings_the_slots_are_told() -> None:
 
         modules = (predictor.slot_encoder.settings, predictor.slot_encoder.refiner_settings)
         hooks = [m.register_forward_pre_hook(lambda _, inputs, told=told: (told,)) for m in modules if m]
-        accelerated(predictor, settings, proposer=remember)
+        accelerated(predictor, settings, drafter=remember)
         for hook in hooks:
             hook.remove()
     first, other, again = drafts
@@ -160,7 +160,7 @@ def test_forced_drafts_change_nothing(family: str, sampling: str, probability_ri
     for seed, window_length in enumerate((2, 3, 7, 16)):
         settings = GenerationSettings(SAMPLING[sampling], 23, seed, window_length=window_length)
         text = reference(predictor, settings)
-        assert accelerated(predictor, settings, proposer=forced(text, probability_right)).token_ids == text
+        assert accelerated(predictor, settings, drafter=forced(text, probability_right)).token_ids == text
 
 
 class TestCounting:
@@ -172,7 +172,7 @@ class TestCounting:
         predictor = small()
         settings = GenerationSettings(max_new_tokens=max_new_tokens, window_length=window_length)
         text = reference(predictor, settings)
-        decoded = accelerated(predictor, settings, proposer=forced(text, 1.0))
+        decoded = accelerated(predictor, settings, drafter=forced(text, 1.0))
         cycles, rest = divmod(max_new_tokens, window_length + 1)
         assert decoded.token_ids == text
         assert decoded.num_calls == 2 * cycles + min(rest, 2)
@@ -183,7 +183,7 @@ class TestCounting:
         predictor = small()
         settings = GenerationSettings(max_new_tokens=max_new_tokens, window_length=5)
         text = reference(predictor, settings)
-        decoded = accelerated(predictor, settings, proposer=forced(text, 0.0))
+        decoded = accelerated(predictor, settings, drafter=forced(text, 0.0))
         assert decoded.token_ids == text
         assert decoded.num_calls == max_new_tokens
         assert decoded.correct_per_cycle == [1] * ceil(max_new_tokens / 2)
@@ -200,7 +200,7 @@ class TestCounting:
                 draft[0, 1] = (draft[0, 1] + 1) % VOCABULARY
             return draft
 
-        decoded = accelerated(predictor, settings, proposer=third_is_wrong)
+        decoded = accelerated(predictor, settings, drafter=third_is_wrong)
         assert decoded.token_ids == text
         assert decoded.correct_per_cycle == [2, 3]  # 3 of 7 tokens committed, then the other 4
 
@@ -214,7 +214,7 @@ class TestEndOfText:
         text = reference(predictor, open_ended)
         for end in dict.fromkeys(text):  # as first, middle, last and bonus token of windows
             settings = replace(open_ended, end_of_text=frozenset({end}))
-            decoded = accelerated(predictor, settings, proposer=forced(text, probability_right))
+            decoded = accelerated(predictor, settings, drafter=forced(text, probability_right))
             assert decoded.token_ids == reference(predictor, settings) == text[: text.index(end) + 1]
             assert decoded.finished == "eos"
 
@@ -224,7 +224,7 @@ class TestEndOfText:
         text = reference(predictor, settings)
         place = next(k for k, token_id in enumerate(text) if k in (2, 3, 4) and token_id not in text[:k])
         settings = replace(settings, end_of_text=frozenset({text[place]}))
-        decoded = accelerated(predictor, settings, proposer=forced(text, 1.0))
+        decoded = accelerated(predictor, settings, drafter=forced(text, 1.0))
         assert decoded.correct_per_cycle == [place + 1]  # tokens 0 .. place
 
     def test_a_proposed_end_that_is_wrong_ends_nothing(self) -> None:
@@ -237,7 +237,7 @@ class TestEndOfText:
         def end_at_once(slot_logits: Tensor, auxiliaries: Tensor, starts: Sequence[int]) -> Tensor:
             return torch.full(auxiliaries.shape, absent)
 
-        decoded = accelerated(predictor, settings, proposer=end_at_once)
+        decoded = accelerated(predictor, settings, drafter=end_at_once)
         assert (decoded.token_ids, decoded.finished) == (text, "length")
 
 
@@ -254,7 +254,7 @@ class TestRoom:
         settings = GenerationSettings(max_new_tokens=11, window_length=16)
         for right in (0.0, 1.0):
             text = reference(predictor, settings)
-            assert accelerated(predictor, settings, proposer=forced(text, right)).token_ids == text
+            assert accelerated(predictor, settings, drafter=forced(text, right)).token_ids == text
         for decode in (decode_autoregressively, decode_speculatively):
             with pytest.raises(ValueError, match=r"max_new_tokens <= 16 .* found 5 \+ 12: lower max_new_tokens"):
                 decode(predictor, [PROMPT], replace(settings, max_new_tokens=12))
@@ -291,7 +291,7 @@ class TestSlots:
             earlier.append((right + (start > 1) * (len(earlier) + 1)) % VOCABULARY)
             return earlier[-1]
 
-        accelerated(predictor, settings, proposer=compare)
+        accelerated(predictor, settings, drafter=compare)
         assert list(drafts) == [1, 7, 9, 11]  # 6 tokens, then 2 a cycle; the last two need no slot
         rounds = predictor.num_refinement_steps  # a window of two slots cannot use more than two
         assert [len(passes) for passes in drafts.values()] == [
@@ -309,7 +309,7 @@ class TestSlots:
         hook = predictor.slot_encoder.register_forward_pre_hook(
             lambda _, inputs: seen.extend(inputs[0].flatten().tolist())
         )
-        accelerated(predictor, settings, proposer=forced(reference(predictor, settings), 1.0))
+        accelerated(predictor, settings, drafter=forced(reference(predictor, settings), 1.0))
         hook.remove()
         assert set(seen) == {told}
 
@@ -318,8 +318,8 @@ def test_the_decoder_leaves_the_gate_closed_after_an_error() -> None:
     predictor = small()
 
     def fail(slot_logits: Tensor, auxiliaries: Tensor, starts: Sequence[int]) -> Tensor:
-        raise RuntimeError("broken proposer")
+        raise RuntimeError("broken drafter")
 
-    with pytest.raises(RuntimeError, match="broken proposer"):
-        decode_speculatively(predictor, [PROMPT], GenerationSettings(), proposer=fail)
+    with pytest.raises(RuntimeError, match="broken drafter"):
+        decode_speculatively(predictor, [PROMPT], GenerationSettings(), drafter=fail)
     assert predictor.gate.opening is None

@@ -34,14 +34,14 @@ def small(student: str, family: str = "llama", objective: str = "categorical") -
 
 
 def forced(text: list[int], wrong: set[int]) -> Any:
-    """A proposer of the right tokens, except at some places of the new text."""
+    """A drafter of the right tokens, except at some places of the new text."""
 
-    def propose(slot_logits: Tensor, auxiliaries: Tensor, starts: Sequence[int]) -> Tensor:
+    def draft(slot_logits: Tensor, auxiliaries: Tensor, starts: Sequence[int]) -> Tensor:
         (start,) = starts
         places = range(start, start + auxiliaries.shape[1])
         return torch.tensor([[(text[place] + (place in wrong)) % VOCABULARY for place in places]])
 
-    return propose
+    return draft
 
 
 @pytest.mark.parametrize("sampling", SAMPLING)
@@ -64,7 +64,7 @@ def test_forced_drafts_change_nothing(student: str, sampling: str, wrong: set[in
     for seed, window_length in enumerate((2, 3, 7, 16)):
         settings = GenerationSettings(SAMPLING[sampling], 23, seed, window_length=window_length)
         text = reference(predictor, settings)
-        decoded = decode_one(decode_speculatively, predictor, settings, proposer=forced(text, wrong))
+        decoded = decode_one(decode_speculatively, predictor, settings, drafter=forced(text, wrong))
         assert decoded.token_ids == text
 
 
@@ -82,7 +82,7 @@ def test_every_call_counts(student: str, max_new_tokens: int, monkeypatch: pytes
 
     stacks = {id(model): model for model in (predictor.base_model, predictor.student_model)}.values()
     hooks = [getattr(model, model.base_model_prefix).register_forward_hook(count) for model in stacks]
-    decoded: Decoded = decode_one(decode_speculatively, predictor, settings, proposer=forced(text, set()))
+    decoded: Decoded = decode_one(decode_speculatively, predictor, settings, drafter=forced(text, set()))
     for hook in hooks:
         hook.remove()
     cycles, rest = divmod(max_new_tokens, 5)
@@ -113,7 +113,7 @@ def test_slot_logits_are_those_of_training(student: str, family: str) -> None:
             torch.testing.assert_close(slot_logits, expected, atol=1e-4, rtol=1e-4)
         return (right + (start > 1)) % VOCABULARY  # right in the first window only
 
-    assert decode_one(decode_speculatively, predictor, settings, proposer=compare).token_ids == text[0, 5:].tolist()
+    assert decode_one(decode_speculatively, predictor, settings, drafter=compare).token_ids == text[0, 5:].tolist()
     assert seen == [1, 7, 9, 11]
 
 

@@ -31,9 +31,9 @@ def ticks() -> Callable[[], float]:
 @pytest.mark.parametrize(
     ("decode", "cycle"),
     [
-        (decode_autoregressively, {"forward": 1, "verifying": 1, "proposing": 0, "bookkeeping": 1}),
-        (decode_speculatively, {"forward": 2, "verifying": 1, "proposing": 1, "bookkeeping": 1}),
-        (decode_partially_quadratically, {"forward": 1, "verifying": 1, "proposing": 1, "bookkeeping": 1}),
+        (decode_autoregressively, {"forward": 1, "verifying": 1, "drafting": 0, "bookkeeping": 1}),
+        (decode_speculatively, {"forward": 2, "verifying": 1, "drafting": 1, "bookkeeping": 1}),
+        (decode_partially_quadratically, {"forward": 1, "verifying": 1, "drafting": 1, "bookkeeping": 1}),
     ],
     ids=["autoregressive", "speculative", "partial_quadratic"],
 )

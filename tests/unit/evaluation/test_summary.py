@@ -44,7 +44,7 @@ def test_scores_count_what_they_say() -> None:
     records = [
         record("autoregressive"),
         record("autoregressive", "q2", tokens=10, calls=10, seconds=3.0, category="code"),
-        record("speculative", calls=4, seconds=0.5, cycles=[(3, 4), (4, 4)], phases={"forward": 0.3, "proposing": 0.1}),
+        record("speculative", calls=4, seconds=0.5, cycles=[(3, 4), (4, 4)], phases={"forward": 0.3, "drafting": 0.1}),
         record("speculative", "q2", calls=6, seconds=1.5, cycles=[(1, 4)] * 3, category="code", token_ids=[9] * 10),
         record("transformers", seconds=2.0),
         record("transformers", "q2", seconds=2.0, category="code"),
@@ -64,7 +64,7 @@ def test_scores_count_what_they_say() -> None:
     assert score.library_speed is not None and score.library_speed.value == pytest.approx(2.0)
     assert score.call_cost == pytest.approx((2.0 / 10) / (4.0 / 20))
     assert score.num_identical == 1
-    assert score.phases == pytest.approx({"forward": 0.75, "proposing": 0.25})
+    assert score.phases == pytest.approx({"forward": 0.75, "drafting": 0.25})
     assert found["math", "speculative"].num_identical == 1 and found["code", "speculative"].num_identical == 0
     assert found["overall", "transformers"].num_identical is None
     assert found["overall", "transformers"].tokens_per_cycle is None

@@ -39,7 +39,7 @@ def test_share_of_the_teachers_interval(objective: str, sampling: SamplingConfig
     lower, upper = token_interval(teacher, tokens)
     r = (torch.arange(GRID, dtype=torch.float64) + 0.5) / GRID
     u = lower[:, None] + r * (upper - lower)[:, None]
-    proposed = OBJECTIVES[objective].propose(logits[:, None].expand(-1, GRID, -1), u, sampling)
+    proposed = OBJECTIVES[objective].tokens_from_logits(logits[:, None].expand(-1, GRID, -1), u, sampling)
     counted = (proposed == tokens[:, None]).double().mean(-1)
     # An interval has two ends, each of which a cell of the grid may straddle.
     torch.testing.assert_close(found, counted, rtol=0, atol=2 / GRID)

@@ -237,7 +237,7 @@ class TestRounds:
     DRAFT = torch.tensor([[1, 9, 9, 9, 9]])
 
     @staticmethod
-    def propose(known: Tensor) -> Tensor:
+    def predict(known: Tensor) -> Tensor:
         return known.cumsum(-1)
 
     @pytest.mark.parametrize(
@@ -250,14 +250,14 @@ class TestRounds:
         ],
     )
     def test_each_settles_one_token_more(self, num_refinement_steps: int, expected: list[int]) -> None:
-        assert refine_draft(self.DRAFT, num_refinement_steps, self.propose).tolist() == [expected]
+        assert refine_draft(self.DRAFT, num_refinement_steps, self.predict).tolist() == [expected]
 
     def test_no_more_than_there_are_tokens_to_settle(self) -> None:
         calls: list[Tensor] = []
 
         def count(known: Tensor) -> Tensor:
             calls.append(known)
-            return self.propose(known)
+            return self.predict(known)
 
         assert refine_draft(self.DRAFT, 100, count).tolist() == [[1, 1, 2, 4, 8]]
         assert len(calls) == 4

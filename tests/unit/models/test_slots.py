@@ -32,8 +32,8 @@ def test_proposals_allow_for_an_error(objective: type[PickingObjective]) -> None
     """Of P = (0.2, 0.01, 0.79), u = 0.205 names the second token, but the third is the better guess."""
     logits, u = torch.tensor([[0.2, 0.01, 0.79]]).log(), torch.tensor([0.205], dtype=torch.float64)
     sampler = Sampler(SamplingConfig())
-    assert objective().propose(logits, u, sampler).tolist() == [1]
-    assert objective(cdf_error=0.05).propose(logits, u, sampler).tolist() == [2]
+    assert objective().tokens_from_logits(logits, u, sampler).tolist() == [1]
+    assert objective(cdf_error=0.05).tokens_from_logits(logits, u, sampler).tolist() == [2]
 
 
 def test_an_error_below_zero_is_refused() -> None:

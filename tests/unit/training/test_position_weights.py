@@ -75,7 +75,7 @@ def counted_right(module: DistillationModule, sample: WindowSample, hidden: Tens
     right = torch.zeros(hidden.shape[:3], dtype=torch.float64)
     for step in range(GRID):
         u = (lower + (step + 0.5) / GRID * (upper - lower))[..., 1:]
-        right += config.objective.propose(logits, u, config.sampling) == sample.token_ids[..., 1:]
+        right += config.objective.tokens_from_logits(logits, u, config.sampling) == sample.token_ids[..., 1:]
     return right / GRID
 
 

@@ -16,7 +16,7 @@ from ptp_lightning.models.students import FullCopyStudent, GatedLoraStudent, Stu
 from ptp_lightning.sampling import SamplingConfig
 from ptp_lightning.training.modules.distillation import DistillationModule
 from ptp_lightning.training.windows import student_proposals as student
-from ptp_lightning.training.windows.student_proposals import distributions_along, propose, student_probe
+from ptp_lightning.training.windows.student_proposals import distributions_along, student_draft, student_probe
 from tests.helpers.tiny_data import tiny_data
 from tests.helpers.tiny_distillation import PAIRS, make_module
 
@@ -82,9 +82,9 @@ class TestPropose:
         # Once without the refiner and two rounds with it; once where it is not told the draft.
         for _ in range(3 if config.objective.conditions_on_draft else 2):
             logits = logits_told(case, draft)
-            proposed = config.objective.propose(logits, case.auxiliaries[..., 1:], config.sampling)
+            proposed = config.objective.tokens_from_logits(logits, case.auxiliaries[..., 1:], config.sampling)
             draft = torch.cat([first.unsqueeze(-1), proposed], dim=-1)
-        found = propose(case.module.predictor, case.context, case.auxiliaries, first)
+        found = student_draft(case.module.predictor, case.context, case.auxiliaries, first)
         assert draft is not None and torch.equal(found.token_ids, draft)
         torch.testing.assert_close(case.module.predictor.slot_logits(found.hidden).float(), logits)
         assert not found.hidden.requires_grad
@@ -93,9 +93,9 @@ class TestPropose:
     def test_without_a_refiner(self, objective: str, student: Student) -> None:
         case = windows(objective, refiner=False, student=student)
         config = case.module.predictor.config
-        found = propose(case.module.predictor, case.context, case.auxiliaries, torch.full((2, 3), 7))
+        found = student_draft(case.module.predictor, case.context, case.auxiliaries, torch.full((2, 3), 7))
         logits = logits_told(case, None)
-        proposed = config.objective.propose(logits, case.auxiliaries[..., 1:], config.sampling)
+        proposed = config.objective.tokens_from_logits(logits, case.auxiliaries[..., 1:], config.sampling)
         assert torch.equal(found.token_ids[..., 1:], proposed) and (found.token_ids[..., 0] == 7).all()
 
 
@@ -108,7 +108,7 @@ class TestProbe:
         case = windows(objective, refiner, student=student)
         config = case.module.predictor.config
         logits = logits_told(case, case.token_ids if refiner else None)
-        proposed = config.objective.propose(logits, case.auxiliaries[..., 1:], config.sampling)
+        proposed = config.objective.tokens_from_logits(logits, case.auxiliaries[..., 1:], config.sampling)
         correct = student_probe(case.module.predictor, case.context, case.token_ids)(case.auxiliaries).correct
         assert correct[..., 0].all()
         assert torch.equal(correct[..., 1:], proposed == case.token_ids[..., 1:])
@@ -140,7 +140,7 @@ class TestChunks:
         found: list[list[Tensor]] = []
         for size in (1024, 5):
             monkeypatch.setattr(student, "CHUNK_SLOTS", size)
-            draft = propose(predictor, case.context, case.auxiliaries, torch.full((2, 3), 7))
+            draft = student_draft(predictor, case.context, case.auxiliaries, torch.full((2, 3), 7))
             answer = student_probe(predictor, case.context, case.token_ids)(case.auxiliaries)
             along = distributions_along(predictor, case.context, case.token_ids)
             assert answer.interval is not None
@@ -154,7 +154,7 @@ class TestDropout:
     def test_is_off_while_the_student_is_asked(self) -> None:
         case = windows("categorical", dropout=0.5)
         predictor = case.module.predictor.train()
-        drafts = [propose(predictor, case.context, case.auxiliaries, torch.full((2, 3), 7)) for _ in range(2)]
+        drafts = [student_draft(predictor, case.context, case.auxiliaries, torch.full((2, 3), 7)) for _ in range(2)]
         assert torch.equal(drafts[0].hidden, drafts[1].hidden)
         probe = student_probe(predictor, case.context, case.token_ids)
         first, second = (probe(case.auxiliaries).interval for _ in range(2))

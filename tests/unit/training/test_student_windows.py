@@ -15,7 +15,7 @@ from ptp_lightning.models.context import Context
 from ptp_lightning.models.network import PredictorNetwork
 from ptp_lightning.models.slots.objectives import Objective
 from ptp_lightning.sampling import SamplingConfig
-from ptp_lightning.training.windows.student_proposals import propose
+from ptp_lightning.training.windows.student_proposals import student_draft
 from ptp_lightning.training.windows.student_windows import StudentWindows
 from ptp_lightning.training.windows.windows import TeacherWindows, WindowSample
 from tests.helpers.tiny_data import tiny_data
@@ -83,7 +83,7 @@ class TestTargets:
     def test_the_text_is_what_the_student_proposes(self) -> None:
         predictor = make_predictor()
         found, batch = sample(predictor), make_batch()
-        draft = propose(predictor, encode(predictor, batch), found.auxiliaries, found.token_ids[..., 0]).token_ids
+        draft = student_draft(predictor, encode(predictor, batch), found.auxiliaries, found.token_ids[..., 0]).token_ids
         assert torch.equal(found.conditioning_ids, draft)
 
     def test_window_ends_with_the_students_end_of_text(self) -> None:
