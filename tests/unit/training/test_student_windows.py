@@ -105,7 +105,7 @@ class TestCost:
         predictor, batch = make_predictor(), make_batch()
         context = encode(predictor, batch)
         calls: list[tuple[bool, list[int]]] = []
-        for name in ("decode", "run_student_decoder"):
+        for name in ("run_decoder", "run_student_decoder"):
             decode = getattr(predictor, name)
 
             def count(embeddings: Tensor, *arguments: Any, decode: Any = decode, **named: Any) -> Tensor:
