@@ -74,7 +74,7 @@ class LazyDistributions:
             yield self._of(logits)
 
     def _of(self, logits: Tensor) -> TokenDistribution:
-        return self.sampler.with_target(logits)[int(self.is_target)]
+        return self.sampler.teacher_and_target(logits)[int(self.is_target)]
 
 
 Distributions = TokenDistribution | LazyDistributions

@@ -191,10 +191,10 @@ class SamplingConfig:
         # By rank, u = 0 is the most likely token; in a fixed order, the middle is a fair guess.
         return torch.full_like(auxiliaries, 0.0 if self.order == "descending" else 0.5)
 
-    def with_target(
+    def teacher_and_target(
         self, logits: Tensor, token_ranks: Tensor | None = None
     ) -> tuple[TokenDistribution, TokenDistribution]:
-        """`distribution(...)` and `target().distribution(...)` of the same arguments, ranking the tokens once."""
+        """`distribution(...)` and `target().distribution(...)` of the same logits; ranks the tokens once."""
         if self.top_p == 1 or self.temperature == 0:
             distribution = self.distribution(logits, token_ranks)
             return distribution, distribution
@@ -296,9 +296,9 @@ class Sampler:
         """See `SamplingConfig.distribution`."""
         return self.settings.distribution(logits, self.token_ranks)
 
-    def with_target(self, logits: Tensor) -> tuple[TokenDistribution, TokenDistribution]:
-        """See `SamplingConfig.with_target`."""
-        return self.settings.with_target(logits, self.token_ranks)
+    def teacher_and_target(self, logits: Tensor) -> tuple[TokenDistribution, TokenDistribution]:
+        """See `SamplingConfig.teacher_and_target`."""
+        return self.settings.teacher_and_target(logits, self.token_ranks)
 
 
 def _peak(logits: Tensor) -> Tensor:

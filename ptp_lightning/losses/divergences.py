@@ -1,13 +1,13 @@
-"""Divergences between the teacher's truncated distribution Q and the student's softmax P.
+"""Divergences between a target distribution Q and the student's softmax P.
 
-All of them are sums over tokens of `Q f(P / Q)` with f(1) = 0, f'(1) = 0 and f >= 0. Terms like `Q log(Q / P)` are of
-first order near equality, take both signs and show the rounding errors of P and Q; both sides add up to 1, so
-`- Q + P` may be added to every term, and what remains is of second order and never negative. Differences as small as
-the rounding errors of two softmaxes count as equality, where a divergence is exactly 0. In float32 that leaves out less
+Every divergence is a sum over tokens of `Q f(P / Q)` with f(1) = 0, f'(1) = 0 and f >= 0. A term like `Q log(Q / P)` is
+of first order near equality, takes both signs and shows the rounding errors of P and Q. P and Q both sum to 1, so
+`- Q + P` can be added to every term; the result is of second order and never negative. Differences as small as the
+rounding errors of two softmaxes count as equality, and there a divergence is exactly 0. In float32 this neglects less
 than 1e-10 nats (4e-6 of the total variation, which is of first order).
 
-Q lists K tokens. On all others, and on listed ones that were removed (probability 0), a divergence is a constant
-times the student's mass there.
+Q lists K tokens. On tokens that are not listed or were removed (probability 0), a divergence is a constant times the
+student's mass there.
 """
 
 from __future__ import annotations
@@ -26,36 +26,36 @@ from torch.autograd.function import once_differentiable
 from ptp_lightning.losses.base import Loss
 from ptp_lightning.sampling import TokenDistribution
 
-# Below this a float32 softmax is about to lose its digits to underflow, so its logarithm is taken from the logits.
+# Below this probability a float32 softmax loses digits to underflow, so its logarithm is computed from the logits.
 SMALLEST_PROBABILITY = 1e-30
 
-# Two softmaxes of one row, added up in different orders, may differ by so many units in the last place.
+# Two softmaxes of the same row, summed in different orders, may differ by this many units in the last place.
 SOFTMAX_ROUNDING_UNITS = 64
 
 # Up to here P / Q - 1 is used instead of P / Q, whose logarithm would lose its digits.
 NEARLY_EQUAL = 0.5
 
 IGNORES_U = (
-    "a one-hot student is told u_k, which fixes the token t_k, so its target is the point mass on t_k and "
+    "a one-hot student is conditioned on u_k, which determines the token t_k: it must learn the point mass on t_k and "
     "not the teacher's distribution Q_k; matching Q_k would teach it to ignore u_k"
 )
 NOT_THE_MARGINAL = (
-    "slots that carry no auxiliaries cannot know the tokens before them, so one prediction has to serve many teacher "
-    "distributions Q_k. Of these divergences only KullbackLeibler is then smallest at their mean, the marginal; {}"
+    "slots that carry no auxiliaries do not know the tokens before them, so one prediction has to fit many target "
+    "distributions Q_k. Only KullbackLeibler is then smallest at their mean, the marginal; {}"
 )
 
 
 class Listed(NamedTuple):
-    """Both distributions on the K tokens that the teacher lists, `[m, K]` each.
+    """Both distributions on the K tokens that the target lists, `[m, K]` each.
 
     Attributes:
         student: P.
-        teacher: Q; 0 marks a removed token, where the other fields and all terms and slopes may be anything.
+        target: Q; 0 marks a removed token, where the other fields and all terms and slopes are not read.
         excess: P / Q - 1, exactly 0 where it may be rounding.
     """
 
     student: Tensor
-    teacher: Tensor
+    target: Tensor
     excess: Tensor
 
 
@@ -63,13 +63,13 @@ class Listed(NamedTuple):
 class Divergence(Loss):
     """A sum of `Q f(P / Q)` over tokens, in nats: never negative, exactly 0 where P equals Q; Q gets no gradient.
 
-    Q is the teacher's distribution after temperature and top-k (`SamplingConfig.target`; top-p is left to the
-    proposal); P is the student's full softmax, which therefore learns the truncated distribution.
+    Q is the teacher's distribution after temperature and top-k (`SamplingConfig.target`; top-p acts on drafts alone);
+    P is the student's full softmax, which therefore learns the truncated distribution.
 
-    A new divergence is a subclass with `terms`, `slopes` and the two constants for tokens the teacher excludes.
+    A new divergence is a subclass with `terms`, `slopes` and the two constants for tokens the target excludes.
     """
 
-    needs_teacher: ClassVar[bool] = True
+    needs_target: ClassVar[bool] = True
 
     @property
     @abstractmethod
@@ -92,20 +92,24 @@ class Divergence(Loss):
         Derivatives, here and in `excluded_slope`, are up to one constant common to all tokens.
         """
 
-    def per_slot(self, logits: Tensor, token_ids: Tensor, teacher: TokenDistribution | None) -> Tensor:
+    def per_slot(self, logits: Tensor, token_ids: Tensor, target: TokenDistribution | None) -> Tensor:
         """See `Loss.per_slot`; `token_ids` is not read."""
-        assert teacher is not None, "checked in Loss.of_slots"
-        probabilities = teacher.probabilities.to(logits.dtype)
-        divergence = _TruncatedDivergence.apply(logits, probabilities, teacher.token_ids, self)
+        assert target is not None, "checked in Loss.slot_losses"
+        probabilities = target.probabilities.to(logits.dtype)
+        divergence = _TruncatedDivergence.apply(logits, probabilities, target.token_ids, self)
         assert isinstance(divergence, Tensor)
         return divergence
 
 
 @dataclass(frozen=True)
 class KullbackLeibler(Divergence):
-    """`KL(Q_k || P_k) = sum_t Q_k(t) (log Q_k(t) - log P_k(t))`, teacher Q against student P (paper, section 2).
+    """`KL(Q_k || P_k) = sum_t Q_k(t) (log Q_k(t) - log P_k(t))`, target Q against student P (paper, section 2).
 
-    Infinite where the student gives probability 0 to a token the teacher may pick. See `Divergence`.
+    Infinite where the student gives probability 0 to a token of positive target probability. See `Divergence`.
+
+    >>> P, Q = torch.tensor([[0.5, 0.5]]), TokenDistribution(torch.tensor([[0.75, 0.25]]))
+    >>> KullbackLeibler().per_slot(P.log(), torch.tensor([0]), Q)
+    tensor([0.1308])
     """
 
     sound_for: ClassVar[frozenset[str]] = frozenset({"categorical", "independent", "sequential"})
@@ -123,35 +127,39 @@ class KullbackLeibler(Divergence):
 
     def terms(self, listed: Listed, log_student: Tensor) -> Tensor:
         """`Q log(Q / P) - Q + P`."""
-        student, teacher, excess = listed
-        near = teacher * (excess - excess.log1p())
-        far = teacher * (teacher.log() - log_student) - teacher + student
+        student, target, excess = listed
+        near = target * (excess - excess.log1p())
+        far = target * (target.log() - log_student) - target + student
         return torch.where(excess.abs() < NEARLY_EQUAL, near, far)
 
     def slopes(self, listed: Listed) -> Tensor:
         """`P (-Q / P)`, and so d KL / d logit_v = P_v - Q_v."""
-        return -listed.teacher
+        return -listed.target
 
 
 @dataclass(frozen=True)
 class ReverseKullbackLeibler(Divergence):
-    """`KL(P_k || Q_k) = sum_t P_k(t) (log P_k(t) - log Q_k(t))`, student P against teacher Q (paper, section 2).
+    """`KL(P_k || Q_k) = sum_t P_k(t) (log P_k(t) - log Q_k(t))`, student P against target Q (paper, section 2).
 
-    It is infinite as soon as the student gives any mass to a token of teacher probability 0, and a softmax gives some
-    to each token that top-k removed. There each unit of student mass costs `-log floor` nats instead:
+    It is infinite if the student gives any mass to a token of target probability 0, and a softmax gives some mass to
+    each token that top-k removed. There each unit of student mass costs `-log floor` nats instead:
 
         sum_{Q(t) > 0} P(t) log(P(t) / Q(t)) - log(floor) * (mass of P where Q is 0)
 
-    which is no less than the divergence from a teacher with log Q = log floor there, convex in P, and 0 exactly where
-    P equals Q. The floor changes nothing where the teacher keeps its whole vocabulary.
+    This is at least the divergence from a target with Q = floor there, convex in P, and 0 exactly where P equals Q. The
+    floor changes nothing if the target keeps the whole vocabulary.
 
     Args:
         chunk_size: see `Loss`.
-        floor: the probability that stands for 0 outside the teacher's support, in (0, 1/e], where the divergence
-            cannot become negative.
+        floor: replaces probability 0 outside the target's support; in (0, 1/e], so that the divergence cannot become
+            negative.
 
     Raises:
         ValueError: if the floor is outside of (0, 1/e].
+
+    >>> P, Q = torch.tensor([[0.5, 0.5]]), TokenDistribution(torch.tensor([[0.75, 0.25]]))
+    >>> ReverseKullbackLeibler().per_slot(P.log(), torch.tensor([0]), Q)
+    tensor([0.1438])
     """
 
     floor: float = 1e-6
@@ -161,7 +169,9 @@ class ReverseKullbackLeibler(Divergence):
         {"one_hot": IGNORES_U}
         | dict.fromkeys(
             ("independent", "sequential"),
-            NOT_THE_MARGINAL.format("KL(P || Q) at their geometric mean, which drops what any of them excludes"),
+            NOT_THE_MARGINAL.format(
+                "KL(P || Q) is smallest at their geometric mean, which drops what any of them excludes"
+            ),
         )
     )
 
@@ -182,28 +192,35 @@ class ReverseKullbackLeibler(Divergence):
 
     def terms(self, listed: Listed, log_student: Tensor) -> Tensor:
         """`P log(P / Q) - P + Q`."""
-        student, teacher, excess = listed
-        near = teacher * ((1 + excess) * excess.log1p() - excess)
-        far = _times_log_ratio(student, teacher) - student + teacher
+        student, target, excess = listed
+        near = target * ((1 + excess) * excess.log1p() - excess)
+        far = _times_log_ratio(student, target) - student + target
         return torch.where(excess.abs() < NEARLY_EQUAL, near, far)
 
     def slopes(self, listed: Listed) -> Tensor:
         """`P log(P / Q)`."""
-        student, teacher, excess = listed
+        student, target, excess = listed
         near = student * excess.log1p()
-        return torch.where(excess.abs() < NEARLY_EQUAL, near, _times_log_ratio(student, teacher))
+        return torch.where(excess.abs() < NEARLY_EQUAL, near, _times_log_ratio(student, target))
 
 
 @dataclass(frozen=True)
 class JensenShannon(Divergence):
-    """`(KL(Q || M) + KL(P || M)) / 2` with `M = (P + Q) / 2`: symmetric, finite, at most log 2. See `Divergence`."""
+    """`(KL(Q || M) + KL(P || M)) / 2` with `M = (P + Q) / 2`: symmetric, finite, at most log 2. See `Divergence`.
+
+    >>> P, Q = torch.tensor([[0.5, 0.5]]), TokenDistribution(torch.tensor([[0.75, 0.25]]))
+    >>> JensenShannon().per_slot(P.log(), torch.tensor([0]), Q)
+    tensor([0.0338])
+    """
 
     sound_for: ClassVar[frozenset[str]] = frozenset({"categorical"})
     unsound_because: ClassVar[Mapping[str, str]] = MappingProxyType(
         {"one_hot": IGNORES_U}
         | dict.fromkeys(
             ("independent", "sequential"),
-            NOT_THE_MARGINAL.format("the Jensen-Shannon divergence leans from there towards what most of them hold"),
+            NOT_THE_MARGINAL.format(
+                "the Jensen-Shannon divergence is smallest at a point between it and what most of them agree on"
+            ),
         )
     )
 
@@ -219,17 +236,17 @@ class JensenShannon(Divergence):
 
     def terms(self, listed: Listed, log_student: Tensor) -> Tensor:
         """`(Q log(2 Q / (P + Q)) + P log(2 P / (P + Q))) / 2`."""
-        student, teacher, excess = listed
-        near = teacher * ((1 + excess) * excess.log1p() - (2 + excess) * (excess / 2).log1p())
-        middle = (student + teacher) / 2
-        far = _times_log_ratio(teacher, middle) + _times_log_ratio(student, middle)
+        student, target, excess = listed
+        near = target * ((1 + excess) * excess.log1p() - (2 + excess) * (excess / 2).log1p())
+        middle = (student + target) / 2
+        far = _times_log_ratio(target, middle) + _times_log_ratio(student, middle)
         return torch.where(excess.abs() < NEARLY_EQUAL, near, far) / 2
 
     def slopes(self, listed: Listed) -> Tensor:
         """`P log(2 P / (P + Q)) / 2`."""
-        student, teacher, excess = listed
+        student, target, excess = listed
         near = student * (excess.log1p() - (excess / 2).log1p())
-        far = _times_log_ratio(student, (student + teacher) / 2)
+        far = _times_log_ratio(student, (student + target) / 2)
         return torch.where(excess.abs() < NEARLY_EQUAL, near, far) / 2
 
 
@@ -237,8 +254,13 @@ class JensenShannon(Divergence):
 class TotalVariation(Divergence):
     """`sum_t |P_k(t) - Q_k(t)| / 2`: a probability, not nats; at most 1. See `Divergence`.
 
-    No way to draw from both makes the tokens differ less often; `Pick(u, P)` and `Pick(u, Q)` differ at least so often.
-    The gradient does not fade near the optimum and hardly sees a token of small P, so it learns slowly from afar.
+    It is the smallest probability with which tokens drawn from P and Q can differ; `Pick(u, P)` and `Pick(u, Q)` differ
+    at least that often. The gradient does not vanish near the optimum, but it is small for tokens of small P, so that
+    training is slow far from the optimum.
+
+    >>> P, Q = torch.tensor([[0.5, 0.5]]), TokenDistribution(torch.tensor([[0.75, 0.25]]))
+    >>> TotalVariation().per_slot(P.log(), torch.tensor([0]), Q)
+    tensor([0.2500])
     """
 
     sound_for: ClassVar[frozenset[str]] = frozenset({"categorical"})
@@ -246,7 +268,7 @@ class TotalVariation(Divergence):
         {"one_hot": IGNORES_U}
         | dict.fromkeys(
             ("independent", "sequential"),
-            NOT_THE_MARGINAL.format("the total variation, like a median, drops what only a minority of them holds"),
+            NOT_THE_MARGINAL.format("the total variation, like a median, drops what only a minority of them contains"),
         )
     )
 
@@ -270,20 +292,20 @@ class TotalVariation(Divergence):
 
     @staticmethod
     def _difference(listed: Listed) -> Tensor:
-        return torch.where(listed.excess == 0, 0.0, listed.student - listed.teacher)
+        return torch.where(listed.excess == 0, 0.0, listed.student - listed.target)
 
 
 class _TruncatedDivergence(torch.autograd.Function):
     """A divergence per slot: logits [m, V] and Q [m, K] at token ids [m, K] (None: K = V) give [m]."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, teacher: Tensor, token_ids: Tensor | None, divergence: Divergence) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, target: Tensor, token_ids: Tensor | None, divergence: Divergence) -> Tensor:
         softmax = logits.softmax(-1)
-        ctx.save_for_backward(softmax, teacher, token_ids)
+        ctx.save_for_backward(softmax, target, token_ids)
         ctx.divergence = divergence
         largest, index = softmax.max(-1, keepdim=True)
         largest_logit = logits.gather(-1, index)
-        listed = _listed(softmax, teacher, token_ids)
+        listed = _listed(softmax, target, token_ids)
         if token_ids is None:
             not_listed = softmax.new_zeros(softmax.shape[:-1])
         else:
@@ -294,17 +316,17 @@ class _TruncatedDivergence(torch.autograd.Function):
         )
         terms = divergence.terms(listed, log_student)
         excluded = divergence.excluded_value
-        return torch.where(teacher > 0, terms, excluded * listed.student).sum(-1) + excluded * not_listed
+        return torch.where(target > 0, terms, excluded * listed.student).sum(-1) + excluded * not_listed
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_divergence: Tensor) -> tuple[Tensor, None, None, None]:
-        softmax, teacher, token_ids = ctx.saved_tensors
+        softmax, target, token_ids = ctx.saved_tensors
         divergence: Divergence = ctx.divergence
         # d D / d logit_v = P_v (d D / d P_v - sum_w P_w d D / d P_w)
-        listed = _listed(softmax, teacher, token_ids)
+        listed = _listed(softmax, target, token_ids)
         excluded = divergence.excluded_slope
-        slopes = torch.where(teacher > 0, divergence.slopes(listed), excluded * listed.student)
+        slopes = torch.where(target > 0, divergence.slopes(listed), excluded * listed.student)
         grad = grad_divergence.unsqueeze(-1)
         mean_slope = slopes.sum(-1, keepdim=True)
         if token_ids is None:
@@ -316,11 +338,11 @@ class _TruncatedDivergence(torch.autograd.Function):
         return grad_logits.scatter_(-1, token_ids, grad_listed), None, None, None
 
 
-def _listed(softmax: Tensor, teacher: Tensor, token_ids: Tensor | None) -> Listed:
+def _listed(softmax: Tensor, target: Tensor, token_ids: Tensor | None) -> Listed:
     student = softmax if token_ids is None else softmax.gather(-1, token_ids)
-    excess = (student - teacher) / teacher
+    excess = (student - target) / target
     rounding = SOFTMAX_ROUNDING_UNITS * torch.finfo(softmax.dtype).eps
-    return Listed(student, teacher, torch.where(excess.abs() <= rounding, 0.0, excess))
+    return Listed(student, target, torch.where(excess.abs() <= rounding, 0.0, excess))
 
 
 def _times_log_ratio(probability: Tensor, other: Tensor) -> Tensor:

@@ -19,37 +19,41 @@ from ptp_lightning.sampling import TokenDistribution
 class CrossEntropy(Loss):
     """`-log P_theta(t_k | ...)`, the negative log-likelihood of the reference token (paper, Algorithms 2 and 3).
 
-    The loss of one-hot PTP, which it can bring to 0, and of teacher-free training. For categorical PTP and the
-    independent baseline it is an unbiased, noisier stand-in for the divergence: the reference token is a sample of
-    the teacher's distribution, so both have the same expected gradient.
+    The loss of one-hot PTP, which can reach 0, and of teacher-free training. For categorical PTP and the independent
+    baseline it is an unbiased, noisier estimate of the divergence: the reference token is a sample from the teacher, so
+    both have the same expected gradient.
+
+    >>> logits = torch.tensor([[0.5, 0.25, 0.25]]).log()
+    >>> CrossEntropy().per_slot(logits, torch.tensor([1]), None)  # -log(1/4)
+    tensor([1.3863])
     """
 
-    needs_teacher: ClassVar[bool] = False
+    needs_target: ClassVar[bool] = False
     sound_for: ClassVar[frozenset[str]] = frozenset({"one_hot", "categorical", "independent", "sequential"})
     unsound_because: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
-    def per_slot(self, logits: Tensor, token_ids: Tensor, teacher: TokenDistribution | None) -> Tensor:
-        """See `Loss.per_slot`; `teacher` is not read."""
+    def per_slot(self, logits: Tensor, token_ids: Tensor, target: TokenDistribution | None) -> Tensor:
+        """See `Loss.per_slot`; `target` is not read."""
         return F.cross_entropy(logits, token_ids, reduction="none")
 
     def with_gradients(
-        self, logits: Tensor, token_ids: Tensor, teacher: TokenDistribution | None, room: Tensor
+        self, logits: Tensor, token_ids: Tensor, target: TokenDistribution | None, out: Tensor
     ) -> Tensor:
-        """See `Loss.with_gradients`: P, less 1 at the reference token, from one softmax and the largest of each row."""
-        probabilities = room if room.dtype == logits.dtype else torch.empty_like(logits)
+        """See `Loss.with_gradients`: P minus 1 at the reference token, from one softmax and the maximum of each row."""
+        probabilities = out if out.dtype == logits.dtype else torch.empty_like(logits)
         torch.softmax(logits, -1, out=probabilities)
         reference = token_ids.unsqueeze(-1)
-        behind = logits.amax(-1) - logits.gather(-1, reference).squeeze(-1)
-        nats = behind - probabilities.amax(-1).log()
+        margin = logits.amax(-1) - logits.gather(-1, reference).squeeze(-1)
+        nats = margin - probabilities.amax(-1).log()
         probabilities.scatter_add_(-1, reference, probabilities.new_full(reference.shape, -1.0))
-        if probabilities is not room:
-            room.copy_(probabilities)
+        if probabilities is not out:
+            out.copy_(probabilities)
         return nats
 
 
 NOT_A_DISTRIBUTION = (
-    "it trains one yes-or-no decision per vocabulary entry. Where the token is not determined, the best decisions are "
-    "sigmoid(z_v) = Q_k(v), and the softmax of these logits, from which tokens are proposed, is proportional to "
+    "it trains one binary decision per vocabulary entry. If the token is not determined, the optimal decisions are "
+    "sigmoid(z_v) = Q_k(v); tokens are drafted from the softmax of these logits, which is proportional to "
     "Q_k / (1 - Q_k) instead of Q_k"
 )
 
@@ -58,21 +62,23 @@ NOT_A_DISTRIBUTION = (
 class BinaryCrossEntropy(Loss):
     """`-log s(z_t) - sum_{v != t} log(1 - s(z_v))`, s the logistic sigmoid: binary cross entropy per vocabulary entry.
 
-    The paper's second choice for one-hot PTP. Each entry of the vocabulary is a decision of its own (is the token v?),
-    so the logits z do not compete through a softmax. The proposal, their argmax, is right at the optimum also where the
-    student cannot tell the token for sure. The sum runs over all V entries; it is 0 where all decisions are certain and
-    right.
+    The paper's second choice for one-hot PTP. Each vocabulary entry v is a separate decision (is the token v?), so the
+    logits z do not compete through a softmax. At the optimum their argmax is the most likely token even if the student
+    is uncertain. The sum runs over all V entries; it is 0 if all decisions are certain and correct.
+
+    >>> BinaryCrossEntropy().per_slot(torch.zeros(1, 3), torch.tensor([1]), None)  # three undecided entries: 3 log 2
+    tensor([2.0794])
     """
 
-    needs_teacher: ClassVar[bool] = False
+    needs_target: ClassVar[bool] = False
     sound_for: ClassVar[frozenset[str]] = frozenset({"one_hot"})
     unsound_because: ClassVar[Mapping[str, str]] = MappingProxyType(
         dict.fromkeys(("categorical", "independent", "sequential"), NOT_A_DISTRIBUTION)
     )
 
-    def per_slot(self, logits: Tensor, token_ids: Tensor, teacher: TokenDistribution | None) -> Tensor:
-        """See `Loss.per_slot`; `teacher` is not read."""
+    def per_slot(self, logits: Tensor, token_ids: Tensor, target: TokenDistribution | None) -> Tensor:
+        """See `Loss.per_slot`; `target` is not read."""
         reference = token_ids.unsqueeze(-1)
-        # 1 - s(z) = s(-z): every decision is a log-sigmoid of its logit with the sign of the right answer.
+        # 1 - s(z) = s(-z): every decision is a log-sigmoid of its logit with the sign of the correct answer.
         signed = (-logits).scatter(-1, reference, logits.gather(-1, reference))
         return -F.logsigmoid(signed).sum(-1)

@@ -42,6 +42,11 @@ class MixedLoss(Loss):
 
     Raises:
         ValueError: if there is no term.
+
+    >>> from ptp_lightning.losses import CrossEntropy, TotalVariation
+    >>> loss = MixedLoss(terms=[WeightedLoss(CrossEntropy(), 0.1), WeightedLoss(TotalVariation(), 0.9)])
+    >>> loss.needs_target, sorted(loss.sound_for)
+    (True, ['categorical'])
     """
 
     terms: Sequence[WeightedLoss] = ()
@@ -51,24 +56,24 @@ class MixedLoss(Loss):
         if not self.terms:
             raise ValueError("expected at least one entry in `terms` of MixedLoss, found none")
         losses = [term.loss for term in self.terms]
-        # Constants of other losses; here they depend on the terms, and the dataclass is frozen.
-        object.__setattr__(self, "needs_teacher", any(loss.needs_teacher for loss in losses))
+        # Class constants of other losses depend on the terms here; the dataclass is frozen.
+        object.__setattr__(self, "needs_target", any(loss.needs_target for loss in losses))
         object.__setattr__(self, "sound_for", frozenset.intersection(*(loss.sound_for for loss in losses)))
         reasons = {objective: why for loss in losses for objective, why in loss.unsound_because.items()}
         object.__setattr__(self, "unsound_because", reasons)
 
-    def per_slot(self, logits: Tensor, token_ids: Tensor, teacher: TokenDistribution | None) -> Tensor:
+    def per_slot(self, logits: Tensor, token_ids: Tensor, target: TokenDistribution | None) -> Tensor:
         """See `Loss.per_slot`."""
-        return torch.stack([term.weight * term.loss.per_slot(logits, token_ids, teacher) for term in self.terms]).sum(0)
+        return torch.stack([term.weight * term.loss.per_slot(logits, token_ids, target) for term in self.terms]).sum(0)
 
     def with_gradients(
-        self, logits: Tensor, token_ids: Tensor, teacher: TokenDistribution | None, room: Tensor
+        self, logits: Tensor, token_ids: Tensor, target: TokenDistribution | None, out: Tensor
     ) -> Tensor:
-        """See `Loss.with_gradients`; each term as fast as it is alone."""
+        """See `Loss.with_gradients`; uses the closed forms of the terms."""
         nats = torch.zeros_like(logits[:, 0])
         total, own = torch.zeros_like(logits), torch.empty_like(logits)
         for term in self.terms:
-            nats += term.weight * term.loss.with_gradients(logits, token_ids, teacher, own)
+            nats += term.weight * term.loss.with_gradients(logits, token_ids, target, own)
             total.add_(own, alpha=term.weight)
-        room.copy_(total)
+        out.copy_(total)
         return nats

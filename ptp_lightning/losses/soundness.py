@@ -1,4 +1,4 @@
-"""Which loss finds the optimum of which objective; `require_sound` turns a wrong pairing into an error."""
+"""Which losses are sound for which objective; `require_sound` turns an unsound pair into an error."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ OBJECTIVES = frozenset({"one_hot", "categorical", "independent", "sequential"})
 
 
 def require_sound(loss: Loss | type[Loss], objective_name: str) -> None:
-    """Refuse a loss whose minimum is not what the objective asks for.
+    """Refuse a loss whose minimum is not the optimum of the objective.
 
     Args:
         loss: the loss, or its class.
@@ -16,6 +16,12 @@ def require_sound(loss: Loss | type[Loss], objective_name: str) -> None:
 
     Raises:
         ValueError: with the reason, if the loss is unsound for the objective; or if there is no such objective.
+
+    >>> from ptp_lightning.losses import CrossEntropy, KullbackLeibler
+    >>> require_sound(CrossEntropy(), "one_hot")
+    >>> require_sound(KullbackLeibler(), "one_hot")
+    Traceback (most recent call last):
+    ValueError: KullbackLeibler is not a sound loss for the one_hot objective: ...
     """
     if objective_name not in OBJECTIVES:
         raise ValueError(f"Expected an objective out of {sorted(OBJECTIVES)}, found {objective_name!r}.")

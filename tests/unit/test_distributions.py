@@ -40,7 +40,7 @@ CONFIGS = [
 class TestAsIfTheyWereThere:
     def stored(self, config: SamplingConfig, is_target: bool) -> TokenDistribution:
         made = lazy(config)
-        return config.with_target(made.head(made.hidden))[int(is_target)]
+        return config.teacher_and_target(made.head(made.hidden))[int(is_target)]
 
     @pytest.mark.parametrize(
         "index", [0, (..., 0), (..., slice(1, None)), (torch.tensor([1, 0]), torch.tensor([2, 0]))]

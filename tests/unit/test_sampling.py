@@ -131,7 +131,7 @@ def test_embedding_order_is_vocabulary_order_after_renaming_the_tokens(top_k: in
 @pytest.mark.parametrize(("places", "found"), [(None, "none"), (torch.arange(5), "5 places")])
 def test_embedding_order_without_its_places_raises(places: Tensor | None, found: str, top_k: int | None, top_p: float):
     sampler = Sampler(SamplingConfig(top_k=top_k, top_p=top_p, order="embedding"), places)
-    for apply in (sampler.distribution, sampler.with_target):
+    for apply in (sampler.distribution, sampler.teacher_and_target):
         with pytest.raises(ValueError, match=f"needs the places of 4 tokens, found {found}:.*sampling.order"):
             apply(tie_free_logits(2, 4))
 
@@ -291,7 +291,7 @@ def test_a_student_that_meets_its_target_proposes_what_the_teacher_picks(order: 
     places = torch.randperm(300, generator=torch.Generator().manual_seed(2)) if order == "embedding" else None
     sampling = Sampler(config, places)
     logits = 3 * torch.randn(500, 300, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    teacher, target = sampling.with_target(logits)
+    teacher, target = sampling.teacher_and_target(logits)
     assert all(map(torch.equal, teacher, sampling.distribution(logits)))  # pyright: ignore
     assert all(map(torch.equal, target, replace(sampling, settings=config.target()).distribution(logits)))  # pyright: ignore
     assert (teacher.probabilities > 0).sum() < (target.probabilities > 0).sum() == 500 * 50

@@ -178,7 +178,7 @@ class DistillationModule(PredictorModule):
             if self.position_weights.needs_correct_probability
             else None
         )
-        losses = self.loss.of_slots(hidden.flatten(0, 2), self.predictor.slot_logits, targets, measure)
+        losses = self.loss.slot_losses(hidden.flatten(0, 2), self.predictor.slot_logits, targets, measure)
         return self.loss.weighted_sum(losses, self.position_weights(mask, losses.measured_on(mask)).flatten())
 
     def _log_window_metrics(self, stage: str) -> None:

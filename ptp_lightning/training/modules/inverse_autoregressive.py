@@ -76,9 +76,9 @@ class InverseAutoregressiveModule(PredictorModule):
         autoregressive_loss_weight: of the next-token loss per token against the loss per slot; 0 leaves it out, so that
             only the slots' view of the context trains its encoding.
         seed: of all auxiliaries.
-        slot_loss: of slots. One that needs a teacher compares them with the network's own next-token distributions
-            along the data, which get no gradient; `loss`, the default, compares them with the data's tokens, as in the
-            paper. Both have the same optimum, and a distribution says at once what takes many sampled tokens.
+        slot_loss: of slots; by default `loss`, which compares them with the data's tokens as in the paper. A divergence
+            compares them with the network's own next-token distributions along the data, which get no gradient. Both
+            have the same optimum; the distributions are the less noisy target.
         position_weights: how much each slot of a window weighs in the slots' loss.
         activation_checkpointing: compute what decoder layers remember again in the backward pass instead: less memory,
             more time.
@@ -109,7 +109,7 @@ class InverseAutoregressiveModule(PredictorModule):
             raise ValueError(
                 f"expected model.init_args.autoregressive_loss_weight >= 0, found {autoregressive_loss_weight}"
             )
-        if slot_loss.needs_teacher and autoregressive_loss_weight == 0:
+        if slot_loss.needs_target and autoregressive_loss_weight == 0:
             raise ValueError(
                 "expected model.init_args.autoregressive_loss_weight > 0 beside model.init_args.slot_loss "
                 f"{type(slot_loss).__name__}, found 0: slots would learn predictions that nothing trains"
@@ -138,11 +138,11 @@ class InverseAutoregressiveModule(PredictorModule):
         generator = keyed_generator(self.seed, "train", self.global_rank, self.global_step, batch_idx)
         context = self._encode(batch)
         windows = self._fill(batch, context, generator)
-        of_slots = self._slot_loss(batch, context, windows)
+        slot_loss = self._slot_loss(batch, context, windows)
         labels = next_token_labels(batch)
-        of_tokens = self._sum(self.loss, context.hidden, labels, labels != IGNORED_LABEL)
-        slot_nats, token_nats = torch.stack([of_slots.total, of_tokens.total]) / self._mean_counts(
-            batch, of_slots, of_tokens
+        token_loss = self._sum(self.loss, context.hidden, labels, labels != IGNORED_LABEL)
+        slot_nats, token_nats = torch.stack([slot_loss.total, token_loss.total]) / self._mean_counts(
+            batch, slot_loss, token_loss
         )
         total = slot_nats + self.autoregressive_loss_weight * token_nats
         self.log("train/loss_nats", slot_nats.detach(), prog_bar=True)
@@ -219,21 +219,21 @@ class InverseAutoregressiveModule(PredictorModule):
         return FilledWindows(token_ids, auxiliaries.values, mask, hidden)
 
     def _slot_loss(self, batch: PackedBatch, context: Context, windows: FilledWindows) -> LossSum:
-        own = self._own_predictions(batch, context) if self.slot_loss.needs_teacher else None
+        target = self._own_predictions(batch, context) if self.slot_loss.needs_target else None
         weights = self.position_weights(windows.mask[..., 1:])
-        return self._sum(self.slot_loss, windows.hidden, windows.token_ids[..., 1:], weights, own)
+        return self._sum(self.slot_loss, windows.hidden, windows.token_ids[..., 1:], weights, target)
 
     @torch.no_grad()
     def _own_predictions(self, batch: PackedBatch, context: Context) -> TokenDistribution:
         """What the network says of the slots' tokens when it reads the tokens before them: `[B * N * (L - 1), K]`."""
         hidden = hidden_before_tokens(batch, context, self.predictor.config.window_length)[..., 1:, :]
-        return context.sampling.with_target(self.predictor.logits(hidden.flatten(0, 2)))[1]
+        return context.sampling.teacher_and_target(self.predictor.logits(hidden.flatten(0, 2)))[1]
 
     def _sum(
-        self, loss: Loss, hidden: Tensor, token_ids: Tensor, weights: Tensor, teacher: TokenDistribution | None = None
+        self, loss: Loss, hidden: Tensor, token_ids: Tensor, weights: Tensor, target: TokenDistribution | None = None
     ) -> LossSum:
         """A loss of hidden states `[..., H]` that stand before tokens `[...]`, with weights `[...]`; 0 leaves out."""
-        targets = SlotTargets(token_ids.flatten(), teacher, weights.flatten().to(torch.float32))
+        targets = SlotTargets(token_ids.flatten(), target, weights.flatten().to(torch.float32))
         return loss(hidden.flatten(0, -2), self.predictor.slot_logits, targets)
 
 

@@ -50,7 +50,7 @@ class AnalyticWindows(WindowSource):
         for offset in range(length):
             logits = self.series.conditionals(history).log().float()
             impossible = vocab_size - logits.shape[-1]  # the beginning of a row and whatever else the model knows
-            teacher, target = context.sampling.with_target(
+            teacher, target = context.sampling.teacher_and_target(
                 torch.nn.functional.pad(logits, (0, impossible), value=-torch.inf)
             )
             teachers.append(teacher)

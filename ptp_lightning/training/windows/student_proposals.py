@@ -153,8 +153,8 @@ def distributions_along(predictor: PredictorNetwork, context: Context, token_ids
     if are_lazy(predictor, context):
         return lazily(predictor, context, torch.cat([context.first_hidden.unsqueeze(2), hidden], dim=2))
     # Position 0 is computed for itself, as everywhere else, so that rounding gives the same token everywhere.
-    first = sampling.with_target(predictor.logits(context.first_hidden))
-    chunks = _by_chunk(lambda chunk: sampling.with_target(predictor.logits(chunk)), hidden.flatten(0, 2))
+    first = sampling.teacher_and_target(predictor.logits(context.first_hidden))
+    chunks = _by_chunk(lambda chunk: sampling.teacher_and_target(predictor.logits(chunk)), hidden.flatten(0, 2))
     teacher, target = (_concatenate(first[which], [chunk[which] for chunk in chunks], read) for which in range(2))
     return teacher, target
 

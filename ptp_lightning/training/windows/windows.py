@@ -154,7 +154,7 @@ class DatasetWindows(WindowSource):
             teacher, target = lazily(predictor, context, hidden)
             lower, upper = _intervals_of_text(predictor, batch, context, length, mask)
         else:
-            teacher, target = context.sampling.with_target(predictor.logits(hidden))
+            teacher, target = context.sampling.teacher_and_target(predictor.logits(hidden))
             lower, upper = token_interval(teacher, token_ids)
         mask = (mask & (upper > lower)).cumprod(-1).bool()
         auxiliaries = self.strategy.draw(lower, upper, generator, student_probe(predictor, context, token_ids))
@@ -227,7 +227,7 @@ class _Along:
         if self._is_lazy:
             self._hidden.append(hidden)
             return self._context.sampling.distribution(self._predictor.logits(hidden))
-        self._pairs.append(self._context.sampling.with_target(self._predictor.logits(hidden)))
+        self._pairs.append(self._context.sampling.teacher_and_target(self._predictor.logits(hidden)))
         return self._pairs[-1][0]
 
     def result(self) -> DistributionPair:

@@ -17,10 +17,10 @@ from tests.helpers.tiny_losses import H, M, V, every_loss, identity, random_logi
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @every_loss
 def test_value_and_gradient_match_the_definition(loss: type[Loss], dtype: torch.dtype) -> None:
-    target = random_targets()
+    targets = random_targets()
     logits = random_logits().to(dtype).requires_grad_()
-    total, count = loss()(logits, identity, target)
-    expected = (reference(loss, logits, target) * target.weights).sum()
+    total, count = loss()(logits, identity, targets)
+    expected = (reference(loss, logits, targets) * targets.weights).sum()
     (expected_grad,) = torch.autograd.grad(expected, logits)
     (grad,) = torch.autograd.grad(total, logits)
 
@@ -33,30 +33,30 @@ def test_value_and_gradient_match_the_definition(loss: type[Loss], dtype: torch.
 @pytest.mark.parametrize("room_dtype", [torch.float32, torch.bfloat16])
 @every_loss
 def test_values_and_gradients_at_once(loss: type[Loss], room_dtype: torch.dtype) -> None:
-    token_ids, teacher, _ = random_targets()
-    assert teacher is None or isinstance(teacher, TokenDistribution)
+    token_ids, target, _ = random_targets()
+    assert target is None or isinstance(target, TokenDistribution)
     logits = random_logits()
     logits[0] *= 50  # nearly certain of a token
     logits[1] += 1000
     leaf = logits.clone().requires_grad_()
-    expected = loss().per_slot(leaf, token_ids, teacher)
+    expected = loss().per_slot(leaf, token_ids, target)
     (expected_gradients,) = torch.autograd.grad(expected.sum(), leaf)
-    room = torch.full_like(logits, math.nan, dtype=room_dtype)
-    found = loss().with_gradients(logits, token_ids, teacher, room)
+    out = torch.full_like(logits, math.nan, dtype=room_dtype)
+    found = loss().with_gradients(logits, token_ids, target, out)
     torch.testing.assert_close(found, expected.detach(), rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(room, expected_gradients.to(room_dtype), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(out, expected_gradients.to(room_dtype), rtol=1e-6, atol=1e-6)
 
 
 @every_loss
 @pytest.mark.parametrize("config", [SamplingConfig(order="vocabulary"), SamplingConfig(top_k=4, top_p=0.8)])
 def test_gradcheck_through_the_head(loss: type[Loss], config: SamplingConfig) -> None:
-    target = random_targets(torch.float64, config)
+    targets = random_targets(torch.float64, config)
     generator = torch.Generator().manual_seed(7)
     hidden = torch.randn(M, H, generator=generator, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(V, H, generator=generator, dtype=torch.float64, requires_grad=True)
 
     def total(hidden: Tensor, weight: Tensor) -> Tensor:
-        return loss(chunk_size=4)(hidden, lambda chunk: F.linear(chunk, weight), target).total
+        return loss(chunk_size=4)(hidden, lambda chunk: F.linear(chunk, weight), targets).total
 
     assert torch.autograd.gradcheck(total, (hidden, weight))
 
@@ -64,7 +64,7 @@ def test_gradcheck_through_the_head(loss: type[Loss], config: SamplingConfig) ->
 @pytest.mark.parametrize("chunk_size", [1, 3, 9, 10, 11])  # 10 slots count: dividing, not dividing, exact, beyond
 @every_loss
 def test_chunks_change_nothing(loss: type[Loss], chunk_size: int) -> None:
-    target = random_targets()
+    targets = random_targets()
     hidden = torch.randn(M, H, generator=torch.Generator().manual_seed(4))
     results = []
     for size in (chunk_size, 1000):
@@ -72,7 +72,7 @@ def test_chunks_change_nothing(loss: type[Loss], chunk_size: int) -> None:
         head = torch.nn.Linear(H, V)
         torch.nn.init.constant_(head.bias, 0.1)
         torch.nn.init.eye_(head.weight)
-        total, count = loss(chunk_size=size)(leaf, head, target)
+        total, count = loss(chunk_size=size)(leaf, head, targets)
         (total / count).backward()
         results.append((total.detach(), count, leaf.grad, head.weight.grad, head.bias.grad))
     for chunked, whole in zip(*results, strict=True):
@@ -89,17 +89,17 @@ def masked_slots_are(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
 @pytest.mark.usefixtures("masked_slots_are")
 @every_loss
 def test_masked_slots_contribute_nothing(loss: type[Loss], garbage: float) -> None:
-    token_ids, teacher, weights = random_targets()
-    assert teacher is not None
+    token_ids, target, weights = random_targets()
+    assert target is not None
     masked = weights == 0
     clean = random_logits().requires_grad_()
     dirty = clean.detach().masked_fill(masked[:, None], garbage).requires_grad_()
     dirty_target = SlotTargets(
         token_ids.masked_fill(masked, -100),
-        teacher._replace(probabilities=teacher.probabilities.masked_fill(masked[:, None], math.nan)),
+        target._replace(probabilities=target.probabilities.masked_fill(masked[:, None], math.nan)),
         weights,
     )
-    expected = loss()(clean, identity, SlotTargets(token_ids, teacher, weights))
+    expected = loss()(clean, identity, SlotTargets(token_ids, target, weights))
     found = loss()(dirty, identity, dirty_target)
     assert found.total == expected.total
     assert found.count == expected.count
@@ -113,10 +113,10 @@ def test_masked_slots_contribute_nothing(loss: type[Loss], garbage: float) -> No
 @pytest.mark.usefixtures("masked_slots_are")
 @every_loss
 def test_no_slot_at_all_gives_zero_with_a_gradient(loss: type[Loss]) -> None:
-    token_ids, teacher, weights = random_targets()
+    token_ids, target, weights = random_targets()
     hidden = torch.randn(M, H, requires_grad=True)
     head = torch.nn.Linear(H, V)
-    total, count = loss()(hidden, head, SlotTargets(token_ids, teacher, torch.zeros_like(weights)))
+    total, count = loss()(hidden, head, SlotTargets(token_ids, target, torch.zeros_like(weights)))
     total.backward()
     assert (total.item(), count.item()) == (0, 0)
     assert hidden.grad is not None
@@ -127,7 +127,7 @@ def test_no_slot_at_all_gives_zero_with_a_gradient(loss: type[Loss]) -> None:
 
 @every_loss
 def test_no_logits_of_all_slots_live_until_the_backward_pass(loss: type[Loss]) -> None:
-    target = random_targets()
+    targets = random_targets()
     hidden = torch.randn(M, H, requires_grad=True)
     head = torch.nn.Linear(H, V)
     seen: list[int] = []
@@ -143,7 +143,7 @@ def test_no_logits_of_all_slots_live_until_the_backward_pass(loss: type[Loss]) -
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        total = loss(chunk_size=4)(hidden, watched_head, target).total
+        total = loss(chunk_size=4)(hidden, watched_head, targets).total
     assert seen == [4, 4, 2]
     assert max(saved) <= M * H  # the hidden states themselves; not even one chunk of logits, 4 * V > M * H / 2
     assert not any(size in (4 * V, 2 * V) for size in saved)
@@ -153,7 +153,7 @@ def test_no_logits_of_all_slots_live_until_the_backward_pass(loss: type[Loss]) -
 
 @every_loss
 def test_autocast_projects_in_bfloat16_and_sums_in_float32(loss: type[Loss]) -> None:
-    target = random_targets()
+    targets = random_targets()
     hidden = torch.randn(M, H, generator=torch.Generator().manual_seed(5), requires_grad=True)
     head = torch.nn.Linear(H, V)
     dtypes: list[torch.dtype] = []
@@ -165,14 +165,14 @@ def test_autocast_projects_in_bfloat16_and_sums_in_float32(loss: type[Loss]) -> 
         return logits
 
     with torch.autocast("cpu", torch.bfloat16):
-        total = loss(chunk_size=4)(hidden, watched_head, target).total
+        total = loss(chunk_size=4)(hidden, watched_head, targets).total
         logits = head(hidden)
     total.backward()  # outside of autocast, as Lightning does
     assert set(dtypes) == {torch.bfloat16}
     assert len(dtypes) == 6
     assert total.dtype == torch.float32
     torch.testing.assert_close(
-        total.double(), (reference(loss, logits, target) * target.weights).sum(), rtol=1e-6, atol=0
+        total.double(), (reference(loss, logits, targets) * targets.weights).sum(), rtol=1e-6, atol=0
     )
 
 
@@ -183,9 +183,9 @@ def test_bad_sizes(loss: type[Loss]) -> None:
     with pytest.raises(ValueError, match=r"\[13, 11\], \[13\] and \[12\]"):
         loss()(random_logits(), identity, random_targets()._replace(weights=torch.ones(12)))
     short = random_targets()
-    assert short.teacher is not None
-    short = short._replace(teacher=TokenDistribution(short.teacher.probabilities[:5]))
-    if loss.needs_teacher:
+    assert short.target is not None
+    short = short._replace(target=TokenDistribution(short.target.probabilities[:5]))
+    if loss.needs_target:
         with pytest.raises(ValueError, match=r"M = 13 slots, found \[5\]"):
             loss()(random_logits(), identity, short)
 
@@ -205,8 +205,8 @@ def test_how_often_slots_are_projected(is_trained: bool, num_slots: int, expecte
         return chunk @ weight
 
     hidden = torch.randn(num_slots, 6, requires_grad=True)
-    target = SlotTargets(torch.zeros(num_slots, dtype=torch.long), None, torch.ones(num_slots))
-    CrossEntropy(chunk_size=4)(hidden, head, target).total.backward()
+    targets = SlotTargets(torch.zeros(num_slots, dtype=torch.long), None, torch.ones(num_slots))
+    CrossEntropy(chunk_size=4)(hidden, head, targets).total.backward()
     assert seen == expected
 
 
@@ -217,7 +217,7 @@ def test_a_frozen_head_gives_the_gradients_of_a_trained_one(
 ) -> None:
     """Whatever the weights are, and they may be known only once the losses are; some heads cap their logits."""
     monkeypatch.setattr(base, "block_rows", lambda vocab_size, hidden: block_size)
-    target = random_targets(torch.float64)
+    targets = random_targets(torch.float64)
     weights = torch.linspace(0, 3, M)
     gradients = []
     for is_trained in (True, False):
@@ -225,7 +225,9 @@ def test_a_frozen_head_gives_the_gradients_of_a_trained_one(
         hidden = torch.randn(M, H, generator=generator, dtype=torch.float64, requires_grad=True)
         weight = torch.randn(V, H, generator=generator, dtype=torch.float64, requires_grad=is_trained)
         scorer = loss(chunk_size=chunk_size)
-        losses = scorer.of_slots(hidden, lambda chunk, weight=weight: 9 * F.linear(chunk, weight / 9).tanh(), target)
+        losses = scorer.slot_losses(
+            hidden, lambda chunk, weight=weight: 9 * F.linear(chunk, weight / 9).tanh(), targets
+        )
         (5 * scorer.weighted_sum(losses, weights).total).backward()
         gradients.append(hidden.grad)
     torch.testing.assert_close(gradients[1], gradients[0])
@@ -233,10 +235,10 @@ def test_a_frozen_head_gives_the_gradients_of_a_trained_one(
 
 
 def test_behind_a_frozen_head_no_logits_live_at_all() -> None:
-    target = random_targets()
+    targets = random_targets()
     hidden = torch.randn(M, H, requires_grad=True)
     weight = torch.randn(V, H)
-    losses = CrossEntropy(chunk_size=4).of_slots(hidden, lambda chunk: F.linear(chunk, weight), target)
+    losses = CrossEntropy(chunk_size=4).slot_losses(hidden, lambda chunk: F.linear(chunk, weight), targets)
     (saved,) = losses.nats.grad_fn.saved_tensors  # pyright: ignore[reportOptionalMemberAccess,reportAttributeAccessIssue]
     assert saved.shape == (len(losses.slots), H)  # the gradients
 
@@ -249,25 +251,25 @@ def largest_logit(logits: Tensor, slots: Tensor) -> Tensor:
 @pytest.mark.parametrize("chunk_size", [1, 4, 10, 1000])
 @every_loss
 def test_losses_of_slots_and_a_measure_of_their_logits(loss: type[Loss], chunk_size: int) -> None:
-    target, logits = random_targets(), random_logits()
-    losses = loss(chunk_size=chunk_size).of_slots(logits, identity, target, largest_logit)
-    kept = target.weights.nonzero().squeeze(-1)
+    targets, logits = random_targets(), random_logits()
+    losses = loss(chunk_size=chunk_size).slot_losses(logits, identity, targets, largest_logit)
+    kept = targets.weights.nonzero().squeeze(-1)
     assert torch.equal(losses.slots, kept)
-    torch.testing.assert_close(losses.nats.double(), reference(loss, logits, target)[kept], rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(losses.nats.double(), reference(loss, logits, targets)[kept], rtol=1e-5, atol=1e-7)
     assert losses.measured is not None
     assert torch.equal(losses.measured, logits[kept].amax(-1) + 100 * kept)
     everywhere = losses.measured_on(torch.zeros(M, 1))
     assert everywhere is not None and everywhere.shape == (M, 1)
     assert torch.equal(everywhere[kept, 0], losses.measured) and everywhere.count_nonzero() == len(kept)
-    assert loss().of_slots(logits, identity, target).measured_on(torch.zeros(M)) is None
+    assert loss().slot_losses(logits, identity, targets).measured_on(torch.zeros(M)) is None
 
 
 @pytest.mark.parametrize("num_kept", [0, 1, 10])
 @every_loss
 def test_a_measure_sees_every_slot_once_and_leaves_the_loss_alone(loss: type[Loss], num_kept: int) -> None:
-    token_ids, teacher, weights = random_targets()
+    token_ids, target, weights = random_targets()
     weights = weights * (weights.cumsum(0) <= num_kept)
-    target = SlotTargets(token_ids, teacher, weights)
+    targets = SlotTargets(token_ids, target, weights)
     seen: list[int] = []
 
     def measure(logits: Tensor, slots: Tensor) -> Tensor:
@@ -279,7 +281,7 @@ def test_a_measure_sees_every_slot_once_and_leaves_the_loss_alone(loss: type[Los
         hidden = torch.randn(M, H, generator=torch.Generator().manual_seed(4), requires_grad=True)
         weight = torch.randn(V, H, generator=torch.Generator().manual_seed(5))
         scorer = loss(chunk_size=4)
-        losses = scorer.of_slots(hidden, lambda chunk, weight=weight: F.linear(chunk, weight), target, measured)
+        losses = scorer.slot_losses(hidden, lambda chunk, weight=weight: F.linear(chunk, weight), targets, measured)
         totals.append(scorer.weighted_sum(losses, weights).total)
         totals[-1].backward()
         gradients.append(hidden.grad)
@@ -296,7 +298,7 @@ def test_behind_a_frozen_head_masked_slots_contribute_nothing() -> None:
     hidden.requires_grad_()
     weight = torch.randn(V, H, generator=torch.Generator().manual_seed(5))
     scorer = CrossEntropy(chunk_size=4)
-    losses = scorer.of_slots(
+    losses = scorer.slot_losses(
         hidden, lambda chunk: F.linear(chunk, weight), SlotTargets(token_ids, None, weights), largest_logit
     )
     scorer.weighted_sum(losses, weights).total.backward()
@@ -309,14 +311,14 @@ def test_behind_a_frozen_head_masked_slots_contribute_nothing() -> None:
 
 
 def test_weights_may_come_after_the_losses() -> None:
-    target, logits = random_targets(), random_logits()
+    targets, logits = random_targets(), random_logits()
     scorer = CrossEntropy(chunk_size=4)
-    losses = scorer.of_slots(logits, identity, target)
+    losses = scorer.slot_losses(logits, identity, targets)
     weights = torch.linspace(0, 1, M, requires_grad=True)
     total, count = scorer.weighted_sum(losses, weights)
-    kept = target.weights != 0
+    kept = targets.weights != 0
     torch.testing.assert_close(
-        total.double(), (reference(CrossEntropy, logits, target) * weights.detach())[kept].sum(), rtol=1e-6, atol=0
+        total.double(), (reference(CrossEntropy, logits, targets) * weights.detach())[kept].sum(), rtol=1e-6, atol=0
     )
     torch.testing.assert_close(count, weights.detach()[kept].sum())
     assert not total.requires_grad  # weights get no gradient

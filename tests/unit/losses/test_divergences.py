@@ -29,14 +29,14 @@ from tests.helpers.tiny_losses import (
 )
 
 
-def nats(loss: Divergence, logits: Tensor, teacher: TokenDistribution) -> Tensor:
+def nats(loss: Divergence, logits: Tensor, target: TokenDistribution) -> Tensor:
     """The divergence of each slot, [M]."""
-    return loss.of_slots(logits, identity, one_target(teacher)).nats
+    return loss.slot_losses(logits, identity, one_target(target)).nats
 
 
-def by_hand(loss: Divergence, student: list[float], teacher: list[float], token_ids: list[int] | None = None) -> float:
+def by_hand(loss: Divergence, student: list[float], target: list[float], token_ids: list[int] | None = None) -> float:
     ids = None if token_ids is None else torch.tensor([token_ids])
-    return nats(loss, torch.tensor([student]).log(), TokenDistribution(torch.tensor([teacher]), ids)).item()
+    return nats(loss, torch.tensor([student]).log(), TokenDistribution(torch.tensor([target]), ids)).item()
 
 
 def test_values_by_hand() -> None:
@@ -50,7 +50,7 @@ def test_values_by_hand() -> None:
 
 
 def test_truncated_values_by_hand() -> None:
-    """The teacher lists tokens 2 and 0, removes token 2, and does not list token 1."""
+    """The target lists tokens 2 and 0, removes token 2, and does not list token 1."""
     p, q, ids = [0.5, 0.25, 0.25], [0.0, 1.0], [2, 0]
     assert by_hand(KullbackLeibler(), p, q, ids) == pytest.approx(math.log(2))
     assert by_hand(ReverseKullbackLeibler(floor=1e-3), p, q, ids) == pytest.approx(
@@ -74,10 +74,10 @@ def test_truncated_values_by_hand() -> None:
 )
 def test_exactly_zero_at_equality(loss: type[Divergence], config: SamplingConfig) -> None:
     logits = random_logits()
-    teacher = config.distribution(logits)
-    kept = full_probabilities(teacher) > 0
+    target = config.distribution(logits)
+    kept = full_probabilities(target) > 0
     student = logits.masked_fill(~kept, -math.inf).requires_grad_()
-    divergence = nats(loss(), student, teacher)
+    divergence = nats(loss(), student, target)
     divergence.sum().backward()
     assert (divergence == 0).all()
     assert student.grad is not None
@@ -87,9 +87,9 @@ def test_exactly_zero_at_equality(loss: type[Divergence], config: SamplingConfig
 @every_divergence
 def test_exactly_zero_over_a_large_vocabulary(loss: type[Divergence]) -> None:
     logits = 2 * torch.randn(16, 50_000, generator=torch.Generator().manual_seed(6))
-    teacher = SamplingConfig(order="descending").distribution(logits)
-    assert not torch.equal(teacher.probabilities, logits.softmax(-1).gather(-1, teacher.token_ids))  # pyright: ignore
-    assert (nats(loss(), logits, teacher) == 0).all()
+    target = SamplingConfig(order="descending").distribution(logits)
+    assert not torch.equal(target.probabilities, logits.softmax(-1).gather(-1, target.token_ids))  # pyright: ignore
+    assert (nats(loss(), logits, target) == 0).all()
 
 
 @every_divergence
@@ -97,10 +97,10 @@ def test_exactly_zero_over_a_large_vocabulary(loss: type[Divergence]) -> None:
 def test_never_negative_and_keeps_its_digits_close_to_zero(loss: type[Divergence], difference: float) -> None:
     """The textbook sum of `q (log q - log p)` gives -1e-7 .. 1e-7 here."""
     logits = random_logits().repeat(20, 1)
-    teacher = SamplingConfig(order="descending").distribution(logits)
+    target = SamplingConfig(order="descending").distribution(logits)
     student = logits + difference * torch.randn(logits.shape, generator=torch.Generator().manual_seed(3))
     student.requires_grad_()
-    found = nats(loss(), student, teacher)
+    found = nats(loss(), student, target)
     exact_student = student.detach().double().requires_grad_()
     # One distribution for both, in float64: the divergence of what the rounded logits stand for.
     same = TokenDistribution(logits.double().softmax(-1))
@@ -122,28 +122,28 @@ def test_never_negative_and_keeps_its_digits_close_to_zero(loss: type[Divergence
 def test_never_negative_anywhere(loss: type[Divergence]) -> None:
     generator = torch.Generator().manual_seed(8)
     for scale in (0.1, 3.0, 30.0):
-        teacher = SamplingConfig(top_k=5).distribution(scale * torch.randn(500, V, generator=generator))
-        divergence = nats(loss(), scale * torch.randn(500, V, generator=generator), teacher)
+        target = SamplingConfig(top_k=5).distribution(scale * torch.randn(500, V, generator=generator))
+        divergence = nats(loss(), scale * torch.randn(500, V, generator=generator), target)
         assert (divergence >= 0).all() and divergence.isfinite().all()
 
 
 @every_divergence
 def test_no_nan_where_the_student_is_certain(loss: type[Divergence]) -> None:
-    """0 log 0 and 0 / 0: tokens of probability 0 on both sides or on one, inside the teacher's list and outside."""
+    """0 log 0 and 0 / 0: tokens of probability 0 on both sides or on one, inside the target's list and outside."""
     logits = torch.tensor([[0.0, 0.0, -math.inf, -math.inf], [0.0, -200.0, -math.inf, 0.0]], requires_grad=True)
     listed = torch.tensor([[1, 2, 0], [0, 1, 2]])
-    teacher = TokenDistribution(torch.tensor([[1.0, 0.0, 0.0], [0.75, 0.25, 0.0]]), token_ids=listed)
-    divergence = nats(loss(), logits, teacher)
+    target = TokenDistribution(torch.tensor([[1.0, 0.0, 0.0], [0.75, 0.25, 0.0]]), token_ids=listed)
+    divergence = nats(loss(), logits, target)
     divergence.sum().backward()
     assert divergence.isfinite().all() and (divergence > 0).all()
     assert logits.grad is not None and logits.grad.isfinite().all()
     assert (logits.grad[:, 2] == 0).all()
-    exact = reference(loss, logits.detach(), one_target(teacher))
+    exact = reference(loss, logits.detach(), one_target(target))
     torch.testing.assert_close(divergence.double(), exact, rtol=1e-6, atol=0)
 
 
 def test_impossible_tokens() -> None:
-    """-inf logits are harmless where the teacher has no mass and an infinite loss where it has; only KL minds."""
+    """-inf logits are harmless where the target has no mass and an infinite loss where it has; only KL minds."""
     logits = torch.tensor([[0.0, 0.0, -math.inf]], requires_grad=True)
 
     def divergence(loss: Divergence, probabilities: list[float]) -> Tensor:
@@ -168,33 +168,33 @@ def test_kullback_leibler_of_probabilities_too_small_for_float32() -> None:
 
 
 @every_divergence
-def test_a_teacher_is_needed(loss: type[Divergence]) -> None:
+def test_a_target_distribution_is_needed(loss: type[Divergence]) -> None:
     with pytest.raises(ValueError, match=f"{loss.__name__}.*CrossEntropy"):
-        loss()(random_logits(), identity, random_targets()._replace(teacher=None))
+        loss()(random_logits(), identity, random_targets()._replace(target=None))
 
 
 class TestFloorOfTheReverseDivergence:
-    """Outside of the teacher's support, where KL(P || Q) is infinite."""
+    """Outside of the target's support, where KL(P || Q) is infinite."""
 
     LOGITS = random_logits(torch.float64)
-    TEACHER = SamplingConfig(top_k=4).distribution(3 * random_logits(torch.float64).flip(0))
+    TARGET = SamplingConfig(top_k=4).distribution(3 * random_logits(torch.float64).flip(0))
 
     @pytest.mark.parametrize("floor", [math.exp(-1), 1e-2, 1e-6, 1e-30])
-    def test_bounds_the_divergence_from_a_teacher_with_that_floor(self, floor: float) -> None:
-        student, teacher = self.LOGITS.softmax(-1), full_probabilities(self.TEACHER)
-        floored = teacher.where(teacher > 0, floor)
+    def test_bounds_the_divergence_from_a_target_with_that_floor(self, floor: float) -> None:
+        student, target = self.LOGITS.softmax(-1), full_probabilities(self.TARGET)
+        floored = target.where(target > 0, floor)
         textbook = (student * (student / floored).log()).sum(-1)
-        found = nats(ReverseKullbackLeibler(floor=floor), self.LOGITS, self.TEACHER)
+        found = nats(ReverseKullbackLeibler(floor=floor), self.LOGITS, self.TARGET)
         assert (found >= textbook).all() and (found >= 0).all()
 
     def test_a_lower_floor_costs_the_mass_outside(self) -> None:
-        outside = (self.LOGITS.softmax(-1) * (full_probabilities(self.TEACHER) == 0)).sum(-1)
-        low, high = (nats(ReverseKullbackLeibler(floor=f), self.LOGITS, self.TEACHER) for f in (1e-8, 1e-2))
+        outside = (self.LOGITS.softmax(-1) * (full_probabilities(self.TARGET) == 0)).sum(-1)
+        low, high = (nats(ReverseKullbackLeibler(floor=f), self.LOGITS, self.TARGET) for f in (1e-8, 1e-2))
         torch.testing.assert_close(low - high, outside * math.log(1e6))
 
-    def test_changes_nothing_where_the_teacher_keeps_all(self) -> None:
-        teacher = SamplingConfig().distribution(self.LOGITS.flip(0))
-        low, high = (nats(ReverseKullbackLeibler(floor=f), self.LOGITS, teacher) for f in (1e-8, 1e-2))
+    def test_changes_nothing_where_the_target_keeps_all(self) -> None:
+        target = SamplingConfig().distribution(self.LOGITS.flip(0))
+        low, high = (nats(ReverseKullbackLeibler(floor=f), self.LOGITS, target) for f in (1e-8, 1e-2))
         assert torch.equal(low, high)
 
     @pytest.mark.parametrize("floor", [0.0, -1.0, 0.4, math.nan])

@@ -12,8 +12,8 @@ from tests.helpers.tiny_losses import identity
 
 
 def nats(loss: Loss, logits: list[float], token_id: int) -> float:
-    target = SlotTargets(torch.tensor([token_id]), None, torch.ones(1))
-    return loss(torch.tensor([logits]), identity, target).total.item()
+    targets = SlotTargets(torch.tensor([token_id]), None, torch.ones(1))
+    return loss(torch.tensor([logits]), identity, targets).total.item()
 
 
 def test_values_by_hand() -> None:

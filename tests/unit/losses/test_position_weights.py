@@ -20,7 +20,7 @@ from ptp_lightning.losses import (
 from tests.helpers.tiny_losses import identity
 
 MASK = torch.tensor([[True, True, True], [True, True, False], [False, False, False]])
-RIGHT = torch.tensor([[0.5, 0.25, 0.125], [0.0, 1.0, math.nan], [math.nan, math.nan, math.nan]])
+CORRECT = torch.tensor([[0.5, 0.25, 0.125], [0.0, 1.0, math.nan], [math.nan, math.nan, math.nan]])
 
 CASES: list[tuple[PositionWeights, list[list[float]]]] = [
     (UniformWeights(), [[1, 1, 1], [1, 1, 0], [0, 0, 0]]),
@@ -34,21 +34,21 @@ every_kind = pytest.mark.parametrize(("weights", "expected"), CASES)
 
 @every_kind
 def test_by_hand(weights: PositionWeights, expected: list[list[float]]) -> None:
-    found = weights(MASK, RIGHT if weights.needs_correct_probability else None)
+    found = weights(MASK, CORRECT if weights.needs_correct_probability else None)
     assert found.dtype == torch.float32
     assert torch.equal(found, torch.tensor(expected))
 
 
 @every_kind
 def test_any_shape_of_windows(weights: PositionWeights, expected: list[list[float]]) -> None:
-    shaped = weights(MASK.view(3, 1, 3), RIGHT.view(3, 1, 3))
+    shaped = weights(MASK.view(3, 1, 3), CORRECT.view(3, 1, 3))
     assert torch.equal(shaped.view(3, 3), torch.tensor(expected))
     assert weights(torch.ones(2, 1, dtype=torch.bool), torch.rand(2, 1)).tolist() == [[1], [1]]
 
 
 def test_no_gradient() -> None:
-    right = torch.rand(2, 3, requires_grad=True)
-    assert not AcceptedLengthWeights()(torch.ones(2, 3, dtype=torch.bool), right).requires_grad
+    probability = torch.rand(2, 3, requires_grad=True)
+    assert not AcceptedLengthWeights()(torch.ones(2, 3, dtype=torch.bool), probability).requires_grad
 
 
 @pytest.mark.parametrize("decay", [0.0, -0.5, math.nan, math.inf])
@@ -69,7 +69,7 @@ class TestNormalisation:
 
     @every_kind
     def test_weighted_mean(self, weights: PositionWeights, expected: list[list[float]]) -> None:
-        total, count = self.loss(slice(None), weights(MASK, RIGHT))
+        total, count = self.loss(slice(None), weights(MASK, CORRECT))
         nats = -self.LOGITS.double().log_softmax(-1)[torch.arange(9), self.TOKENS]
         flat = [entry for row in expected for entry in row]
         by_hand = sum(weight * float(nat) for weight, nat in zip(flat, nats, strict=True)) / sum(flat)
@@ -78,7 +78,7 @@ class TestNormalisation:
     @every_kind
     def test_ranks_add_up(self, weights: PositionWeights, expected: list[list[float]]) -> None:
         """However the windows are spread over ranks, sums and counts add up to those of one rank."""
-        spread = weights(MASK, RIGHT)
+        spread = weights(MASK, CORRECT)
         whole = self.loss(slice(None), spread)
         first, second = self.loss(slice(0, 3), spread), self.loss(slice(3, 9), spread)
         assert float(first.count + second.count) == float(whole.count) == sum(map(sum, expected))

@@ -37,16 +37,16 @@ Q = torch.tensor([[0.70, 0.25, 0.05], [0.10, 0.30, 0.60]], dtype=torch.float64) 
 SHARE = torch.tensor([0.75, 0.25], dtype=torch.float64)  # how often each comes about
 
 
-def slope(loss: Loss, student: Tensor, teachers: Tensor, shares: Tensor) -> float:
-    """How fast the expected loss of one student changes, whose tokens are drawn from teachers `[N, V]`."""
-    num_teachers, vocabulary = teachers.shape
+def slope(loss: Loss, student: Tensor, distributions: Tensor, shares: Tensor) -> float:
+    """How fast the expected loss of one student changes, whose tokens are drawn from distributions `[N, V]`."""
+    num_distributions, vocabulary = distributions.shape
     logits = student.log().requires_grad_()
-    target = SlotTargets(
-        torch.arange(vocabulary).repeat(num_teachers),
-        TokenDistribution(teachers.repeat_interleave(vocabulary, 0)),
-        (shares[:, None] * teachers).flatten(),
+    targets = SlotTargets(
+        torch.arange(vocabulary).repeat(num_distributions),
+        TokenDistribution(distributions.repeat_interleave(vocabulary, 0)),
+        (shares[:, None] * distributions).flatten(),
     )
-    loss(logits.expand(num_teachers * vocabulary, -1), identity, target).total.backward()
+    loss(logits.expand(num_distributions * vocabulary, -1), identity, targets).total.backward()
     assert logits.grad is not None
     return logits.grad.abs().max().item()
 
@@ -72,21 +72,21 @@ def test_table(loss: type[Loss], objective: str) -> None:
 
 @every_loss
 def test_categorical(loss: type[Loss]) -> None:
-    """A slot knows which future it is in: the optimum must be that teacher."""
+    """A slot knows which future it is in: the optimum must be that target."""
     stationary = all(slope(loss(), row, row[None], torch.ones(1)) < 1e-12 for row in Q)
     assert stationary == ("categorical" in SOUND[loss])
 
 
 @every_loss
 def test_independent(loss: type[Loss]) -> None:
-    """A slot knows nothing: the optimum must be the mean of the teachers, the marginal."""
+    """A slot knows nothing: the optimum must be the mean of the targets, the marginal."""
     stationary = slope(loss(), SHARE @ Q, Q, SHARE) < 1e-12
     assert stationary == ("independent" in SOUND[loss]) == ("sequential" in SOUND[loss])
 
 
 @every_loss
 def test_one_hot(loss: type[Loss]) -> None:
-    """A slot knows the token: certainty must cost nothing, whatever the teacher thinks of the others."""
+    """A slot knows the token: certainty must cost nothing, whatever the target thinks of the others."""
     logits = torch.tensor([[-100.0, 100.0, -100.0]], dtype=torch.float64)
     total = loss()(logits, identity, SlotTargets(torch.tensor([1]), TokenDistribution(Q[:1]), torch.ones(1))).total
     assert (total.item() < 1e-12) == ("one_hot" in SOUND[loss])

@@ -27,6 +27,7 @@ from ptp_lightning.models import (
 )
 from ptp_lightning.models.attention.masks import context_mask, slot_mask
 from ptp_lightning.models.slots.sampling_range import SamplingRange
+from ptp_lightning.predictor import ParallelTokenPredictor
 from ptp_lightning.sampling import SamplingConfig
 from ptp_lightning.training import InverseAutoregressiveModule, OptimizerSettings
 from ptp_lightning.training.modules.inversion import invert
@@ -242,11 +243,12 @@ class TestCheckpoint:
         trainer.save_checkpoint(tmp_path / "run.ckpt")
         torch.manual_seed(5)
         predictor = load_network(tmp_path / "run.ckpt")
+        facade = ParallelTokenPredictor(predictor)
         settings = GenerationSettings(max_new_tokens=16, window_length=4)
         text = reference(predictor, settings)
         assert text == reference(module.predictor.eval(), settings)
         assert decode_one(decode_speculatively, predictor, settings).token_ids == text
-        assert len(predictor.generate([3, 1, 4], max_new_tokens=9, tokenizer=tiny_tokenizer()).token_ids) > 0
+        assert len(facade.generate([3, 1, 4], max_new_tokens=9, tokenizer=tiny_tokenizer()).token_ids) > 0
 
     def test_of_another_architecture_is_refused(self, tmp_path: Path) -> None:
         module = make_module()
