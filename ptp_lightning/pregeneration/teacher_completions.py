@@ -12,7 +12,7 @@ from ptp_lightning.decoding.autoregressive import decode_autoregressively
 from ptp_lightning.decoding.generation import GenerationSettings, OnTokens
 from ptp_lightning.models.network import PredictorNetwork
 from ptp_lightning.utils.atomic_files import remove_unfinished
-from ptp_lightning.utils.file_lock import Claim, remove_claims
+from ptp_lightning.utils.file_lock import FileLock, remove_locks
 
 WAIT_SECONDS = 1.0  # between looks at what other processes are doing
 
@@ -88,7 +88,7 @@ def finish(folder: CompletionFolder, make: Make, watcher: Watcher) -> None:
         if not any(_make_one(folder, shard, make, watcher) for shard in missing):
             time.sleep(WAIT_SECONDS)  # others are at work on the rest, and may die over it
     watcher.look(num_shards)
-    remove_claims(folder.path)
+    remove_locks(folder.path)
     remove_unfinished(folder.path)
 
 
@@ -97,12 +97,12 @@ def _make_one(folder: CompletionFolder, shard: int, make: Make, watcher: Watcher
     path = folder.shard_path(shard)
     if path.is_file():
         return False
-    claim = Claim.take(path)
-    if claim is None:
+    lock = FileLock.try_acquire(path)
+    if lock is None:
         return False
 
     def on_tokens(_: int, token_ids: list[int]) -> None:
-        claim.touch()
+        lock.refresh()
         watcher.count(len(token_ids))
 
     try:
@@ -111,4 +111,4 @@ def _make_one(folder: CompletionFolder, shard: int, make: Make, watcher: Watcher
         folder.write(shard, make(shard, on_tokens))
         return True
     finally:
-        claim.release()
+        lock.release()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ptp_lightning.sweeps.study import Overrides, Preparation, beside
 from ptp_lightning.sweeps.training_run import fit_arguments, fit_command
-from ptp_lightning.utils.file_lock import CLAIM_SUFFIX, Claim
+from ptp_lightning.utils.file_lock import LOCK_SUFFIX, FileLock
 
 POLL_SECONDS = 0.5
 
@@ -30,33 +30,33 @@ def prepare(preparation: Preparation, study_file: Path, overrides: Overrides, sa
     made = Path(preparation.makes)
     passed_on = {path: value for path, value in overrides.items() if _is_passed_on(path, preparation)}
     arguments = fit_arguments(beside(study_file, preparation.config), preparation.overrides, passed_on)
-    if made.exists() and not made.with_suffix(CLAIM_SUFFIX).exists():
+    if made.exists() and not made.with_suffix(LOCK_SUFFIX).exists():
         return
     made.parent.mkdir(parents=True, exist_ok=True)
-    claim = Claim.take(made)
-    if claim is None:
+    lock = FileLock.try_acquire(made)
+    if lock is None:
         say(f"waiting for {made}, which another process makes")
-    while claim is None:
+    while lock is None:
         time.sleep(POLL_SECONDS)
-        claim = Claim.take(made)
+        lock = FileLock.try_acquire(made)
     try:
         if not made.exists():
-            _train(made, arguments, claim, say)
+            _train(made, arguments, lock, say)
     finally:
-        claim.release()
+        lock.release()
 
 
 def _is_passed_on(path: str, preparation: Preparation) -> bool:
     return any(path == root or path.startswith(f"{root}.") for root in preparation.passed_on)
 
 
-def _train(made: Path, arguments: list[str], claim: Claim, say: Callable[[str], None]) -> None:
+def _train(made: Path, arguments: list[str], lock: FileLock, say: Callable[[str], None]) -> None:
     command = fit_command(arguments)
     say(f"there is no {made} yet; it is made by\n  {command}")
     training = subprocess.Popen([sys.executable, "-m", "ptp_lightning", "fit", *arguments])
     try:
         while training.poll() is None:
-            claim.touch()
+            lock.refresh()
             time.sleep(POLL_SECONDS)
     except BaseException:
         training.terminate()

@@ -21,7 +21,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from ptp_lightning.sweeps.attributes import GIVEN_UP, HEARTBEAT, LOST, OWNER, POINT, SEED, TRACEBACK
 from ptp_lightning.sweeps.study import Point, Study
-from ptp_lightning.utils.file_lock import Owner
+from ptp_lightning.utils.file_lock import LockOwner
 
 STALE_SECONDS = 900.0  # a trial of another machine that gave no sign of life for so long is given up
 UNNAMED_SECONDS = 30.0  # the same while it has no owner yet: its process was killed over naming it
@@ -115,7 +115,7 @@ class TrialQueue:
             if waiting.user_attrs[POINT] not in self.keys or not self._start(waiting):
                 continue
             trial = Trial(self.stored, waiting._trial_id)
-            for name, value in (HEARTBEAT, time.time()), (OWNER, asdict(Owner.current())):
+            for name, value in (HEARTBEAT, time.time()), (OWNER, asdict(LockOwner.current())):
                 trial.set_user_attr(name, value)
             if not self._is_second(waiting):
                 return trial
@@ -179,7 +179,7 @@ def _is_lost(trial: FrozenTrial) -> bool:
     if OWNER not in trial.user_attrs:
         started = trial.datetime_start
         return started is not None and (datetime.now() - started).total_seconds() > UNNAMED_SECONDS
-    owner = Owner(**trial.user_attrs[OWNER])
+    owner = LockOwner(**trial.user_attrs[OWNER])
     if owner.host == platform.node():
         return owner.is_dead()
     return time.time() - trial.user_attrs[HEARTBEAT] > STALE_SECONDS

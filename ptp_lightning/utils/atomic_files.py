@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whatever happens to the process that writes them."""
+"""Atomic writes: a file appears with its whole content or not at all, even if its writer is killed."""
 
 from __future__ import annotations
 
@@ -13,22 +13,28 @@ TEMPORARY_SUFFIX = ".unfinished"
 
 
 def temporary_path(path: Path, host: str, pid: int) -> Path:
-    """What a process calls `path` before it is whole: hidden, beside it, and no other process' name for it."""
+    """The hidden file beside `path` to which one process writes first.
+
+    >>> temporary_path(Path("shard.parquet"), "node1", 7).name
+    '.shard.parquet.node1.7.unfinished'
+    """
     return path.with_name(f".{path.name}.{host}.{pid}{TEMPORARY_SUFFIX}")
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file as in `atomic_write`."""
+    """Write a whole file by `atomic_write`."""
     with atomic_write(path) as file:
         file.write(content)
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """Write, reach the disk, and only then take the name; another process may write the same content meanwhile.
+    """Open a temporary file, flush it to the disk, and rename it to `path`.
+
+    Several processes may write the same content to `path` at the same time.
 
     Raises:
-        OSError: no room, no permission; nothing is left behind.
+        OSError: no space or no permission; no temporary file is left.
     """
     temporary = temporary_path(path, platform.node(), os.getpid())
     try:
@@ -37,7 +43,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except FileNotFoundError:  # swept up by a process that had found everything finished
+    except FileNotFoundError:  # removed by a process that found all files finished
         if not path.is_file():
             raise
     except BaseException:
@@ -47,13 +53,13 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what killed processes left behind; for when nobody has anything to write any more."""
+    """Remove the temporary files of killed processes; to be called when no process writes to the folder."""
     for path in folder.glob(f".*{TEMPORARY_SUFFIX}"):
         path.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:
-    """Let the new name reach the disk, too, where the system knows how to."""
+    """Flush the renaming to the disk where the file system supports it."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

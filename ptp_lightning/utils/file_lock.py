@@ -1,7 +1,13 @@
-"""Claims: how processes that share a folder divide the work, on one machine or several, without a server.
+"""File locks with which processes on one or several machines divide work in a shared folder, without a server.
 
-A claim is a file that only one process can create. That of a dead process is taken over. Two processes may still come
-to hold the same claim, after a long pause of one of them for instance: claims save work, they guard nothing.
+A lock is a file that only one process can create. It holds its owner, and the owner refreshes its modification time.
+Another process takes the lock over when the owner is dead, also after `kill -9`, or has been silent for
+`STALE_SECONDS`, also on another host. After a long pause of its owner, two processes can hold the same lock. The locks
+save duplicate work and must not guard data; files are written atomically (see `atomic_files`).
+
+Why not the library `filelock`: its `FileLock` depends on flock, which network file systems offer only in part, and its
+`SoftFileLease` replaces a stale lock by renameat2(RENAME_EXCHANGE), which NFS refuses, so that the lock of a killed
+process would stay for ever (tried with version 4.3).
 """
 
 from __future__ import annotations
@@ -19,21 +25,24 @@ import psutil
 
 from ptp_lightning.utils.atomic_files import temporary_path
 
-CLAIM_SUFFIX = ".claim"
-STALE_SECONDS = 300.0  # a claim that was not touched for so long is given up, wherever its owner lives
-UNNAMED_SECONDS = 10.0  # the same while it has no name in it: its owner was killed over writing it
-TOUCH_SECONDS = 15.0
-START_TOLERANCE_SECONDS = 10.0  # a system's account of when a process began moves with its clock
+LOCK_SUFFIX = ".lock"
+STALE_SECONDS = 300.0  # a lock that was not refreshed for this long is taken over, whatever host its owner is on
+OWNERLESS_SECONDS = 10.0  # the same for a lock file without an owner: its process was killed while writing it
+REFRESH_SECONDS = 15.0
+START_TOLERANCE_SECONDS = 10.0  # the reported start time of a process moves when the clock is adjusted
 
 
 @dataclass(frozen=True)
-class Owner:
-    """A process.
+class LockOwner:
+    """A process, identified beyond the reuse of its process id.
 
     Attributes:
-        host: where it runs.
-        pid: its number there.
-        started: when it began, in seconds since 1970: numbers are used again.
+        host: host name.
+        pid: process id.
+        started: start time in seconds since 1970.
+
+    >>> LockOwner.current().is_dead()
+    False
     """
 
     host: str
@@ -46,7 +55,7 @@ class Owner:
         return cls(platform.node(), os.getpid(), psutil.Process().create_time())
 
     def is_dead(self) -> bool:
-        """Whether it is known to have ended; of other hosts' processes it never is."""
+        """Whether the process is known to have ended; never true for processes of other hosts."""
         if self.host != platform.node():
             return False
         try:
@@ -57,77 +66,85 @@ class Owner:
             return False
 
 
-class Claim:
-    """This process' claim to make a file.
+class FileLock:
+    """The exclusive lock for producing one file, held by this process.
 
     Args:
-        path: of the claim.
+        path: the lock file.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     lock = FileLock.try_acquire(Path(folder) / "shard.parquet")
+    ...     second = FileLock.try_acquire(Path(folder) / "shard.parquet")
+    ...     lock.release()
+    >>> lock is not None, second is not None
+    (True, False)
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._touched = time.monotonic()
+        self._refreshed = time.monotonic()
 
     @classmethod
-    def take(cls, target: Path) -> Claim | None:
-        """The claim to make `target`, or None while another process has it.
+    def try_acquire(cls, target: Path) -> FileLock | None:
+        """The lock for producing `target`, or None while another process holds it.
 
         Raises:
             OSError: the folder cannot be written to.
         """
-        path = target.with_suffix(CLAIM_SUFFIX)
+        path = target.with_suffix(LOCK_SUFFIX)
         if not _create(path):
-            if not _is_given_up(path, target):
+            if not _is_stale(path, target):
                 return None
             path.unlink(missing_ok=True)
-            if not _create(path):  # another process was faster
+            if not _create(path):  # another process took it over first
                 return None
         return cls(path)
 
-    def touch(self) -> None:
-        """Show that the work goes on; cheap enough for every token."""
-        if time.monotonic() - self._touched > TOUCH_SECONDS:
-            self._touched = time.monotonic()
+    def refresh(self) -> None:
+        """Show that the owner is still at work; cheap enough to call for every token."""
+        if time.monotonic() - self._refreshed > REFRESH_SECONDS:
+            self._refreshed = time.monotonic()
             with suppress(FileNotFoundError):
                 os.utime(self._path)
 
     def release(self) -> None:
-        """Give the claim back: the file is made, or somebody else shall make it."""
+        """Remove the lock file."""
         self._path.unlink(missing_ok=True)
 
 
-def remove_claims(folder: Path) -> None:
-    """Remove what killed processes left behind; for when there is nothing to claim any more."""
-    for path in folder.glob(f"*{CLAIM_SUFFIX}"):
+def remove_locks(folder: Path) -> None:
+    """Remove the locks of killed processes; to be called when no work is left in the folder."""
+    for path in folder.glob(f"*{LOCK_SUFFIX}"):
         path.unlink(missing_ok=True)
 
 
 def _create(path: Path) -> bool:
-    """Create a claim with this process' name in it, unless there is one."""
+    """Create a lock file that names this process as the owner; False if the file exists."""
     try:
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
     except FileExistsError:
         return False
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump(asdict(Owner.current()) | {"claimed": time.time()}, file)
-    except BaseException:  # a full disk; an empty claim would only be in the way
+            json.dump(asdict(LockOwner.current()) | {"acquired": time.time()}, file)
+    except BaseException:  # for example a full disk; an ownerless lock would only delay others
         path.unlink(missing_ok=True)
         raise
     return True
 
 
-def _is_given_up(path: Path, target: Path) -> bool:
-    """Whether the owner is dead or silent; then the file it was writing is removed."""
+def _is_stale(path: Path, target: Path) -> bool:
+    """Whether the owner is dead or silent; if so, its unfinished file is removed."""
     try:
         age = time.time() - path.stat().st_mtime
         entry = json.loads(path.read_text(encoding="utf-8"))
-        owner = Owner(entry["host"], entry["pid"], entry["started"])
-    except FileNotFoundError:  # released just now
+        owner = LockOwner(entry["host"], entry["pid"], entry["started"])
+    except FileNotFoundError:  # released in the meantime
         return True
     except (ValueError, KeyError, TypeError):
-        return age > UNNAMED_SECONDS
-    given_up = age > STALE_SECONDS or owner.is_dead()
-    if given_up:
+        return age > OWNERLESS_SECONDS
+    is_stale = age > STALE_SECONDS or owner.is_dead()
+    if is_stale:
         temporary_path(target, owner.host, owner.pid).unlink(missing_ok=True)
-    return given_up
+    return is_stale

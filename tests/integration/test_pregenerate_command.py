@@ -94,17 +94,17 @@ def start(config: Path, output: Path, **changes: Any) -> subprocess.Popen[str]:
 
 
 def stop_at_work(process: subprocess.Popen[str], output: Path, finished: int) -> Path:
-    """Let a process come so far, and freeze it while it has a claim, which is returned."""
+    """Let a process come so far, and freeze it while it has a lock, which is returned."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     while True:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline, f"not so far in {PATIENCE_SECONDS} s"
-        if len(list(output.glob("*.parquet"))) >= finished and list(output.glob("*.claim")):
+        if len(list(output.glob("*.parquet"))) >= finished and list(output.glob("*.lock")):
             process.send_signal(signal.SIGSTOP)
-            claims = [path for path in output.glob("*.claim") if not path.with_suffix(".parquet").exists()]
-            if claims and claims[0].stat().st_size:
+            locks = [path for path in output.glob("*.lock") if not path.with_suffix(".parquet").exists()]
+            if locks and locks[0].stat().st_size:
                 assert len(list(output.glob("*.parquet"))) < NUM_SHARDS, "too late to disturb it"
-                return claims[0]
+                return locks[0]
             process.send_signal(signal.SIGCONT)
         time.sleep(0.002)
 
@@ -180,12 +180,12 @@ def test_killed_and_repeated_it_leaves_what_an_undisturbed_run_leaves(
     output = tmp_path / "killed"
     process = start(config, output)
     try:
-        claim = stop_at_work(process, output, finished=2)
+        lock = stop_at_work(process, output, finished=2)
     finally:
         process.kill()
     process.communicate()
-    owner = json.loads(claim.read_text())
-    half = temporary_path(claim.with_suffix(".parquet"), owner["host"], owner["pid"])
+    owner = json.loads(lock.read_text())
+    half = temporary_path(lock.with_suffix(".parquet"), owner["host"], owner["pid"])
     half.write_bytes(b"as if it had been killed a little later")
     finished = {path: path.stat().st_mtime_ns for path in output.glob("*.parquet")}
     assert 2 <= len(finished) < NUM_SHARDS
@@ -202,14 +202,14 @@ def test_two_processes_share_the_work(streamed: Path, tmp_path: Path, run: Run) 
     output = tmp_path / "shared"
     first, second = start(config, output), None
     try:
-        claim = stop_at_work(first, output, finished=1)
+        lock = stop_at_work(first, output, finished=1)
         second = start(config, output, batch_size=5)
         deadline = time.monotonic() + PATIENCE_SECONDS
         while len(list(output.glob("*.parquet"))) < NUM_SHARDS - 1:
             assert second.poll() is None, second.communicate()
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        assert not claim.with_suffix(".parquet").exists() and second.poll() is None  # it waits for the first
+        assert not lock.with_suffix(".parquet").exists() and second.poll() is None  # it waits for the first
         first.send_signal(signal.SIGCONT)
         printed = [process.communicate(timeout=PATIENCE_SECONDS) for process in (first, second)]
     finally:

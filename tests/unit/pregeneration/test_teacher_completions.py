@@ -14,7 +14,7 @@ from ptp_lightning.decoding.generation import OnTokens
 from ptp_lightning.pregeneration import teacher_completions
 from ptp_lightning.pregeneration.teacher_completions import finish, sample_shard
 from ptp_lightning.sampling import SamplingConfig
-from ptp_lightning.utils.file_lock import Claim, Owner
+from ptp_lightning.utils.file_lock import FileLock, LockOwner
 from tests.helpers.tiny_completions import PROMPTS, made_up, settings_of, tiny_settings
 from tests.helpers.tiny_predictors import tiny_predictor
 
@@ -97,14 +97,14 @@ class TestFinishing:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         folder = self.begin(tmp_path)
-        claim = folder.shard_path(0).with_suffix(".claim")
-        claim.write_text(json.dumps(asdict(Owner.current())))
+        lock = folder.shard_path(0).with_suffix(".lock")
+        lock.write_text(json.dumps(asdict(LockOwner.current())))
         waits: list[float] = []
 
         def sleep(seconds: float) -> None:
             waits.append(seconds)
             if len(waits) == 3:  # the number of the process now belongs to another
-                claim.write_text(json.dumps(asdict(replace(Owner.current(), started=0.0))))
+                lock.write_text(json.dumps(asdict(replace(LockOwner.current(), started=0.0))))
 
         monkeypatch.setattr(teacher_completions.time, "sleep", sleep)
         finish(folder, self.make, Seen())
@@ -121,4 +121,4 @@ class TestFinishing:
         with pytest.raises(OSError, match="No space left"):
             finish(folder, self.make, Seen())
         assert [path.name for path in tmp_path.iterdir()] == ["completions.json"]
-        assert Claim.take(folder.shard_path(0)) is not None
+        assert FileLock.try_acquire(folder.shard_path(0)) is not None

@@ -9,7 +9,7 @@ import pytest
 from ptp_lightning.sweeps import prepare as preparing
 from ptp_lightning.sweeps.prepare import prepare
 from ptp_lightning.sweeps.study import Preparation
-from ptp_lightning.utils.file_lock import Claim
+from ptp_lightning.utils.file_lock import FileLock
 
 STUDY = Path("sweeps/x.yaml")
 
@@ -38,7 +38,7 @@ def test_it_is_trained_with_what_is_passed_on(started: list[list[str]]) -> None:
     arguments = ["--trainer.max_steps=3", "--data.series=S", "--data.series.init_args.path=p.csv"]
     assert started == [[sys.executable, "-m", "ptp_lightning", "fit", "--config", "configs/t.yaml", *arguments]]
     assert f"python -m ptp_lightning fit --config configs/t.yaml {' '.join(arguments)}" in said[0]
-    assert not list(Path().glob("*.claim"))
+    assert not list(Path().glob("*.lock"))
     prepare(preparation, STUDY, study_overrides, said.append)
     assert len(started) == 1  # it is there
 
@@ -46,13 +46,13 @@ def test_it_is_trained_with_what_is_passed_on(started: list[list[str]]) -> None:
 def test_it_is_waited_for_while_another_process_makes_it(
     started: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    claim = Claim.take(Path("teacher"))
-    assert claim is not None
+    lock = FileLock.try_acquire(Path("teacher"))
+    assert lock is not None
     said: list[str] = []
     Path("teacher").touch()  # half of it is there
 
     def release(_: float) -> None:
-        claim.release()
+        lock.release()
 
     monkeypatch.setattr(preparing.time, "sleep", release)
     prepare(Preparation("teacher", "t.yaml"), STUDY, {}, said.append)
@@ -63,4 +63,4 @@ def test_it_is_waited_for_while_another_process_makes_it(
 def test_a_training_that_does_not_make_it_is_an_error_with_its_command(started: list[list[str]]) -> None:
     with pytest.raises(ValueError, match="expected other, which the study reads, .*\n.*fit --config sweeps/t.yaml"):
         prepare(Preparation("other", "t.yaml"), STUDY, {}, lambda _: None)
-    assert not list(Path().glob("*.claim"))
+    assert not list(Path().glob("*.lock"))

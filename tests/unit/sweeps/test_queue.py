@@ -18,7 +18,7 @@ from ptp_lightning.sweeps.queue import STALE_SECONDS, Progress, TrialQueue
 from ptp_lightning.sweeps.run import open_study
 from ptp_lightning.sweeps.storage import open_storage
 from ptp_lightning.sweeps.study import Study
-from ptp_lightning.utils.file_lock import Owner
+from ptp_lightning.utils.file_lock import LockOwner
 from tests.helpers.tiny_study import letters
 
 
@@ -50,12 +50,12 @@ def states(queue: TrialQueue) -> list[str]:
 
 
 @pytest.fixture
-def dead() -> Owner:
+def dead() -> LockOwner:
     """A process that has ended."""
     ended = subprocess.Popen([sys.executable, "-c", ""])
     started = psutil.Process(ended.pid).create_time()
     ended.wait()
-    return Owner(Owner.current().host, ended.pid, started)
+    return LockOwner(LockOwner.current().host, ended.pid, started)
 
 
 def test_points_are_put_in_once(location: str) -> None:
@@ -85,7 +85,7 @@ def test_of_two_trials_of_a_point_the_first_counts(location: str) -> None:
     assert queue.stored.trials[2].user_attrs[GIVEN_UP] == "another trial has this point"
 
 
-def abandon(queue: TrialQueue, owner: Owner, heartbeat: float = 0.0) -> None:
+def abandon(queue: TrialQueue, owner: LockOwner, heartbeat: float = 0.0) -> None:
     """Take a trial in the name of another process, which leaves it running."""
     trial = queue.take()
     assert trial is not None
@@ -94,7 +94,7 @@ def abandon(queue: TrialQueue, owner: Owner, heartbeat: float = 0.0) -> None:
     trial.set_user_attr(HEARTBEAT, heartbeat)
 
 
-def test_what_a_killed_process_trained_is_put_back_once(any_location: str, dead: Owner) -> None:
+def test_what_a_killed_process_trained_is_put_back_once(any_location: str, dead: LockOwner) -> None:
     """A point that is lost again may be what kills, and is left alone until somebody asks for it."""
     queue = queue_at(any_location, letters(seeds=(0,)))
     queue.fill()
@@ -123,7 +123,7 @@ def test_a_process_that_lives_keeps_its_trial(location: str) -> None:
 def test_other_machines_processes_are_given_up_when_silent(location: str, silent_seconds: float, state: str) -> None:
     queue = queue_at(location, letters())
     queue.fill()
-    abandon(queue, Owner("elsewhere", 1, 1.0), time.time() - silent_seconds)
+    abandon(queue, LockOwner("elsewhere", 1, 1.0), time.time() - silent_seconds)
     queue.fill()
     assert states(queue)[0] == state
 
