@@ -74,7 +74,7 @@ def nats_of(
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Nats `[windows, L]` of the windows' tokens: by slots, by the network's own reading, by the separate model."""
-    context = predictor.encode(batch.input_ids, batch.document_ids, batch.position_ids, batch.window_starts)
+    context = predictor.encode(batch)
     token_ids, mask = window_tokens(batch, LENGTH)
     whole = mask.all(-1)
 
@@ -88,7 +88,7 @@ def nats_of(
         hidden = predictor.slot_hidden(context, followed_by_nothing(auxiliaries.values))
         hidden = torch.cat([context.first_hidden.unsqueeze(2), hidden], dim=2)
         by_slots += of(predictor.slot_logits(hidden)) / num_draws
-    own = of(predictor.logits(hidden_before_tokens(batch, context, LENGTH)))
+    own = of(predictor.logits(hidden_before_tokens(context, LENGTH)))
     places = batch.window_starts.unsqueeze(-1) + torch.arange(LENGTH) - 1
     logits = teacher(batch.input_ids).logits
     separate = of(torch.stack([row[at] for row, at in zip(logits, places, strict=True)]))

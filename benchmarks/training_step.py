@@ -188,8 +188,8 @@ def make_step(
 
     def step(number: int) -> None:
         predictor = module.predictor
-        context = predictor.encode(batch.input_ids, batch.document_ids, batch.position_ids, batch.window_starts)
-        sample = module.source.sample(predictor, batch, context, keyed_generator(number), None)
+        context = predictor.encode(batch)
+        sample = module.source.sample(predictor, context, keyed_generator(number))
         hidden = predictor.slot_hidden(context, sample.auxiliaries)
         loss = module._first_pass_loss(context, hidden, sample)
         (loss.total / loss.count).backward()

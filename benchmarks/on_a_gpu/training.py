@@ -75,8 +75,8 @@ def difference(device: torch.device) -> dict[str, Figure]:
 
     def results() -> tuple[Tensor, Tensor]:
         module.zero_grad()
-        context = predictor.encode(batch.input_ids, batch.document_ids, batch.position_ids, batch.window_starts)
-        sample = module.source.sample(predictor, batch, context, keyed_generator(0), None)
+        context = predictor.encode(batch)
+        sample = module.source.sample(predictor, context, keyed_generator(0))
         hidden = predictor.slot_hidden(context, sample.auxiliaries)
         (hidden * weights).sum().backward()  # not their norms, which are the same for all
         gradients = [one.grad.flatten() for one in predictor.parameters() if one.grad is not None]

@@ -1,4 +1,4 @@
-"""Context: what the base model has read of a batch, and where the windows' slots stand behind it."""
+"""Context: a batch that the base model has read; windows of tokens follow it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
-from ptp_lightning.models.attention.window_reader import WindowLayout
+from ptp_lightning.batch import PackedBatch
 from ptp_lightning.sampling import Sampler
 
 if TYPE_CHECKING:
@@ -14,39 +14,24 @@ if TYPE_CHECKING:
 
 
 class Context(NamedTuple):
-    """A batch of contexts after their forward pass.
+    """A batch after its forward pass, with the settings under which its windows are sampled.
 
     Attributes:
+        batch: the rows and the starts of the windows.
         hidden: `[B, S, H]`, last hidden states of the base model.
-        cache: keys and values of the context; stays as it is (see `WindowReader`).
-        input_ids: `[B, S]`.
-        document_ids: `[B, S]`.
-        position_ids: `[B, S]`.
-        window_starts: `[B, N]`.
-        window_positions: `[B, N]`, position id of each window's first token.
-        sampling: what the windows' tokens are picked from, and slots are told.
+        cache: keys and values of the context; never changed (see `WindowReader`).
+        sampling: the windows' tokens are picked with these settings, and slots are conditioned on them.
+        end_of_text: the token id that ends a sampled text; None if there is none.
     """
 
+    batch: PackedBatch
     hidden: Tensor
     cache: DynamicCache
-    input_ids: Tensor
-    document_ids: Tensor
-    position_ids: Tensor
-    window_starts: Tensor
-    window_positions: Tensor
     sampling: Sampler
+    end_of_text: int | None = None
 
     @property
     def first_hidden(self) -> Tensor:
         """`[B, N, H]`, hidden states that predict each window's first token."""
-        return _gather(self.hidden, self.window_starts - 1)
-
-    @property
-    def window_layout(self) -> WindowLayout:
-        """Where the windows stand."""
-        return WindowLayout(self.document_ids, self.window_starts, self.window_positions)
-
-
-def _gather(states: Tensor, index: Tensor) -> Tensor:
-    """`[B, S, H]` at row indices `[B, N]`: `[B, N, H]`."""
-    return states.gather(1, index.unsqueeze(-1).expand(-1, -1, states.shape[-1]))
+        index = (self.batch.window_starts - 1).unsqueeze(-1)
+        return self.hidden.gather(1, index.expand(-1, -1, self.hidden.shape[-1]))

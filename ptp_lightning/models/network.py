@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor, nn
 
+from ptp_lightning.batch import PackedBatch
 from ptp_lightning.models.attention.dispatch import attend_by_windows
 from ptp_lightning.models.attention.masks import context_mask
 from ptp_lightning.models.attention.window_reader import WindowReader, read_jointly
@@ -163,25 +164,22 @@ class PredictorNetwork(nn.Module):
         return slots if settings is None else slots + settings(sampling)
 
     def encode(
-        self,
-        input_ids: Tensor,
-        document_ids: Tensor,
-        position_ids: Tensor,
-        window_starts: Tensor,
-        sampling: SamplingConfig | None = None,
+        self, batch: PackedBatch, sampling: SamplingConfig | None = None, end_of_text: int | None = None
     ) -> Context:
-        """One pass of the base model over packed rows (fields as in `PackedBatch`); no gradients if it is frozen.
+        """Run the base model over packed rows; without gradients if it is frozen.
 
-        The settings, by default the predictor's own, do not act on it: they are kept for the windows.
+        Args:
+            batch: the rows.
+            sampling: settings of the windows, by default the predictor's own. They do not affect this pass.
+            end_of_text: the token id that ends a sampled window, if there is one.
         """
         from transformers import DynamicCache
 
         cache = DynamicCache()
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.student.trains_base), self.gate.closed():
-            hidden = self.run_decoder(self.embed(input_ids), position_ids, context_mask(document_ids), cache)
-        positions = position_ids.gather(1, window_starts - 1) + 1
-        sampler = self.sampler(sampling)
-        return Context(hidden, cache, input_ids, document_ids, position_ids, window_starts, positions, sampler)
+            mask = context_mask(batch.document_ids)
+            hidden = self.run_decoder(self.embed(batch.input_ids), batch.position_ids, mask, cache)
+        return Context(batch, hidden, cache, self.sampler(sampling), end_of_text)
 
     def slot_hidden(self, context: Context, auxiliaries: Tensor) -> Tensor:
         """Hidden states that predict the tokens 1 .. L - 1 of each window.
@@ -195,15 +193,14 @@ class PredictorNetwork(nn.Module):
         """
         slots = self.embed_slots(auxiliaries, context.sampling.settings)
         if self.student_copy is not None:
-            tokens = self.student_embed(context.input_ids)
-            places = context.window_layout
-            return read_jointly(places, self.run_student_decoder, tokens, context.position_ids, slots, self._in_blocks)
+            tokens = self.student_embed(context.batch.input_ids)
+            return read_jointly(context.batch, self.run_student_decoder, tokens, slots, self._in_blocks)
         with self.gate.open():
             return self.window_reader(context).read(self.run_decoder, slots)
 
     def window_reader(self, context: Context, *, keeps: bool = False) -> WindowReader:
         """Reads windows behind what the base model has read; `read` it with `decode` or `run_student_decoder`."""
-        return WindowReader(context.window_layout, context.cache, in_blocks=self._in_blocks, keeps=keeps)
+        return WindowReader(context.batch, context.cache, in_blocks=self._in_blocks, keeps=keeps)
 
     @property
     def refiner(self) -> Refiner | None:
@@ -214,8 +211,8 @@ class PredictorNetwork(nn.Module):
         """The pairs of the context for `refine`; a graph is kept, since the refiner's keys and values are trained."""
         assert self.refiner is not None, "checked by the caller"
         pairs = RefinerContext(self.refiner, self.lower_layers)
-        tokens = self.embed(context.input_ids)
-        pairs.read(context.hidden, tokens, context.position_ids, context_mask(context.document_ids))
+        tokens = self.embed(context.batch.input_ids)
+        pairs.read(context.hidden, tokens, context.batch.position_ids, context_mask(context.batch.document_ids))
         return pairs
 
     def refine(self, context: Context, pairs: RefinerContext, hidden: Tensor, token_ids: Tensor) -> Tensor:
@@ -232,7 +229,7 @@ class PredictorNetwork(nn.Module):
         """
         told = self.refiner_conditioning(context.sampling.settings)
         tokens = self.embed_draft(token_ids)
-        return pairs.refine_windows(context.window_layout, hidden, tokens, told, in_blocks=self._in_blocks)
+        return pairs.refine_windows(context.batch, hidden, tokens, told, in_blocks=self._in_blocks)
 
     def refiner_conditioning(self, sampling: SamplingConfig) -> Tensor | None:
         """What the refiner is told of the settings, `[H]`; nothing if it is trained for one setting alone."""

@@ -11,7 +11,6 @@ from typing import Literal
 
 import torch
 
-from ptp_lightning.batch import PackedBatch
 from ptp_lightning.models import PredictorNetwork
 from ptp_lightning.models.context import Context
 from ptp_lightning.training import TeacherWindows
@@ -27,16 +26,9 @@ class RecordedWindows(TeacherWindows):
 
     folder: str = "."
 
-    def sample(
-        self,
-        predictor: PredictorNetwork,
-        batch: PackedBatch,
-        context: Context,
-        generator: torch.Generator,
-        end_of_text: int | None,
-    ) -> WindowSample:
-        sample = super().sample(predictor, batch, context, generator, end_of_text)
-        line = json.dumps([batch.input_ids.tolist(), sample.auxiliaries.tolist()])
+    def sample(self, predictor: PredictorNetwork, context: Context, generator: torch.Generator) -> WindowSample:
+        sample = super().sample(predictor, context, generator)
+        line = json.dumps([context.batch.input_ids.tolist(), sample.auxiliaries.tolist()])
         with (Path(self.folder) / f"rank_{torch.distributed.get_rank()}.jsonl").open("a") as file:
             file.write(f"{line}\n")
         return sample
@@ -49,15 +41,8 @@ class FailingWindows(TeacherWindows):
     way: Literal["raise", "kill", "nan"] = "raise"
     after: str = ""
 
-    def sample(
-        self,
-        predictor: PredictorNetwork,
-        batch: PackedBatch,
-        context: Context,
-        generator: torch.Generator,
-        end_of_text: int | None,
-    ) -> WindowSample:
-        sample = super().sample(predictor, batch, context, generator, end_of_text)
+    def sample(self, predictor: PredictorNetwork, context: Context, generator: torch.Generator) -> WindowSample:
+        sample = super().sample(predictor, context, generator)
         if torch.distributed.get_rank() != FAILING_RANK or not Path(self.after).exists():
             return sample
         if self.way == "raise":

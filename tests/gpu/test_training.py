@@ -20,7 +20,8 @@ from ptp_lightning.training.windows.windows import DatasetWindows, TeacherWindow
 from ptp_lightning.utils.randomness import keyed_generator
 from tests.helpers.tiny_distillation import make_module
 from tests.helpers.tiny_models import cast_weights
-from tests.numerics.test_window_attention import encode, inputs, make_batch, make_predictor
+from tests.helpers.tiny_windows import make_batch
+from tests.numerics.test_window_attention import inputs, make_predictor
 
 CONFIG = Path(__file__).parents[2] / "configs" / "gated_lora.yaml"
 
@@ -47,7 +48,7 @@ def test_loss_and_gradients_are_those_of_the_cpu(source: WindowSource) -> None:
         batch = a_batch(device)
         context = module._encode(batch)
         generator = keyed_generator(0, "train")
-        sample = source.sample(module.predictor, batch, context, generator, None)
+        sample = source.sample(module.predictor, context, generator)
         hidden = module.predictor.slot_hidden(context, sample.auxiliaries)
         loss = (
             module._refined_loss(context, hidden, sample).total + module._first_pass_loss(context, hidden, sample).total
@@ -114,7 +115,7 @@ def test_a_checkpoint_of_the_gpu_decodes_on_the_cpu(tmp_path: Path) -> None:
 def states_and_gradients(predictor: PredictorNetwork) -> list[Tensor]:
     """States of slots, then gradients by everything that is trained."""
     input_ids, auxiliaries = inputs()
-    hidden = predictor.slot_hidden(encode(predictor, make_batch(input_ids).to("cuda")), auxiliaries.cuda())
+    hidden = predictor.slot_hidden(predictor.encode(make_batch(input_ids).to("cuda")), auxiliaries.cuda())
     # A sum that has gradients; that of normalised states' squares has none.
     directions = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     (hidden.double() * directions.cuda()).sum().backward()
@@ -168,7 +169,7 @@ def test_no_step_waits_for_the_device(source: WindowSource) -> None:
 
     def step(number: int) -> None:
         context = module._encode(batch)
-        sample = source.sample(module.predictor, batch, context, keyed_generator(number), None)
+        sample = source.sample(module.predictor, context, keyed_generator(number))
         hidden = module.predictor.slot_hidden(context, sample.auxiliaries)
         loss = module._first_pass_loss(context, hidden, sample)
         (loss.total / loss.count + module._refined_loss(context, hidden, sample).total).backward()

@@ -14,6 +14,7 @@ from ptp_lightning.models import (
     RefinerSettings,
 )
 from ptp_lightning.sampling import SamplingConfig
+from tests.helpers.tiny_windows import one_document
 
 SAMPLING = SamplingConfig(temperature=0.7, top_k=5, top_p=0.9, order="vocabulary")
 REFINER = RefinerSettings(num_layers=2, intermediate_size=24, num_refinement_steps=2)
@@ -34,7 +35,7 @@ def trained(base: Path | str, **config: Any) -> PredictorNetwork:
 @torch.no_grad()
 def slot_logits(predictor: PredictorNetwork) -> Tensor:
     ids = torch.tensor([[3, 1, 4, 1, 5]])
-    context = predictor.encode(ids, torch.zeros_like(ids), torch.arange(5)[None], torch.tensor([[2, 5]]))
+    context = predictor.encode(one_document(ids, torch.tensor([[2, 5]])))
     auxiliaries = torch.arange(1, 9, dtype=torch.float64).reshape(1, 2, 4) / 10
     hidden = predictor.slot_hidden(context, auxiliaries)
     refined = predictor.refine(context, predictor.refiner_context(context), hidden, ids[:, None, :3].expand(1, 2, 3))

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ptp_lightning.decoding import Decoded, GenerationSettings, decode_autoregressively
 from ptp_lightning.models.network import PredictorNetwork
+from tests.helpers.tiny_windows import one_document
 
 PROMPT = [3, 1, 4, 1, 5]
 Decode = Callable[..., list[Decoded]]
@@ -46,13 +47,11 @@ def slot_logits_of_training(
     Returns:
         `[1, J, V]`.
     """
-    context = text[:, :first]
-    zeros, positions = torch.zeros_like(context), torch.arange(first).unsqueeze(0)
-    encoded = predictor.encode(context, zeros, positions, torch.tensor([[first]]))
-    hidden = predictor.slot_hidden(encoded, auxiliaries.unsqueeze(1))
+    context = predictor.encode(one_document(text[:, :first], torch.tensor([[first]])))
+    hidden = predictor.slot_hidden(context, auxiliaries.unsqueeze(1))
     if draft is not None:
         stand_for = torch.cat([text[:, first : first + 1], draft], dim=1)[:, None, :-1]
-        hidden = predictor.refine(encoded, predictor.refiner_context(encoded), hidden, stand_for)
+        hidden = predictor.refine(context, predictor.refiner_context(context), hidden, stand_for)
     return predictor.slot_logits(hidden[:, 0])
 
 

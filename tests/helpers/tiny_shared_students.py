@@ -9,7 +9,6 @@ import torch
 
 from ptp_lightning.batch import PackedBatch
 from ptp_lightning.models import CosineFeatures, PredictorConfig, PredictorNetwork, SharedStudent
-from ptp_lightning.models.context import Context
 from ptp_lightning.sampling import SamplingConfig
 from tests.helpers.tiny_models import TINY_MODELS
 from tests.helpers.tiny_windows import DOCUMENT_IDS, POSITION_IDS, WINDOW_STARTS
@@ -36,10 +35,6 @@ def make_predictor(
 def make_batch(seed: int = 0) -> PackedBatch:
     input_ids = torch.randint(VOCAB_SIZE, DOCUMENT_IDS.shape, generator=torch.Generator().manual_seed(seed))
     return PackedBatch(input_ids, DOCUMENT_IDS, POSITION_IDS, WINDOW_STARTS, DOCUMENT_IDS >= 0)
-
-
-def encode(predictor: PredictorNetwork, batch: PackedBatch) -> Context:
-    return predictor.encode(batch.input_ids, batch.document_ids, batch.position_ids, batch.window_starts)
 
 
 def count_calls(predictor: PredictorNetwork) -> Any:

@@ -16,7 +16,8 @@ from ptp_lightning.models.attention.flex import FlexWindows
 from ptp_lightning.models.attention.visible_keys import VisibleKeys
 from ptp_lightning.models.students import FullCopyStudent, GatedLoraStudent, Student
 from tests.helpers.tiny_models import TINY_MODELS
-from tests.numerics.test_window_attention import VOCAB_SIZE, encode, inputs, make_batch, make_predictor
+from tests.helpers.tiny_windows import make_batch
+from tests.numerics.test_window_attention import VOCAB_SIZE, inputs, make_predictor
 
 ROWS, HEADS, WINDOWS, QUERIES, CONTEXT, OWN, SIZE, VALUE_SIZE = 2, 3, 4, 5, 7, 6, 8, 9
 
@@ -115,8 +116,7 @@ class TestInAModel:
         blocks, dense = (self.make(family, in_blocks, student) for in_blocks in (True, False))
         input_ids, auxiliaries = inputs()
         hidden = [
-            predictor.slot_hidden(encode(predictor, make_batch(input_ids)), auxiliaries)
-            for predictor in (blocks, dense)
+            predictor.slot_hidden(predictor.encode(make_batch(input_ids)), auxiliaries) for predictor in (blocks, dense)
         ]
         torch.testing.assert_close(*hidden, atol=1e-9, rtol=0)
         upstream = torch.randn(hidden[0].shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -133,7 +133,7 @@ class TestInAModel:
         for in_blocks in (True, False):
             predictor = self.make(family, in_blocks)
             with torch.no_grad(), predictor.gate.closed():
-                context = encode(predictor, make_batch(inputs()[0]))
+                context = predictor.encode(make_batch(inputs()[0]))
                 found.append(predictor.window_reader(context).read(predictor.run_decoder, embeddings))
                 reader = predictor.window_reader(context, keeps=True)
                 parts = [reader.read(predictor.run_decoder, part) for part in embeddings.split([1, 2], dim=2)]

@@ -15,21 +15,24 @@ from torch import Tensor
 from ptp_lightning.batch import PackedBatch
 from ptp_lightning.models.attention.masks import context_mask, slot_mask
 from ptp_lightning.models.config import PredictorConfig
-from ptp_lightning.models.context import Context
 from ptp_lightning.models.lora.gated_lora import LoraSettings
 from ptp_lightning.models.network import PredictorNetwork
 from ptp_lightning.models.slots.continuous_features import CosineFeatures
 from ptp_lightning.models.slots.objectives import CategoricalObjective, IndependentObjective, OneHotObjective
 from tests.helpers.tiny_models import TINY_MODELS
-from tests.helpers.tiny_windows import DOCUMENT_IDS, POSITION_IDS, WINDOW_STARTS, slots_that_differ, slots_that_see
+from tests.helpers.tiny_windows import (
+    DOCUMENT_IDS,
+    POSITION_IDS,
+    WINDOW_STARTS,
+    make_batch,
+    one_document,
+    slots_that_differ,
+    slots_that_see,
+)
 
 WINDOW_LENGTH = 4
 VOCAB_SIZE = 64
 OBJECTIVES = {chosen.name: chosen for chosen in (OneHotObjective(), CategoricalObjective(), IndependentObjective())}
-
-
-def make_batch(input_ids: Tensor) -> PackedBatch:
-    return PackedBatch(input_ids, DOCUMENT_IDS, POSITION_IDS, WINDOW_STARTS, DOCUMENT_IDS >= 0)
 
 
 @cache
@@ -57,14 +60,10 @@ def inputs() -> tuple[Tensor, Tensor]:
     return input_ids, torch.rand(*WINDOW_STARTS.shape, WINDOW_LENGTH, generator=generator, dtype=torch.float64)
 
 
-def encode(predictor: PredictorNetwork, batch: PackedBatch) -> Context:
-    return predictor.encode(batch.input_ids, batch.document_ids, batch.position_ids, batch.window_starts)
-
-
 @torch.no_grad()
 def slot_logits(predictor: PredictorNetwork, input_ids: Tensor, auxiliaries: Tensor) -> Tensor:
     """`[B, N, L - 1, V]`."""
-    context = encode(predictor, make_batch(input_ids))
+    context = predictor.encode(make_batch(input_ids))
     return predictor.logits(predictor.slot_hidden(context, auxiliaries))
 
 
@@ -180,12 +179,8 @@ class TestWhatASlotSees:
             start = int(WINDOW_STARTS[row, window])
             length = int(POSITION_IDS[row, start - 1]) + 1  # tokens of the context
             with torch.no_grad():
-                context = predictor.encode(
-                    input_ids[row : row + 1, start - length : start],
-                    torch.zeros(1, length, dtype=torch.long),
-                    torch.arange(length).unsqueeze(0),
-                    torch.tensor([[length]]),
-                )
+                own_input_ids = input_ids[row : row + 1, start - length : start]
+                context = predictor.encode(one_document(own_input_ids, torch.tensor([[length]])))
                 hidden = predictor.slot_hidden(context, auxiliaries[row, window].view(1, 1, -1))
                 single = predictor.logits(hidden)[0, 0]
             # Other shapes, other kernels: equal up to rounding.
@@ -205,8 +200,8 @@ class TestWhatASlotSees:
             true_embeddings = predictor.embed(input_ids[row, stands_for]).detach()
             monkeypatch.setattr(predictor.slot_encoder, "forward", lambda *_, embeddings=true_embeddings: embeddings)
             with torch.no_grad():
-                packed = (tensor[row : row + 1] for tensor in (input_ids, DOCUMENT_IDS, POSITION_IDS))
-                context = predictor.encode(*packed, starts)
+                own_row = PackedBatch(*(tensor[row : row + 1] for tensor in make_batch(input_ids)))
+                context = predictor.encode(own_row._replace(window_starts=starts))
                 unused = torch.zeros(1, starts.shape[1], WINDOW_LENGTH, dtype=torch.float64)
                 found = predictor.logits(predictor.slot_hidden(context, unused))
                 first = predictor.logits(context.first_hidden)
@@ -219,7 +214,7 @@ class TestWhatASlotSees:
     def test_cache_is_as_before(self, family: str) -> None:
         predictor = make_predictor(family)
         input_ids, auxiliaries = inputs()
-        context = encode(predictor, make_batch(input_ids))
+        context = predictor.encode(make_batch(input_ids))
         keys = [layer.keys.clone() for layer in context.cache.layers]
         with torch.no_grad():
             first = predictor.slot_hidden(context, auxiliaries)

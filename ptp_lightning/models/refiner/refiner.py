@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from ptp_lightning.models.attention.window_reader import WindowLayout, WindowReader
+from ptp_lightning.batch import PackedBatch
+from ptp_lightning.models.attention.window_reader import WindowReader
 from ptp_lightning.models.refiner.layers import last_layers, new_layers, stream_scale
 from ptp_lightning.models.refiner.lower_layers import LowerLayers
 
@@ -187,7 +188,7 @@ class RefinerContext:
 
     def refine_windows(
         self,
-        places: WindowLayout,
+        batch: PackedBatch,
         hidden: Tensor,
         token_embeddings: Tensor,
         told: Tensor | None,
@@ -197,13 +198,13 @@ class RefinerContext:
         """Refined hidden states `[B, N, J, H]` of the first J slots of packed windows; see `WindowReader`."""
         tokens = token_embeddings
         if self._lower_layers is not None:
-            reader = WindowReader(places, cast("DynamicCache", self._lower_cache), in_blocks=in_blocks)
+            reader = WindowReader(batch, cast("DynamicCache", self._lower_cache), in_blocks=in_blocks)
             tokens = reader.read(self._lower_layers, tokens)
 
         def run(embeddings: Tensor, position_ids: Tensor, mask: Tensor, cache: Cache | None, **more: Any) -> Tensor:
             return self._refiner(embeddings, tokens.flatten(1, 2), position_ids, mask, cache, told, **more)
 
-        reader = WindowReader(places, cast("DynamicCache", self._cache), in_blocks=in_blocks)
+        reader = WindowReader(batch, cast("DynamicCache", self._cache), in_blocks=in_blocks)
         return reader.read(run, hidden)
 
     def _read_tokens(self, embeddings: Tensor, position_ids: Tensor, mask: Tensor) -> Tensor:

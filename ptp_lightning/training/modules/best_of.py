@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from ptp_lightning.auxiliary import token_interval
-from ptp_lightning.batch import PackedBatch
 from ptp_lightning.models.context import Context
 from ptp_lightning.models.network import PredictorNetwork
 from ptp_lightning.sampling import TokenDistribution
@@ -38,12 +37,7 @@ def distance_from_centres(relative: Tensor) -> Tensor:
 
 @torch.no_grad()
 def best_of(
-    num_proposals: int,
-    predictor: PredictorNetwork,
-    batch: PackedBatch,
-    context: Context,
-    generator: torch.Generator,
-    end_of_text: int | None,
+    num_proposals: int, predictor: PredictorNetwork, context: Context, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Propose every window M times and keep the proposal whose u lie closest to the centres of their intervals.
 
@@ -54,9 +48,9 @@ def best_of(
         Of the chosen proposals, `[B, N, L]` bool each: which tokens are the teacher's picks after the tokens before
         them, and the mask that ends with the text.
     """
-    best_distance, best_correct, best_mask = _propose(predictor, batch, context, generator, end_of_text)
+    best_distance, best_correct, best_mask = _propose(predictor, context, generator)
     for _ in range(num_proposals - 1):
-        distance, correct, mask = _propose(predictor, batch, context, generator, end_of_text)
+        distance, correct, mask = _propose(predictor, context, generator)
         closer = distance < best_distance
         best_distance = distance.where(closer, best_distance)
         best_correct = correct.where(closer, best_correct)
@@ -65,13 +59,9 @@ def best_of(
 
 
 def _propose(
-    predictor: PredictorNetwork,
-    batch: PackedBatch,
-    context: Context,
-    generator: torch.Generator,
-    end_of_text: int | None,
+    predictor: PredictorNetwork, context: Context, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One proposal a window: its distance `[B, N, 1]` from the centres, what is correct, and the mask."""
-    sample = StudentWindows().sample(predictor, batch, context, generator, end_of_text)
+    sample = StudentWindows().sample(predictor, context, generator)
     distance = distance_from_centres(relative_positions(sample.auxiliaries, sample.teacher.now(), sample.token_ids))
     return distance.unsqueeze(-1), sample.conditioning_ids == sample.token_ids, sample.mask

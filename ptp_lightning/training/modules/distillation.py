@@ -116,7 +116,7 @@ class DistillationModule(PredictorModule):
         progress = min(1.0, self.global_step / self.trainer.estimated_stepping_batches)
         # Not keyed by the rank: all choose alike, see `MixtureWindows`.
         source = self.source.choose(progress, keyed_generator(self.seed, "source", self.global_step, batch_idx))
-        sample = source.sample(self.predictor, batch, context, generator, self.end_of_text)
+        sample = source.sample(self.predictor, context, generator)
         hidden = self.predictor.slot_hidden(context, sample.auxiliaries)
         prediction = first_pass = self._first_pass_loss(context, hidden, sample)
         if self.predictor.refiner is not None:
@@ -209,29 +209,28 @@ class DistillationModule(PredictorModule):
         keys = (self.seed, stage, self.global_rank, batch_idx)
         generator = keyed_generator(*keys)
         source = self.val_source.choose(1.0, keyed_generator(self.seed, "source", stage, batch_idx))
-        sample, logits = self._measure(batch, context, source, generator, self.val_metrics)
+        sample, logits = self._measure(context, source, generator, self.val_metrics)
         if self.predictor.config.objective.predicts_distribution:
             target, mask = sample.target.at(SLOTS).flat().now(), sample.mask[..., 1:]
             divergences = KullbackLeibler().per_slot(logits.flatten(0, -2), sample.token_ids[..., 1:].flatten(), target)
             positions = torch.arange(1, self.predictor.config.window_length, device=mask.device).expand_as(mask)
             self.val_divergences.update(divergences.view_as(mask)[mask], positions[mask])
         if self.num_proposals > 1:
-            chosen = best_of(self.num_proposals, self.predictor, batch, context, generator, self.end_of_text)
+            chosen = best_of(self.num_proposals, self.predictor, context, generator)
             self.best_of_metrics.update(*chosen)
         for label, metrics in self._metrics_by_label().items():
             sampler = self.predictor.sampler(self.val_sampling[label])
-            self._measure(batch, context._replace(sampling=sampler), source, keyed_generator(*keys), metrics)
+            self._measure(context._replace(sampling=sampler), source, keyed_generator(*keys), metrics)
 
     def _measure(
         self,
-        batch: PackedBatch,
         context: Context,
         source: WindowSource,
         generator: torch.Generator,
         metrics: WindowMetrics,
     ) -> tuple[WindowSample, Tensor]:
         """Windows under the settings of the context, and the student's logits `[B, N, L - 1, V]` for them."""
-        sample = source.sample(self.predictor, batch, context, generator, self.end_of_text)
+        sample = source.sample(self.predictor, context, generator)
         # The first token needs no slot: the base model's own distribution is what decoding picks it from.
         first = sample.teacher.at((..., 0)).now()
         first_nll = -first.probability_of(sample.token_ids[..., 0]).log()

@@ -137,8 +137,8 @@ class InverseAutoregressiveModule(PredictorModule):
         """Loss in nats per slot, plus the weighted loss per token; each normalised by its count over all ranks."""
         generator = keyed_generator(self.seed, "train", self.global_rank, self.global_step, batch_idx)
         context = self._encode(batch)
-        windows = self._fill(batch, context, generator)
-        slot_loss = self._slot_loss(batch, context, windows)
+        windows = self._fill(context, generator)
+        slot_loss = self._slot_loss(context, windows)
         labels = next_token_labels(batch)
         token_loss = self._sum(self.loss, context.hidden, labels, labels != IGNORED_LABEL)
         slot_nats, token_nats = torch.stack([slot_loss.total, token_loss.total]) / self._mean_counts(
@@ -168,7 +168,7 @@ class InverseAutoregressiveModule(PredictorModule):
     @torch.no_grad()
     def _evaluate(self, batch: PackedBatch, generator: torch.Generator) -> None:
         context = self._encode(batch)
-        windows = self._fill(batch, context, generator)
+        windows = self._fill(context, generator)
         hidden = torch.cat([context.first_hidden.unsqueeze(2), windows.hidden], dim=2)
         logits = self.predictor.slot_logits(hidden).float()
         nll = F.cross_entropy(logits.flatten(0, 2), windows.token_ids.flatten(), reduction="none")
@@ -176,7 +176,7 @@ class InverseAutoregressiveModule(PredictorModule):
         self.likelihoods.update(windows.mask, windows.mask, nll.view(windows.mask.shape))
 
         length = windows.mask.shape[-1]
-        logits = self.predictor.logits(hidden_before_tokens(batch, context, length)).float()
+        logits = self.predictor.logits(hidden_before_tokens(context, length)).float()
         nll = F.cross_entropy(logits.flatten(0, 2), windows.token_ids.flatten(), reduction="none")
         positions = torch.arange(length, device=nll.device).expand_as(windows.mask)
         self.reference_nats.update(nll.view_as(positions)[windows.mask], positions[windows.mask])
@@ -185,7 +185,7 @@ class InverseAutoregressiveModule(PredictorModule):
         total, count = self._sum(self.loss, context.hidden, labels, labels != IGNORED_LABEL)
         self.next_token_nats.update(total / count.clamp_min(1), count)
 
-        sample = TeacherWindows().sample(self.predictor, batch, context, generator, self.end_of_text)
+        sample = TeacherWindows().sample(self.predictor, context, generator)
         logits = self.predictor.slot_logits(self.predictor.slot_hidden(context, sample.auxiliaries)).float()
         objective = self.predictor.config.objective
         proposed = objective.tokens_from_logits(logits, sample.auxiliaries[..., 1:], context.sampling)
@@ -209,24 +209,24 @@ class InverseAutoregressiveModule(PredictorModule):
         for metric in (self.likelihoods, self.reference_nats, self.agreement, self.next_token_nats):
             metric.reset()
 
-    def _fill(self, batch: PackedBatch, context: Context, generator: torch.Generator) -> FilledWindows:
+    def _fill(self, context: Context, generator: torch.Generator) -> FilledWindows:
         """The data's tokens, their auxiliaries, and one parallel pass over all slots."""
-        token_ids, mask = window_tokens(batch, self.predictor.config.window_length)
+        token_ids, mask = window_tokens(context.batch, self.predictor.config.window_length)
         auxiliaries = invert(self.predictor, context, token_ids, self.strategy, generator)
         # Without an auxiliary for token k no slot can stand for it, so k is the last that is predicted.
         mask = mask & F.pad(auxiliaries.found.cumprod(-1).bool(), (1, 0), value=True)
         hidden = self.predictor.slot_hidden(context, followed_by_nothing(auxiliaries.values))
         return FilledWindows(token_ids, auxiliaries.values, mask, hidden)
 
-    def _slot_loss(self, batch: PackedBatch, context: Context, windows: FilledWindows) -> LossSum:
-        target = self._own_predictions(batch, context) if self.slot_loss.needs_target else None
+    def _slot_loss(self, context: Context, windows: FilledWindows) -> LossSum:
+        target = self._own_predictions(context) if self.slot_loss.needs_target else None
         weights = self.position_weights(windows.mask[..., 1:])
         return self._sum(self.slot_loss, windows.hidden, windows.token_ids[..., 1:], weights, target)
 
     @torch.no_grad()
-    def _own_predictions(self, batch: PackedBatch, context: Context) -> TokenDistribution:
+    def _own_predictions(self, context: Context) -> TokenDistribution:
         """What the network says of the slots' tokens when it reads the tokens before them: `[B * N * (L - 1), K]`."""
-        hidden = hidden_before_tokens(batch, context, self.predictor.config.window_length)[..., 1:, :]
+        hidden = hidden_before_tokens(context, self.predictor.config.window_length)[..., 1:, :]
         return context.sampling.teacher_and_target(self.predictor.logits(hidden.flatten(0, 2)))[1]
 
     def _sum(

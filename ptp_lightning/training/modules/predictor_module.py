@@ -57,6 +57,7 @@ class PredictorModule(TrainingModule):
         self.strict_loading = False  # frozen weights are not in the checkpoint
         self.predictor = PredictorNetwork(predictor)
         self.val_summary: WindowSummary | None = None
+        self.end_of_text: int | None = None
         if compile:  # first, so that what is computed again is compiled, too
             compile_layers(self.decoder_layers("set model.init_args.compile to false"))
         if activation_checkpointing:
@@ -96,7 +97,7 @@ class PredictorModule(TrainingModule):
                 f"expected data.row_length + predictor.window_length <= {limit} (the model's positions), found "
                 f"{data.row_length} + {length}: lower data.row_length"
             )
-        self.end_of_text: int | None = data.end_of_text
+        self.end_of_text = data.end_of_text
 
     def on_fit_start(self) -> None:
         """Keep Lightning from warning about the base model, which is in eval mode on purpose."""
@@ -133,9 +134,7 @@ class PredictorModule(TrainingModule):
         self.predictor.require_trainable_state({name.removeprefix("predictor."): state[name] for name in state})
 
     def _encode(self, batch: PackedBatch, sampling: SamplingConfig | None = None) -> Context:
-        return self.predictor.encode(
-            batch.input_ids, batch.document_ids, batch.position_ids, batch.window_starts, sampling
-        )
+        return self.predictor.encode(batch, sampling, self.end_of_text)
 
     def _log_summary(
         self, stage: str, summary: WindowSummary, more: Mapping[str, float] = MappingProxyType({})

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from ptp_lightning.auxiliary import draw_auxiliaries, pick
-from ptp_lightning.batch import PackedBatch
 from ptp_lightning.data.series.markov import MarkovSeries
 from ptp_lightning.models.context import Context
 from ptp_lightning.models.network import PredictorNetwork
@@ -28,16 +27,9 @@ class AnalyticWindows(WindowSource):
     series: MarkovSeries = field(default_factory=MarkovSeries)
 
     @torch.no_grad()
-    def sample(
-        self,
-        predictor: PredictorNetwork,
-        batch: PackedBatch,
-        context: Context,
-        generator: torch.Generator,
-        end_of_text: int | None,
-    ) -> WindowSample:
+    def sample(self, predictor: PredictorNetwork, context: Context, generator: torch.Generator) -> WindowSample:
         """See `WindowSource.sample`."""
-        length, order = predictor.config.window_length, self.series.order
+        batch, length, order = context.batch, predictor.config.window_length, self.series.order
         auxiliaries = draw_auxiliaries((*batch.window_starts.shape, length), generator, batch.input_ids.device)
         before = torch.arange(-order, 0, device=batch.input_ids.device)
         # A row begins with the id that stands for an unknown token, and so does a history that reaches beyond it.

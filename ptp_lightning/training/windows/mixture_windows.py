@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import torch
 
-from ptp_lightning.batch import PackedBatch
 from ptp_lightning.models.context import Context
 from ptp_lightning.models.network import PredictorNetwork
 from ptp_lightning.training.windows.windows import WindowSample, WindowSource
@@ -78,13 +77,6 @@ class MixtureWindows(WindowSource):
         """Whether any source does."""
         return any(source.reads_rows for source in self.sources)
 
-    def sample(
-        self,
-        predictor: PredictorNetwork,
-        batch: PackedBatch,
-        context: Context,
-        generator: torch.Generator,
-        end_of_text: int | None,
-    ) -> WindowSample:
+    def sample(self, predictor: PredictorNetwork, context: Context, generator: torch.Generator) -> WindowSample:
         """See `WindowSource.sample`."""
-        return self.choose(1.0, generator).sample(predictor, batch, context, generator, end_of_text)
+        return self.choose(1.0, generator).sample(predictor, context, generator)

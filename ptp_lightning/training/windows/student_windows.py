@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import torch
 
 from ptp_lightning.auxiliary import draw_auxiliaries, pick
-from ptp_lightning.batch import PackedBatch
 from ptp_lightning.distributions import picks
 from ptp_lightning.models.context import Context
 from ptp_lightning.models.network import PredictorNetwork
@@ -33,17 +32,10 @@ class StudentWindows(WindowSource):
     """
 
     @torch.no_grad()
-    def sample(
-        self,
-        predictor: PredictorNetwork,
-        batch: PackedBatch,
-        context: Context,
-        generator: torch.Generator,
-        end_of_text: int | None,
-    ) -> WindowSample:
+    def sample(self, predictor: PredictorNetwork, context: Context, generator: torch.Generator) -> WindowSample:
         """See `WindowSource.sample`."""
-        shape = (*batch.window_starts.shape, predictor.config.window_length)
-        auxiliaries = draw_auxiliaries(shape, generator, batch.input_ids.device)
+        shape = (*context.batch.window_starts.shape, predictor.config.window_length)
+        auxiliaries = draw_auxiliaries(shape, generator, context.batch.input_ids.device)
         first = context.sampling.distribution(predictor.logits(context.first_hidden))
         draft = student_draft(predictor, context, auxiliaries, pick(auxiliaries[..., 0], first)).token_ids
         teacher, target = distributions_along(predictor, context, draft)
@@ -52,7 +44,7 @@ class StudentWindows(WindowSource):
         return WindowSample(
             token_ids=token_ids,
             auxiliaries=auxiliaries,
-            mask=until_end(draft, end_of_text),
+            mask=until_end(draft, context.end_of_text),
             teacher=teacher,
             target=target,
             conditioning_ids=draft,

@@ -49,14 +49,7 @@ class WindowSource(ABC):
     """Fills the windows of a batch."""
 
     @abstractmethod
-    def sample(
-        self,
-        predictor: PredictorNetwork,
-        batch: PackedBatch,
-        context: Context,
-        generator: torch.Generator,
-        end_of_text: int | None,
-    ) -> WindowSample:
+    def sample(self, predictor: PredictorNetwork, context: Context, generator: torch.Generator) -> WindowSample:
         """Tokens, auxiliaries and teacher distributions of every window; no gradients."""
 
     def choose(self, progress: float, generator: torch.Generator) -> "WindowSource":
@@ -89,18 +82,11 @@ class TeacherWindows(WindowSource):
     strategy: AuxiliaryStrategy | None = None
 
     @torch.no_grad()
-    def sample(
-        self,
-        predictor: PredictorNetwork,
-        batch: PackedBatch,
-        context: Context,
-        generator: torch.Generator,
-        end_of_text: int | None,
-    ) -> WindowSample:
+    def sample(self, predictor: PredictorNetwork, context: Context, generator: torch.Generator) -> WindowSample:
         """See `WindowSource.sample`."""
         length = predictor.config.window_length
-        shape = (*batch.window_starts.shape, length)
-        auxiliaries = draw_auxiliaries(shape, generator, batch.input_ids.device)
+        shape = (*context.batch.window_starts.shape, length)
+        auxiliaries = draw_auxiliaries(shape, generator, context.batch.input_ids.device)
         hidden = context.first_hidden
         tokens: list[Tensor] = []
         along = _Along(predictor, context)
@@ -112,7 +98,7 @@ class TeacherWindows(WindowSource):
                     hidden = reader.read(predictor.run_decoder, newest).squeeze(2)
                 tokens.append(pick(auxiliaries[..., offset], along.add(hidden)))
         token_ids = torch.stack(tokens, dim=-1)
-        mask = until_end(token_ids, end_of_text)
+        mask = until_end(token_ids, context.end_of_text)
         teacher, target = along.result()
         if self.strategy is not None:
             interval = intervals(teacher, token_ids)
@@ -138,21 +124,14 @@ class DatasetWindows(WindowSource):
         return True
 
     @torch.no_grad()
-    def sample(
-        self,
-        predictor: PredictorNetwork,
-        batch: PackedBatch,
-        context: Context,
-        generator: torch.Generator,
-        end_of_text: int | None,
-    ) -> WindowSample:
+    def sample(self, predictor: PredictorNetwork, context: Context, generator: torch.Generator) -> WindowSample:
         """See `WindowSource.sample`."""
         length = predictor.config.window_length
-        token_ids, mask = window_tokens(batch, length)
-        hidden = hidden_before_tokens(batch, context, length)
+        token_ids, mask = window_tokens(context.batch, length)
+        hidden = hidden_before_tokens(context, length)
         if are_lazy(predictor, context):
             teacher, target = lazily(predictor, context, hidden)
-            lower, upper = _intervals_of_text(predictor, batch, context, length, mask)
+            lower, upper = _intervals_of_text(predictor, context, length, mask)
         else:
             teacher, target = context.sampling.teacher_and_target(predictor.logits(hidden))
             lower, upper = token_interval(teacher, token_ids)
@@ -173,17 +152,18 @@ def window_tokens(batch: PackedBatch, length: int) -> tuple[Tensor, Tensor]:
     return token_ids, (inside & completion & (documents == own_document)).cumprod(-1).bool()
 
 
-def hidden_before_tokens(batch: PackedBatch, context: Context, length: int) -> Tensor:
+def hidden_before_tokens(context: Context, length: int) -> Tensor:
     """`[B, N, L, H]`, the base model's last hidden states that predict the text's own tokens in each window."""
-    index = _window_index(batch, length) - 1
+    index = _window_index(context.batch, length) - 1
     of_hidden = index.flatten(1).unsqueeze(-1).expand(-1, -1, context.hidden.shape[-1])
     return context.hidden.gather(1, of_hidden).unflatten(1, index.shape[1:])
 
 
 def _intervals_of_text(
-    predictor: PredictorNetwork, batch: PackedBatch, context: Context, length: int, mask: Tensor
+    predictor: PredictorNetwork, context: Context, length: int, mask: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Intervals `[B, N, L]` of the windows' own tokens: each token of a row once, though windows overlap."""
+    batch = context.batch
     index = _window_index(batch, length)
     if sizes_may_depend_on_values(index):
         needed = torch.zeros_like(batch.input_ids).scatter_add_(1, index.flatten(1), mask.flatten(1).long())

@@ -13,7 +13,7 @@ from ptp_lightning.models.layers.activation_checkpointing import checkpoint_laye
 from ptp_lightning.models.layers.decoder_stack import decoder_layers
 from tests.helpers.tiny_models import TINY_MODELS
 from tests.helpers.tiny_predictors import STUDENTS
-from tests.helpers.tiny_shared_students import encode, make_batch
+from tests.helpers.tiny_shared_students import make_batch
 
 LENGTH = 5
 
@@ -38,7 +38,7 @@ def make_predictor(family: str, student: str, checkpointed: bool) -> PredictorNe
 
 def loss(predictor: PredictorNetwork, auxiliaries: Tensor) -> Tensor:
     """Of slots behind a context whose cache they share, twice, refined if possible."""
-    context = encode(predictor, make_batch())
+    context = predictor.encode(make_batch())
     hidden = predictor.slot_hidden(context, auxiliaries)
     again = predictor.slot_hidden(context, 1 - auxiliaries)
     if predictor.refiner is not None:
@@ -74,5 +74,5 @@ def test_gradients_are_the_same(family: str, student: str) -> None:
 def test_nothing_is_kept_without_gradients() -> None:
     predictor = make_predictor("llama", "gated_lora", checkpointed=True)
     with torch.no_grad():
-        hidden = predictor.slot_hidden(encode(predictor, make_batch()), torch.rand(2, 3, LENGTH, dtype=torch.float64))
+        hidden = predictor.slot_hidden(predictor.encode(make_batch()), torch.rand(2, 3, LENGTH, dtype=torch.float64))
     assert not hidden.requires_grad

@@ -17,7 +17,7 @@ from ptp_lightning.models.layers.compile import compile_layers
 from ptp_lightning.models.layers.decoder_stack import decoder_layers
 from tests.helpers.tiny_models import TINY_MODELS
 from tests.helpers.tiny_predictors import STUDENTS
-from tests.helpers.tiny_shared_students import encode, make_batch
+from tests.helpers.tiny_shared_students import make_batch
 
 LENGTH = 5
 GRAPHS_OF_A_LAYER = 4
@@ -49,7 +49,7 @@ def layers_of(predictor: PredictorNetwork) -> list[torch.nn.Module]:
 def slot_states(predictor: PredictorNetwork) -> Tensor:
     generator = torch.Generator().manual_seed(2)
     auxiliaries = torch.rand(*make_batch().window_starts.shape, LENGTH, dtype=torch.float64, generator=generator)
-    return predictor.slot_hidden(encode(predictor, make_batch()), auxiliaries)
+    return predictor.slot_hidden(predictor.encode(make_batch()), auxiliaries)
 
 
 def results(predictor: PredictorNetwork) -> dict[str, Tensor]:

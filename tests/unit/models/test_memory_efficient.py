@@ -17,7 +17,7 @@ from ptp_lightning.models.layers.memory_efficient import make_lean, rms_norm, ro
 from ptp_lightning.models.layers.mixed_in import MixedIn
 from tests.helpers.tiny_models import TINY_MODELS, cast_weights, tiny_llama
 from tests.helpers.tiny_predictors import STUDENTS
-from tests.helpers.tiny_shared_students import encode, make_batch
+from tests.helpers.tiny_shared_students import make_batch
 
 LENGTH = 5
 
@@ -135,7 +135,7 @@ def results(family: str, student: str, dtype: torch.dtype) -> dict[str, Tensor]:
             torch.nn.init.normal_(parameter, std=0.1)
     auxiliaries = (uniform(*make_batch().window_starts.shape, LENGTH) + 0.4).clamp(0, 0.999)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
-        hidden = predictor.slot_hidden(encode(predictor, make_batch()), auxiliaries)
+        hidden = predictor.slot_hidden(predictor.encode(make_batch()), auxiliaries)
     (hidden * uniform(hidden.shape[-1])).sum().backward()
     gradients = {name: value.grad for name, value in predictor.named_parameters() if value.grad is not None}
     return {"hidden": hidden.detach(), **gradients}

@@ -20,7 +20,15 @@ from ptp_lightning.models.slots.objectives import (
     SequentialObjective,
 )
 from tests.helpers.tiny_models import TINY_MODELS
-from tests.helpers.tiny_windows import DOCUMENT_IDS, POSITION_IDS, WINDOW_STARTS, slots_that_differ, slots_that_see
+from tests.helpers.tiny_windows import (
+    DOCUMENT_IDS,
+    POSITION_IDS,
+    WINDOW_STARTS,
+    make_batch,
+    one_document,
+    slots_that_differ,
+    slots_that_see,
+)
 
 VOCAB_SIZE, WINDOW_LENGTH = 64, 4
 
@@ -66,14 +74,14 @@ def inputs() -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.no_grad()
 def refined(predictor: PredictorNetwork, input_ids: Tensor, hidden: Tensor, tokens: Tensor) -> Tensor:
-    context = predictor.encode(input_ids, DOCUMENT_IDS, POSITION_IDS, WINDOW_STARTS)
+    context = predictor.encode(make_batch(input_ids))
     return predictor.refine(context, predictor.refiner_context(context), hidden, tokens)
 
 
 @torch.no_grad()
 def slot_hidden(predictor: PredictorNetwork) -> Tensor:
     input_ids, auxiliaries, _ = inputs()
-    context = predictor.encode(input_ids, DOCUMENT_IDS, POSITION_IDS, WINDOW_STARTS)
+    context = predictor.encode(make_batch(input_ids))
     return predictor.slot_hidden(context, auxiliaries)
 
 
@@ -123,11 +131,9 @@ class TestWhatASlotHears:
         for row, window in [(row, window) for row in range(2) for window in range(WINDOW_STARTS.shape[1])]:
             start = int(WINDOW_STARTS[row, window])
             length = int(POSITION_IDS[row, start - 1]) + 1  # tokens of the context
-            own_input_ids, zeros = input_ids[row : row + 1, start - length : start], torch.zeros(1, length).long()
+            own_input_ids = input_ids[row : row + 1, start - length : start]
             with torch.no_grad():
-                context = predictor.encode(
-                    own_input_ids, zeros, torch.arange(length).unsqueeze(0), torch.tensor([[length]])
-                )
+                context = predictor.encode(one_document(own_input_ids, torch.tensor([[length]])))
                 hidden = predictor.slot_hidden(context, auxiliaries[row, window].view(1, 1, -1))
                 single = predictor.refine(
                     context, predictor.refiner_context(context), hidden, tokens[row, window].view(1, 1, -1)
@@ -225,7 +231,7 @@ def test_asking_twice_changes_nothing() -> None:
     input_ids, _, tokens = inputs()
     hidden = slot_hidden(predictor)
     with torch.no_grad():
-        context = predictor.encode(input_ids, DOCUMENT_IDS, POSITION_IDS, WINDOW_STARTS)
+        context = predictor.encode(make_batch(input_ids))
         pairs = predictor.refiner_context(context)
         first, second = (predictor.refine(context, pairs, hidden, tokens) for _ in range(2))
     assert torch.equal(first, second)

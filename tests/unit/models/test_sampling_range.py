@@ -13,7 +13,7 @@ from ptp_lightning.models import PredictorConfig, PredictorNetwork
 from ptp_lightning.models.slots.sampling_range import SamplingRange, SettingsEmbedding
 from ptp_lightning.sampling import SamplingConfig
 from tests.helpers.tiny_predictors import tiny_predictor
-from tests.helpers.tiny_windows import DOCUMENT_IDS, POSITION_IDS, WINDOW_STARTS
+from tests.helpers.tiny_windows import DOCUMENT_IDS, WINDOW_STARTS, make_batch
 
 RANGE = SamplingRange(0.4, 1.0, greedy_probability=0.25, top_k=(5, 50, None), top_p=(0.8, 1.0))
 BASE = SamplingConfig(0.7, 50, 0.9, "descending")
@@ -120,7 +120,7 @@ def hidden_states(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of context, slots and refined slots."""
     input_ids = torch.randint(32, DOCUMENT_IDS.shape, generator=torch.Generator().manual_seed(0))
-    context = predictor.encode(input_ids, DOCUMENT_IDS, POSITION_IDS, WINDOW_STARTS, sampling)
+    context = predictor.encode(make_batch(input_ids), sampling)
     slots = predictor.slot_hidden(context, torch.full((*WINDOW_STARTS.shape, 4), u, dtype=torch.float64))
     tokens = torch.full(slots.shape[:-1], 3)
     refined = predictor.refine(context, predictor.refiner_context(context), torch.ones_like(slots), tokens)

@@ -12,7 +12,7 @@ from ptp_lightning.models import LoraSettings, PredictorConfig, PredictorNetwork
 from ptp_lightning.models.backbone import architecture_fingerprint, fingerprint
 from tests.helpers.tiny_models import TINY_MODELS
 from tests.helpers.tiny_predictors import STUDENTS, tiny_predictor
-from tests.helpers.tiny_windows import DOCUMENT_IDS, POSITION_IDS, WINDOW_STARTS, slots_that_differ, slots_that_see
+from tests.helpers.tiny_windows import DOCUMENT_IDS, WINDOW_STARTS, make_batch, slots_that_differ, slots_that_see
 
 LENGTH = 4
 
@@ -31,7 +31,7 @@ def inputs() -> tuple[Tensor, Tensor]:
 
 
 def slot_hidden(predictor: PredictorNetwork, input_ids: Tensor, auxiliaries: Tensor) -> Tensor:
-    return predictor.slot_hidden(predictor.encode(input_ids, DOCUMENT_IDS, POSITION_IDS, WINDOW_STARTS), auxiliaries)
+    return predictor.slot_hidden(predictor.encode(make_batch(input_ids)), auxiliaries)
 
 
 @pytest.mark.parametrize("family", TINY_MODELS)
@@ -112,7 +112,7 @@ class TestCopy:
         assert predictor.student_model.training and not predictor.base_model.training
         input_ids, auxiliaries = inputs()
         with torch.no_grad():
-            contexts = [predictor.encode(input_ids, DOCUMENT_IDS, POSITION_IDS, WINDOW_STARTS) for _ in range(2)]
+            contexts = [predictor.encode(make_batch(input_ids)) for _ in range(2)]
             assert torch.equal(contexts[0].hidden, contexts[1].hidden)
             slots = [predictor.slot_hidden(contexts[0], auxiliaries) for _ in range(2)]
         assert not torch.equal(*slots)
@@ -143,7 +143,7 @@ def test_refined_slots_depend_on_the_draft(student: str) -> None:
     input_ids, auxiliaries = inputs()
     draft = torch.zeros(2, 3, LENGTH - 1, dtype=torch.long)
     with torch.no_grad():
-        context = predictor.encode(input_ids, DOCUMENT_IDS, POSITION_IDS, WINDOW_STARTS)
+        context = predictor.encode(make_batch(input_ids))
         hidden, pairs = predictor.slot_hidden(context, auxiliaries), predictor.refiner_context(context)
         first, second = (predictor.refine(context, pairs, hidden, each) for each in (draft, draft + 1))
     assert first.shape == hidden.shape and not torch.equal(first, second)

@@ -27,12 +27,12 @@ STARTS = [[1, 2, 5], [3, 3, 4]]
 
 def sample_with(sampling: SamplingConfig, seed: int = 0) -> WindowSample:
     rows = torch.tensor(ROWS)
-    places = torch.arange(6).expand_as(rows)
-    batch = PackedBatch(rows, torch.zeros_like(rows), places, torch.tensor(STARTS), places >= 1)
+    positions = torch.arange(6).expand_as(rows)
+    batch = PackedBatch(rows, torch.zeros_like(rows), positions, torch.tensor(STARTS), positions >= 1)
     base_model = SimpleNamespace(config=SimpleNamespace(vocab_size=7))
     predictor: Any = SimpleNamespace(config=SimpleNamespace(window_length=3), base_model=base_model)
-    context: Any = SimpleNamespace(sampling=sampling)
-    return AnalyticWindows(SERIES).sample(predictor, batch, context, torch.Generator().manual_seed(seed), None)
+    context: Any = SimpleNamespace(batch=batch, sampling=sampling)
+    return AnalyticWindows(SERIES).sample(predictor, context, torch.Generator().manual_seed(seed))
 
 
 def test_teacher_is_the_chain_given_the_tokens_before() -> None:

@@ -164,17 +164,15 @@ class TestCentres:
 
 def best_windows(module: DistillationModule, num_proposals: int) -> tuple[Tensor, Tensor]:
     batch = next(iter(tiny_data().train_dataloader()))
-    context = module._encode(batch)
-    return best_of(num_proposals, module.predictor, batch, context, torch.Generator().manual_seed(0), 0)
+    context = module.predictor.encode(batch, end_of_text=0)
+    return best_of(num_proposals, module.predictor, context, torch.Generator().manual_seed(0))
 
 
 def test_best_of_equals_a_loop_over_windows() -> None:
     module = make_module()
     batch = next(iter(tiny_data().train_dataloader()))
-    context, generator = module._encode(batch), torch.Generator().manual_seed(0)
-    samples: list[WindowSample] = [
-        StudentWindows().sample(module.predictor, batch, context, generator, 0) for _ in range(5)
-    ]
+    context, generator = module.predictor.encode(batch, end_of_text=0), torch.Generator().manual_seed(0)
+    samples: list[WindowSample] = [StudentWindows().sample(module.predictor, context, generator) for _ in range(5)]
     correct, mask = best_windows(module, 5)
     winners: set[int] = set()
     for row, window in [(row, window) for row in range(2) for window in range(3)]:

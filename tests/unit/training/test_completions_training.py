@@ -120,8 +120,8 @@ def test_training_takes_every_token_of_a_window_for_the_teachers_own(tmp_path: P
     module, data = student(), stored(tmp_path / "completions")
     data.setup("fit")
     for batch in data.fixed_batches("train"):
-        context = module.predictor.encode(batch.input_ids, batch.document_ids, batch.position_ids, batch.window_starts)
-        sample = DatasetWindows().sample(module.predictor, batch, context, torch.Generator().manual_seed(0), 0)
+        context = module.predictor.encode(batch, end_of_text=0)
+        sample = DatasetWindows().sample(module.predictor, context, torch.Generator().manual_seed(0))
         own = batch.document_ids.gather(1, batch.window_starts)
         for row in range(len(batch.input_ids)):
             for window, start in enumerate(batch.window_starts[row].tolist()):

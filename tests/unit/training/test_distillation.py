@@ -69,7 +69,7 @@ class TestTraining:
         make_trainer(tmp_path, max_steps=1).fit(module, datamodule=data)  # lora_B leaves 0
         batch = next(iter(data.train_dataloader()))
         context = module._encode(batch)
-        sample = TeacherWindows().sample(module.predictor, batch, context, torch.Generator().manual_seed(0), None)
+        sample = TeacherWindows().sample(module.predictor, context, torch.Generator().manual_seed(0))
 
         def nats() -> Tensor:
             hidden = module.predictor.slot_hidden(context, sample.auxiliaries)
@@ -88,8 +88,8 @@ class TestTraining:
     def test_no_gradient_where_the_student_is_the_teacher(self) -> None:
         module = make_module(sampling=SamplingConfig())
         hidden = torch.randn(2, 3, 3, 16, requires_grad=True)
-        context = module._encode(batch := next(iter(tiny_data().train_dataloader())))
-        sample = TeacherWindows().sample(module.predictor, batch, context, torch.Generator().manual_seed(0), None)
+        context = module._encode(next(iter(tiny_data().train_dataloader())))
+        sample = TeacherWindows().sample(module.predictor, context, torch.Generator().manual_seed(0))
         logits = module.predictor.logits(torch.cat([hidden[:, :, :1], hidden], dim=2)).detach()
         same = sample._replace(target=SamplingConfig().distribution(logits))
 
@@ -105,8 +105,8 @@ class TestTraining:
 
     def test_masked_slots_do_not_count(self) -> None:
         module = make_module()
-        context = module._encode(batch := next(iter(tiny_data().train_dataloader())))
-        sample = TeacherWindows().sample(module.predictor, batch, context, torch.Generator().manual_seed(0), None)
+        context = module._encode(next(iter(tiny_data().train_dataloader())))
+        sample = TeacherWindows().sample(module.predictor, context, torch.Generator().manual_seed(0))
         mask = sample.mask.clone()
         mask[0, 0, 2:] = False
         mask[1, 1] = False
@@ -124,8 +124,8 @@ class TestTraining:
     def test_refined_slots_are_told_the_true_tokens(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """And what they then say is compared with the token after."""
         module = make_module()
-        context = module._encode(batch := next(iter(tiny_data().train_dataloader())))
-        sample = TeacherWindows().sample(module.predictor, batch, context, torch.Generator().manual_seed(0), None)
+        context = module._encode(next(iter(tiny_data().train_dataloader())))
+        sample = TeacherWindows().sample(module.predictor, context, torch.Generator().manual_seed(0))
         monkeypatch.setattr(module.predictor, "refine", teacher_in_place_of_the_refiner(module))
         hidden = torch.full((2, 3, 3, 16), torch.nan)  # whatever the slots say, the teacher does not listen
         # Before the temperature and without truncation, the teacher is its own optimum.
@@ -234,9 +234,10 @@ class TestValidation:
         batch = next(iter(tiny_data(eval_rows=2).val_dataloader()))
         from ptp_lightning.utils.randomness import keyed_generator
 
+        assert module.end_of_text == 0
         context = module._encode(batch)
         generator = keyed_generator(module.seed, "val", 0, 0)
-        sample = TeacherWindows().sample(module.predictor, batch, context, generator, 0)
+        sample = TeacherWindows().sample(module.predictor, context, generator)
         probability = sample.teacher.now().probability_of(sample.token_ids)[..., 0].double()
         assert module.val_summary is not None
         assert float(module.val_summary.perplexity[0]) == pytest.approx(float((-probability.log()).mean().exp()))

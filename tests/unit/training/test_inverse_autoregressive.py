@@ -41,7 +41,6 @@ from tests.helpers.tiny_shared_students import (
     FULL,
     LENGTH,
     count_calls,
-    encode,
     make_batch,
     make_predictor,
 )
@@ -118,8 +117,7 @@ class TestTraining:
         predictor.zero_grad()
         token_ids, mask = window_tokens(batch, LENGTH)
         generator = keyed_generator(0, "train", 0, 0, 0)
-        values = invert(predictor, encode(predictor, batch), token_ids, UniformInInterval(), generator).values
-        context = encode(predictor, batch)
+        values = invert(predictor, predictor.encode(batch), token_ids, UniformInInterval(), generator).values
         window, offset = torch.arange(3).repeat_interleave(LENGTH - 1), torch.arange(LENGTH - 1).repeat(3)
         of_slots = slot_mask(
             batch.document_ids,
@@ -129,7 +127,7 @@ class TestTraining:
             key_window=window,
             key_offset=offset,
         )
-        positions = context.window_positions[:, window] + offset
+        positions = batch.window_positions[:, window] + offset
         slots = predictor.slot_encoder(F.pad(values, (0, 1))).flatten(1, 2)
         of_context = F.pad(context_mask(batch.document_ids), (0, slots.shape[1]))
         hidden = predictor.run_decoder(
@@ -190,7 +188,7 @@ class TestValidation:
         data = tiny_data(eval_rows=2)
         metrics = make_trainer(tmp_path).validate(module, datamodule=data, verbose=False)[0]
         batch = next(iter(data.val_dataloader()))
-        context = encode(module.predictor, batch)
+        context = module.predictor.encode(batch)
         log_p = module.predictor.logits(context.first_hidden).log_softmax(-1)
         nll = -log_p.gather(-1, batch.input_ids.gather(1, batch.window_starts)[..., None]).double()
         assert metrics["val/perplexity/position_00"] == pytest.approx(float(nll.mean().exp()), rel=1e-5)
@@ -208,7 +206,7 @@ class TestValidation:
         data = tiny_data(eval_rows=2)
         metrics = make_trainer(tmp_path).validate(module, datamodule=data, verbose=False)[0]
         batch = next(iter(data.val_dataloader()))
-        log_p = module.predictor.logits(encode(module.predictor, batch).hidden).log_softmax(-1).double()
+        log_p = module.predictor.logits(module.predictor.encode(batch).hidden).log_softmax(-1).double()
         nats: dict[int, list[float]] = {}
         for row, starts in enumerate(batch.window_starts.tolist()):
             for start in starts:

@@ -22,7 +22,6 @@ from tests.helpers.tiny_shared_students import (
     LENGTH,
     TRUNCATED,
     count_calls,
-    encode,
     make_batch,
     make_predictor,
 )
@@ -31,13 +30,13 @@ from tests.helpers.tiny_shared_students import (
 def inverted(predictor: PredictorNetwork, batch: PackedBatch, seed: int = 0) -> InverseAuxiliaries:
     token_ids, _ = window_tokens(batch, LENGTH)
     generator = torch.Generator().manual_seed(seed)
-    return invert(predictor, encode(predictor, batch), token_ids, UniformInInterval(), generator)
+    return invert(predictor, predictor.encode(batch), token_ids, UniformInInterval(), generator)
 
 
 @torch.no_grad()
 def picked(predictor: PredictorNetwork, batch: PackedBatch, values: Tensor) -> Tensor:
     """`[B, N, L - 1]`, what the auxiliaries pick from the distributions of one parallel pass."""
-    context = encode(predictor, batch)
+    context = predictor.encode(batch)
     slots = predictor.slot_hidden(context, F.pad(values, (0, 1)))
     hidden = torch.cat([context.first_hidden.unsqueeze(2), slots[:, :, :-1]], dim=2)
     return pick(values, predictor.config.sampling.distribution(predictor.slot_logits(hidden)))
@@ -119,14 +118,14 @@ class TestInvert:
     def test_cost_in_calls_and_positions(self) -> None:
         """L - 2 calls of one slot per window; the context is not read again."""
         predictor, batch = make_predictor(), make_batch()
-        context, token_ids = encode(predictor, batch), window_tokens(batch, LENGTH)[0]
+        context, token_ids = predictor.encode(batch), window_tokens(batch, LENGTH)[0]
         calls = count_calls(predictor)
         invert(predictor, context, token_ids, UniformInInterval(), torch.Generator().manual_seed(0))
         assert calls() == [3] * (LENGTH - 2)
 
     def test_leaves_context_and_graph_alone(self) -> None:
         predictor, batch = make_predictor(), make_batch()
-        context = encode(predictor, batch)
+        context = predictor.encode(batch)
         before = [layer.keys for layer in context.cache.layers]  # pyright: ignore
         result = invert(
             predictor, context, window_tokens(batch, LENGTH)[0], UniformInInterval(), torch.Generator().manual_seed(0)

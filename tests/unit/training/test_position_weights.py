@@ -43,7 +43,7 @@ def windows(module: DistillationModule) -> tuple[WindowSample, Tensor]:
     batch = next(iter(tiny_data().train_dataloader()))
     context = module._encode(batch)
     generator = torch.Generator().manual_seed(0)
-    sample = TeacherWindows().sample(module.predictor, batch, context, generator, None)
+    sample = TeacherWindows().sample(module.predictor, context, generator)
     mask = sample.mask.clone()
     mask[0, 0, 2:] = False
     mask[1, 1] = False

@@ -93,7 +93,7 @@ class TestTraining:
         module = make_module(sampling_range=RANGE)
         batch = next(iter(tiny_data().train_dataloader()))
         context = module._encode(batch, replace(USUAL, temperature=0.0))
-        sample = source.sample(module.predictor, batch, context, torch.Generator().manual_seed(0), None)
+        sample = source.sample(module.predictor, context, torch.Generator().manual_seed(0))
         assert sample.teacher.now().probabilities.shape[-1] == sample.target.now().probabilities.shape[-1] == 1
         first = module.predictor.logits(context.first_hidden).argmax(-1)
         valid = sample.mask[..., 0]
@@ -158,7 +158,7 @@ def test_greedy_windows_tell_slots_the_u_that_decoding_tells() -> None:
     module = make_module(sampling_range=RANGE)
     batch = next(iter(tiny_data().train_dataloader()))
     context = module._encode(batch, replace(USUAL, temperature=0.0))
-    sample = TeacherWindows().sample(module.predictor, batch, context, torch.Generator().manual_seed(0), None)
+    sample = TeacherWindows().sample(module.predictor, context, torch.Generator().manual_seed(0))
     seen: list[Tensor] = []
     hook = module.predictor.slot_encoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     module.predictor.slot_hidden(context, sample.auxiliaries)

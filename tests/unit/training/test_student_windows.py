@@ -22,7 +22,7 @@ from tests.helpers.tiny_data import tiny_data
 from tests.helpers.tiny_distillation import PAIRS, make_module, make_trainer
 from tests.helpers.tiny_models import TINY_MODELS
 from tests.helpers.tiny_predictors import OBJECTIVES, sharpen, tiny_predictor
-from tests.unit.training.test_windows import WINDOW_STARTS, encode, make_batch
+from tests.unit.training.test_windows import WINDOW_STARTS, make_batch
 
 VOCAB_SIZE, LENGTH, SHARPNESS = 30, 5, 2.0
 SAMPLING = SamplingConfig(temperature=0.8, top_k=12, top_p=0.9)
@@ -36,9 +36,8 @@ def make_predictor(
 
 
 def sample(predictor: PredictorNetwork, end_of_text: int | None = None, source: Any = None) -> WindowSample:
-    batch = make_batch()
-    generator = torch.Generator().manual_seed(0)
-    return (source or StudentWindows()).sample(predictor, batch, encode(predictor, batch), generator, end_of_text)
+    context = predictor.encode(make_batch(), end_of_text=end_of_text)
+    return (source or StudentWindows()).sample(predictor, context, torch.Generator().manual_seed(0))
 
 
 def every_window() -> list[tuple[int, int]]:
@@ -83,7 +82,7 @@ class TestTargets:
     def test_the_text_is_what_the_student_proposes(self) -> None:
         predictor = make_predictor()
         found, batch = sample(predictor), make_batch()
-        draft = student_draft(predictor, encode(predictor, batch), found.auxiliaries, found.token_ids[..., 0]).token_ids
+        draft = student_draft(predictor, predictor.encode(batch), found.auxiliaries, found.token_ids[..., 0]).token_ids
         assert torch.equal(found.conditioning_ids, draft)
 
     def test_window_ends_with_the_students_end_of_text(self) -> None:
@@ -103,7 +102,7 @@ class TestTargets:
 class TestCost:
     def test_one_call_of_the_student_and_one_of_the_base(self, monkeypatch: pytest.MonkeyPatch) -> None:
         predictor, batch = make_predictor(), make_batch()
-        context = encode(predictor, batch)
+        context = predictor.encode(batch)
         calls: list[tuple[bool, list[int]]] = []
         for name in ("run_decoder", "run_student_decoder"):
             decode = getattr(predictor, name)
@@ -113,7 +112,7 @@ class TestCost:
                 return decode(embeddings, *arguments, **named)
 
             monkeypatch.setattr(predictor, name, count)
-        StudentWindows().sample(predictor, batch, context, torch.Generator().manual_seed(0), None)
+        StudentWindows().sample(predictor, context, torch.Generator().manual_seed(0))
         tokens = [2, 3 * (LENGTH - 1)]
         assert calls == [(True, tokens), (False, tokens)]
 
@@ -162,7 +161,7 @@ class TestTraining:
         module = make_module()
         batch = next(iter(tiny_data().train_dataloader()))
         context = module._encode(batch)
-        found = StudentWindows().sample(module.predictor, batch, context, torch.Generator().manual_seed(0), None)
+        found = StudentWindows().sample(module.predictor, context, torch.Generator().manual_seed(0))
         assert not torch.equal(found.conditioning_ids, found.token_ids)
         told: list[Tensor] = []
 

@@ -47,17 +47,11 @@ def make_batch() -> PackedBatch:
     return PackedBatch(input_ids, DOCUMENT_IDS, POSITION_IDS, WINDOW_STARTS, DOCUMENT_IDS >= 0)
 
 
-def encode(predictor: PredictorNetwork, batch: PackedBatch) -> Context:
-    return predictor.encode(batch.input_ids, batch.document_ids, batch.position_ids, batch.window_starts)
-
-
 def sample_from(
     source: WindowSource, predictor: PredictorNetwork, end_of_text: int | None = None, seed: int = 0
 ) -> tuple[WindowSample, Context]:
-    batch = make_batch()
-    context = encode(predictor, batch)
-    generator = torch.Generator().manual_seed(seed)
-    return source.sample(predictor, batch, context, generator, end_of_text), context
+    context = predictor.encode(make_batch(), end_of_text=end_of_text)
+    return source.sample(predictor, context, torch.Generator().manual_seed(seed)), context
 
 
 SOURCES: dict[str, WindowSource] = {
@@ -99,7 +93,7 @@ class TestEverySource:
     def test_context_cache_is_as_before(self, source: WindowSource) -> None:
         predictor = make_predictor()
         batch = make_batch()
-        expected = encode(predictor, batch).cache
+        expected = predictor.encode(batch).cache
         _, context = sample_from(source, predictor)
         assert context.cache.get_seq_length() == batch.input_ids.shape[1]
         for found, kept in zip(context.cache.layers, expected.layers, strict=True):
@@ -194,9 +188,9 @@ class TestDatasetWindows:
             base_model=SimpleNamespace(config=SimpleNamespace(vocab_size=10)),
             logits=lambda hidden: hidden,
         )
-        context: Any = SimpleNamespace(hidden=logits, sampling=Sampler(SamplingConfig(order="vocabulary")))
         batch = PackedBatch(token_ids, documents, torch.empty(0), torch.tensor([starts]), completion)
-        return DatasetWindows().sample(predictor, batch, context, torch.Generator().manual_seed(0), None)
+        context: Any = SimpleNamespace(batch=batch, hidden=logits, sampling=Sampler(SamplingConfig(order="vocabulary")))
+        return DatasetWindows().sample(predictor, context, torch.Generator().manual_seed(0))
 
     def seen(self, sample: WindowSample) -> list[list[int]]:
         """The unmasked tokens of each window."""
