@@ -322,4 +322,4 @@ def test_the_decoder_leaves_the_gate_closed_after_an_error() -> None:
 
     with pytest.raises(RuntimeError, match="broken drafter"):
         decode_speculatively(predictor, [PROMPT], GenerationSettings(), drafter=fail)
-    assert predictor.gate.opening is None
+    assert predictor.gate.state is None

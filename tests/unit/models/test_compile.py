@@ -15,6 +15,7 @@ from ptp_lightning.models import LoraSettings, PredictorConfig, PredictorNetwork
 from ptp_lightning.models.layers.activation_checkpointing import checkpoint_layers
 from ptp_lightning.models.layers.compile import compile_layers
 from ptp_lightning.models.layers.decoder_stack import decoder_layers
+from ptp_lightning.models.lora.gated_linear import GatedLoraLinear
 from tests.helpers.tiny_models import TINY_MODELS
 from tests.helpers.tiny_predictors import STUDENTS
 from tests.helpers.tiny_shared_students import make_batch
@@ -137,11 +138,10 @@ def test_layers_may_be_computed_again() -> None:
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_copies_of_gated_layers_have_a_gate_of_their_own(duplicate: Any) -> None:
-    """Their class is made when a gate is put in front of them, and has no name in a module."""
     predictor = make_predictor()
     expected = slot_states(predictor)
     twin = duplicate(predictor)
     torch.testing.assert_close(slot_states(twin), expected, rtol=0, atol=0)
     assert twin.gate is not predictor.gate
-    layer = next(module for module in twin.modules() if hasattr(module, "opened_by"))
-    assert layer.opened_by is twin.gate
+    gates = [module.gate for module in twin.modules() if isinstance(module, GatedLoraLinear)]
+    assert gates and all(gate is twin.gate for gate in gates)

@@ -10,11 +10,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointError
 from transformers import PreTrainedModel
 
 from ptp_lightning.models.lora.gate import Gate
-from ptp_lightning.models.lora.gated_lora import LoraSettings, add_gated_lora, attach_gate
+from ptp_lightning.models.lora.gated_linear import GatedLoraLinear, use_gated_layers
+from ptp_lightning.models.lora.gated_lora import LoraSettings, add_gated_lora
 from tests.helpers.tiny_gated_lora import CONTEXT, INPUT_IDS, SLOT_MASK, SLOTS, fill_adapter, gated, logits
 from tests.helpers.tiny_models import TINY_MODELS, cast_weights, tiny_gpt2, tiny_llama
 
@@ -123,17 +125,29 @@ def test_mask_may_differ_between_rows() -> None:
     assert (actual[0, 5:] != expected[0, 5:]).any(dim=-1).all()
 
 
-def test_suffix_computes_the_low_rank_term_on_open_positions_only() -> None:
-    model, gate = gated(tiny_llama())
-    seen: list[tuple[int, ...]] = []
-    for name, module in model.named_modules():
-        if name.endswith("lora_A.default"):
-            module.register_forward_hook(lambda _module, inputs, _output: seen.append(tuple(inputs[0].shape[:2])))
-    model(INPUT_IDS)
-    assert seen == []
-    with gate.open(suffix=SLOTS):
+class ProductsWithRank(TorchDispatchMode):
+    """Records the number of rows of each matrix product `[rows, in] x [in, rank]`."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.rank = rank
+        self.rows: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.mm.default and args[1].shape[1] == self.rank:
+            self.rows.append(args[0].shape[0])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("is_trained", [False, True])
+def test_suffix_computes_the_low_rank_term_on_open_positions_only(is_trained: bool) -> None:
+    model, gate = gated(tiny_llama(), rank=3)  # a size that nothing else has
+    with torch.set_grad_enabled(is_trained), ProductsWithRank(3) as products:
         model(INPUT_IDS)
-    assert set(seen) == {(2, SLOTS)}
+        assert products.rows == []
+        with gate.open(suffix=SLOTS):
+            model(INPUT_IDS)
+    assert products.rows == [2 * SLOTS] * 2 * 7
 
 
 def test_flattened_input_of_a_layer_fits_the_mask() -> None:
@@ -155,7 +169,7 @@ def test_shapes_that_do_not_fit_name_the_layer() -> None:
         layer(torch.randn(22, 32))
 
 
-def test_gate_refuses_what_it_cannot_mean() -> None:
+def test_gate_refuses_malformed_arguments() -> None:
     gate = Gate()
     for arguments, message in [
         ({"mask": SLOT_MASK, "suffix": 1}, "both"),
@@ -165,14 +179,14 @@ def test_gate_refuses_what_it_cannot_mean() -> None:
     ]:
         with pytest.raises(ValueError, match=message), gate.open(**arguments):
             pass
-    assert gate.opening is None
+    assert gate.state is None
 
 
 def test_gate_closes_after_an_error() -> None:
     gate = Gate()
     with pytest.raises(KeyError), gate.open():
         raise KeyError
-    assert gate.opening is None
+    assert gate.state is None
 
 
 class TestGradients:
@@ -233,8 +247,8 @@ class TestGradients:
         model.train()  # transformers checkpoints in train mode only; this model has no dropout
         with gate.open(**opening):
             loss = self.loss(model, slice(None))
-        assert gate.opening is None
-        loss.backward(retain_graph=True)  # recomputes behind a closed gate
+        assert gate.state is None
+        loss.backward(retain_graph=True)  # recomputes with a closed gate
         torch.testing.assert_close(self.gradients(model), expected, rtol=0, atol=0)
         loss.backward()  # and once more
         torch.testing.assert_close(self.gradients(model), expected, rtol=0, atol=0)
@@ -255,29 +269,51 @@ class TestFiles:
         model, gate = gated(copy.deepcopy(base), alpha=6.0, rank_pattern={"c_attn": 2})
         model.save_pretrained(str(tmp_path), save_embedding_layers=False)
         assert {file.name for file in tmp_path.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
-        loaded = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path))
-        loaded_gate = attach_gate(loaded)
+        config = LoraConfig.from_pretrained(str(tmp_path))
+        loaded_gate = Gate()
+        use_gated_layers(config, loaded_gate)
+        loaded = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path), config=config)
         openings: list[dict[str, Any]] = [{}, {"suffix": SLOTS}, {"mask": SLOT_MASK}]
         for opening in openings:
             with gate.open(**opening), loaded_gate.open(**opening):
                 assert torch.equal(logits(loaded), logits(model))
         assert torch.equal(logits(loaded), logits(base))
+        without_gate = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path))
+        with gate.open():
+            torch.testing.assert_close(logits(without_gate), logits(model))
 
-    def test_attach_gate_is_idempotent_and_covers_later_adapters(self, tmp_path: Path) -> None:
+    def test_adapters_that_are_loaded_later_have_the_same_gate(self, tmp_path: Path) -> None:
         base = tiny_llama()
         model, gate = gated(copy.deepcopy(base))
         model.save_pretrained(str(tmp_path), save_embedding_layers=False)
-        assert attach_gate(model) is gate
         model.load_adapter(str(tmp_path), "second")
+        with gate.open():
+            expected = logits(model)
         model.set_adapter("second")
-        assert attach_gate(model) is gate
         assert torch.equal(logits(model), logits(base))
         with gate.open():
             assert not torch.equal(logits(model), logits(base))
+            assert torch.equal(logits(model), expected)
 
-    def test_attach_gate_needs_lora_layers(self) -> None:
-        with pytest.raises(ValueError, match="LoRA layers, found none"):
-            attach_gate(tiny_llama())  # pyright: ignore[reportArgumentType]
+    def test_kinds_of_adapters_that_cannot_be_gated_are_refused(self) -> None:
+        model, _ = gated(tiny_llama())
+        for settings, message in [({"use_dora": True}, "use_dora"), ({"lora_bias": True}, "lora_bias")]:
+            with pytest.raises(ValueError, match=message):
+                model.add_adapter("other", LoraConfig(target_modules=["q_proj"], **settings))
+
+    def test_several_active_adapters_are_refused(self) -> None:
+        model, _ = gated(tiny_llama())
+        model.add_adapter("second", LoraConfig(target_modules=["q_proj"]))
+        with pytest.raises(ValueError, match="one active adapter"):
+            model.base_model.set_adapter(["default", "second"])
+
+
+def test_disabled_adapters_leave_the_base_model() -> None:
+    base = tiny_llama()
+    model, gate = gated(copy.deepcopy(base))
+    with gate.open(), model.disable_adapter():
+        assert torch.equal(logits(model), logits(base))
+        assert not model(INPUT_IDS).logits.requires_grad
 
 
 @pytest.mark.parametrize("family", TINY_MODELS)
@@ -303,8 +339,10 @@ def test_merging_is_refused_and_changes_nothing(method: str, safe_merge: bool) -
 def test_copies_have_a_gate_of_their_own() -> None:
     model, gate = gated(tiny_llama())
     copied = copy.deepcopy(model)
-    with attach_gate(copied).open():
-        assert gate.opening is None
+    gates = {layer.gate for layer in copied.modules() if isinstance(layer, GatedLoraLinear)}
+    assert len(gates) == 1
+    with gates.pop().open():
+        assert gate.state is None
         assert not torch.equal(logits(copied), logits(model))
 
 
@@ -353,7 +391,7 @@ class TestSettings:
         with pytest.raises(ValueError, match="already holds an adapter"):
             add_gated_lora(model, LoraSettings(rank=4))
 
-    def test_ranks_and_places_are_followed(self) -> None:
+    def test_ranks_and_target_modules_are_respected(self) -> None:
         settings = LoraSettings(rank=4, target_modules=["q_proj", "up_proj"], rank_pattern={"layers.0.*up_proj": 2})
         model, _ = add_gated_lora(tiny_llama(), settings)
         layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}

@@ -108,7 +108,7 @@ class TestCost:
             decode = getattr(predictor, name)
 
             def count(embeddings: Tensor, *arguments: Any, decode: Any = decode, **named: Any) -> Tensor:
-                calls.append((predictor.gate.opening is not None, list(embeddings.shape[:2])))
+                calls.append((predictor.gate.state is not None, list(embeddings.shape[:2])))
                 return decode(embeddings, *arguments, **named)
 
             monkeypatch.setattr(predictor, name, count)
