@@ -61,7 +61,7 @@ class GatedLoraLinear(Linear):
     def forward(self, x: Tensor) -> Tensor:
         """`[B, T, in]` to `[B, T, out]`; with a mask or a gate open everywhere also `[B * T, in]`."""
         state = self.gate.state
-        if state is None or self.disable_adapters:
+        if state is None or self.acting_adapter is None:
             return self.forward_base(x)
         if state.mask is not None:
             return self.forward_masked(x, state.mask)
@@ -78,30 +78,34 @@ class GatedLoraLinear(Linear):
         weights = self.training_weights(x)
         if weights is not None:
             return lora_linear(x, weights)
-        lora = self.lora_weights
-        return lora_expand_(self.forward_base(x), lora_shrink(self._dropped_out(x, lora), lora), lora)
+        return self._add_update_(self.forward_base(x), x)
 
     def forward_suffix(self, x: Tensor, suffix: int) -> Tensor:
         """The update at the last `suffix` positions of every row."""
         start = self._suffix_start(x, suffix)
-        output, lora = self.forward_base(x), self.lora_weights
+        output = self.forward_base(x)
         # contiguous: for a strided input torch picks the kernel by whether the weights require gradients
-        x = x.narrow(1, start, suffix).contiguous()
-        lora_expand_(output.narrow(1, start, suffix), lora_shrink(self._dropped_out(x, lora), lora), lora)
+        self._add_update_(output.narrow(1, start, suffix), x.narrow(1, start, suffix).contiguous())
         return output
 
     def forward_masked(self, x: Tensor, mask: Tensor) -> Tensor:
         """The update where `mask` `[B, T]` is true."""
         is_open = self._fitting_mask(x, mask)
-        output, lora = self.forward_base(x), self.lora_weights
-        updated = lora_expand_(output.clone(), lora_shrink(self._dropped_out(x, lora), lora), lora)
-        return torch.where(is_open, updated, output)
+        output = self.forward_base(x)
+        return torch.where(is_open, self._add_update_(output.clone(), x), output)
+
+    @property
+    def acting_adapter(self) -> str | None:
+        """The active adapter, if it adapts this layer and adapters are enabled."""
+        if self.disable_adapters:
+            return None
+        return next((name for name in self.active_adapters if name in self.scaling), None)
 
     @property
     def lora_weights(self) -> LoraWeights:
-        """The active adapter's."""
+        """Those of the acting adapter."""
         modules = self._modules  # found sooner than attributes, which counts in calls of few tokens
-        adapter = self.active_adapters[0]
+        adapter = cast(str, self.acting_adapter)
         a, b = (cast(nn.Module, cast(nn.Module, modules[name])._modules[adapter]) for name in ("lora_A", "lora_B"))
         return LoraWeights(
             cast(Tensor, a._parameters["weight"]), cast(Tensor, b._parameters["weight"]), self.scaling[adapter]
@@ -118,7 +122,7 @@ class GatedLoraLinear(Linear):
             x: the layer's input.
         """
         state, base = self.gate.state, self.get_base_layer()
-        if state is None or not state.is_everywhere or self.disable_adapters:
+        if state is None or not state.is_everywhere or self.acting_adapter is None:
             return None
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
@@ -170,11 +174,15 @@ class GatedLoraLinear(Linear):
 
     @property
     def _has_active_dropout(self) -> bool:
-        dropout = self.lora_dropout[self.active_adapters[0]]
+        dropout = self.lora_dropout[cast(str, self.acting_adapter)]
         return dropout.training and not isinstance(dropout, nn.Identity)
 
-    def _dropped_out(self, x: Tensor, lora: LoraWeights) -> Tensor:
-        return self.lora_dropout[self.active_adapters[0]](x.to(lora.a.dtype))
+    def _add_update_(self, output: Tensor, x: Tensor) -> Tensor:
+        """`output += s B A dropout(x)`, in place."""
+        lora = self.lora_weights
+        if self._has_active_dropout:
+            x = self.lora_dropout[cast(str, self.acting_adapter)](x.to(lora.a.dtype))
+        return lora_expand_(output, lora_shrink(x, lora), lora)
 
     def _fitting_mask(self, x: Tensor, mask: Tensor) -> Tensor:
         """The mask with one entry per token of `x`, broadcasting over features."""
