@@ -97,19 +97,16 @@ class GatedLoraLinear(Linear):
     @property
     def acting_adapter(self) -> str | None:
         """The active adapter, if it adapts this layer and adapters are enabled."""
-        if self.disable_adapters:
-            return None
-        return next((name for name in self.active_adapters if name in self.scaling), None)
+        name = self._active_adapter if isinstance(self._active_adapter, str) else next(iter(self._active_adapter), None)
+        return name if name in self.scaling and not self._disable_adapters else None
 
     @property
     def lora_weights(self) -> LoraWeights:
         """Those of the acting adapter."""
-        modules = self._modules  # found sooner than attributes, which counts in calls of few tokens
-        adapter = cast(str, self.acting_adapter)
-        a, b = (cast(nn.Module, cast(nn.Module, modules[name])._modules[adapter]) for name in ("lora_A", "lora_B"))
-        return LoraWeights(
-            cast(Tensor, a._parameters["weight"]), cast(Tensor, b._parameters["weight"]), self.scaling[adapter]
-        )
+        modules: Any = self._modules  # found sooner than attributes, which counts in calls of few tokens
+        name = self.acting_adapter
+        a, b = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
+        return LoraWeights(a._parameters["weight"], b._parameters["weight"], self.scaling[name])
 
     def training_weights(self, x: Tensor) -> LoraLinearWeights | None:
         """Weights for the fused kernels of training, or None where they do not compute what this layer does.
@@ -126,7 +123,7 @@ class GatedLoraLinear(Linear):
             return None
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
-        if type(base) is not nn.Linear or base.weight.requires_grad or self._has_active_dropout:
+        if type(base) is not nn.Linear or base.weight.requires_grad or self._active_dropout is not None:
             return None
         weights = LoraLinearWeights(base.weight, base.bias, self.lora_weights)
         device = x.device.type
@@ -173,15 +170,17 @@ class GatedLoraLinear(Linear):
         return False
 
     @property
-    def _has_active_dropout(self) -> bool:
-        dropout = self.lora_dropout[cast(str, self.acting_adapter)]
-        return dropout.training and not isinstance(dropout, nn.Identity)
+    def _active_dropout(self) -> nn.Module | None:
+        """None where it does nothing."""
+        modules = cast(nn.ModuleDict, self._modules["lora_dropout"])
+        dropout = modules[cast(str, self.acting_adapter)] if modules.training else None
+        return None if isinstance(dropout, nn.Identity) else dropout
 
     def _add_update_(self, output: Tensor, x: Tensor) -> Tensor:
         """`output += s B A dropout(x)`, in place."""
-        lora = self.lora_weights
-        if self._has_active_dropout:
-            x = self.lora_dropout[cast(str, self.acting_adapter)](x.to(lora.a.dtype))
+        lora, dropout = self.lora_weights, self._active_dropout
+        if dropout is not None:
+            x = dropout(x.to(lora.a.dtype))
         return lora_expand_(output, lora_shrink(x, lora), lora)
 
     def _fitting_mask(self, x: Tensor, mask: Tensor) -> Tensor:
