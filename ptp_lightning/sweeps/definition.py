@@ -14,7 +14,14 @@ from ptp_lightning.sweeps.attributes import DEFINITION
 from ptp_lightning.sweeps.study import Study
 
 # Of the base configuration: where its file lies, what a study sets itself, and what only shows.
-NOT_COMPARED = ("config", "trainer.max_steps", "trainer.val_check_interval", "trainer.logger", "trainer.callbacks")
+NOT_COMPARED = (
+    "config",
+    "checkpoint",
+    "trainer.max_steps",
+    "trainer.val_check_interval",
+    "trainer.logger",
+    "trainer.callbacks",
+)
 MAX_SHOWN = 12
 
 

@@ -8,12 +8,42 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from jsonargparse import set_parsing_settings
 from lightning import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from ptp_lightning.training.distributed.termination import TerminateTogether
 from ptp_lightning.utils.user_errors import EXIT_CODE, plain_reason
 
-CHECKPOINT_IO = "ptp_lightning.training.distributed.checkpoint_io.AtomicCheckpointIO"
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "precision": "32-true",
+    "gradient_clip_val": 1.0,
+    "val_check_interval": 250,
+    "check_val_every_n_epoch": None,  # training streams have no epochs
+    "num_sanity_val_steps": -1,  # a complete validation before the first step, to compare the last one with
+    "log_every_n_steps": 10,
+    "enable_model_summary": False,
+    "logger": {
+        "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+        "init_args": {"save_dir": "runs", "default_hp_metric": False},
+    },
+    "callbacks": [
+        {"class_path": "ptp_lightning.training.callbacks.StepProgressBar"},
+        {"class_path": "lightning.pytorch.callbacks.LearningRateMonitor"},
+        {"class_path": "ptp_lightning.training.callbacks.PositionCharts"},
+        {"class_path": "ptp_lightning.training.callbacks.FinalMetrics"},
+        {"class_path": "ptp_lightning.training.callbacks.RunSummary"},
+    ],
+    "plugins": {"class_path": "ptp_lightning.training.distributed.checkpoint_io.AtomicCheckpointIO"},
+}
+"""Of the keys below `trainer`. `callbacks` in a configuration replaces the list, `callbacks+` adds to it."""
+
+CHECKPOINT_DEFAULTS: dict[str, Any] = {
+    "save_last": True,
+    "save_top_k": 0,
+    "save_on_exception": True,
+    "every_n_train_steps": "${..trainer.val_check_interval}",
+}
+"""Of the keys below `checkpoint`, the arguments of Lightning's `ModelCheckpoint`."""
 
 
 class PlainErrorParser(LightningArgumentParser):
@@ -33,7 +63,28 @@ class PlainErrorParser(LightningArgumentParser):
 
 
 class TrainingCLI(LightningCLI):
-    """LightningCLI whose command line outranks a checkpoint's hyperparameters, and that knows OmegaConf's `${...}`."""
+    """LightningCLI with the defaults of this package.
+
+    `checkpoint` holds the arguments of a `ModelCheckpoint`, which is used unless `trainer.callbacks` has one itself or
+    `trainer.enable_checkpointing` is false. `--print_config` shows all defaults.
+    """
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add `trainer`, `model`, `data` and `checkpoint`."""
+        super().add_core_arguments_to_parser(parser)
+        parser.set_defaults({"trainer.callbacks": TRAINER_DEFAULTS["callbacks"]})
+        parser.add_class_arguments(ModelCheckpoint, "checkpoint")
+        parser.set_defaults({f"checkpoint.{name}": value for name, value in CHECKPOINT_DEFAULTS.items()})
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Add the `ModelCheckpoint`, and leave out a progress bar that `trainer.enable_progress_bar` forbids."""
+        trainer: Any = self._get(self.config_init, "trainer")
+        callbacks = list(trainer.callbacks or [])
+        if trainer.enable_progress_bar is False:
+            callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
+        if trainer.enable_checkpointing is not False and not any(isinstance(one, Checkpoint) for one in callbacks):
+            callbacks.append(self._get(self.config_init, "checkpoint"))
+        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
     def _parse_ckpt_path(self) -> None:
         """Keep what the user typed: Lightning would let the checkpoint's hyperparameters override it."""
@@ -59,7 +110,7 @@ def parsed(
         LightningModule,
         LightningDataModule,
         trainer_class=Trainer,
-        trainer_defaults={"callbacks": [TerminateTogether()], "plugins": {"class_path": CHECKPOINT_IO}},
+        trainer_defaults=TRAINER_DEFAULTS | {"callbacks": [TerminateTogether()]},
         subclass_mode_model=True,
         subclass_mode_data=True,
         seed_everything_default=0,
@@ -82,7 +133,7 @@ def _leave_together() -> None:
 
 
 def silence_library_noise() -> None:
-    """Hide warnings about choices that are right here and that a user can do nothing about."""
+    """Hide warnings about choices that are correct here and that a user cannot change."""
     for message in (
         r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning against the newest torch
         r"The '\w+_dataloader' does not have many workers",  # the stream costs far less than a step

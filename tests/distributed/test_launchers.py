@@ -56,9 +56,7 @@ class Job:
         config["model"]["init_args"]["source"] = source
         config["model"]["init_args"]["optimizer"] = {"learning_rate": 0.001, "warmup_steps": 1}
         config["trainer"] |= {"fast_dev_run": False, "max_steps": STEPS, "limit_val_batches": 1}
-        for callback in config["trainer"]["callbacks"]:
-            if callback["class_path"].endswith("ModelCheckpoint"):
-                callback["init_args"]["every_n_train_steps"] = PERIOD
+        config["checkpoint"] = {"every_n_train_steps": PERIOD}
         self.config.write_text(yaml.safe_dump(config))
 
     def start(self, prefix: tuple[str, ...], *more: str, **env: str) -> subprocess.Popen[str]:

@@ -74,9 +74,7 @@ def fit(folder: Path, *options: str) -> Path:
     config["data"]["init_args"]["eval_rows"] = 4
     config["trainer"] |= {"accelerator": "gpu", "max_steps": 8, "val_check_interval": 4}
     config["trainer"]["logger"]["init_args"]["save_dir"] = str(folder)
-    for callback in config["trainer"]["callbacks"]:
-        if callback["class_path"].endswith("ModelCheckpoint"):
-            callback["init_args"] |= {"every_n_train_steps": 4, "save_top_k": -1}
+    config["checkpoint"] = {"save_top_k": -1}
     folder.mkdir()
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config))

@@ -120,7 +120,7 @@ def test_ways_to_run_layers_go_behind_another(
             return lambda *args, **kwargs: runs.append(True) or function(*args, **kwargs)
         return runs.append(True) or function()
 
-    first = ROOT / "configs" / "embedded_adapter.yaml"
+    first = ROOT / "configs" / "code_categorical.yaml"
     second = ROOT / "configs" / "strategy" / f"{name}.yaml"
     monkeypatch.setattr(called, run)
     monkeypatch.chdir(tmp_path)

@@ -34,7 +34,7 @@ def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 
     def run(name: str, *args: str) -> Printed:
         config = shrink(CONFIGS / f"{name}.yaml", corpus, tmp_path)
-        if name != "embedded_teacher":  # which has no windows
+        if name != "code_teacher":  # which has no windows
             args = ("--model.init_args.predictor.window_length", "3", *args)
         return run_here(monkeypatch, capsys, "plan", "--config", str(config), *args)
 
@@ -75,7 +75,7 @@ def test_what_does_not_fit_is_told_what_would_lower_it(plan: Run) -> None:
     assert lowered["activation_checkpointing: true"] < total
 
 
-@pytest.mark.parametrize("name", ["conditioned_adapter", "embedded_teacher", "nyc_self_trained"])
+@pytest.mark.parametrize("name", ["code_sampling_range", "code_teacher", "nyc_teacher_free"])
 def test_every_kind_of_module_can_be_planned(plan: Run, name: str) -> None:
     assert json.loads(plan(name, "--json").out)["bytes"]["replicated"]["total"] > 0
 
