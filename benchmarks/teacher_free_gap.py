@@ -22,7 +22,7 @@ from ptp_lightning.data import PackedBatch, PickUps, SeriesDataModule
 from ptp_lightning.export.checkpoint import load_network
 from ptp_lightning.models.network import PredictorNetwork
 from ptp_lightning.training.modules.inversion import followed_by_nothing, invert
-from ptp_lightning.training.windows.windows import hidden_before_tokens, window_tokens
+from ptp_lightning.training.windows.dataset_windows import hidden_before_tokens, window_tokens
 
 LENGTH = 16
 SHOWN = (1, 2, 3, 4, 8, 16)

@@ -1,8 +1,8 @@
 """Strategies for the auxiliaries of given tokens: where in its interval u is drawn (arXiv:2512.21323, eq. 9).
 
-Any u in the interval of a token picks it. So a strategy does not decide what is learned, only how often each place of
-an interval is met: a density that is positive in the whole interval leaves the optimum of a student unchanged. A new
-strategy is one class with `draw`, or with `relative` if it looks at nothing.
+Every u in the interval of a token picks it. A strategy therefore does not change what is learned, only how often each
+part of an interval occurs: a density that is positive in the whole interval leaves the optimum of a student unchanged.
+A new strategy is one class with `draw`, or with `relative` if the position in the interval depends on nothing.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from ptp_lightning.auxiliary import draw_auxiliaries
 SMALLEST_BETA = 0.01  # below, gamma variables underflow float64 and their ratio is no longer Beta
 
 
-class StudentAnswer(NamedTuple):
-    """What the student makes of auxiliaries for given tokens, which it is compared with.
+class ProbeResult(NamedTuple):
+    """Where the student's draft agrees with given tokens.
 
     Attributes:
-        correct: `[B, N, L]` bool, it proposes the given token.
-        interval: (lower, upper), each `[B, N, L]` float64: the auxiliaries for which it would, all others being equal;
-            None for a student whose proposal is no Pick(u_k, P_k).
+        correct: `[B, N, L]` bool, the student drafts the given token.
+        interval: (lower, upper), each `[B, N, L]` float64: the auxiliaries u_k for which it drafts the given token, all
+            other auxiliaries being equal; None for a student that does not draft Pick(u_k, P_k).
     """
 
     correct: Tensor
@@ -35,10 +35,10 @@ class StudentAnswer(NamedTuple):
 
 
 class StudentProbe(Protocol):
-    """Asks the student about given tokens; an answer costs a forward pass without gradients."""
+    """Compares the student's draft with given tokens; each call costs a forward pass without gradients."""
 
-    def __call__(self, auxiliaries: Tensor) -> StudentAnswer:
-        """Its answer to auxiliaries `[B, N, L]`, float64 in [0, 1)."""
+    def __call__(self, auxiliaries: Tensor) -> ProbeResult:
+        """The agreement for auxiliaries `[B, N, L]`, float64 in [0, 1)."""
         ...
 
 
@@ -47,13 +47,13 @@ class AuxiliaryStrategy(ABC):
 
     @abstractmethod
     def draw(self, lower: Tensor, upper: Tensor, generator: torch.Generator, probe: StudentProbe) -> Tensor:
-        """One auxiliary a token.
+        """One auxiliary for each token.
 
         Args:
-            lower: `[B, N, L]` float64, lower ends of the intervals.
-            upper: their upper ends, which are outside.
-            generator: of all draws; how often it is called depends on the shape alone.
-            probe: is used by strategies that adapt to the student.
+            lower: `[B, N, L]` float64, lower ends of the intervals (inclusive).
+            upper: `[B, N, L]` float64, upper ends (exclusive).
+            generator: of all draws; the number of draws depends on the shape alone.
+            probe: used by strategies that adapt to the student.
 
         Returns:
             `[B, N, L]` float64, `lower <= u < upper` after rounding too; an empty interval gives `u = lower`.
@@ -61,7 +61,7 @@ class AuxiliaryStrategy(ABC):
 
 
 class RelativeStrategy(AuxiliaryStrategy):
-    """`u = lower + r (upper - lower)` with relative positions r in [0, 1] that depend on nothing."""
+    """`u = lower + r (upper - lower)` with relative positions r in [0, 1] that are drawn independently of all else."""
 
     @abstractmethod
     def relative(self, shape: Sequence[int], generator: torch.Generator, device: torch.device) -> Tensor:
@@ -79,7 +79,13 @@ class RelativeStrategy(AuxiliaryStrategy):
 
 @dataclass(frozen=True)
 class UniformInInterval(RelativeStrategy):
-    """`r ~ Uniform[0, 1)`: what decoding meets, where all u are uniform."""
+    """`r ~ Uniform[0, 1)`: the distribution of decoding, where all u are uniform.
+
+    >>> lower, upper = torch.tensor([0.0, 0.5]), torch.tensor([0.5, 1.0])
+    >>> u = UniformInInterval()(lower, upper, torch.Generator().manual_seed(0))
+    >>> bool(((lower <= u) & (u < upper)).all())
+    True
+    """
 
     def relative(self, shape: Sequence[int], generator: torch.Generator, device: torch.device) -> Tensor:
         """See `RelativeStrategy.relative`."""
@@ -88,7 +94,7 @@ class UniformInInterval(RelativeStrategy):
 
 @dataclass(frozen=True)
 class BetaInInterval(RelativeStrategy):
-    """`r ~ Beta(b, b)`: more at the edges of intervals for b < 1, more in the middle for b > 1 (paper, section 2).
+    """`r ~ Beta(b, b)`: near the edges of intervals for b < 1, near their centres for b > 1 (paper, section 2).
 
     Args:
         b: both shape parameters; 1 is uniform.
@@ -105,7 +111,7 @@ class BetaInInterval(RelativeStrategy):
 
     def relative(self, shape: Sequence[int], generator: torch.Generator, device: torch.device) -> Tensor:
         """See `RelativeStrategy.relative`."""
-        # A pair of Dirichlet(b, b) is (r, 1 - r); what torch.distributions calls, with a generator.
+        # A sample of Dirichlet(b, b) is (r, 1 - r). torch.distributions calls this function without a generator.
         concentration = torch.full((*shape, 2), self.b, dtype=torch.float64, device=generator.device)
         pair: Tensor = torch._sample_dirichlet(concentration, generator=generator)  # pyright: ignore[reportPrivateImportUsage]
         return pair[..., 0].to(device)
@@ -113,32 +119,31 @@ class BetaInInterval(RelativeStrategy):
 
 @dataclass(frozen=True)
 class ErrorSeekingInInterval(AuxiliaryStrategy):
-    """More weight where the student errs now; an own design for what the paper leaves open.
+    """More weight where the current student errs; our own design, the paper leaves this open.
 
-    The student is asked once about auxiliaries u' that are uniform in the intervals. Then, with probability `strength`
-    at each position,
+    The student is probed once with auxiliaries u' that are uniform in the intervals. Then, with probability `strength`
+    at each position:
 
-    * a student that proposes Pick(u_k, P_k) (categorical) has an interval I_P of the given token of its own. It errs on
-      what I_P leaves of the token's interval I_Q: u_k is drawn again, uniform in I_Q without I_P, if that is not empty;
-    * a one-hot student does not say where it errs: u_k is drawn again, uniform in I_Q, where it was right. Where it was
-      wrong, u_k stays.
+    * A categorical student drafts Pick(u_k, P_k) and has its own interval I_P of the given token. It errs on the part
+      of the token's interval I_Q outside I_P: u_k is redrawn uniformly from that part, if it is not empty.
+    * A one-hot student does not show where it errs: u_k is redrawn uniformly from I_Q if the draft was correct. If it
+      was wrong, u_k is unchanged.
 
-    All other u' stay. So u lies inside its interval. Given the earlier u', its density is `1 - strength` times the
-    uniform one or more everywhere there, and higher by one factor where the student errs: `1 + strength (1/e - 1)`
-    (categorical; e is the wrong part of the interval) or `1 + strength (1 - e)` (one-hot). Where it errs nowhere, u is
-    uniform.
+    All other u' are unchanged, so every u lies inside its interval. Given the earlier u', its density is at least
+    `1 - strength` times the uniform density everywhere in the interval, and larger by one factor where the student
+    errs: `1 + strength (1/e - 1)` (categorical; e is the wrong fraction of the interval) or `1 + strength (1 - e)`
+    (one-hot). If the student does not err, u is uniform.
 
-    What this changes: a loss that compares a slot with the teacher (or with the token) for each u has the same optimum
-    under every positive density. u_k depends on tokens up to t_k alone, never on later ones, so that it tells a slot no
-    more about what comes than its interval does. In categorical PTP u_k conditions the slots after it, never its own
-    token's: these see u_<k from the changed distribution, and what they should say about t_k, Q(. | t_<k), is
-    the same for all of them. A student that cannot fit everything fits these places better and others worse. The
-    student's intervals at later positions were found with u', of which some were drawn again: weights may be off
-    there, correctness is not. Slots of the independent baseline know no u; only its proposals could change, and they
-    are not trained.
+    Consequences: a loss that compares a slot with the teacher (or with the token) for each u has the same optimum under
+    every positive density. u_k depends on tokens up to t_k alone, so it reveals no more about later tokens than its
+    interval does. In categorical PTP u_k conditions the slots after it, never the slot that predicts t_k. That slot is
+    conditioned on u_<k from the changed distribution, but its target Q(. | t_<k) does not depend on them within their
+    intervals. A student of limited capacity fits the redrawn regions better and others worse. The student's intervals
+    at later positions were computed with u', some of which are redrawn: the weights there are approximate, correctness
+    is not affected. Slots of the independent baseline carry no u, so its training does not change.
 
     Args:
-        strength: probability of drawing again, in [0, 1); 0 is uniform.
+        strength: probability of redrawing, in [0, 1); 0 is uniform.
 
     Raises:
         ValueError: the strength is out of range.
@@ -149,25 +154,25 @@ class ErrorSeekingInInterval(AuxiliaryStrategy):
     def __post_init__(self) -> None:
         if not 0 <= self.strength < 1:
             raise ValueError(
-                f"expected strategy.init_args.strength in [0, 1), found {self.strength}: at 1, places where the "
-                "student is right would never be met again"
+                f"expected strategy.init_args.strength in [0, 1), found {self.strength}: at 1, u would never "
+                "be drawn where the student is correct"
             )
 
     def draw(self, lower: Tensor, upper: Tensor, generator: torch.Generator, probe: StudentProbe) -> Tensor:
         """See `AuxiliaryStrategy.draw`."""
         uniform = UniformInInterval()
         first = uniform(lower, upper, generator)
-        seek, side = (draw_auxiliaries(lower.shape, generator, lower.device) for _ in range(2))
-        answer = probe(first)
-        again = seek < self.strength
-        if answer.interval is None:
-            again = again & answer.correct
+        redraw_draw, side_draw = (draw_auxiliaries(lower.shape, generator, lower.device) for _ in range(2))
+        result = probe(first)
+        redraws = redraw_draw < self.strength
+        if result.interval is None:
+            redraws = redraws & result.correct
         else:
-            # What the student's interval leaves: [lower, left_end) and [right_start, upper), either may be empty.
-            left_end = torch.minimum(upper, torch.maximum(lower, answer.interval[0]))
-            right_start = torch.maximum(lower, torch.minimum(upper, answer.interval[1]))
+            # The interval without the student's: [lower, left_end) and [right_start, upper); either may be empty.
+            left_end = torch.minimum(upper, torch.maximum(lower, result.interval[0]))
+            right_start = torch.maximum(lower, torch.minimum(upper, result.interval[1]))
             left, right = left_end - lower, upper - right_start
-            again = again & (left + right > 0)
-            is_left = (side * (left + right) < left) | (right <= 0)
+            redraws = redraws & (left + right > 0)
+            is_left = (side_draw * (left + right) < left) | (right <= 0)
             lower, upper = lower.where(is_left, right_start), left_end.where(is_left, upper)
-        return uniform(lower, upper, generator).where(again, first)
+        return uniform(lower, upper, generator).where(redraws, first)

@@ -6,9 +6,10 @@ from ptp_lightning.training.modules.distillation import DistillationModule
 from ptp_lightning.training.modules.inverse_autoregressive import InverseAutoregressiveModule
 from ptp_lightning.training.optimization import OptimizerSettings
 from ptp_lightning.training.windows.analytic_windows import AnalyticWindows
+from ptp_lightning.training.windows.dataset_windows import DatasetWindows
 from ptp_lightning.training.windows.mixture_windows import MixtureWindows
 from ptp_lightning.training.windows.student_windows import StudentWindows
-from ptp_lightning.training.windows.windows import DatasetWindows, TeacherWindows
+from ptp_lightning.training.windows.teacher_windows import TeacherWindows
 
 __all__ = [
     "AnalyticWindows",

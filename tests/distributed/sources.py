@@ -14,7 +14,7 @@ import torch
 from ptp_lightning.models import PredictorNetwork
 from ptp_lightning.models.context import Context
 from ptp_lightning.training import TeacherWindows
-from ptp_lightning.training.windows.windows import WindowSample
+from ptp_lightning.training.windows.window_source import WindowSample
 
 FAILING_RANK = 1
 REASON = "this process has had enough"

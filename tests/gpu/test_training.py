@@ -15,8 +15,10 @@ from ptp_lightning.models import PredictorNetwork
 from ptp_lightning.models.attention.dispatch import WindowKeys
 from ptp_lightning.models.layers.compile import compile_layers
 from ptp_lightning.models.layers.decoder_stack import decoder_layers
+from ptp_lightning.training.windows.dataset_windows import DatasetWindows
 from ptp_lightning.training.windows.student_windows import StudentWindows
-from ptp_lightning.training.windows.windows import DatasetWindows, TeacherWindows, WindowSource
+from ptp_lightning.training.windows.teacher_windows import TeacherWindows
+from ptp_lightning.training.windows.window_source import WindowSource
 from ptp_lightning.utils.randomness import keyed_generator
 from tests.helpers.tiny_distillation import make_module
 from tests.helpers.tiny_models import cast_weights

@@ -26,7 +26,8 @@ from ptp_lightning.models.slots.objectives import (
 from ptp_lightning.sampling import SamplingConfig
 from ptp_lightning.training.modules.distillation import DistillationModule
 from ptp_lightning.training.optimization import OptimizerSettings
-from ptp_lightning.training.windows.windows import TeacherWindows, WindowSource
+from ptp_lightning.training.windows.teacher_windows import TeacherWindows
+from ptp_lightning.training.windows.window_source import WindowSource
 
 LLAMA = {
     "model_type": "llama",

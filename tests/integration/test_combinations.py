@@ -19,7 +19,7 @@ from ptp_lightning.losses import Loss, PositionWeights
 from ptp_lightning.models.slots.auxiliary_features import AuxiliaryFeatures
 from ptp_lightning.models.slots.objectives import Objective
 from ptp_lightning.models.students import Student
-from ptp_lightning.training.windows.windows import WindowSource
+from ptp_lightning.training.windows.window_source import WindowSource
 from tests.helpers.tiny_configs import CORPUS_LINE, shrink
 
 ROOT = Path(__file__).parents[2]
@@ -62,7 +62,12 @@ def sources() -> list[dict[str, Any]]:
     of_data = [as_yaml("training", ("DatasetWindows", arguments)) for arguments in drawn]
     of_teacher = [as_yaml("training", ("TeacherWindows", arguments)) for arguments in [{}, *drawn]]
     of_student = as_yaml("training", ("StudentWindows", {}))
-    mixture = {"sources": [of_data[0], of_student], "start": [1.0, 0.0], "end": [0.0, 1.0], "until": 0.5}
+    mixture = {
+        "sources": [of_data[0], of_student],
+        "initial_weights": [1.0, 0.0],
+        "final_weights": [0.0, 1.0],
+        "schedule_end": 0.5,
+    }
     return [*of_teacher, *of_data, of_student, as_yaml("training", ("MixtureWindows", mixture))]
 
 

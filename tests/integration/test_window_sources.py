@@ -26,10 +26,10 @@ SOURCES: dict[str, dict[str, Any]] = {
         "class_path": "ptp_lightning.training.MixtureWindows",
         "init_args": {
             "sources": [TEACHER, STUDENT, DATASET | {"init_args": {"strategy": SEEKING}}],
-            "start": [1.0, 0.0, 1.0],
-            "end": [0.0, 1.0, 0.0],
-            "begin": 0.25,
-            "until": 0.75,
+            "initial_weights": [1.0, 0.0, 1.0],
+            "final_weights": [0.0, 1.0, 0.0],
+            "schedule_start": 0.25,
+            "schedule_end": 0.75,
         },
     },
 }
@@ -63,7 +63,10 @@ def test_several_proposals_are_validated(
     ("source", "message"),
     [
         (DATASET | {"init_args": {"strategy": BETA | {"init_args": {"b": 0}}}}, "strategy.init_args.b"),
-        (SOURCES["mixture"] | {"init_args": {"sources": [TEACHER], "start": [1, 2]}}, "source.init_args.start"),
+        (
+            SOURCES["mixture"] | {"init_args": {"sources": [TEACHER], "initial_weights": [1, 2]}},
+            "source.init_args.initial_weights",
+        ),
     ],
 )
 def test_mistakes_are_named(

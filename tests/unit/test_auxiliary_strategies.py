@@ -16,7 +16,7 @@ from ptp_lightning.auxiliary_strategies import (
     AuxiliaryStrategy,
     BetaInInterval,
     ErrorSeekingInInterval,
-    StudentAnswer,
+    ProbeResult,
     StudentProbe,
     UniformInInterval,
 )
@@ -43,15 +43,15 @@ def full(value: float, size: int = 64) -> Tensor:
 
 def picks_from(lower: float, upper: float) -> StudentProbe:
     """A student whose own interval of every given token is `[lower, upper)`."""
-    return lambda u: StudentAnswer((lower <= u) & (u < upper), (torch.full_like(u, lower), torch.full_like(u, upper)))
+    return lambda u: ProbeResult((lower <= u) & (u < upper), (torch.full_like(u, lower), torch.full_like(u, upper)))
 
 
 def right_below(edge: float) -> StudentProbe:
     """A one-hot student that proposes the given tokens for u below the edge."""
-    return lambda u: StudentAnswer(u < edge, None)
+    return lambda u: ProbeResult(u < edge, None)
 
 
-def must_not_be_asked(u: Tensor) -> StudentAnswer:
+def must_not_be_asked(u: Tensor) -> ProbeResult:
     raise AssertionError("a forward pass for nothing")
 
 
@@ -182,9 +182,9 @@ class TestErrorSeeking:
     def test_is_asked_about_uniform_auxiliaries_once(self) -> None:
         asked: list[Tensor] = []
 
-        def probe(u: Tensor) -> StudentAnswer:
+        def probe(u: Tensor) -> ProbeResult:
             asked.append(u)
-            return StudentAnswer(torch.ones_like(u, dtype=torch.bool), None)
+            return ProbeResult(torch.ones_like(u, dtype=torch.bool), None)
 
         ErrorSeekingInInterval().draw(full(0.2), full(0.7), generator(), probe)
         assert len(asked) == 1

@@ -6,7 +6,7 @@ from torch import Tensor
 from ptp_lightning.losses import SlotMeasure
 from ptp_lightning.models.network import PredictorNetwork
 from ptp_lightning.sampling import Sampler
-from ptp_lightning.training.windows.windows import SLOTS, WindowSample
+from ptp_lightning.training.windows.window_source import SLOT_POSITIONS, WindowSample
 
 
 def correct_probability(predictor: PredictorNetwork, sample: WindowSample, sampling: Sampler) -> SlotMeasure:
@@ -21,7 +21,7 @@ def correct_probability(predictor: PredictorNetwork, sample: WindowSample, sampl
         A measure of slots that are numbered through `[B, N, L - 1]`.
     """
     objective = predictor.config.objective
-    tokens, teachers = sample.token_ids[..., 1:], sample.teacher.at(SLOTS)
+    tokens, teachers = sample.token_ids[..., 1:], sample.teacher.at(SLOT_POSITIONS)
 
     def measure(logits: Tensor, slots: Tensor) -> Tensor:
         index = torch.unravel_index(slots, tokens.shape)

@@ -27,8 +27,9 @@ from ptp_lightning.training.modules.best_of import best_of
 from ptp_lightning.training.modules.correct_probability import correct_probability
 from ptp_lightning.training.modules.predictor_module import PredictorModule
 from ptp_lightning.training.optimization import OptimizerSettings
-from ptp_lightning.training.windows.student_proposals import student_draft
-from ptp_lightning.training.windows.windows import SLOTS, TeacherWindows, WindowSample, WindowSource
+from ptp_lightning.training.windows.student_draft import student_draft
+from ptp_lightning.training.windows.teacher_windows import TeacherWindows
+from ptp_lightning.training.windows.window_source import SLOT_POSITIONS, WindowSample, WindowSource
 from ptp_lightning.utils.randomness import keyed_generator
 
 
@@ -171,7 +172,7 @@ class DistillationModule(PredictorModule):
     def _slot_loss(self, hidden: Tensor, sample: WindowSample, sampling: Sampler) -> LossSum:
         """Loss of the slots' hidden states `[B, N, L - 1, H]`; `sampling` is what their proposals are made with."""
         mask = sample.mask[..., 1:]
-        flat = sample.target.at(SLOTS).flat()
+        flat = sample.target.at(SLOT_POSITIONS).flat()
         targets = SlotTargets(sample.token_ids[..., 1:].flatten(), flat, mask.flatten().to(torch.float32))
         measure = (
             correct_probability(self.predictor, sample, sampling)
@@ -211,7 +212,7 @@ class DistillationModule(PredictorModule):
         source = self.val_source.choose(1.0, keyed_generator(self.seed, "source", stage, batch_idx))
         sample, logits = self._measure(context, source, generator, self.val_metrics)
         if self.predictor.config.objective.predicts_distribution:
-            target, mask = sample.target.at(SLOTS).flat().now(), sample.mask[..., 1:]
+            target, mask = sample.target.at(SLOT_POSITIONS).flat().now(), sample.mask[..., 1:]
             divergences = KullbackLeibler().per_slot(logits.flatten(0, -2), sample.token_ids[..., 1:].flatten(), target)
             positions = torch.arange(1, self.predictor.config.window_length, device=mask.device).expand_as(mask)
             self.val_divergences.update(divergences.view_as(mask)[mask], positions[mask])

@@ -30,7 +30,8 @@ from ptp_lightning.training.modules.autoregressive import IGNORED_LABEL, next_to
 from ptp_lightning.training.modules.inversion import followed_by_nothing, invert
 from ptp_lightning.training.modules.predictor_module import PredictorModule
 from ptp_lightning.training.optimization import OptimizerSettings
-from ptp_lightning.training.windows.windows import TeacherWindows, hidden_before_tokens, window_tokens
+from ptp_lightning.training.windows.dataset_windows import hidden_before_tokens, window_tokens
+from ptp_lightning.training.windows.teacher_windows import TeacherWindows
 from ptp_lightning.utils.randomness import keyed_generator
 
 

@@ -1,1 +1,1 @@
-"""Window sources: which tokens and auxiliaries a training step learns from."""
+"""Window sources: where the tokens of training windows come from, with their auxiliaries and distributions."""

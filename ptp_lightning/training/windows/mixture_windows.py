@@ -1,4 +1,6 @@
-"""MixtureWindows: one of several sources in each training step, with weights that move during training."""
+"""MixtureWindows: each training step uses one of several sources, with weights that change during training."""
+
+from __future__ import annotations
 
 import math
 from dataclasses import dataclass
@@ -7,37 +9,43 @@ import torch
 
 from ptp_lightning.models.context import Context
 from ptp_lightning.models.network import PredictorNetwork
-from ptp_lightning.training.windows.windows import WindowSample, WindowSource
+from ptp_lightning.training.windows.window_source import WindowSample, WindowSource
 
 
 @dataclass(frozen=True)
 class MixtureWindows(WindowSource):
-    """Chooses a source for every training step at random, so that a step costs what one source costs.
+    """Draws one source for every training step, so that a step costs as much as with that source alone.
 
-    The weights are `start` until the share `begin` of the training steps is done, `end` from the share `until` on, and
-    linear in between; equal shares make a sudden change. The choice is drawn from a generator of the step, hence
-    the same on every run, and on all ranks: sources differ in how often they run the base model, which ranks may share.
-    Accumulated batches choose for themselves. Outside training a mixture is as at its end.
+    The weights are `initial_weights` until the fraction `schedule_start` of the training steps, `final_weights` from
+    the fraction `schedule_end` on, and linear in between; equal fractions give a sudden change. The choice is drawn
+    from a generator of the step: it is the same in every run and on all ranks, because sources differ in how often they
+    call the base model, whose weights the ranks may share. Each micro-batch of an accumulated step draws its own
+    choice. Outside training the final weights apply.
 
     Args:
-        sources: what is mixed.
-        start: weights of the sources at first, not negative; they need not add up to 1.
-        end: weights at last; by default `start`.
-        begin: share of the training steps, 0 .. 1.
-        until: share of the training steps, `begin` .. 1.
+        sources: the sources to choose from.
+        initial_weights: not negative; they need not sum to 1.
+        final_weights: by default `initial_weights`.
+        schedule_start: fraction of the training steps, 0 .. 1.
+        schedule_end: fraction of the training steps, `schedule_start` .. 1.
 
     Raises:
         ValueError: lengths disagree, or a value is out of range.
+
+    >>> from ptp_lightning.training import StudentWindows, TeacherWindows
+    >>> mixture = MixtureWindows([TeacherWindows(), StudentWindows()], initial_weights=[1, 0], final_weights=[0, 1])
+    >>> mixture.weights(progress=0.25)
+    [0.75, 0.25]
     """
 
     sources: list[WindowSource]
-    start: list[float]
-    end: list[float] | None = None
-    begin: float = 0.0
-    until: float = 1.0
+    initial_weights: list[float]
+    final_weights: list[float] | None = None
+    schedule_start: float = 0.0
+    schedule_end: float = 1.0
 
     def __post_init__(self) -> None:
-        for name, weights in (("start", self.start), ("end", self.end)):
+        for name, weights in (("initial_weights", self.initial_weights), ("final_weights", self.final_weights)):
             if weights is None:
                 continue
             if len(weights) != len(self.sources):
@@ -49,25 +57,26 @@ class MixtureWindows(WindowSource):
                 raise ValueError(
                     f"expected finite weights >= 0, not all 0, in source.init_args.{name}, found {weights}"
                 )
-        if not 0 <= self.begin <= self.until <= 1:
+        if not 0 <= self.schedule_start <= self.schedule_end <= 1:
             raise ValueError(
-                "expected 0 <= source.init_args.begin <= source.init_args.until <= 1, found "
-                f"{self.begin} and {self.until}"
+                "expected 0 <= source.init_args.schedule_start <= source.init_args.schedule_end <= 1, found "
+                f"{self.schedule_start} and {self.schedule_end}"
             )
 
     def weights(self, progress: float) -> list[float]:
-        """The probability of every source once the share `progress` of the training steps is done."""
-        if progress < self.begin:
+        """The probability of every source when the fraction `progress` of the training steps is done."""
+        if progress < self.schedule_start:
             moved = 0.0
-        elif progress >= self.until:
+        elif progress >= self.schedule_end:
             moved = 1.0
         else:
-            moved = (progress - self.begin) / (self.until - self.begin)
-        start, end = ([weight / sum(ends) for weight in ends] for ends in (self.start, self.end or self.start))
+            moved = (progress - self.schedule_start) / (self.schedule_end - self.schedule_start)
+        ends = (self.initial_weights, self.final_weights or self.initial_weights)
+        start, end = ([weight / sum(weights) for weight in weights] for weights in ends)
         return [first + moved * (last - first) for first, last in zip(start, end, strict=True)]
 
     def choose(self, progress: float, generator: torch.Generator) -> WindowSource:
-        """See `WindowSource.choose`; mixtures may hold mixtures."""
+        """See `WindowSource.choose`; mixtures may be nested."""
         weights = torch.tensor(self.weights(progress), dtype=torch.float64, device=generator.device)
         index = int(torch.multinomial(weights, 1, generator=generator))
         return self.sources[index].choose(progress, generator)

@@ -1,4 +1,6 @@
-"""StudentWindows: the student writes the windows, and the teacher says what it would have picked (on-policy)."""
+"""StudentWindows: the student writes the windows and the teacher corrects them (on-policy distillation)."""
+
+from __future__ import annotations
 
 from dataclasses import dataclass
 
@@ -8,27 +10,27 @@ from ptp_lightning.auxiliary import draw_auxiliaries, pick
 from ptp_lightning.distributions import picks
 from ptp_lightning.models.context import Context
 from ptp_lightning.models.network import PredictorNetwork
-from ptp_lightning.training.windows.student_proposals import distributions_along, student_draft
-from ptp_lightning.training.windows.windows import WindowSample, WindowSource, until_end
+from ptp_lightning.training.windows.student_draft import student_draft
+from ptp_lightning.training.windows.teacher_distributions import distributions_along
+from ptp_lightning.training.windows.window_source import WindowSample, WindowSource, until_end_of_text
 
 
 @dataclass(frozen=True)
 class StudentWindows(WindowSource):
-    """Algorithm 2 with swapped roles: u is drawn first, the student proposes, and the teacher picks for the same u.
+    """Algorithm 2 with swapped roles: u is drawn, the student drafts tokens, and the teacher picks with the same u.
 
-    The teacher reads the student's tokens, right or wrong: its distribution at k is Q(. | context, the student's tokens
-    before k), and the reference token its pick Pick(u_k, Q_k). Up to the student's first error these are the teacher's
-    own samples. Behind it they continue the student's text, so that every position is trained on the text that the
-    slots before it have made up.
+    The teacher reads the student's tokens, correct or not. Its distribution at position k is Q(. | context, the
+    student's tokens before k), and the reference token is `Pick(u_k, Q_k)`. Up to the student's first error these are
+    the teacher's own samples. After it they continue the student's text, so every position is trained on the text that
+    decoding would show it.
 
-    The student's token at j is a function of u up to u_j. So the target at k is a function of the auxiliaries that
-    the slots know, loss by loss the same in every step, and by induction from the first token, which is exact, the
-    only student that agrees with its targets everywhere is the teacher. A student that has to ignore u (the
-    independent baseline) is different: it learns what follows its own incompatible tokens, not the marginals of the
-    teacher.
+    The student's token at position j is a function of the auxiliaries up to u_j, so the target at k is a function of
+    the auxiliaries that the slots carry. The first token is exact; by induction, only a student equal to the teacher
+    agrees with its targets everywhere. A student that ignores u (the independent baseline) learns the continuation of
+    its own incompatible tokens instead of the teacher's marginals.
 
-    One call of the student (and the refiner's rounds) and one parallel call of the base model over B x N x (L - 1)
-    tokens each. A window ends after the end-of-text token of the student.
+    Each call costs one pass of the student, the refinement steps, and one parallel pass of the base model over
+    B x N x (L - 1) tokens. A window ends after the student's end-of-text token.
     """
 
     @torch.no_grad()
@@ -40,11 +42,12 @@ class StudentWindows(WindowSource):
         draft = student_draft(predictor, context, auxiliaries, pick(auxiliaries[..., 0], first)).token_ids
         teacher, target = distributions_along(predictor, context, draft)
         token_ids = picks(auxiliaries, teacher)
-        token_ids[..., 0] = draft[..., 0]  # the teacher's own, however the rounding of another call's logits falls out
+        # Logits of another call may be rounded differently; the first token is the one that the slots follow.
+        token_ids[..., 0] = draft[..., 0]
         return WindowSample(
             token_ids=token_ids,
             auxiliaries=auxiliaries,
-            mask=until_end(draft, context.end_of_text),
+            mask=until_end_of_text(draft, context.end_of_text),
             teacher=teacher,
             target=target,
             conditioning_ids=draft,

@@ -23,7 +23,7 @@ from ptp_lightning.planning.rank_memory import replicated
 from ptp_lightning.planning.step_memory import StepMemory, measure_step
 from ptp_lightning.sampling import SamplingConfig
 from ptp_lightning.training.modules.distillation import DistillationModule
-from ptp_lightning.training.windows.windows import DatasetWindows
+from ptp_lightning.training.windows.dataset_windows import DatasetWindows
 from tests.helpers.tiny_distillation import make_module
 
 TOLERANCE = 0.05  # kernels may take memory for themselves; to 15 % a plan can be relied on

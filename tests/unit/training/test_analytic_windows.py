@@ -16,7 +16,7 @@ from ptp_lightning.data.series.markov import MarkovSeries
 from ptp_lightning.data.series.series_datamodule import SeriesDataModule
 from ptp_lightning.sampling import SamplingConfig, TokenDistribution
 from ptp_lightning.training.windows.analytic_windows import AnalyticWindows
-from ptp_lightning.training.windows.windows import WindowSample
+from ptp_lightning.training.windows.window_source import WindowSample
 from tests.helpers.tiny_distillation import by_objective, make_module, make_trainer
 
 SERIES = MarkovSeries(order=2, vocab_size=4, entropy=0.9)

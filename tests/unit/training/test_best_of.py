@@ -19,7 +19,7 @@ from ptp_lightning.sampling import TokenDistribution
 from ptp_lightning.training.modules.best_of import best_of, distance_from_centres, relative_positions
 from ptp_lightning.training.modules.distillation import DistillationModule
 from ptp_lightning.training.windows.student_windows import StudentWindows
-from ptp_lightning.training.windows.windows import WindowSample
+from ptp_lightning.training.windows.window_source import WindowSample
 from tests.helpers.goodness_of_fit import chi_square, chi_square_bound
 from tests.helpers.tiny_data import tiny_data
 from tests.helpers.tiny_distillation import make_module, make_trainer

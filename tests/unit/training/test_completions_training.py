@@ -24,7 +24,7 @@ from ptp_lightning.models.slots.sampling_range import SamplingRange
 from ptp_lightning.models.students import SharedStudent
 from ptp_lightning.sampling import SamplingConfig
 from ptp_lightning.training.modules.distillation import DistillationModule
-from ptp_lightning.training.windows.windows import DatasetWindows
+from ptp_lightning.training.windows.dataset_windows import DatasetWindows
 from ptp_lightning.utils.randomness import keyed_generator
 from tests.helpers.tiny_completions import PROMPTS, settings_of, write_sampled
 from tests.helpers.tiny_distillation import LLAMA, make_module, make_trainer, record_losses, weights

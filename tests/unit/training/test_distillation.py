@@ -21,7 +21,9 @@ from ptp_lightning.models.slots.objectives import Objective, OneHotObjective
 from ptp_lightning.models.students import FullCopyStudent
 from ptp_lightning.sampling import SamplingConfig
 from ptp_lightning.training.modules.distillation import DistillationModule
-from ptp_lightning.training.windows.windows import DatasetWindows, TeacherWindows, WindowSample, WindowSource
+from ptp_lightning.training.windows.dataset_windows import DatasetWindows
+from ptp_lightning.training.windows.teacher_windows import TeacherWindows
+from ptp_lightning.training.windows.window_source import WindowSample, WindowSource
 from tests.helpers.tiny_data import tiny_data
 from tests.helpers.tiny_distillation import GPT2, LLAMA, by_objective, make_module, make_trainer, record_losses, weights
 

@@ -15,7 +15,8 @@ from ptp_lightning.models.slots.objectives import IndependentObjective, Objectiv
 from ptp_lightning.models.slots.stepped_features import BinaryFeatures
 from ptp_lightning.models.students import FullCopyStudent, SharedStudent
 from ptp_lightning.sampling import SamplingConfig
-from ptp_lightning.training.windows.windows import DatasetWindows, TeacherWindows
+from ptp_lightning.training.windows.dataset_windows import DatasetWindows
+from ptp_lightning.training.windows.teacher_windows import TeacherWindows
 from tests.helpers.tiny_data import tiny_data
 from tests.helpers.tiny_distillation import GPT2, LLAMA, by_objective, make_module, make_trainer, weights
 

@@ -31,7 +31,7 @@ from ptp_lightning.predictor import ParallelTokenPredictor
 from ptp_lightning.sampling import SamplingConfig
 from ptp_lightning.training import InverseAutoregressiveModule, OptimizerSettings
 from ptp_lightning.training.modules.inversion import invert
-from ptp_lightning.training.windows.windows import window_tokens
+from ptp_lightning.training.windows.dataset_windows import window_tokens
 from ptp_lightning.utils.randomness import keyed_generator
 from tests.helpers.tiny_data import tiny_data, tiny_tokenizer
 from tests.helpers.tiny_decoding import decode_one, reference

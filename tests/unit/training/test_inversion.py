@@ -15,7 +15,7 @@ from ptp_lightning.models import (
 )
 from ptp_lightning.sampling import SamplingConfig
 from ptp_lightning.training.modules.inversion import InverseAuxiliaries, invert
-from ptp_lightning.training.windows.windows import window_tokens
+from ptp_lightning.training.windows.dataset_windows import window_tokens
 from tests.helpers.tiny_models import TINY_MODELS
 from tests.helpers.tiny_shared_students import (
     FULL,

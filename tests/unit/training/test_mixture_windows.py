@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from ptp_lightning.training.windows.dataset_windows import DatasetWindows
 from ptp_lightning.training.windows.mixture_windows import MixtureWindows
 from ptp_lightning.training.windows.student_windows import StudentWindows
-from ptp_lightning.training.windows.windows import DatasetWindows, TeacherWindows, WindowSource
+from ptp_lightning.training.windows.teacher_windows import TeacherWindows
+from ptp_lightning.training.windows.window_source import WindowSource
 from tests.helpers.goodness_of_fit import chi_square, chi_square_bound
 from tests.helpers.tiny_data import tiny_data
 from tests.helpers.tiny_distillation import make_module, make_trainer
@@ -25,7 +27,9 @@ def generator(seed: int = 0) -> torch.Generator:
 
 class TestWeights:
     def test_move_in_a_straight_line(self) -> None:
-        mixture = MixtureWindows(SOURCES, start=[3, 1, 0], end=[0, 2, 2], begin=0.2, until=0.6)
+        mixture = MixtureWindows(
+            SOURCES, initial_weights=[3, 1, 0], final_weights=[0, 2, 2], schedule_start=0.2, schedule_end=0.6
+        )
         expected = {
             0.0: [0.75, 0.25, 0],
             0.2: [0.75, 0.25, 0],
@@ -38,23 +42,31 @@ class TestWeights:
             assert mixture.weights(progress) == pytest.approx(weights), progress
 
     def test_change_at_once(self) -> None:
-        mixture = MixtureWindows(SOURCES[:2], start=[1, 0], end=[0, 1], begin=0.5, until=0.5)
+        mixture = MixtureWindows(
+            SOURCES[:2], initial_weights=[1, 0], final_weights=[0, 1], schedule_start=0.5, schedule_end=0.5
+        )
         assert [mixture.weights(progress) for progress in (0.0, 0.499, 0.5, 1.0)] == [[1, 0], [1, 0], [0, 1], [0, 1]]
 
     def test_stay_by_default(self) -> None:
-        mixture = MixtureWindows(SOURCES[:2], start=[1, 3])
+        mixture = MixtureWindows(SOURCES[:2], initial_weights=[1, 3])
         assert all(mixture.weights(progress) == [0.25, 0.75] for progress in (0.0, 0.5, 1.0))
 
     @pytest.mark.parametrize(
         ("settings", "message"),
         [
-            ({"start": [1.0]}, "one weight a source in source.init_args.start, found 1 for 3"),
-            ({"start": [1.0, 1.0, 1.0], "end": []}, "source.init_args.end, found 0 for 3"),
-            ({"start": [0.0, 0.0, 0.0]}, "not all 0, in source.init_args.start"),
-            ({"start": [1.0, -1.0, 1.0]}, "finite weights >= 0"),
-            ({"start": [1.0, float("nan"), 1.0]}, "finite weights >= 0"),
-            ({"start": [1.0, 1.0, 1.0], "begin": 0.5, "until": 0.4}, "begin <= source.init_args.until"),
-            ({"start": [1.0, 1.0, 1.0], "until": 1.5}, "<= 1, found 0.0 and 1.5"),
+            ({"initial_weights": [1.0]}, "one weight a source in source.init_args.initial_weights, found 1 for 3"),
+            (
+                {"initial_weights": [1.0, 1.0, 1.0], "final_weights": []},
+                "source.init_args.final_weights, found 0 for 3",
+            ),
+            ({"initial_weights": [0.0, 0.0, 0.0]}, "not all 0, in source.init_args.initial_weights"),
+            ({"initial_weights": [1.0, -1.0, 1.0]}, "finite weights >= 0"),
+            ({"initial_weights": [1.0, float("nan"), 1.0]}, "finite weights >= 0"),
+            (
+                {"initial_weights": [1.0, 1.0, 1.0], "schedule_start": 0.5, "schedule_end": 0.4},
+                "schedule_start <= source.init_args.schedule_end",
+            ),
+            ({"initial_weights": [1.0, 1.0, 1.0], "schedule_end": 1.5}, "<= 1, found 0.0 and 1.5"),
         ],
     )
     def test_that_make_no_sense_are_refused(self, settings: dict[str, Any], message: str) -> None:
@@ -65,7 +77,7 @@ class TestWeights:
 class TestChoice:
     @pytest.mark.parametrize("progress", [0.0, 0.5, 1.0])
     def test_follows_the_weights(self, progress: float) -> None:
-        mixture = MixtureWindows(SOURCES, start=[3, 1, 1], end=[1, 1, 3])
+        mixture = MixtureWindows(SOURCES, initial_weights=[3, 1, 1], final_weights=[1, 1, 3])
         state, counts = generator(), torch.zeros(3, dtype=torch.float64)
         for _ in range(5_000):
             counts[SOURCES.index(mixture.choose(progress, state))] += 1
@@ -73,14 +85,14 @@ class TestChoice:
         assert chi_square(counts, weights) < chi_square_bound(2)
 
     def test_is_the_same_for_the_same_generator(self) -> None:
-        mixture = MixtureWindows(SOURCES, start=[1, 1, 1])
+        mixture = MixtureWindows(SOURCES, initial_weights=[1, 1, 1])
         runs = [[mixture.choose(0.5, generator(seed)) for seed in range(50)] for _ in range(2)]
         assert runs[0] == runs[1]
         assert all(source in runs[0] for source in SOURCES)
 
     def test_reaches_into_mixtures(self) -> None:
-        inner = MixtureWindows(SOURCES[:2], start=[1, 0], end=[0, 1])
-        outer = MixtureWindows([inner], start=[1])
+        inner = MixtureWindows(SOURCES[:2], initial_weights=[1, 0], final_weights=[0, 1])
+        outer = MixtureWindows([inner], initial_weights=[1])
         assert [outer.choose(progress, generator()) for progress in (0.0, 1.0)] == SOURCES[:2]
 
     def test_other_sources_choose_themselves(self) -> None:
@@ -91,8 +103,8 @@ class TestChoice:
 
 
 def test_reads_rows_if_a_source_does() -> None:
-    assert MixtureWindows(SOURCES, start=[1, 1, 0]).reads_rows
-    assert not MixtureWindows(SOURCES[:2], start=[1, 1]).reads_rows
+    assert MixtureWindows(SOURCES, initial_weights=[1, 1, 0]).reads_rows
+    assert not MixtureWindows(SOURCES[:2], initial_weights=[1, 1]).reads_rows
 
 
 @dataclass(frozen=True)
@@ -115,7 +127,7 @@ def test_progress_is_the_share_of_steps(tmp_path: Path) -> None:
 
 
 def test_a_mixture_trains(tmp_path: Path) -> None:
-    module = make_module(source=MixtureWindows(SOURCES, start=[1, 0, 1], end=[0, 1, 1]))
+    module = make_module(source=MixtureWindows(SOURCES, initial_weights=[1, 0, 1], final_weights=[0, 1, 1]))
     trainer = make_trainer(tmp_path, max_steps=6)
     trainer.fit(module, datamodule=tiny_data())
     assert float(trainer.callback_metrics["train/loss_nats"]) > 0

@@ -28,7 +28,8 @@ from ptp_lightning.losses import (
 from ptp_lightning.models.slots.objectives import CategoricalObjective, Objective, OneHotObjective
 from ptp_lightning.sampling import TokenDistribution
 from ptp_lightning.training.modules.distillation import DistillationModule
-from ptp_lightning.training.windows.windows import TeacherWindows, WindowSample
+from ptp_lightning.training.windows.teacher_windows import TeacherWindows
+from ptp_lightning.training.windows.window_source import WindowSample
 from tests.helpers.tiny_data import tiny_data
 from tests.helpers.tiny_distillation import by_objective, make_module, make_trainer, record_losses
 

@@ -15,8 +15,10 @@ from ptp_lightning.models.slots.objectives import Objective
 from ptp_lightning.models.slots.sampling_range import SamplingRange
 from ptp_lightning.sampling import Sampler, SamplingConfig
 from ptp_lightning.training.modules.distillation import DistillationModule, sampling_label
+from ptp_lightning.training.windows.dataset_windows import DatasetWindows
 from ptp_lightning.training.windows.student_windows import StudentWindows
-from ptp_lightning.training.windows.windows import DatasetWindows, TeacherWindows, WindowSource
+from ptp_lightning.training.windows.teacher_windows import TeacherWindows
+from ptp_lightning.training.windows.window_source import WindowSource
 from tests.helpers.tiny_data import tiny_data
 from tests.helpers.tiny_distillation import by_objective, make_module, make_trainer, record_losses, weights
 

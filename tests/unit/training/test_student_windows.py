@@ -15,9 +15,10 @@ from ptp_lightning.models.context import Context
 from ptp_lightning.models.network import PredictorNetwork
 from ptp_lightning.models.slots.objectives import Objective
 from ptp_lightning.sampling import SamplingConfig
-from ptp_lightning.training.windows.student_proposals import student_draft
+from ptp_lightning.training.windows.student_draft import student_draft
 from ptp_lightning.training.windows.student_windows import StudentWindows
-from ptp_lightning.training.windows.windows import TeacherWindows, WindowSample
+from ptp_lightning.training.windows.teacher_windows import TeacherWindows
+from ptp_lightning.training.windows.window_source import WindowSample
 from tests.helpers.tiny_data import tiny_data
 from tests.helpers.tiny_distillation import PAIRS, make_module, make_trainer
 from tests.helpers.tiny_models import TINY_MODELS

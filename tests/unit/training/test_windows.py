@@ -19,9 +19,11 @@ from ptp_lightning.models.lora.gated_lora import LoraSettings
 from ptp_lightning.models.network import PredictorNetwork
 from ptp_lightning.models.slots.continuous_features import CosineFeatures
 from ptp_lightning.sampling import Sampler, SamplingConfig, TokenDistribution
+from ptp_lightning.training.windows.dataset_windows import DatasetWindows
 from ptp_lightning.training.windows.mixture_windows import MixtureWindows
 from ptp_lightning.training.windows.student_windows import StudentWindows
-from ptp_lightning.training.windows.windows import DatasetWindows, TeacherWindows, WindowSample, WindowSource, until_end
+from ptp_lightning.training.windows.teacher_windows import TeacherWindows
+from ptp_lightning.training.windows.window_source import WindowSample, WindowSource, until_end_of_text
 from tests.helpers.tiny_models import TINY_MODELS
 
 VOCAB_SIZE = 30
@@ -163,8 +165,8 @@ class TestTeacherWindows:
 
     def test_until_end(self) -> None:
         token_ids = torch.tensor([[7, 7, 1], [0, 5, 0], [5, 0, 3], [4, 5, 0]])
-        assert until_end(token_ids, 0).int().tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 1, 1]]
-        assert until_end(token_ids, None).all()
+        assert until_end_of_text(token_ids, 0).int().tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 1, 1]]
+        assert until_end_of_text(token_ids, None).all()
 
 
 class TestDatasetWindows:

@@ -15,8 +15,10 @@ from ptp_lightning.models.refiner.refiner import RefinerSettings
 from ptp_lightning.models.students import FullCopyStudent, GatedLoraStudent, Student
 from ptp_lightning.sampling import SamplingConfig
 from ptp_lightning.training.modules.distillation import DistillationModule
-from ptp_lightning.training.windows import student_proposals as student
-from ptp_lightning.training.windows.student_proposals import distributions_along, student_draft, student_probe
+from ptp_lightning.training.windows import chunks
+from ptp_lightning.training.windows.student_draft import student_draft
+from ptp_lightning.training.windows.student_probe import student_probe
+from ptp_lightning.training.windows.teacher_distributions import distributions_along
 from tests.helpers.tiny_data import tiny_data
 from tests.helpers.tiny_distillation import PAIRS, make_module
 
@@ -139,7 +141,7 @@ class TestChunks:
         predictor.config = type(predictor.config)(**{**vars(predictor.config), "sampling": sampling})
         found: list[list[Tensor]] = []
         for size in (1024, 5):
-            monkeypatch.setattr(student, "CHUNK_SLOTS", size)
+            monkeypatch.setattr(chunks, "CHUNK_SLOTS", size)
             draft = student_draft(predictor, case.context, case.auxiliaries, torch.full((2, 3), 7))
             answer = student_probe(predictor, case.context, case.token_ids)(case.auxiliaries)
             along = distributions_along(predictor, case.context, case.token_ids)
