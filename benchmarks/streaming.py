@@ -50,7 +50,7 @@ def main() -> None:
                 print(f"first batch after {perf_counter() - begin[0]:.1f} s")
             tokens += batch.input_ids.numel()
             real += int((batch.document_ids >= 0).sum())
-            share = data.report.documents / num_documents
+            share = data.statistics.documents / num_documents
             memory = process.memory_info().rss
             if share < SETTLED:
                 settled = max(settled, memory)

@@ -1,4 +1,4 @@
-"""Corpora, token series, packing and LightningDataModules."""
+"""Data: corpora, token series, packing, and LightningDataModules of packed batches."""
 
 from ptp_lightning.batch import PackedBatch
 from ptp_lightning.data.completions.completions_datamodule import CompletionsDataModule
@@ -9,6 +9,7 @@ from ptp_lightning.data.series.markov import MarkovSeries
 from ptp_lightning.data.series.pickups import PickUps
 from ptp_lightning.data.series.series import RecordedSeries, Series
 from ptp_lightning.data.series.series_datamodule import SeriesDataModule
+from ptp_lightning.data.shard_spec import ShardSpec
 from ptp_lightning.data.streaming.file_rows import JsonLines, TextRows
 from ptp_lightning.data.streaming.hub_rows import HubRows
 from ptp_lightning.data.streaming.mixture import StreamPart
@@ -33,6 +34,7 @@ __all__ = [
     "RowSource",
     "Series",
     "SeriesDataModule",
+    "ShardSpec",
     "StandardLibrary",
     "StreamPart",
     "StreamingCorpus",

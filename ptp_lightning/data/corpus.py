@@ -1,6 +1,6 @@
-"""Document streams: where text comes from, before anything is tokenised.
+"""Corpora: sources of text documents, before tokenisation.
 
-A corpus yields `Document`s of one split in a deterministic order. A new source is one class with `documents(split)`.
+A corpus yields the `Document`s of a split in a fixed order. A new corpus is one class with `documents(split)`.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple, get_args
 
 Split = Literal["train", "val", "test"]
 
-# Shares of the hash range: of 100 files about 90 train, 5 validate, 5 test.
+# A document is assigned to one of 100 buckets by a hash; buckets 0 to 89 are for training.
 VAL_BUCKETS = range(90, 95)
 TEST_BUCKETS = range(95, 100)
 
@@ -22,14 +22,14 @@ FOREIGN_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__"})
 
 
 class Document(NamedTuple):
-    """One text and the name it is known by in messages (a path relative to its corpus)."""
+    """A text and its name, a path relative to the corpus."""
 
     name: str
     text: str
 
 
 class Corpus(ABC):
-    """Anything that can list its documents, in the same order on every call."""
+    """A source of documents, in the same order on every call."""
 
     @abstractmethod
     def documents(self, split: Split) -> Iterator[Document]:
@@ -37,7 +37,11 @@ class Corpus(ABC):
 
 
 def split_of(name: str) -> Split:
-    """The split of a document, decided by a hash of its name alone: adding a file never moves another one."""
+    """The split of a document, from a hash of its name alone, so that a new file does not move other files.
+
+    >>> split_of("random.py"), split_of("uuid.py")
+    ('train', 'val')
+    """
     bucket = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % 100
     if bucket in VAL_BUCKETS:
         return "val"
@@ -48,10 +52,10 @@ def split_of(name: str) -> Split:
 
 @dataclass(frozen=True)
 class StandardLibrary(Corpus):
-    """The source files of the running Python's standard library: real text that every installation has.
+    """The source files of Python's standard library: real text that every installation has.
 
-    Its own tests and everything installed into site-packages are left out. Splits follow `split_of` the path relative
-    to the library, so a file is held out on every machine that has it.
+    Without the library's own tests and without site-packages. The split of a file follows from its path relative to
+    the library (`split_of`), so that a file is in the same split on every machine.
     """
 
     def documents(self, split: Split) -> Iterator[Document]:
@@ -68,8 +72,8 @@ class StandardLibrary(Corpus):
         )
         if not paths:
             raise FileNotFoundError(
-                f"expected the standard library's .py files under {root}, found none: this Python ships no source. "
-                "Set data.corpus to another corpus, ptp_lightning.data.TextFiles for instance."
+                f"expected the standard library's .py files in {root}, found none, because this Python ships no "
+                "source: set data.corpus to another corpus, for example ptp_lightning.data.TextFiles"
             )
         for path in paths:
             name = path.relative_to(root).as_posix()
@@ -79,13 +83,13 @@ class StandardLibrary(Corpus):
 
 @dataclass(frozen=True)
 class TextFiles(Corpus):
-    """Plain text files: one document a file.
+    """Plain text files; each file is a document.
 
     Args:
-        paths: files or folders (folders are searched for `pattern`).
-        pattern: glob of the files taken from a folder.
-        held_out: `hash` splits by a hash of each file's name; `lines` cuts every file into its first 90 % of lines for
-            training, 5 % for validation and 5 % for testing, for corpora of one or a few files.
+        paths: files, or folders that are searched for `pattern`.
+        pattern: glob pattern of the files in a folder.
+        held_out: `hash` assigns whole files by a hash of their name. `lines`, for corpora of a few files, splits each
+            file: the first 90 % of lines are for training, then 5 % for validation and 5 % for testing.
     """
 
     paths: list[str]
@@ -93,7 +97,7 @@ class TextFiles(Corpus):
     held_out: Literal["hash", "lines"] = "hash"
 
     def __post_init__(self) -> None:
-        """Refuse an empty list, paths that do not exist and an unknown `held_out`, before any work starts."""
+        """Check the arguments before any work starts."""
         if self.held_out not in ("hash", "lines"):
             raise ValueError(f"expected data.corpus.held_out to be hash or lines, found {self.held_out!r}")
         if not self.paths:

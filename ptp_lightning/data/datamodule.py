@@ -1,4 +1,4 @@
-"""CorpusDataModule: corpora as streams of packed batches that a checkpoint can rewind."""
+"""CorpusDataModule: packed batches of a text corpus, resumable from a checkpoint."""
 
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Unpack
@@ -9,7 +9,7 @@ from ptp_lightning.batch import PackedBatch
 from ptp_lightning.data.corpus import Corpus, Document, Split
 from ptp_lightning.data.packed_datamodule import require_sizes
 from ptp_lightning.data.packing import PackedRow, TokenDocument, pack
-from ptp_lightning.data.streaming.stream import DocumentStream, StreamSettings, evaluation_batches, no_rows
+from ptp_lightning.data.streaming.stream import DocumentStream, StreamSettings, empty_split_error, evaluation_batches
 from ptp_lightning.data.text_datamodule import TextDataModule
 from ptp_lightning.utils.randomness import keyed_generator
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def tokenized(documents: Sequence[Document], tokenizer: "PreTrainedTokenizerBase") -> Iterator[list[int]]:
-    """Token ids of each document, closed by the end-of-text token when the tokenizer has one."""
+def tokenize(documents: Sequence[Document], tokenizer: "PreTrainedTokenizerBase") -> Iterator[list[int]]:
+    """Token ids of each document, followed by the end-of-text token if the tokenizer has one."""
     end_of_text: Any = tokenizer.eos_token_id
     end = [] if end_of_text is None else [end_of_text]
     for document in documents:
@@ -26,13 +26,13 @@ def tokenized(documents: Sequence[Document], tokenizer: "PreTrainedTokenizerBase
 
 
 class TrainingStream(DocumentStream[Document]):
-    """The documents of a corpus as a `DocumentStream`.
+    """A `DocumentStream` of the documents of a corpus.
 
     Args:
         documents: the training documents of this rank.
-        tokenizer: turns text into ids.
+        tokenizer: of the model.
         row_length: S, tokens per row.
-        **settings: as of `DocumentStream`.
+        **settings: see `StreamSettings`.
     """
 
     def __init__(
@@ -47,23 +47,23 @@ class TrainingStream(DocumentStream[Document]):
         self.tokenizer = tokenizer
         self.row_length = row_length
 
-    def packed(self, documents: Sequence[Document]) -> Iterator[PackedRow]:
-        """See `DocumentStream.packed`."""
-        return pack(tokenized(documents, self.tokenizer), self.row_length)
+    def pack_documents(self, documents: Sequence[Document]) -> Iterator[PackedRow]:
+        """See `DocumentStream.pack_documents`."""
+        return pack(tokenize(documents, self.tokenizer), self.row_length)
 
 
 class CorpusDataModule(TextDataModule):
     """Packed batches of a text corpus: an endless training stream, fixed validation and test rows.
 
     Args:
-        corpus: where the documents come from.
-        tokenizer: whose tokens: `embedded`, a hub id, a folder or a GGUF file; the one of the model.
+        corpus: source of the documents.
+        tokenizer: of the model: `embedded`, a hub id, a folder or a GGUF file.
         row_length: S, tokens per row.
         batch_size: B, rows per batch and rank.
         num_windows: N, windows per row.
-        eval_rows: rows of the validation and of the test split that are used, taken evenly over the split.
+        eval_rows: number of rows used of the validation and of the test split, evenly spaced over the split.
         shuffle_rows: size of the training stream's shuffle buffer, in rows.
-        seed: of every draw in here.
+        seed: of the order of documents and rows, and of the window positions.
     """
 
     def __init__(
@@ -100,33 +100,32 @@ class CorpusDataModule(TextDataModule):
             skip_batches=self.batches_consumed,
         )
 
-    def training_documents(self, wanted: int | None) -> Iterator[TokenDocument]:
-        """See `TextDataModule.training_documents`; taken evenly over the corpus."""
+    def training_documents(self, num_documents: int | None) -> Iterator[TokenDocument]:
+        """See `TextDataModule.training_documents`; the documents are evenly spaced over the corpus."""
         documents = [document for document in self._all_documents("train") if document.text]
-        count = len(documents) if wanted is None else min(wanted, len(documents))
+        count = len(documents) if num_documents is None else min(num_documents, len(documents))
         chosen = [documents[index * len(documents) // count] for index in range(count)]
-        for token_ids in tokenized(chosen, self.require_tokenizer()):
+        for token_ids in tokenize(chosen, self.require_tokenizer()):
             yield TokenDocument(token_ids, [True] * len(token_ids))
 
-    def _documents(self, split: Split) -> list[Document]:
+    def _documents(self, split: Split) -> Sequence[Document]:
         """This rank's documents of a split."""
-        rank, world = self.rank_and_world()
-        return self._all_documents(split)[rank::world]
+        return self.shard_spec().select(self._all_documents(split))
 
     def _all_documents(self, split: Split) -> list[Document]:
         documents = list(self.corpus.documents(split))
         if not any(document.text for document in documents):
             raise ValueError(
-                f"expected text in the {split} split of {self.corpus}, found {len(documents)} documents without any: "
-                "set data.corpus (with few files, held_out: lines splits inside each file)"
+                f"expected text in the {split} split of {self.corpus}, found {len(documents)} documents without text: "
+                "set data.corpus (for a corpus of few files, set data.corpus.held_out: lines)"
             )
         return documents
 
     def fixed_batches(self, split: Split) -> list[PackedBatch]:
         """See `PackedDataModule.fixed_batches`."""
         documents = self._documents(split)
-        rows = list(pack(tokenized(documents, self.require_tokenizer()), self.row_length))
+        rows = list(pack(tokenize(documents, self.require_tokenizer()), self.row_length))
         if not rows:
-            raise no_rows(split, len(documents))
+            raise empty_split_error(split, len(documents))
         generator = keyed_generator(self.seed, split)
         return evaluation_batches(rows, self.eval_rows, self.batch_size, self.num_windows, generator)

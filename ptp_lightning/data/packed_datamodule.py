@@ -1,4 +1,4 @@
-"""PackedDataModule: what every data module of packed batches has, its loaders and its place in the training stream."""
+"""PackedDataModule: base class of the data modules of packed batches; data loaders and resumption."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -11,18 +11,19 @@ from torch.utils.data.distributed import DistributedSampler
 
 from ptp_lightning.batch import PackedBatch
 from ptp_lightning.data.corpus import Split
-from ptp_lightning.data.packing import MIN_PIECE
+from ptp_lightning.data.packing import MIN_PIECE_TOKENS
+from ptp_lightning.data.shard_spec import ShardSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 class PackedDataModule(LightningDataModule, ABC):
-    """A data module whose training stream is endless, and goes on where a loaded checkpoint stopped.
+    """A data module with an endless training stream, which a checkpoint can resume.
 
     Attributes:
         row_length: S, tokens per row.
-        tokenizer: what turned text into the ids; None where the data were never text, or before `setup`.
+        tokenizer: None before `setup`, and for data that are not text.
     """
 
     row_length: int
@@ -30,71 +31,75 @@ class PackedDataModule(LightningDataModule, ABC):
 
     def __init__(self) -> None:
         super().__init__()
-        # What the loaded checkpoint had consumed, and the trainer's step it was written at.
+        # From the loaded checkpoint: batches consumed, and the trainer's global step.
         self._loaded_batches = 0
         self._loaded_step = 0
 
     @property
     @abstractmethod
     def vocab_size(self) -> int:
-        """Token ids are smaller than this; known after `setup`."""
+        """V: token ids are 0 .. V - 1; known after `setup`."""
 
     @property
     @abstractmethod
     def end_of_text(self) -> int | None:
-        """The id that ends a text, if there is one; known after `setup`."""
+        """The end-of-text token id, if there is one; known after `setup`."""
 
     @abstractmethod
     def training_stream(self) -> IterableDataset[PackedBatch]:
-        """Endless batches of this rank, from number `batches_consumed` on."""
+        """Endless batches of this rank, starting with batch number `batches_consumed`."""
 
     @abstractmethod
     def fixed_batches(self, split: Split) -> list[PackedBatch]:
         """This rank's batches of the validation or test split, the same on every call."""
 
     def train_dataloader(self) -> DataLoader[PackedBatch]:
-        """Endless batches; the stream goes on where a loaded checkpoint stopped."""
+        """Endless batches, resumed where a loaded checkpoint was written."""
         return DataLoader(self.training_stream(), batch_size=None)
 
     def val_dataloader(self) -> DataLoader[PackedBatch]:
-        """The validation rows, the same on every call; on all processes equally many batches."""
+        """The validation batches, the same on every call and the same number on every rank."""
         return self._fixed_loader("val")
 
     def test_dataloader(self) -> DataLoader[PackedBatch]:
-        """The test rows; otherwise like `val_dataloader`."""
+        """The test batches; otherwise as `val_dataloader`."""
         return self._fixed_loader("test")
 
     def _fixed_loader(self, split: Split) -> DataLoader[PackedBatch]:
         batches = self.fixed_batches(split)
-        # Processes that share a model's weights can only run it together.
-        dataset: Any = batches[: fewest_of_all_processes(len(batches))]  # a map-style one, which the stubs do not know
-        # Lightning would share them out among the processes once more, if they had another sampler.
+        # Ranks that share a sharded model must run it equally often.
+        dataset: Any = batches[: min_across_ranks(len(batches))]  # a map-style dataset, which the type stubs reject
+        # With any other sampler, Lightning would shard the batches a second time.
         return DataLoader(dataset, batch_size=None, sampler=DistributedSampler(dataset, 1, 0, shuffle=False))
 
     def state_dict(self) -> dict[str, Any]:
-        """How far the training stream was consumed; batches that were only prefetched do not count."""
+        """Number of batches consumed by optimizer steps; prefetched batches are not counted."""
         step = self._loaded_step if self.trainer is None else self.trainer.global_step
         return {"batches_consumed": self.batches_consumed(), "global_step": step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Rewind the training stream to where the checkpoint was written."""
+        """Resume the training stream where the checkpoint was written."""
         self._loaded_batches = int(state_dict["batches_consumed"])
         self._loaded_step = int(state_dict["global_step"])
 
     def batches_consumed(self) -> int:
-        """Batches of this rank that went into optimiser steps, over all runs that led here."""
+        """Batches of this rank consumed by optimizer steps, earlier runs included."""
         if self.trainer is None:
             return self._loaded_batches
         steps = self.trainer.global_step - self._loaded_step
         return self._loaded_batches + steps * self.trainer.accumulate_grad_batches
 
-    def rank_and_world(self) -> tuple[int, int]:
-        """This process among how many; (0, 1) without a trainer."""
-        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+    def shard_spec(self) -> ShardSpec:
+        """The shard of this process; all data without a trainer."""
+        return ShardSpec() if self.trainer is None else ShardSpec(self.trainer.global_rank, self.trainer.world_size)
 
 
-def fewest_of_all_processes(count: int) -> int:
-    """The smallest of the counts that all processes have; asked by all of them together."""
+def min_across_ranks(count: int) -> int:
+    """The smallest count of all ranks; a collective operation, to be called by all of them.
+
+    >>> min_across_ranks(3)
+    3
+    """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return count
     counts: list[Any] = [None] * torch.distributed.get_world_size()
@@ -103,7 +108,7 @@ def fewest_of_all_processes(count: int) -> int:
 
 
 def require_at_least(sizes: Mapping[str, tuple[int, int]]) -> None:
-    """Check `{key: (value, smallest)}`.
+    """Check `{key: (value, minimum)}`.
 
     Raises:
         ValueError: a value is too small; names `data.{key}`.
@@ -114,10 +119,10 @@ def require_at_least(sizes: Mapping[str, tuple[int, int]]) -> None:
 
 
 def require_sizes(row_length: int, batch_size: int, num_windows: int, eval_rows: int) -> None:
-    """Check what every data module of packed batches is told; raises as `require_at_least`."""
+    """Check the sizes common to all data modules of packed batches; raises as `require_at_least`."""
     require_at_least(
         {
-            "row_length": (row_length, MIN_PIECE),
+            "row_length": (row_length, MIN_PIECE_TOKENS),
             "batch_size": (batch_size, 1),
             "num_windows": (num_windows, 1),
             "eval_rows": (eval_rows, 1),

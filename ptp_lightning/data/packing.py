@@ -1,4 +1,4 @@
-"""Documents to packed rows, rows to windows."""
+"""Packing: documents to rows of equal length, rows to batches with windows."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -9,17 +9,16 @@ from torch import Tensor
 
 from ptp_lightning.batch import PADDING_DOCUMENT, PackedBatch
 
-# A shorter piece has no token with a context before it, so no window can start in it.
-MIN_PIECE = 2
+MIN_PIECE_TOKENS = 2  # in a shorter piece no token has context before it, so no window can start
 
 
 @dataclass(frozen=True)
 class TokenDocument:
-    """The tokens of a document of which not all are to be learned.
+    """A tokenised document, and which of its tokens contribute to the loss.
 
     Args:
         token_ids: of the document.
-        completion_mask: true where a token is text to be learned rather than a prompt.
+        completion_mask: true for completion tokens, which are learned; false for prompt tokens.
     """
 
     token_ids: Sequence[int]
@@ -35,7 +34,7 @@ class TokenDocument:
         return len(self.token_ids)
 
     def piece(self, begin: int, end: int) -> "TokenDocument":
-        """The tokens from `begin` on, before `end`."""
+        """Tokens `begin` to `end - 1`."""
         return TokenDocument(self.token_ids[begin:end], self.completion_mask[begin:end])
 
 
@@ -49,35 +48,42 @@ class PackedRow(NamedTuple):
 
     @property
     def eligible(self) -> Tensor:
-        """`[S]` bool, the tokens that may be the first of a window: to be learned, with a context before them."""
+        """`[S]` bool: completion tokens with context before them, at which a window may start."""
         return self.completion_mask & (self.position_ids >= 1)
 
 
 def pack(
-    documents: Iterable[Sequence[int] | TokenDocument], row_length: int, pad_id: int = 0, *, cut: bool = True
+    documents: Iterable[Sequence[int] | TokenDocument], row_length: int, pad_id: int = 0, *, allow_split: bool = True
 ) -> Iterator[PackedRow]:
-    """Lay token sequences end to end into rows of `row_length` tokens; all tokens of a plain one are completion.
+    """Concatenate documents into rows of `row_length` tokens.
 
-    A document that does not fit is cut at the end of the row; the rest goes on in the next row as a document of its
-    own, with positions from 0. Pieces shorter than two tokens are dropped: they can hold no window. So padding stands
-    only where a row has room for a single token, and at the end of the last row.
+    A document that does not fit is split at the end of the row. The remainder becomes a document of its own in the
+    next row, with positions from 0. Pieces of fewer than two tokens are dropped, because no window fits into them. So
+    a row is padded only if it has room for a single token, or if it is the last row.
 
     Args:
-        documents: of the rows, in their order.
+        documents: in the order of the rows; all tokens of a plain sequence are completion tokens.
         row_length: S.
-        pad_id: stands on padding.
-        cut: false keeps documents whole: one that does not fit begins the next row, and padding stands before it.
+        pad_id: token id of padding.
+        allow_split: if false, a document that does not fit starts the next row, and the current row is padded.
 
     Raises:
-        ValueError: `row_length` is smaller than two tokens, or than a document that is not to be cut.
+        ValueError: `row_length` is smaller than two tokens, or a document is longer than a row and must not be split.
+
+    >>> [row.document_ids.tolist() for row in pack([[5, 6, 7], [8, 9, 10]], row_length=4)]
+    [[0, 0, 0, -1], [0, 0, 0, -1]]
+    >>> [row.position_ids.tolist() for row in pack([[5, 6], [7, 8, 9, 10]], row_length=4)]
+    [[0, 1, 0, 1], [0, 1, 0, 1]]
     """
-    if row_length < MIN_PIECE:
-        raise ValueError(f"expected rows of at least {MIN_PIECE} tokens, found {row_length}: raise data.row_length")
+    if row_length < MIN_PIECE_TOKENS:
+        raise ValueError(
+            f"expected rows of at least {MIN_PIECE_TOKENS} tokens, found {row_length}: raise data.row_length"
+        )
     pieces: list[TokenDocument] = []
     room = row_length
     for given in documents:
         document = given if isinstance(given, TokenDocument) else TokenDocument(given, [True] * len(given))
-        if not cut and len(document) > room:
+        if not allow_split and len(document) > room:
             if len(document) > row_length:
                 raise ValueError(
                     f"expected documents of at most {row_length} tokens, found one of {len(document)}: raise "
@@ -86,12 +92,12 @@ def pack(
             yield _row(pieces, row_length, pad_id)
             pieces, room = [], row_length
         begin = 0
-        while len(document) - begin >= MIN_PIECE:
+        while len(document) - begin >= MIN_PIECE_TOKENS:
             piece = document.piece(begin, begin + room)
             pieces.append(piece)
             begin += len(piece)
             room -= len(piece)
-            if room < MIN_PIECE:
+            if room < MIN_PIECE_TOKENS:
                 yield _row(pieces, row_length, pad_id)
                 pieces, room = [], row_length
     if pieces:
@@ -99,7 +105,7 @@ def pack(
 
 
 def _row(pieces: list[TokenDocument], row_length: int, pad_id: int) -> PackedRow:
-    """Join pieces into one row and fill it up with padding."""
+    """Concatenate pieces into one padded row."""
     lengths = [len(piece) for piece in pieces]
     padding = row_length - sum(lengths)
     document_ids = [number for number, length in enumerate(lengths) for _ in range(length)]
@@ -107,38 +113,38 @@ def _row(pieces: list[TokenDocument], row_length: int, pad_id: int) -> PackedRow
         torch.tensor([token for piece in pieces for token in piece.token_ids] + [pad_id] * padding),
         torch.tensor(document_ids + [PADDING_DOCUMENT] * padding),
         torch.tensor([position for length in [*lengths, padding] for position in range(length)]),
-        torch.tensor([learned for piece in pieces for learned in piece.completion_mask] + [False] * padding),
+        torch.tensor([entry for piece in pieces for entry in piece.completion_mask] + [False] * padding),
     )
 
 
 def draw_window_starts(eligible: Tensor, num_windows: int, generator: torch.Generator) -> Tensor:
-    """Choose where windows start.
+    """Draw the start positions of windows.
 
     Args:
-        eligible: `[B, S]` bool, the tokens that may be the first of a window.
+        eligible: `[B, S]` bool, tokens at which a window may start.
         num_windows: N, windows per row.
-        generator: source of the draws.
+        generator: source of randomness.
 
     Returns:
-        `[B, N]` int64, ascending row indices, uniform over the eligible tokens; distinct while a row has N of them.
+        `[B, N]` int64, ascending row indices, uniform over the eligible tokens; distinct if a row has N of them.
 
     Raises:
         ValueError: a row has no eligible token.
     """
     if not bool(eligible.any(dim=1).all()):
         raise ValueError(
-            "expected at least one token with a context before it in every row, found a row without: the corpus holds "
-            "no document of two or more tokens, or a completion_mask is empty; set data.corpus"
+            "expected in every row at least one completion token with context before it, found a row without: the "
+            "corpus has no document of two or more tokens, or a completion_mask is empty; set data.corpus"
         )
     keys = torch.rand(eligible.shape, generator=generator).masked_fill(~eligible, 2.0)
     order = keys.argsort(dim=1)
-    # With fewer eligible tokens than windows, go round them again.
+    # A row with fewer eligible tokens than windows uses them repeatedly.
     rank = torch.arange(num_windows) % eligible.sum(dim=1, keepdim=True)
     return order.gather(1, rank).sort(dim=1).values
 
 
 def collate(rows: Sequence[PackedRow], num_windows: int, generator: torch.Generator) -> PackedBatch:
-    """Stack rows into a batch and draw N windows a row, which start on completion tokens with a context."""
+    """Stack rows into a batch and draw N windows per row, see `PackedRow.eligible`."""
     input_ids, document_ids, position_ids, completion_mask = (torch.stack(part) for part in zip(*rows, strict=True))
     starts = draw_window_starts(completion_mask & (position_ids >= 1), num_windows, generator)
     return PackedBatch(input_ids, document_ids, position_ids, starts, completion_mask)

@@ -1,6 +1,6 @@
-"""Renderings: a row's columns to the tokens of a document, and which of them are to be learned.
+"""Renderings: the columns of a row as a tokenised document, with a mask of the tokens to learn.
 
-A new shape of data is one class with `document`, plus one `class_path` line of YAML.
+A new data format is one class with `document`, and one `class_path` line in a configuration.
 """
 
 from __future__ import annotations
@@ -17,32 +17,32 @@ from ptp_lightning.data.streaming.row_source import BadRowError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# How data sets call those who speak, as chat templates call them.
+# Role names of data sets, and the names that chat templates use.
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
 
 
 class Rendering(ABC):
-    """How a row becomes a document."""
+    """Turns a row into a tokenised document."""
 
     @abstractmethod
     def document(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> TokenDocument:
-        """Tokens of the row, closed by the tokenizer's end-of-text token where it has one.
+        """Tokens of the row, followed by the end-of-text token if the tokenizer has one.
 
         Raises:
-            BadRowError: a column is missing or holds something else; names the key.
+            BadRowError: a column is missing or has another type; the message names the configuration key.
         """
 
     def require_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Refuse a tokenizer that cannot do it, before any row is read; raises ValueError."""
+        """Check that the tokenizer can be used, before any row is read; raises ValueError."""
         del tokenizer
 
 
 @dataclass(frozen=True)
 class PlainText(Rendering):
-    """One column of text, all of which is learned.
+    """One column of text; all tokens are learned.
 
     Args:
-        column: its name, or a way to it (see `value_at`).
+        column: name, or path to a nested value, see `value_at`.
     """
 
     column: str = "text"
@@ -55,11 +55,11 @@ class PlainText(Rendering):
 
 @dataclass(frozen=True)
 class PromptAndCompletion(Rendering):
-    """A prompt and what follows it, which alone is learned.
+    """A prompt and its completion; only the completion is learned.
 
     Args:
-        prompt: text with columns in braces, `"{description}\\n"` for instance (`{{` stands for a brace).
-        completion: the same, of what follows; the end-of-text token belongs to it.
+        prompt: template with column names in braces, for example `"{description}\\n"`; `{{` is a literal brace.
+        completion: template of the completion, which includes the end-of-text token.
     """
 
     prompt: str
@@ -74,14 +74,14 @@ class PromptAndCompletion(Rendering):
 
 @dataclass(frozen=True)
 class Chat(Rendering):
-    """A conversation, put into words by a chat template; what the assistant says is learned.
+    """A conversation, formatted by a chat template; only the assistant's messages are learned.
 
     Args:
-        column: of a list of messages.
-        role: the entry of a message that says who speaks: `role`, or `from` as in ShareGPT.
-        content: the entry with the words: `content`, or `value` as in ShareGPT.
-        template: a chat template in Jinja; by default the tokenizer's own.
-        roles: how other names of speakers are to be read, besides `human` and `gpt` and the like.
+        column: of the list of messages.
+        role: key of a message's role: `role`, or `from` in ShareGPT's format.
+        content: key of a message's text: `content`, or `value` in ShareGPT's format.
+        template: Jinja chat template; by default the tokenizer's.
+        roles: additional role names and the chat template's names for them; `human`, `gpt` and similar are known.
     """
 
     column: str = "messages"
@@ -95,26 +95,26 @@ class Chat(Rendering):
         if self.template is None and tokenizer.chat_template is None:
             raise ValueError(
                 "expected a tokenizer with a chat template for ptp_lightning.data.Chat, found one without: set its "
-                "template, or take the tokenizer of a chat model"
+                "template, or set data.tokenizer to that of a chat model"
             )
         if not tokenizer.is_fast:
             raise ValueError(
                 f"expected a fast tokenizer for ptp_lightning.data.Chat, found {type(tokenizer).__name__}, which "
-                "cannot say where in the text its tokens stand"
+                "does not return the character offsets of tokens: set data.tokenizer"
             )
 
     def document(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> TokenDocument:
-        """See `Rendering.document`; the template's own end of a turn belongs to what the assistant says."""
+        """See `Rendering.document`; the end-of-turn token of the template is part of the assistant's message."""
         messages = self._messages(row)
         text, spans = self._spans(messages, tokenizer)
         require_unicode(text)
         encoded: Any = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids: list[int] = encoded["input_ids"]
-        learned = [any(begin <= start < end for begin, end in spans) for start, _ in encoded["offset_mapping"]]
+        is_completion = [any(begin <= start < end for begin, end in spans) for start, _ in encoded["offset_mapping"]]
         closing = end_of_text(tokenizer)
         if closing and ids[-1:] == closing:
             closing = []
-        return TokenDocument(ids + closing, learned + [messages[-1]["role"] == "assistant"] * len(closing))
+        return TokenDocument(ids + closing, is_completion + [messages[-1]["role"] == "assistant"] * len(closing))
 
     def _messages(self, row: Mapping[str, Any]) -> list[dict[str, str]]:
         found = value_at(row, self.column)
@@ -129,31 +129,31 @@ class Chat(Rendering):
                     f"expected messages with {self.role!r} and {self.content!r} in column {self.column!r}, found "
                     f"{message!r:.80}: set role and content of ptp_lightning.data.Chat"
                 )
-            speaker, words = str(message[self.role]), str(message[self.content])
-            messages.append({"role": (ROLES | self.roles).get(speaker, speaker), "content": words})
+            role, content = str(message[self.role]), str(message[self.content])
+            messages.append({"role": (ROLES | self.roles).get(role, role), "content": content})
         return messages
 
     def _spans(
         self, messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase
     ) -> tuple[str, list[tuple[int, int]]]:
-        """The whole text, and from where to where in it the assistant speaks.
+        """The formatted text, and the character ranges of the assistant's messages.
 
-        What a message adds is what the text has more than the text before it, so templates need no marks of their own.
+        A message's range is what it adds to the text of the messages before it, so no markers are needed in templates.
         """
         spans: list[tuple[int, int]] = []
-        whole = self._rendered(messages, tokenizer)
+        text = self._rendered(messages, tokenizer)
         for number, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
             before = self._rendered(messages[:number], tokenizer, add_generation_prompt=True) if number else ""
-            behind = self._rendered(messages[: number + 1], tokenizer)
-            if not (whole.startswith(before) and whole.startswith(behind)):
+            after = self._rendered(messages[: number + 1], tokenizer)
+            if not (text.startswith(before) and text.startswith(after)):
                 raise BadRowError(
-                    "expected a chat template that adds each message behind those before it, found that message "
-                    f"{number + 1} changes them: set the template of ptp_lightning.data.Chat"
+                    "expected a chat template that appends each message to the previous ones, found that message "
+                    f"{number + 1} changes them: set template of ptp_lightning.data.Chat"
                 )
-            spans.append((len(before), len(behind)))
-        return whole, spans
+            spans.append((len(before), len(after)))
+        return text, spans
 
     def _rendered(
         self, messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, *, add_generation_prompt: bool = False
@@ -162,50 +162,55 @@ class Chat(Rendering):
             text: Any = tokenizer.apply_chat_template(
                 messages, chat_template=self.template, tokenize=False, add_generation_prompt=add_generation_prompt
             )
-        except Exception as error:  # templates raise what they like, of roles that they do not know for instance
-            raise BadRowError(f"the chat template refuses a conversation: {error}") from error
+        except Exception as error:  # templates may raise anything, for example for an unknown role
+            raise BadRowError(f"the chat template rejects a conversation: {error}") from error
         return text
 
 
-def value_at(row: Mapping[str, Any], way: str) -> Any:
-    """A column, or what lies deeper in it: `solutions.solution.0` is the first entry of a list in a column's entry.
+def value_at(row: Mapping[str, Any], path: str) -> Any:
+    """A column, or a value nested in it.
 
     Raises:
-        BadRowError: there is nothing.
+        BadRowError: there is no such value.
+
+    >>> value_at({"solutions": {"solution": ["def f(): ..."]}}, "solutions.solution.0")
+    'def f(): ...'
     """
-    if way in row:  # a column may have a point in its name
-        return row[way]
+    if path in row:  # a column name may contain a dot
+        return row[path]
     found: Any = row
-    for step in way.split("."):
+    for step in path.split("."):
         if isinstance(found, Mapping) and step in found:
             found = found[step]
         elif isinstance(found, Sequence) and not isinstance(found, str) and step.isdecimal() and int(step) < len(found):
             found = found[int(step)]
         else:
-            there = sorted(found) if isinstance(found, Mapping) else f"{type(found).__name__} {found!r:.40}"
-            raise BadRowError(f"expected a column {way!r}, found no {step!r} in {there}: set the column in data.parts")
+            present = sorted(found) if isinstance(found, Mapping) else f"{type(found).__name__} {found!r:.40}"
+            raise BadRowError(
+                f"expected a column {path!r}, found no {step!r} in {present}: set the column in data.parts"
+            )
     return found
 
 
-def text_at(row: Mapping[str, Any], way: str) -> str:
-    """The text at `value_at`; raises BadRowError where it is none."""
-    found = value_at(row, way)
+def text_at(row: Mapping[str, Any], path: str) -> str:
+    """The text at a path, see `value_at`; raises BadRowError if the value is not text."""
+    found = value_at(row, path)
     if not isinstance(found, str):
-        raise BadRowError(f"expected text in column {way!r}, found {type(found).__name__} {found!r:.40}")
+        raise BadRowError(f"expected text in column {path!r}, found {type(found).__name__} {found!r:.40}")
     return found
 
 
 def token_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Of the text alone; raises BadRowError as `require_unicode`."""
+    """Token ids of a text without special tokens; raises as `require_unicode`."""
     require_unicode(text)
     return tokenizer.encode(text, add_special_tokens=False, verbose=False)
 
 
 def require_unicode(text: str) -> None:
-    """Refuse what JSON can spell and no tokenizer reads, half of a surrogate pair.
+    """Reject unpaired surrogates, which JSON can contain and no tokenizer accepts.
 
     Raises:
-        BadRowError: says where it stands.
+        BadRowError: with the position in the text.
     """
     try:
         text.encode()
@@ -214,11 +219,11 @@ def require_unicode(text: str) -> None:
 
 
 def end_of_text(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The token that closes a document, if there is one."""
+    """The end-of-text token as a list; empty if the tokenizer has none."""
     found: Any = tokenizer.eos_token_id
     return [] if found is None else [found]
 
 
 def _filled(pattern: str, row: Mapping[str, Any]) -> str:
     parts = Formatter().parse(pattern)
-    return "".join(text + ("" if way is None else text_at(row, way)) for text, way, _, _ in parts)
+    return "".join(text + ("" if path is None else text_at(row, path)) for text, path, _, _ in parts)

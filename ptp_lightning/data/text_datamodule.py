@@ -1,4 +1,4 @@
-"""TextDataModule: what data modules have in common whose tokens come from text."""
+"""TextDataModule: base class of the data modules whose tokens come from text."""
 
 from abc import abstractmethod
 from collections.abc import Iterator
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 class TextDataModule(PackedDataModule):
-    """A data module with a tokenizer, which `setup` loads; data are read when a loader is asked for.
+    """A data module with a tokenizer, loaded by `setup`; data are read when a data loader is created.
 
     Args:
-        tokenizer: `embedded`, a hub id, a folder or a GGUF file; the one of the model.
+        tokenizer: of the model: `embedded`, a hub id, a folder or a GGUF file.
     """
 
     def __init__(self, tokenizer: str) -> None:
@@ -29,26 +29,26 @@ class TextDataModule(PackedDataModule):
             self.tokenizer = load_tokenizer(self.tokenizer_path)
 
     @abstractmethod
-    def training_documents(self, wanted: int | None) -> Iterator[TokenDocument]:
-        """Documents of the training split, uncut, the same ones in the same order on every call; for all processes.
+    def training_documents(self, num_documents: int | None) -> Iterator[TokenDocument]:
+        """Whole documents of the training split, the same in the same order on every call and on every rank.
 
         Args:
-            wanted: so many are needed, of which each class says how it chooses them; None is all of them, once each.
+            num_documents: how many are needed; which ones is up to the class. None: all, once each.
         """
 
     @property
     def vocab_size(self) -> int:
-        """Entries of the tokenizer."""
+        """V, the size of the tokenizer's vocabulary."""
         return len(self.require_tokenizer())
 
     @property
     def end_of_text(self) -> int | None:
-        """The tokenizer's end-of-text token, which closes every document."""
+        """The tokenizer's end-of-text token id, which ends every document."""
         end_of_text: Any = self.require_tokenizer().eos_token_id
         return end_of_text
 
     def require_tokenizer(self) -> "PreTrainedTokenizerBase":
         """The loaded tokenizer; raises RuntimeError before `setup`."""
         if self.tokenizer is None:
-            raise RuntimeError("call setup() before asking for a data loader or the vocabulary")
+            raise RuntimeError("call setup() before creating a data loader or reading the vocabulary size")
         return self.tokenizer

@@ -1,4 +1,4 @@
-"""Train a byte-level BPE tokenizer on a corpus; how the embedded tokenizer was made.
+"""Train a byte-level BPE tokenizer on a corpus, as the embedded tokenizer was trained.
 
 python -m ptp_lightning.data.tokenizer --output DIR [--vocab_size 2048]
 """
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 
 END_OF_TEXT = "<|endoftext|>"
 
-# Where BPE may never merge across: a line break keeps its indentation (one token of code), a word its leading blank,
-# digits stay in threes.
+# BPE never merges across these pieces: a line break with its indentation, a word with its leading blank, up to three
+# digits.
 PRE_TOKEN_PATTERN = r"\s*\n[ \t]*| ?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|[ \t]+|\s+"
 
 
 def train_tokenizer(corpus: Corpus, vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with `vocab_size` entries on the corpus' training split; id 0 ends a text.
+    """Byte-level BPE with `vocab_size` entries, trained on the training split of a corpus; id 0 is the end of text.
 
-    Every byte string can be encoded and decodes back to itself. The same corpus gives the same tokenizer.
+    Any text can be encoded and decodes back to itself. The same corpus gives the same tokenizer.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -49,7 +49,7 @@ def train_tokenizer(corpus: Corpus, vocab_size: int) -> PreTrainedTokenizerFast:
 
 
 def main() -> None:
-    """Train on the standard library and write tokenizer.json and tokenizer_config.json."""
+    """Train on Python's standard library and write tokenizer.json and tokenizer_config.json."""
     import argparse
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

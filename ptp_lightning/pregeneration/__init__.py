@@ -1,1 +1,1 @@
-"""Pregeneration: the teacher completes prompts before a training, and the tokens are stored."""
+"""Pregeneration: a teacher generates completions of prompts, which are stored for later training."""

@@ -1,4 +1,4 @@
-"""Completions from the teacher: what the base model writes after prompts, shard by shard."""
+"""Sampling of completions with the base model, shard by shard."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ptp_lightning.models.network import PredictorNetwork
 from ptp_lightning.utils.atomic_files import remove_unfinished
 from ptp_lightning.utils.file_lock import FileLock, remove_locks
 
-WAIT_SECONDS = 1.0  # between looks at what other processes are doing
+POLL_SECONDS = 1.0  # while other processes work on the remaining shards
 
 
 def generation_settings(settings: CompletionSettings, keys: Sequence[tuple[int, int]]) -> GenerationSettings:
-    """What the decoder is to do for these (prompt, completion)."""
+    """Decoder settings for these pairs of (prompt number, completion number)."""
     return GenerationSettings(
         sampling=settings.sampling,
         max_new_tokens=settings.max_new_tokens,
@@ -35,15 +35,15 @@ def sample_shard(
     batch_size: int,
     on_tokens: OnTokens | None = None,
 ) -> list[Completion]:
-    """All completions of a shard, by the autoregressive decoder.
+    """Sample all completions of a shard with the autoregressive decoder.
 
     Args:
-        predictor: whose base model writes; in eval mode.
-        settings: how.
-        prompts: all P of them, by number.
-        shard: its number.
-        batch_size: completions side by side; has no influence on what they are.
-        on_tokens: see `decode_autoregressively`; rows are counted within a batch.
+        predictor: whose base model is the teacher; in eval mode.
+        settings: of the completions.
+        prompts: token ids of all P prompts.
+        shard: number of the shard.
+        batch_size: completions generated in parallel; has no effect on them.
+        on_tokens: see `decode_autoregressively`; row numbers are within a batch.
     """
     keys = list(product(settings.prompts_of(shard), range(settings.num_completions)))
     completions: list[Completion] = []
@@ -58,42 +58,42 @@ def sample_shard(
     return completions
 
 
-class Make(Protocol):
-    """Gives the completions of a shard, and tells of every new token on the way."""
+class SampleShard(Protocol):
+    """Returns the completions of a shard, and reports new tokens."""
 
     def __call__(self, shard: int, on_tokens: OnTokens) -> list[Completion]: ...
 
 
-class Watcher(Protocol):
-    """Sees how the work goes on."""
+class ProgressListener(Protocol):
+    """Receives the progress of `complete_folder`."""
 
-    def look(self, num_finished: int) -> None:
-        """So many shards are finished, by all processes."""
+    def on_shards(self, num_finished: int) -> None:
+        """Number of shards finished by all processes."""
         ...
 
-    def count(self, num_tokens: int) -> None:
-        """So many tokens more, by this process."""
+    def on_tokens(self, num_tokens: int) -> None:
+        """Number of new tokens of this process."""
         ...
 
 
-def finish(folder: CompletionFolder, make: Make, watcher: Watcher) -> None:
-    """Make what is missing in a folder, together with all processes that do the same; returns when nothing is.
+def complete_folder(folder: CompletionFolder, sample: SampleShard, listener: ProgressListener) -> None:
+    """Write the missing shards of a folder, together with other processes; returns when all shards exist.
 
     Raises:
-        OSError: the folder cannot be written to; finished shards stay.
+        OSError: the folder cannot be written to; finished shards are kept.
     """
     num_shards = folder.settings.num_shards
-    while missing := folder.missing():
-        watcher.look(num_shards - len(missing))
-        if not any(_make_one(folder, shard, make, watcher) for shard in missing):
-            time.sleep(WAIT_SECONDS)  # others are at work on the rest, and may die over it
-    watcher.look(num_shards)
+    while missing := folder.missing_shards():
+        listener.on_shards(num_shards - len(missing))
+        if not any(_complete_shard(folder, shard, sample, listener) for shard in missing):
+            time.sleep(POLL_SECONDS)  # other processes work on the rest, and may be killed
+    listener.on_shards(num_shards)
     remove_locks(folder.path)
     remove_unfinished(folder.path)
 
 
-def _make_one(folder: CompletionFolder, shard: int, make: Make, watcher: Watcher) -> bool:
-    """Whether this process has made the shard; not if it is there or another process is at it."""
+def _complete_shard(folder: CompletionFolder, shard: int, sample: SampleShard, listener: ProgressListener) -> bool:
+    """Write a shard; returns False if it exists or another process works on it."""
     path = folder.shard_path(shard)
     if path.is_file():
         return False
@@ -103,12 +103,12 @@ def _make_one(folder: CompletionFolder, shard: int, make: Make, watcher: Watcher
 
     def on_tokens(_: int, token_ids: list[int]) -> None:
         lock.refresh()
-        watcher.count(len(token_ids))
+        listener.on_tokens(len(token_ids))
 
     try:
-        if path.is_file():  # finished between the two looks
+        if path.is_file():  # finished before the lock was acquired
             return False
-        folder.write(shard, make(shard, on_tokens))
+        folder.write_shard(shard, sample(shard, on_tokens))
         return True
     finally:
         lock.release()

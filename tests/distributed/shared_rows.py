@@ -1,4 +1,4 @@
-"""Rows that several processes share out among themselves, and auxiliaries that depend on the rows alone, for tests."""
+"""Rows that are sharded over processes, and auxiliary variables that depend on the rows alone, for tests."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from ptp_lightning.auxiliary_strategies import RelativeStrategy
 from ptp_lightning.batch import PackedBatch
 from ptp_lightning.data.corpus import Split
 from ptp_lightning.data.packed_datamodule import PackedDataModule
+from ptp_lightning.data.shard_spec import ShardSpec
 
 VOCAB_SIZE, ROWS, ROW_LENGTH = 32, 4, 12
 # Of the first document in each of four rows: the rows of the second half have fewer tokens that count.
@@ -30,8 +31,8 @@ def rows(number: int) -> PackedBatch:
     return PackedBatch(input_ids, torch.where(inside, 0, -1), place.where(inside, 0), starts, inside)
 
 
-def share(batch: PackedBatch, rank: int, world: int) -> PackedBatch:
-    return PackedBatch(*(tensor.chunk(world)[rank].contiguous() for tensor in batch))
+def shard(batch: PackedBatch, spec: ShardSpec) -> PackedBatch:
+    return PackedBatch(*(tensor.chunk(spec.world_size)[spec.rank].contiguous() for tensor in batch))
 
 
 class SharedStream(IterableDataset[PackedBatch]):
@@ -40,7 +41,7 @@ class SharedStream(IterableDataset[PackedBatch]):
 
     def __iter__(self) -> Iterator[PackedBatch]:
         for number in itertools.count(self.data.batches_consumed()):
-            yield share(rows(number), *self.data.rank_and_world())
+            yield shard(rows(number), self.data.shard_spec())
 
 
 class SharedRows(PackedDataModule):
@@ -60,8 +61,8 @@ class SharedRows(PackedDataModule):
         return SharedStream(self)
 
     def fixed_batches(self, split: Split) -> list[PackedBatch]:
-        rank, world = self.rank_and_world()
-        return [share(rows(1000 + number), rank, world) for number in range(2 + rank)]
+        spec = self.shard_spec()
+        return [shard(rows(1000 + number), spec) for number in range(2 + spec.rank)]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ptp_lightning.data.completions.completions import Completion, CompletionFolder, CompletionSettings, identity_of
+from ptp_lightning.data.completions.completions import (
+    Completion,
+    CompletionFolder,
+    CompletionSettings,
+    prompts_fingerprint,
+)
 from ptp_lightning.models.network import PredictorNetwork
 from ptp_lightning.pregeneration.teacher_completions import sample_shard
 from ptp_lightning.sampling import SamplingConfig
@@ -27,7 +32,7 @@ def tiny_settings(**changes: Any) -> CompletionSettings:
         "seed": 3,
         "num_prompts": len(PROMPTS),
         "num_completions": 2,
-        "prompts": identity_of(PROMPTS),
+        "prompts": prompts_fingerprint(PROMPTS),
         "shard_prompts": 8,
         "vocab_size": 32,
         "end_of_text": 0,
@@ -47,7 +52,7 @@ def settings_of(predictor: PredictorNetwork, **changes: Any) -> CompletionSettin
     return tiny_settings(**(own | changes))
 
 
-def made_up(settings: CompletionSettings, shard: int) -> list[Completion]:
+def synthetic_completions(settings: CompletionSettings, shard: int) -> list[Completion]:
     """Completions whose tokens tell which they are: prompt 3, completion 1 is 3 1 3 1."""
     return [
         Completion(prompt, number, settings.seed_of(prompt, number), PROMPTS[prompt], [prompt, number] * 2)
@@ -56,17 +61,17 @@ def made_up(settings: CompletionSettings, shard: int) -> list[Completion]:
     ]
 
 
-def write_made_up(path: Path, shards: Sequence[int] | None = None, **changes: Any) -> CompletionFolder:
-    """A folder of `made_up` completions, by default with all shards."""
-    folder = CompletionFolder.begin(path, tiny_settings(**changes))
-    for shard in folder.missing() if shards is None else shards:
-        folder.write(shard, made_up(folder.settings, shard))
+def write_synthetic(path: Path, shards: Sequence[int] | None = None, **changes: Any) -> CompletionFolder:
+    """A folder of synthetic completions, by default with all shards."""
+    folder = CompletionFolder.create(path, tiny_settings(**changes))
+    for shard in folder.missing_shards() if shards is None else shards:
+        folder.write_shard(shard, synthetic_completions(folder.settings, shard))
     return folder
 
 
 def write_sampled(path: Path, predictor: PredictorNetwork, **changes: Any) -> CompletionFolder:
     """A folder of what the predictor's base model writes."""
-    folder = CompletionFolder.begin(path, settings_of(predictor, **changes))
-    for shard in folder.missing():
-        folder.write(shard, sample_shard(predictor, folder.settings, PROMPTS, shard, batch_size=5))
+    folder = CompletionFolder.create(path, settings_of(predictor, **changes))
+    for shard in folder.missing_shards():
+        folder.write_shard(shard, sample_shard(predictor, folder.settings, PROMPTS, shard, batch_size=5))
     return folder

@@ -1,4 +1,4 @@
-"""`python -m ptp_lightning pregenerate`: the same files whoever writes them, and runs that train from them."""
+"""`python -m ptp_lightning pregenerate`: the same files for any number of processes, and training from them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.helpers.printed import Run, run_here
 from tests.helpers.tiny_configs import CORPUS_LINE, shrink
 
 CONFIG = Path(__file__).parents[2] / "configs" / "gated_lora.yaml"
-PATIENCE_SECONDS = 120.0
+TIMEOUT_SECONDS = 120.0
 NUM_PROMPTS, SHARD_PROMPTS, NUM_SHARDS = 20, 3, 7
 TASKS = {"prompt": "# A sum\n", "completion": "{text}"}
 OPTIONS = {
@@ -58,7 +58,7 @@ def config(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def streamed(config: Path) -> Path:
-    """The same with a stream of tasks, which are prompts, and texts, which begin with one."""
+    """The same with a stream of tasks with prompts and of texts without."""
     parts: list[dict[str, Any]] = [
         {"rendering": {"class_path": "ptp_lightning.data.PromptAndCompletion", "init_args": TASKS}, "weight": 2.0},
         {"rendering": {"class_path": "ptp_lightning.data.PlainText"}},
@@ -93,17 +93,17 @@ def start(config: Path, output: Path, **changes: Any) -> subprocess.Popen[str]:
     )
 
 
-def stop_at_work(process: subprocess.Popen[str], output: Path, finished: int) -> Path:
-    """Let a process come so far, and freeze it while it has a lock, which is returned."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
+def suspend_with_lock(process: subprocess.Popen[str], output: Path, finished: int) -> Path:
+    """Wait for finished shards, suspend the process while it holds a lock, and return the lock file."""
+    deadline = time.monotonic() + TIMEOUT_SECONDS
     while True:
         assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, f"not so far in {PATIENCE_SECONDS} s"
+        assert time.monotonic() < deadline, f"fewer than {finished} shards in {TIMEOUT_SECONDS} s"
         if len(list(output.glob("*.parquet"))) >= finished and list(output.glob("*.lock")):
             process.send_signal(signal.SIGSTOP)
             locks = [path for path in output.glob("*.lock") if not path.with_suffix(".parquet").exists()]
             if locks and locks[0].stat().st_size:
-                assert len(list(output.glob("*.parquet"))) < NUM_SHARDS, "too late to disturb it"
+                assert len(list(output.glob("*.parquet"))) < NUM_SHARDS, "the process has finished too early"
                 return locks[0]
             process.send_signal(signal.SIGCONT)
         time.sleep(0.002)
@@ -113,7 +113,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_what_is_written_and_said(config: Path, tmp_path: Path, run: Run) -> None:
+def test_files_and_output(config: Path, tmp_path: Path, run: Run) -> None:
     output = tmp_path / "completions"
     printed = run(*arguments(config, output))
     assert printed.status == 0, printed.err
@@ -137,7 +137,7 @@ def test_what_is_written_and_said(config: Path, tmp_path: Path, run: Run) -> Non
     assert again.status == 0 and "This process 0 tokens" in again.out
 
 
-def test_a_run_trains_from_the_lines_that_are_printed(config: Path, tmp_path: Path, run: Run) -> None:
+def test_training_with_the_printed_configuration(config: Path, tmp_path: Path, run: Run) -> None:
     output = tmp_path / "completions"
     plain = yaml.safe_load(config.read_text())
     plain["data"]["init_args"]["row_length"] = 20  # shorter than a completion with its prompt
@@ -172,46 +172,46 @@ def test_every_document_of_a_stream_is_completed_once(streamed: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("kind", ["config", "streamed"])
-def test_killed_and_repeated_it_leaves_what_an_undisturbed_run_leaves(
+def test_a_killed_and_repeated_run_leaves_the_same_files(
     kind: str, request: pytest.FixtureRequest, tmp_path: Path, run: Run
 ) -> None:
     config: Path = request.getfixturevalue(kind)
-    assert run(*arguments(config, tmp_path / "undisturbed")).status == 0
+    assert run(*arguments(config, tmp_path / "uninterrupted")).status == 0
     output = tmp_path / "killed"
     process = start(config, output)
     try:
-        lock = stop_at_work(process, output, finished=2)
+        lock = suspend_with_lock(process, output, finished=2)
     finally:
         process.kill()
     process.communicate()
     owner = json.loads(lock.read_text())
-    half = temporary_path(lock.with_suffix(".parquet"), owner["host"], owner["pid"])
-    half.write_bytes(b"as if it had been killed a little later")
+    unfinished = temporary_path(lock.with_suffix(".parquet"), owner["host"], owner["pid"])
+    unfinished.write_bytes(b"as if killed while writing")
     finished = {path: path.stat().st_mtime_ns for path in output.glob("*.parquet")}
     assert 2 <= len(finished) < NUM_SHARDS
 
     printed = run(*arguments(config, output))
     assert printed.status == 0, printed.err
-    assert contents(output) == contents(tmp_path / "undisturbed")
-    assert finished == {path: path.stat().st_mtime_ns for path in finished}  # nothing was made twice
+    assert contents(output) == contents(tmp_path / "uninterrupted")
+    assert finished == {path: path.stat().st_mtime_ns for path in finished}  # no shard was written twice
 
 
-def test_two_processes_share_the_work(streamed: Path, tmp_path: Path, run: Run) -> None:
+def test_two_processes_divide_the_work(streamed: Path, tmp_path: Path, run: Run) -> None:
     config = streamed
     assert run(*arguments(config, tmp_path / "alone")).status == 0
     output = tmp_path / "shared"
     first, second = start(config, output), None
     try:
-        lock = stop_at_work(first, output, finished=1)
+        lock = suspend_with_lock(first, output, finished=1)
         second = start(config, output, batch_size=5)
-        deadline = time.monotonic() + PATIENCE_SECONDS
+        deadline = time.monotonic() + TIMEOUT_SECONDS
         while len(list(output.glob("*.parquet"))) < NUM_SHARDS - 1:
             assert second.poll() is None, second.communicate()
             assert time.monotonic() < deadline
             time.sleep(0.01)
         assert not lock.with_suffix(".parquet").exists() and second.poll() is None  # it waits for the first
         first.send_signal(signal.SIGCONT)
-        printed = [process.communicate(timeout=PATIENCE_SECONDS) for process in (first, second)]
+        printed = [process.communicate(timeout=TIMEOUT_SECONDS) for process in (first, second)]
     finally:
         for process in filter(None, (first, second)):
             process.kill()
@@ -232,7 +232,7 @@ def test_ctrl_c(config: Path, tmp_path: Path, run: Run, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(pregenerate, "sample_shard", interrupted)
     printed = run(*arguments(config, output))
-    assert printed.status == 130 and f"the same command goes on in {output}" in printed.err
+    assert printed.status == 130 and f"repeat the same command to continue in {output}" in printed.err
     assert sorted(contents(output)) == ["completions.json", "shard-00000.parquet", "shard-00001.parquet"]
 
 
@@ -244,25 +244,25 @@ def test_another_batch_size_gives_the_same_files(config: Path, tmp_path: Path, r
 
 def test_a_full_disk(config: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)
-    most = NUM_PROMPTS * 2 * (6 + 24) * 4
-    monkeypatch.setattr(pregenerate.shutil, "disk_usage", lambda _: usage._replace(free=most - 1))
+    max_bytes = NUM_PROMPTS * 2 * (6 + 24) * 4
+    monkeypatch.setattr(pregenerate.shutil, "disk_usage", lambda _: usage._replace(free=max_bytes - 1))
     printed = run(*arguments(config, tmp_path / "full"))
-    assert printed.status == 2 and f"{most:,} bytes at most, found {most - 1:,}" in printed.err
+    assert printed.status == 2 and f"at most {max_bytes:,} bytes, found {max_bytes - 1:,}" in printed.err
     assert "--output" in printed.err and sorted(contents(tmp_path / "full")) == ["completions.json"]
-    monkeypatch.setattr(pregenerate.shutil, "disk_usage", lambda _: usage._replace(free=most))
+    monkeypatch.setattr(pregenerate.shutil, "disk_usage", lambda _: usage._replace(free=max_bytes))
 
     fsync, calls = os.fsync, []
 
-    def fills_up(descriptor: int) -> None:
+    def full_after_three(descriptor: int) -> None:
         calls.append(descriptor)
         if len(calls) > 3:
             raise OSError(28, "No space left on device")
         fsync(descriptor)
 
-    monkeypatch.setattr(os, "fsync", fills_up)
+    monkeypatch.setattr(os, "fsync", full_after_three)
     printed = run(*arguments(config, tmp_path / "full"))
     assert printed.status == 2 and "Traceback" not in printed.err
-    assert "No space left on device: make room and repeat the command" in printed.err
+    assert "No space left on device: free space and repeat the command" in printed.err
     names = sorted(contents(tmp_path / "full"))
     assert names == ["completions.json", *(f"shard-{shard:05d}.parquet" for shard in range(len(names) - 1))]
     assert 1 < len(names) < NUM_SHARDS
@@ -311,7 +311,7 @@ def test_a_full_disk(config: Path, tmp_path: Path, run: Run, monkeypatch: pytest
     ],
     ids=lambda value: value[0].split("=")[0].rpartition(".")[2] if value[0].startswith("--") else None,
 )
-def test_mistakes_are_named_before_anything_is_written(
+def test_errors_are_raised_before_anything_is_written(
     more: list[str], expected: list[str], config: Path, tmp_path: Path, run: Run
 ) -> None:
     printed = run(*arguments(config, tmp_path / "completions"), *more)
@@ -322,7 +322,7 @@ def test_mistakes_are_named_before_anything_is_written(
     assert not (tmp_path / "completions").exists()
 
 
-def test_another_run_in_the_same_folder_is_refused(config: Path, tmp_path: Path, run: Run) -> None:
+def test_other_settings_in_the_same_folder_are_rejected(config: Path, tmp_path: Path, run: Run) -> None:
     output = tmp_path / "completions"
     assert run(*arguments(config, output, num_prompts=3)).status == 0
     before = contents(output)

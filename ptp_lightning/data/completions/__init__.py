@@ -1,1 +1,1 @@
-"""Completions that a teacher wrote earlier, and their data module."""
+"""Stored completions of a teacher, and their data module."""

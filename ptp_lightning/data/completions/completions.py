@@ -1,7 +1,7 @@
-"""Completions: what a teacher wrote after prompts, stored with everything that decided it.
+"""Completions: texts that a teacher generated after prompts, stored with the settings that determine them.
 
-A folder holds `completions.json`, which says what all of its completions have in common, and shards of Parquet, each
-with a fixed range of the prompts. A shard's content depends on these settings and its number alone.
+A folder contains `completions.json` with the common settings, and Parquet shards with a fixed range of prompts each.
+The content of a shard depends only on the settings and on its number.
 """
 
 from __future__ import annotations
@@ -27,29 +27,29 @@ FORMAT_VERSION = 1
 SETTINGS_FILE = "completions.json"
 FOLDER_KEY = "data.folder"
 COMPRESSION = "zstd"
-# Where a model or tokenizer lies may be spelt in several ways; what it is, other fields say.
-PLACES = frozenset({"teacher_path", "tokenizer"})
+# Paths may differ between runs that use the same model and tokenizer; other fields identify them.
+PATH_FIELDS = frozenset({"teacher_path", "tokenizer"})
 
 
 @dataclass(frozen=True)
 class CompletionSettings:
-    """What all completions of a folder have in common.
+    """The common settings of all completions of a folder.
 
     Attributes:
-        teacher: fingerprint of the model that wrote them.
-        teacher_path: where it was.
-        teacher_dtype: number format of its weights.
-        sampling: how its logits became the distributions that tokens were drawn from.
-        max_new_tokens: a completion ended after so many tokens, or earlier at one of `ending_ids`.
-        seed: of the seeds of all completions.
+        teacher: fingerprint of the teacher's weights.
+        teacher_path: path or hub id of the teacher.
+        teacher_dtype: of the teacher's weights.
+        sampling: settings with which the teacher's tokens were sampled.
+        max_new_tokens: maximum length of a completion, which ends earlier at one of `ending_ids`.
+        seed: from which the seeds of the completions are derived.
         num_prompts: P.
-        num_completions: n, of each prompt.
-        prompts: identity of the prompts' tokens, see `identity_of`.
-        shard_prompts: prompts in a shard; the last may have fewer.
-        vocab_size: V, token ids are smaller.
-        end_of_text: the token id that ends a text, if there is one.
-        ending_ids: all token ids that ended a completion, ascending.
-        tokenizer: where it was, if the prompts were text.
+        num_completions: n, completions per prompt.
+        prompts: fingerprint of the prompts' tokens, see `prompts_fingerprint`.
+        shard_prompts: prompts per shard; the last shard may have fewer.
+        vocab_size: V, token ids are 0 .. V - 1.
+        end_of_text: the end-of-text token id, if there is one.
+        ending_ids: all token ids that end a completion, ascending.
+        tokenizer: path or hub id of the tokenizer, if the prompts are text.
         format_version: of the folder.
     """
 
@@ -71,22 +71,22 @@ class CompletionSettings:
 
     @property
     def num_shards(self) -> int:
-        """Files that a finished folder has."""
+        """Number of shards of a complete folder."""
         return -(-self.num_prompts // self.shard_prompts)
 
     def prompts_of(self, shard: int) -> range:
-        """Numbers of the prompts in a shard."""
+        """Numbers of the prompts of a shard."""
         begin = shard * self.shard_prompts
         return range(begin, min(begin + self.shard_prompts, self.num_prompts))
 
     def seed_of(self, prompt: int, completion: int) -> int:
-        """The seed of one completion, 0 .. 2^63 - 1: it depends on the numbers alone, not on who writes it when."""
+        """The seed of one completion, 0 .. 2^63 - 1. It does not depend on the order or process of generation."""
         digest = hashlib.sha256(f"{self.seed}/completion/{prompt}/{completion}".encode()).digest()
         return int.from_bytes(digest[:8], "big") >> 1
 
     def differences(self, other: CompletionSettings) -> list[str]:
-        """Names of the settings that are not the same; places do not count."""
-        names = [field.name for field in fields(self) if field.name not in PLACES]
+        """Names of the settings that differ; paths are ignored."""
+        names = [field.name for field in fields(self) if field.name not in PATH_FIELDS]
         return [name for name in names if getattr(self, name) != getattr(other, name)]
 
     def to_json(self) -> bytes:
@@ -98,7 +98,7 @@ class CompletionSettings:
         """Inverse of `to_json`.
 
         Raises:
-            ValueError: it is no such file, or one of another version.
+            ValueError: the file has other entries or another format version.
         """
         plain: dict[str, Any] = json.loads(text)
         version = plain.get("format_version") if isinstance(plain, dict) else None
@@ -111,8 +111,12 @@ class CompletionSettings:
         return cls(**(plain | {"sampling": sampling, "ending_ids": ending_ids}))
 
 
-def identity_of(prompts: Iterable[Sequence[int]]) -> str:
-    """Hexadecimal sha256 of the prompts' tokens, to detect that a corpus has changed."""
+def prompts_fingerprint(prompts: Iterable[Sequence[int]]) -> str:
+    """SHA-256 of the prompts' tokens, to detect a changed corpus.
+
+    >>> prompts_fingerprint([[1, 2], [3]])[:8]
+    'be3cb7e0'
+    """
     digest = hashlib.sha256()
     for prompt in prompts:
         digest.update(np.asarray([len(prompt), *prompt], dtype="<i8").tobytes())
@@ -125,9 +129,9 @@ class Completion(NamedTuple):
     Attributes:
         prompt: number of the prompt.
         completion: number among the completions of this prompt.
-        seed: of the auxiliaries that picked its tokens.
-        prompt_ids: the prompt.
-        completion_ids: what the teacher wrote after it.
+        seed: of the auxiliary variables with which its tokens were sampled.
+        prompt_ids: token ids of the prompt.
+        completion_ids: token ids of the completion.
     """
 
     prompt: int
@@ -138,11 +142,14 @@ class Completion(NamedTuple):
 
 
 class RaggedIds(NamedTuple):
-    """Token ids of many sequences, one after the other.
+    """Token ids of sequences of different lengths, concatenated.
 
     Attributes:
         values: int32, of all sequences.
-        offsets: int64, where each begins, and where the last ends.
+        offsets: int64, start of each sequence, and end of the last.
+
+    >>> RaggedIds(np.array([5, 6, 7]), np.array([0, 2, 3])).of(0)
+    [5, 6]
     """
 
     values: np.ndarray
@@ -154,24 +161,24 @@ class RaggedIds(NamedTuple):
 
     @property
     def lengths(self) -> np.ndarray:
-        """int64, tokens of each sequence."""
+        """int64, length of each sequence."""
         return np.diff(self.offsets)
 
     @classmethod
     def joined(cls, parts: Sequence[RaggedIds]) -> RaggedIds:
-        """The sequences of all parts."""
+        """All sequences of several parts."""
         ends = np.cumsum([0, *(len(part.values) for part in parts)])
         offsets = [part.offsets[:-1] + begin for part, begin in zip(parts, ends, strict=False)]
         return cls(np.concatenate([part.values for part in parts]), np.concatenate([*offsets, ends[-1:]]))
 
 
 class CompletionTable(NamedTuple):
-    """Completions in memory, D of them, four bytes a token.
+    """D completions in memory, four bytes per token.
 
     Attributes:
-        prompts: `[D]` int64, number of each completion's prompt.
-        prompt_ids: the prompts.
-        completion_ids: the completions.
+        prompts: `[D]` int64, prompt number of each completion.
+        prompt_ids: token ids of the prompts.
+        completion_ids: token ids of the completions.
     """
 
     prompts: np.ndarray
@@ -184,7 +191,7 @@ class CompletionFolder:
 
     Args:
         path: of the folder.
-        settings: what its completions have in common.
+        settings: common to its completions.
     """
 
     def __init__(self, path: Path, settings: CompletionSettings) -> None:
@@ -193,16 +200,16 @@ class CompletionFolder:
 
     @classmethod
     def open(cls, path: str | Path) -> CompletionFolder:
-        """A folder that is there already, finished or not.
+        """Open an existing folder, complete or not.
 
         Raises:
-            FileNotFoundError: there is no such folder, or no `completions.json` in it.
-            ValueError: the file is something else.
+            FileNotFoundError: the folder does not exist, or contains no `completions.json`.
+            ValueError: `completions.json` is invalid.
         """
         folder = Path(path).expanduser()
         if not folder.is_dir():
             raise FileNotFoundError(
-                f"expected a folder that `python -m ptp_lightning pregenerate` has written at {folder}, found none: "
+                f"expected a folder written by `python -m ptp_lightning pregenerate` at {folder}, found none: "
                 f"set {FOLDER_KEY}"
             )
         stored = folder / SETTINGS_FILE
@@ -212,12 +219,12 @@ class CompletionFolder:
             return cls(folder, CompletionSettings.from_json(stored.read_text(encoding="utf-8")))
 
     @classmethod
-    def begin(cls, path: str | Path, settings: CompletionSettings) -> CompletionFolder:
-        """A folder to write to, new or begun before with the same settings.
+    def create(cls, path: str | Path, settings: CompletionSettings) -> CompletionFolder:
+        """Create a folder to write to, or continue one with the same settings.
 
         Raises:
-            ValueError: it was begun with other settings, or holds something else.
-            OSError: it cannot be written to.
+            ValueError: the folder was created with other settings, or is not a folder of completions.
+            OSError: the folder cannot be written to.
         """
         folder = Path(path).expanduser()
         if folder.exists() and not folder.is_dir():
@@ -228,29 +235,29 @@ class CompletionFolder:
             if any(folder.glob("*.parquet")):
                 raise ValueError(f"expected {SETTINGS_FILE} beside the shards in {folder}, found none: set --output")
             write_atomically(stored, settings.to_json())
-        found = cls.open(folder).settings  # of a process that was faster, perhaps
+        found = cls.open(folder).settings  # perhaps written by another process
         if different := settings.differences(found):
             pairs = (f"{name} {getattr(found, name)}, found {getattr(settings, name)}" for name in different)
             raise ValueError(
-                f"expected the settings that {folder} was begun with: {'; '.join(pairs)}. Choose another --output, or "
-                "the same settings"
+                f"expected the settings with which {folder} was created: {'; '.join(pairs)}: choose another --output, "
+                "or the same settings"
             )
         return cls(folder, settings)
 
     def shard_path(self, shard: int) -> Path:
-        """Where a shard is, or will be."""
+        """Path of a shard, which may not exist yet."""
         return self.path / f"shard-{shard:05d}.parquet"
 
-    def missing(self) -> list[int]:
-        """Numbers of the shards that are still to be made."""
+    def missing_shards(self) -> list[int]:
+        """Numbers of the shards that do not exist yet."""
         present = {path.name for path in self.path.glob("*.parquet")}
         return [k for k in range(self.settings.num_shards) if self.shard_path(k).name not in present]
 
-    def write(self, shard: int, completions: Sequence[Completion]) -> None:
-        """Write a shard, whole or not at all.
+    def write_shard(self, shard: int, completions: Sequence[Completion]) -> None:
+        """Write a shard atomically.
 
         Raises:
-            OSError: no room, no permission; no part of it is left behind.
+            OSError: no space or no permission; no incomplete file is left.
         """
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -261,13 +268,13 @@ class CompletionFolder:
         write_atomically(self.shard_path(shard), buffer.getvalue())
 
     def read(self) -> CompletionTable:
-        """All completions of the shards that are there.
+        """All completions of the existing shards.
 
         Raises:
-            FileNotFoundError: there is no shard at all.
-            ValueError: a file is not what the settings say; it is named.
+            FileNotFoundError: there are no shards.
+            ValueError: a file does not match the settings; the message names it.
         """
-        missing = set(self.missing())
+        missing = set(self.missing_shards())
         shards = [shard for shard in range(self.settings.num_shards) if shard not in missing]
         if not shards:
             raise FileNotFoundError(
@@ -281,7 +288,7 @@ class CompletionFolder:
         )
 
     def sizes(self) -> tuple[int, int]:
-        """(new tokens, bytes) of the shards that are there."""
+        """(new tokens, bytes) of the existing shards."""
         import pyarrow.parquet as pq
 
         paths = [path for shard in range(self.settings.num_shards) if (path := self.shard_path(shard)).is_file()]
@@ -294,7 +301,7 @@ class CompletionFolder:
 
         path = self.shard_path(shard)
         with clear_errors(path, FOLDER_KEY):
-            # The class reads the file alone; `read_table` would take folder names for columns.
+            # `read_table` would interpret folder names as columns.
             table = pq.ParquetFile(path).read()
         expected = _schema()
         found = {field.name: field.type for field in table.schema}
@@ -312,14 +319,14 @@ class CompletionFolder:
         ):
             raise ValueError(
                 f"expected {of_prompt} completions of each of the prompts {numbers.start} to {numbers.stop - 1} in "
-                f"{path}, found {len(prompts)} rows of others: set {FOLDER_KEY}, or remove the file and pregenerate "
-                "it again"
+                f"{path}, found {len(prompts)} rows of other completions: set {FOLDER_KEY}, or remove the file and "
+                "pregenerate it again"
             )
         prompt_ids, completion_ids = (self._ids(table[name], path, name) for name in ("prompt_ids", "completion_ids"))
         return CompletionTable(prompts.astype(np.int64), prompt_ids, completion_ids)
 
     def _ids(self, column: pa.ChunkedArray, path: Path, name: str) -> RaggedIds:
-        with clear_errors(path, FOLDER_KEY):  # an entry may be empty
+        with clear_errors(path, FOLDER_KEY):  # an entry may be null
             array: Any = column.combine_chunks()
             values, offsets = array.values.to_numpy(), array.offsets.to_numpy().astype(np.int64)
         vocab_size = self.settings.vocab_size

@@ -1,4 +1,4 @@
-"""CompletionsDataModule: completions that a teacher has written before, as packed batches."""
+"""CompletionsDataModule: packed batches of stored completions of a teacher."""
 
 from collections.abc import Iterator, Sequence
 from typing import Unpack
@@ -16,13 +16,15 @@ from ptp_lightning.utils.pretrained import load_tokenizer
 from ptp_lightning.utils.randomness import keyed_generator
 
 
-def packed_completions(table: CompletionTable, rows: Sequence[int], row_length: int) -> Iterator[PackedRow]:
-    """Prompt and completion as one document each, never cut: what the teacher wrote depends on all that stands before.
+def pack_completions(table: CompletionTable, rows: Sequence[int], row_length: int) -> Iterator[PackedRow]:
+    """Rows of documents, each a prompt with its completion.
+
+    Documents are not split, because the completion depends on the whole prompt.
 
     Raises:
-        ValueError: one is longer than a row.
+        ValueError: a document is longer than a row.
     """
-    return pack((_document(table, row) for row in rows), row_length, cut=False)
+    return pack((_document(table, row) for row in rows), row_length, allow_split=False)
 
 
 def _document(table: CompletionTable, row: int) -> TokenDocument:
@@ -31,13 +33,13 @@ def _document(table: CompletionTable, row: int) -> TokenDocument:
 
 
 class CompletionStream(DocumentStream[int]):
-    """The completions of a table as a `DocumentStream`.
+    """A `DocumentStream` of the completions of a table.
 
     Args:
-        documents: which rows of the table.
+        documents: row numbers of the table.
         table: the completions.
         row_length: S, tokens per row.
-        **settings: as of `DocumentStream`.
+        **settings: see `StreamSettings`.
     """
 
     def __init__(
@@ -47,31 +49,31 @@ class CompletionStream(DocumentStream[int]):
         self.table = table
         self.row_length = row_length
 
-    def packed(self, documents: Sequence[int]) -> Iterator[PackedRow]:
-        """See `DocumentStream.packed`."""
-        return packed_completions(self.table, documents, self.row_length)
+    def pack_documents(self, documents: Sequence[int]) -> Iterator[PackedRow]:
+        """See `DocumentStream.pack_documents`."""
+        return pack_completions(self.table, documents, self.row_length)
 
 
 class CompletionsDataModule(PackedDataModule):
     """Packed batches of the completions in a folder: an endless training stream, fixed validation and test rows.
 
-    A document is a prompt and what the teacher wrote after it; windows start on what it wrote. All completions of a
-    prompt are in the same split, by a hash of its number. With `DatasetWindows` as the source, training needs no calls
-    of the teacher but the one over the rows.
+    A document is a prompt with its completion, and windows start in completions. All completions of a prompt are in the
+    same split, by a hash of the prompt's number. With `DatasetWindows` as the source of windows, a training step calls
+    the teacher only once, on the rows.
 
     Args:
-        folder: what `python -m ptp_lightning pregenerate` has written.
-        row_length: S, tokens per row; the longest prompt with its completion must fit.
+        folder: written by `python -m ptp_lightning pregenerate`.
+        row_length: S, tokens per row; at least the length of the longest prompt with its completion.
         batch_size: B, rows per batch and rank.
         num_windows: N, windows per row.
-        eval_rows: rows of the validation and of the test split that are used, taken evenly over the split.
+        eval_rows: number of rows used of the validation and of the test split, evenly spaced over the split.
         shuffle_rows: size of the training stream's shuffle buffer, in rows.
-        seed: of every draw in here.
-        allow_incomplete: whether a folder may do in which shards are still missing.
-        tokenizer: where the tokenizer of the prompts is now, if it is not where it was.
+        seed: of the order of documents and rows, and of the window positions.
+        allow_incomplete: accept a folder with missing shards.
+        tokenizer: path or hub id of the tokenizer; by default the stored one.
 
     Raises:
-        FileNotFoundError: there is no such folder, or nothing of completions in it.
+        FileNotFoundError: the folder does not exist, or contains no completions.
         ValueError: a size is out of range, or shards are missing.
     """
 
@@ -103,25 +105,25 @@ class CompletionsDataModule(PackedDataModule):
 
     @property
     def settings(self) -> CompletionSettings:
-        """What the folder's completions have in common."""
+        """The common settings of the completions."""
         return self.folder.settings
 
     @property
     def vocab_size(self) -> int:
-        """Of the teacher."""
+        """V, the teacher's vocabulary size."""
         return self.settings.vocab_size
 
     @property
     def end_of_text(self) -> int | None:
-        """The tokenizer's end-of-text token, after which the teacher stopped."""
+        """The tokenizer's end-of-text token id, which ends completions."""
         return self.settings.end_of_text
 
     def setup(self, stage: str) -> None:
         """Read the completions, and load the tokenizer.
 
         Raises:
-            FileNotFoundError: there is no shard, or no tokenizer.
-            ValueError: a file is not what the settings say, or a document is longer than a row.
+            FileNotFoundError: there are no shards, or there is no tokenizer.
+            ValueError: a file does not match the settings, or a document is longer than a row.
         """
         if self._table is None:
             self._table = self.folder.read()
@@ -129,7 +131,7 @@ class CompletionsDataModule(PackedDataModule):
             if longest > self.row_length:
                 raise ValueError(
                     f"expected data.row_length >= {longest}, the longest prompt with its completion in "
-                    f"{self.folder.path}, found {self.row_length}: a completion that is cut would follow something else"
+                    f"{self.folder.path}, found {self.row_length}: a split completion would lack its context"
                 )
         if self.tokenizer is None and self.tokenizer_path is not None:
             self.tokenizer = load_tokenizer(self.tokenizer_path)
@@ -147,35 +149,35 @@ class CompletionsDataModule(PackedDataModule):
 
     def fixed_batches(self, split: Split) -> list[PackedBatch]:
         """See `PackedDataModule.fixed_batches`."""
-        rows = list(packed_completions(self._require_table(), self._rows(split), self.row_length))
+        rows = list(pack_completions(self._require_table(), self._rows(split), self.row_length))
         generator = keyed_generator(self.seed, split)
         return evaluation_batches(rows, self.eval_rows, self.batch_size, self.num_windows, generator)
 
     def _require_table(self) -> CompletionTable:
         if self._table is None:
-            raise RuntimeError("call setup() before asking for a data loader")
+            raise RuntimeError("call setup() before creating a data loader")
         return self._table
 
-    def _rows(self, split: Split) -> list[int]:
-        """This rank's rows of the table."""
+    def _rows(self, split: Split) -> Sequence[int]:
+        """Row numbers of the table for this rank."""
         prompts = self._require_table().prompts
         chosen = [number for number in np.unique(prompts).tolist() if split_of(f"prompt {number}") == split]
-        rank, world = self.rank_and_world()
-        rows = np.flatnonzero(np.isin(prompts, chosen)).tolist()[rank::world]
+        shard = self.shard_spec()
+        rows = shard.select(np.flatnonzero(np.isin(prompts, chosen)).tolist())
         if not rows:
             raise ValueError(
-                f"expected completions in the {split} split of {self.folder.path} for rank {rank} of {world}, found "
-                f"{len(chosen)} prompts there: pregenerate more prompts (of 100 about 90 train, 5 validate, 5 test) or "
-                f"set {FOLDER_KEY}"
+                f"expected completions in the {split} split of {self.folder.path} for rank {shard.rank} of "
+                f"{shard.world_size}, found {len(chosen)} prompts there: pregenerate more prompts (90 % train, 5 % "
+                f"validation, 5 % test) or set {FOLDER_KEY}"
             )
         return rows
 
 
 def _require_complete(folder: CompletionFolder) -> None:
-    missing, num_shards = len(folder.missing()), folder.settings.num_shards
+    missing, num_shards = len(folder.missing_shards()), folder.settings.num_shards
     if missing:
         raise ValueError(
-            f"expected {num_shards} shards of completions in {folder.path}, found {num_shards - missing}: go on with "
-            f"`python -m ptp_lightning pregenerate --output {folder.path}` and the options it was begun with, or set "
+            f"expected {num_shards} shards of completions in {folder.path}, found {num_shards - missing}: continue "
+            f"`python -m ptp_lightning pregenerate --output {folder.path}` with the same options, or set "
             "data.allow_incomplete: true"
         )

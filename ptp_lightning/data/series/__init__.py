@@ -1,1 +1,1 @@
-"""Token series: recorded pick-ups and Markov chains, and their data module."""
+"""Token series that are not text, and their data module."""

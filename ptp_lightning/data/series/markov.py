@@ -1,4 +1,4 @@
-"""MarkovSeries: random chains of a chosen entropy whose conditionals are known exactly."""
+"""MarkovSeries: random Markov chains of a given entropy, with exactly known conditional distributions."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from ptp_lightning.sampling import TokenDistribution
 from ptp_lightning.utils.randomness import keyed_generator
 
 LARGEST_ORDER = 3
-MAX_HISTORIES = 2**11  # a linear system of this size is solved for every bisection
+MAX_HISTORIES = 2**11  # every bisection step solves a linear system of this size
 BISECTIONS = 40
-STATIONARY_TOLERANCE = 1e-10  # what a step may change of the stationary distribution, all histories together
+STATIONARY_TOLERANCE = 1e-10  # allowed change of the stationary distribution by one step, summed over all histories
 LARGEST_SHARPNESS = 2.0**20
 
 
@@ -26,12 +26,12 @@ LARGEST_SHARPNESS = 2.0**20
 class MarkovSeries(Series):
     """A stationary Markov chain: each token depends on the `order` tokens before it and on nothing else.
 
-    Transition probabilities are the softmax of normal random numbers times one sharpness, which is chosen by bisection
-    such that the conditional entropy, averaged over the stationary distribution, is `entropy`. Rows are drawn afresh,
-    without end; the validation and test rows are fixed by `seed`.
+    Transition probabilities are the softmax of normal random numbers times a sharpness. The sharpness is found by
+    bisection such that the conditional entropy, averaged over the stationary distribution, is `entropy`. Training rows
+    are drawn anew without end; validation and test rows are fixed by `seed`.
 
-    A `history` is the last `order` tokens, oldest first; places before the known part of the series hold the id
-    `vocab_size`, for which the conditionals average over what the chain may have been there.
+    A `history` is the last `order` tokens, oldest first. Unknown tokens before the start of the series have the id
+    `vocab_size`; the conditionals are averaged over them.
 
     Args:
         order: 1 to 3.
@@ -41,6 +41,10 @@ class MarkovSeries(Series):
 
     Raises:
         ValueError: a value is out of range.
+
+    >>> chain = MarkovSeries(order=1, vocab_size=3, entropy=0.5)
+    >>> chain.conditionals(torch.tensor([[0], [2]])).shape
+    torch.Size([2, 3])
     """
 
     order: int = 1
@@ -49,7 +53,7 @@ class MarkovSeries(Series):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse what has no chain."""
+        """Check the arguments."""
         if not 1 <= self.order <= LARGEST_ORDER:
             raise ValueError(f"expected data.series.order between 1 and {LARGEST_ORDER}, found {self.order}")
         if self.vocab_size < 2:
@@ -69,23 +73,23 @@ class MarkovSeries(Series):
         """Distributions of the next token: histories `[..., order]` to probabilities `[..., V]`, float64, exact."""
         known = history < self.vocab_size
         num_known = known.sum(-1)
-        # Tables of 0, 1, .. known tokens lie one after the other; unknown places come first, so 0 in them adds nothing.
+        # `_tables` concatenates the tables for 0, 1, .. known tokens. Unknown tokens count as 0 in the row index.
         first_row = torch.tensor([sum(self.vocab_size**i for i in range(j)) for j in range(self.order + 1)])
-        digit = torch.tensor([self.vocab_size**place for place in reversed(range(self.order))])
+        digit = torch.tensor([self.vocab_size**power for power in reversed(range(self.order))])
         row = first_row.to(history.device)[num_known] + (history * known * digit.to(history.device)).sum(-1)
         return self._tables.to(history.device)[row]
 
     def draw_rows(self, count: int, length: int, generator: torch.Generator) -> Tensor:
-        """Independent stretches `[count, length]` of the stationary chain, int64."""
+        """Independent samples `[count, length]` of the stationary chain, int64."""
         u = draw_auxiliaries((count, length), generator, "cpu")
         tokens = torch.full((count, self.order + length), self.vocab_size)
-        for place in range(length):
-            P = TokenDistribution(self.conditionals(tokens[:, place : place + self.order]))
-            tokens[:, self.order + place] = pick(u[:, place], P)
+        for position in range(length):
+            P = TokenDistribution(self.conditionals(tokens[:, position : position + self.order]))
+            tokens[:, self.order + position] = pick(u[:, position], P)
         return tokens[:, self.order :]
 
     def row_sampler(self, split: Split, length: int) -> RowSampler:
-        """See `Series.row_sampler`; every split is the same chain."""
+        """See `Series.row_sampler`; all splits are samples of the same chain."""
         return lambda count, generator: self.draw_rows(count, length, generator)
 
     def fixed_rows(self, split: Split, length: int, count: int) -> Tensor:
@@ -93,11 +97,11 @@ class MarkovSeries(Series):
         return self.draw_rows(count, length, keyed_generator(self.seed, "fixed rows", split))
 
     def marginal_divergence(self, length: int) -> Tensor:
-        """What a prediction that cannot know the window's own earlier tokens must lose: `[length]`, nats, float64.
+        """Minimum loss of predictions that do not depend on earlier tokens of the window: `[length]`, nats, float64.
 
-        Entry k is the least average KL(conditional of token k || prediction of token k) among predictions that see only
-        the `order` or more tokens before the window: the conditional mutual information between token k and the
-        tokens before it in the window. The product of marginals attains it.
+        Entry k is the smallest average KL(conditional of token k || prediction of token k) among predictions that are
+        conditioned only on the `order` or more tokens before the window. It is the conditional mutual information
+        between token k and the tokens before it in the window, and the marginal of token k attains it.
         """
         states = torch.eye(self.stationary.numel(), dtype=torch.float64)  # [start, state of the chain at position k]
         losses = []
@@ -109,12 +113,12 @@ class MarkovSeries(Series):
 
     @property
     def transitions(self) -> Tensor:
-        """`[V^order, V]` float64: the conditionals of full histories, which count with the oldest token first."""
+        """`[V^order, V]` float64: the conditionals of full histories; the oldest token is the highest digit."""
         return self._chain[0]
 
     @property
     def stationary(self) -> Tensor:
-        """`[V^order]` float64: how often each full history occurs."""
+        """`[V^order]` float64: the stationary probability of each full history."""
         return self._chain[1]
 
     @cached_property
@@ -130,26 +134,26 @@ class MarkovSeries(Series):
             transitions, stationary = chain(sharpness)
             return float(stationary @ _entropies(transitions))
 
-        too_blunt, sharp_enough = 0.0, 1.0
-        while entropy(sharp_enough) > self.entropy:
-            too_blunt, sharp_enough = sharp_enough, 2 * sharp_enough
-            if sharp_enough > LARGEST_SHARPNESS:
+        low, high = 0.0, 1.0
+        while entropy(high) > self.entropy:
+            low, high = high, 2 * high
+            if high > LARGEST_SHARPNESS:
                 raise ValueError(_no_chain(self.entropy))
         for _ in range(BISECTIONS):
-            middle = (too_blunt + sharp_enough) / 2
+            middle = (low + high) / 2
             if entropy(middle) > self.entropy:
-                too_blunt = middle
+                low = middle
             else:
-                sharp_enough = middle
-        return chain(sharp_enough)
+                high = middle
+        return chain(high)
 
     def _stationary(self, transitions: Tensor) -> Tensor:
-        """The distribution `[V^order]` of histories that a step leaves as it is."""
-        unchanged = torch.eye(len(transitions), dtype=torch.float64)
-        equations = (self._advance(unchanged, transitions) - unchanged).T
-        # They add up to nothing, so one of them says nothing new: in its place, all probabilities add up to 1.
+        """The distribution `[V^order]` of histories that a step does not change."""
+        identity = torch.eye(len(transitions), dtype=torch.float64)
+        equations = (self._advance(identity, transitions) - identity).T
+        # The equations sum to zero, so one is redundant. It is replaced by the sum of all probabilities, which is 1.
         equations[-1] = 1
-        stationary, _ = torch.linalg.solve_ex(equations, unchanged[-1])
+        stationary, _ = torch.linalg.solve_ex(equations, identity[-1])
         stationary = stationary.clamp_min(0) / stationary.clamp_min(0).sum()
         change = (self._advance(stationary[None], transitions)[0] - stationary).abs().sum()
         if not change <= STATIONARY_TOLERANCE:  # or NaN
@@ -164,7 +168,7 @@ class MarkovSeries(Series):
 
     @cached_property
     def _tables(self) -> Tensor:
-        """`[1 + V + .. + V^order, V]`: conditionals given the last 0, 1, .. order tokens."""
+        """`[1 + V + .. + V^order, V]`: the conditionals given the last 0, 1, .., `order` tokens."""
         joint = self.stationary[:, None] * self.transitions
         tables = [self.transitions]
         for num_known in reversed(range(self.order)):
@@ -174,12 +178,12 @@ class MarkovSeries(Series):
 
 
 def _entropies(probabilities: Tensor) -> Tensor:
-    """`[..., V]` to `[...]`, nats."""
+    """Entropies `[...]` of distributions `[..., V]`, in nats."""
     return torch.special.entr(probabilities).sum(-1)
 
 
 def _no_chain(entropy: float) -> str:
     return (
-        f"expected an entropy that a chain with one stationary distribution has, found {entropy} nats, for which it is "
-        "all but deterministic: raise data.series.entropy or change data.series.seed"
+        f"expected the entropy of a chain with a unique stationary distribution, found {entropy} nats, for which the "
+        "chain is almost deterministic: raise data.series.entropy or change data.series.seed"
     )

@@ -1,7 +1,7 @@
-"""Token series: sequences that were never text, as rows of equal length.
+"""Token series: token sequences that are not text, read in rows of equal length.
 
-A new series is one class with `vocab_size`, `row_sampler` and `fixed_rows`; one that was recorded once and lies in
-memory is a `RecordedSeries` with `vocab_size` and `blocks`.
+A new series is one class with `vocab_size`, `row_sampler` and `fixed_rows`. A recorded series in memory is a
+`RecordedSeries` with `vocab_size` and `blocks`.
 """
 
 from abc import ABC, abstractmethod
@@ -14,11 +14,11 @@ from torch import Tensor
 from ptp_lightning.data.corpus import Split
 
 RowSampler = Callable[[int, torch.Generator], Tensor]
-"""(how many rows, source of the draws) to token ids `[rows, length]`, int64."""
+"""(number of rows, source of randomness) to token ids `[rows, length]`, int64."""
 
 
 class Series(ABC):
-    """A sequence over a small vocabulary that has a training, a validation and a test part."""
+    """A sequence over a small vocabulary with a training, a validation and a test part."""
 
     @property
     @abstractmethod
@@ -27,7 +27,7 @@ class Series(ABC):
 
     @abstractmethod
     def row_sampler(self, split: Split, length: int) -> RowSampler:
-        """Draws rows of `length` consecutive tokens of a split, for ever; equal draws give equal rows."""
+        """A function that draws rows of `length` consecutive tokens of a split; equal seeds give equal rows."""
 
     @abstractmethod
     def fixed_rows(self, split: Split, length: int, count: int) -> Tensor:
@@ -35,7 +35,7 @@ class Series(ABC):
 
 
 class RecordedSeries(Series):
-    """A series in memory, in blocks that each belong to one split; no row crosses from one block into another."""
+    """A series in memory, in blocks that each belong to one split. No row contains tokens of two blocks."""
 
     @abstractmethod
     def blocks(self, split: Split) -> list[np.ndarray]:
@@ -46,7 +46,7 @@ class RecordedSeries(Series):
         return np.concatenate([np.zeros(0, dtype=np.int64), *self.blocks(split)])
 
     def row_sampler(self, split: Split, length: int) -> RowSampler:
-        """Rows that start anywhere in a block, every place equally likely; see `Series.row_sampler`.
+        """Rows that start at any position of a block with equal probability; see `Series.row_sampler`.
 
         Raises:
             ValueError: no block of the split is long enough.
@@ -61,7 +61,7 @@ class RecordedSeries(Series):
         return draw
 
     def fixed_rows(self, split: Split, length: int, count: int) -> Tensor:
-        """Rows that do not overlap, taken evenly over the split; see `Series.fixed_rows`.
+        """Rows that do not overlap, evenly spaced over the split; see `Series.fixed_rows`.
 
         Raises:
             ValueError: no block of the split is long enough.
@@ -72,7 +72,7 @@ class RecordedSeries(Series):
         return tokens[chosen.unsqueeze(-1) + torch.arange(length)]
 
     def _tokens_and_starts(self, split: Split, length: int, step: int) -> tuple[Tensor, Tensor]:
-        """The split's tokens, and where in them rows may start: every `step` places, counted in each block."""
+        """The tokens of a split, and the positions at which rows may start: every `step` tokens of each block."""
         starts: list[Tensor] = []
         begin = 0
         for block in self.blocks(split):
@@ -82,7 +82,7 @@ class RecordedSeries(Series):
         if not len(joined):
             raise ValueError(
                 f"expected a block of at least {length} tokens in the {split} split, found {len(starts)} shorter "
-                "ones: lower data.row_length or data.series.block_length, or give a longer series"
+                "ones: lower data.row_length or data.series.block_length, or set data.series to a longer series"
             )
         return torch.from_numpy(self.tokens(split)), joined
 

@@ -1,4 +1,4 @@
-"""SeriesDataModule: token series as packed batches, a row being one document."""
+"""SeriesDataModule: packed batches of a token series, one document per row."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -16,14 +16,14 @@ from ptp_lightning.utils.randomness import keyed_generator
 
 
 class SeriesStream(IterableDataset[PackedBatch]):
-    """Endless batches; batch k is a function of its keys and k alone, so any of them can be the first.
+    """Endless batches. Batch k depends on the keys and on k alone, so iteration can start at any batch.
 
     Args:
-        draw: gives the rows.
-        collate: makes a batch of rows.
+        draw: draws rows.
+        collate: turns rows into a batch.
         batch_size: B, rows per batch.
-        keys: of every draw, beside k.
-        skip_batches: number of the first batch; asked each time an iteration starts.
+        keys: of the random generators, beside k.
+        skip_batches: returns the number of the first batch; called at the start of each iteration.
     """
 
     def __init__(
@@ -41,32 +41,31 @@ class SeriesStream(IterableDataset[PackedBatch]):
         self.skip_batches = skip_batches
 
     def __iter__(self) -> Iterator[PackedBatch]:
-        """Yield batches from number `skip_batches` on, for ever."""
+        """Yield endless batches, starting with number `skip_batches`."""
         for batch_index in itertools.count(self.skip_batches()):
             generator = keyed_generator(*self.keys, batch_index)
             yield self.collate(self.draw(self.batch_size, generator), generator)
 
 
 class SeriesDataModule(PackedDataModule):
-    """Rows [beginning, t_1, .., t_{S-1}] of a token series: an endless training stream, fixed rows for evaluation.
+    """Rows [bos, t_1, .., t_{S-1}] of a token series: an endless training stream, and fixed rows for evaluation.
 
-    The beginning is a token id of its own, one above the series' largest, so that the first token of a row has
-    something before it too. It is never a label, nor part of a window: a model learns that it does not occur, and gives
-    it next to no probability.
+    The beginning-of-sequence token `bos` gives the first token of a row a context. Its id is one above the largest id
+    of the series. It is never a label and never part of a window, so a model learns to give it almost no probability.
 
-    Windows start `min_context` to `max_context` tokens after the beginning; 0 and 0 put every window of a row right
-    after it (windows without context, as in the paper's experiments on such data), where sources that sample draw
-    another continuation for each of them.
+    Windows start `min_context` to `max_context` tokens after `bos`. With 0 and 0 all windows of a row start directly
+    after it, as in the paper's experiments on this data. Window sources that sample draw a different continuation for
+    each window.
 
     Args:
-        series: what the tokens are.
-        row_length: S, tokens per row, the beginning counted.
+        series: source of the tokens.
+        row_length: S, tokens per row, including `bos`.
         batch_size: B, rows per batch and rank.
         num_windows: N, windows per row.
-        min_context: tokens of the series that stand before a window at least.
-        max_context: the same at most; by default S - 2, so that one token of the row is left for the window.
-        eval_rows: rows of the validation and of the test split that are used.
-        seed: of every draw in here.
+        min_context: minimum number of series tokens before a window.
+        max_context: maximum number; by default S - 2, so that at least one token of the row is in the window.
+        eval_rows: number of rows used of the validation and of the test split.
+        seed: of the rows and of the window positions.
     """
 
     def __init__(
@@ -83,12 +82,12 @@ class SeriesDataModule(PackedDataModule):
         super().__init__()
         require_sizes(row_length, batch_size, num_windows, eval_rows)
         require_at_least({"min_context": (min_context, 0)})
-        most = row_length - 2
-        max_context = most if max_context is None else max_context
-        if not min_context <= max_context <= most:
+        largest = row_length - 2
+        max_context = largest if max_context is None else max_context
+        if not min_context <= max_context <= largest:
             raise ValueError(
                 f"expected data.min_context <= data.max_context <= data.row_length - 2, found {min_context}, "
-                f"{max_context} and {most}"
+                f"{max_context} and {largest}"
             )
         self.series = series
         self.row_length = row_length
@@ -101,42 +100,42 @@ class SeriesDataModule(PackedDataModule):
 
     @property
     def vocab_size(self) -> int:
-        """The series' tokens and the beginning."""
+        """The series' tokens and `bos`."""
         return self.series.vocab_size + 1
 
     @property
-    def beginning(self) -> int:
-        """The token id that starts every row."""
+    def bos_token_id(self) -> int:
+        """The token id at the start of every row."""
         return self.series.vocab_size
 
     @property
     def end_of_text(self) -> int | None:
-        """None: a series does not end."""
+        """None: a series has no end-of-text token."""
         return None
 
     def training_stream(self) -> IterableDataset[PackedBatch]:
         """See `PackedDataModule.training_stream`."""
-        rank, _ = self.rank_and_world()
         return SeriesStream(
             self.series.row_sampler("train", self.row_length - 1),
             self._collate,
             self.batch_size,
-            keys=(self.seed, "train", rank),
+            keys=(self.seed, "train", self.shard_spec().rank),
             skip_batches=self.batches_consumed,
         )
 
     def fixed_batches(self, split: Split) -> list[PackedBatch]:
         """See `PackedDataModule.fixed_batches`."""
-        rank, world = self.rank_and_world()
+        shard = self.shard_spec()
         rows = self.series.fixed_rows(split, self.row_length - 1, self.eval_rows)
-        generator = keyed_generator(self.seed, split, rank)
-        return [self._collate(part, generator) for part in rows[rank::world].split(self.batch_size)]
+        generator = keyed_generator(self.seed, split, shard.rank)
+        own = rows[shard.rank :: shard.world_size]
+        return [self._collate(part, generator) for part in own.split(self.batch_size)]
 
     def _collate(self, rows: Tensor, generator: torch.Generator) -> PackedBatch:
-        """Put the beginning before rows `[B, S - 1]` and draw windows."""
-        input_ids = torch.nn.functional.pad(rows, (1, 0), value=self.beginning)
+        """Prepend `bos` to rows `[B, S - 1]` and draw windows."""
+        input_ids = torch.nn.functional.pad(rows, (1, 0), value=self.bos_token_id)
         position_ids = torch.arange(self.row_length).expand_as(input_ids)
-        context = position_ids - 1  # tokens of the series before each place
+        context = position_ids - 1  # number of series tokens before each position
         eligible = (context >= self.min_context) & (context <= self.max_context)
         return PackedBatch(
             input_ids,

@@ -1,1 +1,1 @@
-"""Streamed corpora: row sources, mixtures, shuffling, and their data module."""
+"""Streamed corpora: row sources, weighted mixtures, shuffling, and their data module."""

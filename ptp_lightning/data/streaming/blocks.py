@@ -1,8 +1,8 @@
 """Blocks: the unit of work of a stream. Some hundred documents are read, shuffled, tokenised and packed together.
 
-A block is a function of the stream's settings and the position it begins at. So nothing of a shuffle buffer has to be
-kept to go on exactly: the block is read once more. And workers can make blocks in parallel without any effect on the
-order: each reads all rows, which is cheap, and works on its own blocks alone.
+A block depends only on the settings of the stream and on the position at which it starts. To resume, a block is read
+again, so checkpoints contain no shuffle buffer. Workers process blocks in parallel without an effect on the order: each
+worker reads all rows, which is cheap, and processes only its own blocks.
 """
 
 from __future__ import annotations
@@ -16,178 +16,180 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ptp_lightning.data.corpus import Split, split_of
-from ptp_lightning.data.packing import MIN_PIECE, PackedRow, TokenDocument, pack
+from ptp_lightning.data.packing import MIN_PIECE_TOKENS, PackedRow, TokenDocument, pack
+from ptp_lightning.data.shard_spec import ShardSpec
 from ptp_lightning.data.streaming.mixture import MixedRow, Mixture, StreamPart
-from ptp_lightning.data.streaming.row_source import BadRowError, Position, Share
+from ptp_lightning.data.streaming.row_source import BadRowError, Position
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-LARGEST_BLOCK_BYTES = 1_000_000  # of documents, after which a block ends early: a quarter of a million tokens
+MAX_BLOCK_BYTES = 1_000_000  # of documents, about 250,000 tokens; a block that is larger ends early
 
-Division = Literal["none", "hash", "halves"]
-"""How documents are divided among splits: not at all, by a hash (90, 5 and 5 of 100), or into validation and test."""
+SplitRule = Literal["none", "hash", "halves"]
+"""How documents are assigned to splits: not at all, by a hash in the ratio 90/5/5, or half validation and half test."""
 
 
 class BlockSettings(NamedTuple):
-    """What makes a block of the rows it reads.
+    """Settings of blocks.
 
     Attributes:
-        tokenizer: turns text into ids.
+        tokenizer: of the model.
         row_length: S, tokens per row.
-        num_documents: rows of the sources that a block reads; fewer if they are long.
-        seed: of the order inside a block.
-        division: of the documents among splits.
+        num_documents: number of source rows in a block; fewer if they are long.
+        seed: of the order within a block.
+        split_rule: how documents are assigned to splits.
     """
 
     tokenizer: PreTrainedTokenizerBase
     row_length: int
     num_documents: int
     seed: int
-    division: Division
+    split_rule: SplitRule
 
 
 class Block(NamedTuple):
-    """A finished block.
+    """A processed block.
 
     Attributes:
         number: in the stream.
-        position: where it began.
-        rows: packed, `[R, S]` each.
-        num_documents: that went into it.
-        num_long: how many of them did not fit into one row and were cut.
-        num_short: documents of fewer than two tokens, which were left out.
-        complaints: about rows that could not be used, and were left out.
+        position: of the source before the block; None at the start of the stream.
+        rows: packed rows, `[R, S]` each.
+        num_documents: number of documents in the rows.
+        num_split: how many of them are longer than a row and were split.
+        num_too_short: number of skipped documents of fewer than two tokens.
+        row_errors: messages about skipped invalid rows.
     """
 
     number: int
     position: Position | None
     rows: PackedRow
     num_documents: int
-    num_long: int
-    num_short: int
-    complaints: list[str]
+    num_split: int
+    num_too_short: int
+    row_errors: list[str]
 
 
 class BlockDocuments(NamedTuple):
-    """What the rows of a block hold.
+    """The documents of a block before packing.
 
     Attributes:
         documents: of the split, shuffled.
-        complaints: about rows that could not be used, and were left out.
+        row_errors: messages about skipped invalid rows.
     """
 
     documents: list[TokenDocument]
-    complaints: list[str]
+    row_errors: list[str]
 
 
 class BlockStream(IterableDataset[Block]):
-    """Endless blocks of one split, from a position on; the workers of a data loader make every n-th each.
+    """Endless blocks of one split, starting at a position. Each of n data loader workers processes every n-th block.
 
     Args:
-        parts: of the mixture.
-        share: of this process.
-        settings: of blocks.
+        parts: components of the mixture.
+        shard: of this process.
+        settings: of the blocks.
         split: whose documents are packed.
         number: of the first block.
-        position: where it begins.
-        once: end when every part was read to its end, and leave out what parts repeat until then.
+        position: at which the first block starts.
+        single_epoch: end when every component has been read once, and skip rows that a component repeats until then.
     """
 
     def __init__(
         self,
         parts: Sequence[StreamPart],
-        share: Share,
+        shard: ShardSpec,
         settings: BlockSettings,
         split: Split = "train",
         number: int = 0,
         position: Position | None = None,
-        once: bool = False,
+        single_epoch: bool = False,
     ) -> None:
         self._parts = list(parts)
-        self._share = share
+        self._shard = shard
         self._settings = settings
         self._split: Split = split
         self._number = number
         self._position = position
-        self._once = once
+        self._single_epoch = single_epoch
 
     def __iter__(self) -> Iterator[Block]:
-        """Blocks in order; in a worker, its own ones."""
+        """Blocks in order; in a worker, only its own blocks."""
         info = get_worker_info()
         worker, num_workers = (0, 1) if info is None else (info.id, info.num_workers)
         position = self._position
-        for number, members in enumerate(self._members(), start=self._number):
+        for number, source_rows in enumerate(self._source_rows(), start=self._number):
             if (number - self._number) % num_workers == worker:
-                yield self._block(number, position, members)
-            position = members[-1].position
+                yield self._block(number, position, source_rows)
+            position = source_rows[-1].position
 
     def documents(self) -> Iterator[BlockDocuments]:
-        """What all blocks hold before they are packed, whatever process this is."""
-        for number, members in enumerate(self._members(), start=self._number):
-            yield self._documents(self._order_of(number), members)
+        """The documents of all blocks, in any worker."""
+        for number, source_rows in enumerate(self._source_rows(), start=self._number):
+            yield self._documents(self._order_of(number), source_rows)
 
-    def _members(self) -> Iterator[list[MixedRow]]:
-        """The rows of each block. Where there is one part alone, blocks end with its epochs."""
-        members: list[MixedRow] = []
+    def _source_rows(self) -> Iterator[list[MixedRow]]:
+        """The source rows of each block. With a single component, a block ends at the end of an epoch."""
+        source_rows: list[MixedRow] = []
         num_bytes = 0
-        for row in Mixture(self._parts, self._share, self._settings.seed).rows(self._position):
+        for row in Mixture(self._parts, self._shard, self._settings.seed).rows(self._position):
             epochs = [part["epoch"] for part in row.position["parts"]]
-            is_new_epoch = len(epochs) == 1 and members and members[-1].position["parts"][0]["epoch"] != epochs[0]
-            if len(members) == self._settings.num_documents or num_bytes > LARGEST_BLOCK_BYTES or is_new_epoch:
-                yield members
-                members, num_bytes = [], 0
-            if self._once and min(epochs) > 0:
+            last = source_rows[-1].position["parts"] if source_rows else row.position["parts"]
+            is_new_epoch = len(epochs) == 1 and last[0]["epoch"] != epochs[0]
+            if len(source_rows) == self._settings.num_documents or num_bytes > MAX_BLOCK_BYTES or is_new_epoch:
+                yield source_rows
+                source_rows, num_bytes = [], 0
+            if self._single_epoch and min(epochs) > 0:
                 break
-            if not (self._once and epochs[row.part] > 0):
-                members.append(row)
+            if not (self._single_epoch and epochs[row.part] > 0):
+                source_rows.append(row)
                 num_bytes += len(row.row.identity)
-        if members:
-            yield members
+        if source_rows:
+            yield source_rows
 
-    def _block(self, number: int, position: Position | None, members: list[MixedRow]) -> Block:
+    def _block(self, number: int, position: Position | None, source_rows: list[MixedRow]) -> Block:
         row_length, order = self._settings.row_length, self._order_of(number)
-        documents, complaints = self._documents(order, members)
-        long_enough = [document for document in documents if len(document) >= MIN_PIECE]
-        # A row without a place where a window may start, such as a long prompt's, has nothing to be learned.
+        documents, row_errors = self._documents(order, source_rows)
+        long_enough = [document for document in documents if len(document) >= MIN_PIECE_TOKENS]
+        # A row in which no window can start, for example within a long prompt, contains nothing to learn.
         rows = [row for row in pack(long_enough, row_length) if bool(row.eligible.any())]
-        order.shuffle(rows)  # or a long document would fill one batch after another
+        order.shuffle(rows)  # otherwise the rows of a long document would fill consecutive batches
         return Block(
             number,
             position,
-            _stacked(rows, row_length),
+            _stack(rows, row_length),
             num_documents=len(long_enough),
-            num_long=sum(len(document) > row_length for document in long_enough),
-            num_short=len(documents) - len(long_enough),
-            complaints=complaints,
+            num_split=sum(len(document) > row_length for document in long_enough),
+            num_too_short=len(documents) - len(long_enough),
+            row_errors=row_errors,
         )
 
     def _order_of(self, number: int) -> random.Random:
-        return random.Random(f"block/{self._settings.seed}/{self._share.rank}/{number}")
+        return random.Random(f"block/{self._settings.seed}/{self._shard.rank}/{number}")
 
-    def _documents(self, order: random.Random, members: list[MixedRow]) -> BlockDocuments:
+    def _documents(self, order: random.Random, source_rows: list[MixedRow]) -> BlockDocuments:
         documents: list[TokenDocument] = []
-        complaints: list[str] = []
-        for part, row, _ in order.sample(members, len(members)):
-            if not self._belongs(row.identity):
+        row_errors: list[str] = []
+        for part, row, _ in order.sample(source_rows, len(source_rows)):
+            if not self._is_in_split(row.identity):
                 continue
             try:
                 columns = self._parts[part].source.parse(row)
-                documents.append(self._parts[part].renders.document(columns, self._settings.tokenizer))
+                documents.append(self._parts[part].effective_rendering.document(columns, self._settings.tokenizer))
             except BadRowError as error:
-                complaints.append(str(error) if row.name in str(error) else f"{row.name}: {error}")
-        return BlockDocuments(documents, complaints)
+                row_errors.append(str(error) if row.name in str(error) else f"{row.name}: {error}")
+        return BlockDocuments(documents, row_errors)
 
-    def _belongs(self, identity: bytes) -> bool:
-        """Whether a document is one of the split's."""
-        if self._settings.division == "hash":
+    def _is_in_split(self, identity: bytes) -> bool:
+        """Whether a document belongs to the split."""
+        if self._settings.split_rule == "hash":
             return split_of(identity.hex()) == self._split
-        if self._settings.division == "halves":
+        if self._settings.split_rule == "halves":
             return (hashlib.sha256(identity).digest()[0] % 2 == 0) == (self._split == "val")
         return True
 
 
-def _stacked(rows: Sequence[PackedRow], row_length: int) -> PackedRow:
+def _stack(rows: Sequence[PackedRow], row_length: int) -> PackedRow:
     if rows:
         return PackedRow(*(torch.stack(tensors) for tensors in zip(*rows, strict=True)))
     empty = torch.zeros(0, row_length, dtype=torch.long)

@@ -1,4 +1,4 @@
-"""Rows of files: JSON lines, or plain text by file or by line. Local paths, or any URL that fsspec opens."""
+"""Rows of files: JSON lines, or plain text by file or by line. Files are local paths or URLs that fsspec opens."""
 
 from __future__ import annotations
 
@@ -10,35 +10,35 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal, cast
 
-from ptp_lightning.data.streaming.row_source import BadRowError, Position, RawRow, RowSource, Share
+from ptp_lightning.data.shard_spec import ShardSpec
+from ptp_lightning.data.streaming.row_source import BadRowError, Position, RawRow, RowSource
 from ptp_lightning.utils.pretrained import clear_errors
 
 
 @dataclass(frozen=True)
 class FileRows(RowSource):
-    """Rows of one or many files, which each epoch reads in an order of its own, each file from its start to its end.
+    """Rows of files. Files are read in a different order in each epoch, and each file from start to end.
 
     Args:
-        paths: files, folders (searched for `pattern`) or URLs; files that end in .gz, .bz2, .xz or .zst are unpacked on
-            the way.
-        pattern: glob of the files taken from a folder.
+        paths: files, folders (searched for `pattern`) or URLs; .gz, .bz2, .xz and .zst files are decompressed.
+        pattern: glob pattern of the files in a folder.
 
     Raises:
-        ValueError: there are no paths.
-        FileNotFoundError: a local path does not exist, or a folder holds no such file.
+        ValueError: `paths` is empty.
+        FileNotFoundError: a local path does not exist, or a folder contains no matching file.
     """
 
     paths: list[str]
     pattern: str = "**/*"
 
     def __post_init__(self) -> None:
-        """Refuse paths that lead nowhere, before any work starts."""
+        """Check the paths before any work starts."""
         if not self.paths:
             raise ValueError(f"expected at least one file for {type(self).__name__}, found none: set its paths")
         self.files()
 
     def files(self) -> list[str]:
-        """All files, in the order given and sorted inside folders."""
+        """All files, in the given order and sorted within folders."""
         found: list[str] = []
         for given in self.paths:
             path = Path(given).expanduser()
@@ -60,12 +60,12 @@ class FileRows(RowSource):
                 )
         return found
 
-    def rows(self, key: str, share: Share, position: Position | None = None) -> Iterator[RawRow]:
+    def rows(self, key: str, shard: ShardSpec, position: Position | None = None) -> Iterator[RawRow]:
         """See `RowSource.rows`.
 
         Raises:
-            FileNotFoundError: a file is not there any more.
-            ValueError: one cannot be read, because it was packed in another way or is cut off for instance.
+            FileNotFoundError: a file does not exist any more.
+            ValueError: a file cannot be read, for example because it is truncated or compressed by another method.
         """
         files = self.files()
         random.Random(f"files/{key}").shuffle(files)
@@ -75,21 +75,21 @@ class FileRows(RowSource):
             with clear_errors(files[index], f"{type(self).__name__}.paths"):
                 for row in self._file_rows(files[index], start):
                     position = row.position | {"file": index}
-                    if (position["number"] - 1) % share.world == share.rank:
+                    if shard.owns(position["number"] - 1):
                         yield row._replace(position=position)
 
     @abstractmethod
     def _file_rows(self, file: str, start: Position) -> Iterator[RawRow]:
-        """Rows of one file from a position in it on; `number` counts the rows of all files."""
+        """Rows of one file after a position in it; `number` counts the rows of all files."""
 
 
 @dataclass(frozen=True)
 class JsonLines(FileRows):
-    """JSON lines: an object a line, whose entries are the columns; empty lines count as nothing.
+    """JSON lines: one object per line, whose entries are the columns; empty lines are skipped.
 
     Args:
         paths: see `FileRows`.
-        pattern: the same.
+        pattern: see `FileRows`.
     """
 
     pattern: str = "**/*.jsonl*"
@@ -110,12 +110,12 @@ class JsonLines(FileRows):
 
 @dataclass(frozen=True)
 class TextRows(FileRows):
-    """Plain UTF-8 text; its one column is `text`.
+    """Plain UTF-8 text, with one column `text`.
 
     Args:
         paths: see `FileRows`.
-        pattern: the same.
-        per: what a document is, a whole file or a line that is not empty.
+        pattern: see `FileRows`.
+        per: whether a document is a whole `file` or a non-empty `line`.
     """
 
     pattern: str = "**/*.txt*"

@@ -7,26 +7,27 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
-from ptp_lightning.data.streaming.row_source import Position, RawRow, RowSource, Share
+from ptp_lightning.data.shard_spec import ShardSpec
+from ptp_lightning.data.streaming.row_source import Position, RawRow, RowSource
 from ptp_lightning.utils.pretrained import clear_errors
 from ptp_lightning.utils.randomness import keyed_generator
 
-ROWS_AT_ONCE = 64  # between two positions of the library; a run that goes on reads at most so many again
+READ_BATCH_SIZE = 64  # rows between two saved positions of the library; a resumed run reads up to this many again
 
 
 @dataclass(frozen=True)
 class HubRows(RowSource):
-    """What `datasets.load_dataset` opens as a stream: a hub id, or a format such as `parquet` with files.
+    """A dataset that `datasets.load_dataset` streams: a hub id, or a file format such as `parquet` with files.
 
-    Each epoch reads the dataset's shards in an order of its own. Processes divide the shards if they divide evenly, and
-    the rows otherwise. The library's readers know no broken rows, only broken files, which end the run; `JsonLines`
-    names the line, or leaves it out.
+    The dataset's shards are read in a different order in each epoch. Processes divide the shards if their number is
+    divisible, and the rows otherwise. The readers of `datasets` raise an error for a whole file when a row is invalid;
+    `JsonLines` can skip single rows.
 
     Args:
         path: hub id or file format.
         name: configuration of the dataset.
-        data_files: files, for a format.
-        split: the dataset's own split.
+        data_files: files, for a file format.
+        split: of the dataset.
         revision: branch, tag or commit on the hub.
     """
 
@@ -36,22 +37,22 @@ class HubRows(RowSource):
     split: str = "train"
     revision: str | None = None
 
-    def rows(self, key: str, share: Share, position: Position | None = None) -> Iterator[RawRow]:
+    def rows(self, key: str, shard: ShardSpec, position: Position | None = None) -> Iterator[RawRow]:
         """See `RowSource.rows`.
 
         Raises:
             FileNotFoundError: the dataset cannot be opened.
-            ValueError: a part of it cannot be read.
+            ValueError: a file of the dataset cannot be read.
         """
-        dataset = self._opened(key, share)
+        dataset = self._open(key, shard)
         skipped = 0
         if position is not None:
             dataset.load_state_dict(position["dataset"])
             skipped = position["within"]
         state = dataset.state_dict()
-        # Unlike iteration by row, this does not divide rows among the workers of a data loader, which do it themselves.
+        # Iteration by row would divide the rows among the workers of the data loader a second time.
         with clear_errors(f"{self.path} (data_files {self.data_files}, split {self.split})", "HubRows.path"):
-            for columns in dataset.iter(batch_size=ROWS_AT_ONCE):
+            for columns in dataset.iter(batch_size=READ_BATCH_SIZE):
                 num_rows = len(next(iter(columns.values())))
                 for within in range(skipped, num_rows):
                     row = {column: values[within] for column, values in columns.items()}
@@ -64,18 +65,20 @@ class HubRows(RowSource):
         """See `RowSource.parse`."""
         return cast(Mapping[str, Any], row.content)
 
-    def _opened(self, key: str, share: Share) -> Any:
+    def _open(self, key: str, shard: ShardSpec) -> Any:
         from datasets.distributed import split_dataset_by_node
 
-        dataset = opened(self.path, self.name, self.data_files, self.split, self.revision)
-        # A buffer of one row leaves the order inside a shard as it is; the stream shuffles documents itself, because
-        # the library forgets the buffer's content when it resumes.
+        dataset = load_stream(self.path, self.name, self.data_files, self.split, self.revision)
+        # A buffer of one row shuffles the shards only. The stream shuffles documents itself, because the library
+        # loses the content of its shuffle buffer when it resumes.
         dataset = dataset.shuffle(seed=keyed_generator("shards", key).initial_seed() % 2**32, buffer_size=1)
-        return split_dataset_by_node(dataset, share.rank, share.world) if share.world > 1 else dataset
+        return split_dataset_by_node(dataset, shard.rank, shard.world_size) if shard.world_size > 1 else dataset
 
 
-def opened(path: str, name: str | None, data_files: str | list[str] | None, split: str, revision: str | None) -> Any:
-    """A `datasets.IterableDataset`; arguments as in `load_dataset`.
+def load_stream(
+    path: str, name: str | None, data_files: str | list[str] | None, split: str, revision: str | None
+) -> Any:
+    """A `datasets.IterableDataset`; arguments as for `load_dataset`.
 
     Raises:
         FileNotFoundError: the dataset cannot be opened.

@@ -1,4 +1,4 @@
-"""Mixtures: several sources of rows as one endless stream that can stop and go on at any row."""
+"""Mixtures: several row sources as one endless stream that can be resumed at any row."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ptp_lightning.data.rendering import PlainText, Rendering
-from ptp_lightning.data.streaming.row_source import Position, RawRow, RowSource, Share
+from ptp_lightning.data.shard_spec import ShardSpec
+from ptp_lightning.data.streaming.row_source import Position, RawRow, RowSource
 
 
 @dataclass(frozen=True)
 class StreamPart:
-    """One source of a stream.
+    """One component of a mixture.
 
     Args:
         source: of rows.
-        rendering: how a row becomes tokens; by default `PlainText`. (An instance as the default would lend its
-            arguments to the class that YAML names in its place.)
-        weight: share of the stream's documents against the other parts' weights.
+        rendering: turns a row into tokens; by default `PlainText`. (The default is None, because jsonargparse would
+            pass the arguments of a default instance to the class that a configuration names.)
+        weight: sampling weight of the component, relative to the weights of the others.
 
     Raises:
         ValueError: the weight is not positive and finite.
@@ -31,13 +32,13 @@ class StreamPart:
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        """Refuse a weight that draws nothing."""
+        """Check the weight."""
         if not 0 < self.weight < math.inf:
             raise ValueError(f"expected a finite weight > 0 in data.parts, found {self.weight}")
 
     @property
-    def renders(self) -> Rendering:
-        """The rendering that acts."""
+    def effective_rendering(self) -> Rendering:
+        """`rendering`, or the default."""
         return PlainText() if self.rendering is None else self.rendering
 
 
@@ -45,9 +46,9 @@ class MixedRow(NamedTuple):
     """A row of a mixture.
 
     Attributes:
-        part: the number of its part.
-        row: itself.
-        position: of the mixture behind it.
+        part: index of its component.
+        row: of the component's source.
+        position: of the mixture after the row.
     """
 
     part: int
@@ -56,27 +57,27 @@ class MixedRow(NamedTuple):
 
 
 class Mixture:
-    """Rows of all parts, for ever. Each part goes through its own epochs: every row once, then all once more.
+    """Endless rows of all components. Each component has its own epochs, in which it yields every row once.
 
-    Which part the next row comes from is drawn by weight, from the number of the row alone.
+    The component of a row is drawn by weight; the draw depends on the seed and the number of the row alone.
 
     Args:
-        parts: of the stream.
-        share: the rows that are wanted.
+        parts: the components.
+        shard: which rows to yield.
         seed: of the order.
     """
 
-    def __init__(self, parts: Sequence[StreamPart], share: Share, seed: int) -> None:
+    def __init__(self, parts: Sequence[StreamPart], shard: ShardSpec, seed: int) -> None:
         self._parts = list(parts)
-        self._share = share
+        self._shard = shard
         self._seed = seed
 
     def rows(self, position: Position | None = None) -> Iterator[MixedRow]:
-        """All rows behind a position.
+        """All rows after a position.
 
         Raises:
-            ValueError: a part has no row at all; names it.
-            FileNotFoundError: a part cannot be opened.
+            ValueError: a component has no rows; the message names it.
+            FileNotFoundError: a component cannot be opened.
         """
         if position is None:
             position = {"number": 0, "parts": [{"epoch": 0, "within": None} for _ in self._parts]}
@@ -84,12 +85,12 @@ class Mixture:
         opened: list[Iterator[RawRow] | None] = [None] * len(states)
         number = position["number"]
         while True:
-            part = self._drawn(number)
+            part = self._draw_part(number)
             row, states[part], opened[part] = self._next(part, states[part], opened[part])
             number += 1
             yield MixedRow(part, row, {"number": number, "parts": list(states)})
 
-    def _drawn(self, number: int) -> int:
+    def _draw_part(self, number: int) -> int:
         if len(self._parts) == 1:
             return 0
         weights = [part.weight for part in self._parts]
@@ -98,21 +99,21 @@ class Mixture:
     def _next(
         self, part: int, state: dict[str, Any], opened: Iterator[RawRow] | None
     ) -> tuple[RawRow, dict[str, Any], Iterator[RawRow]]:
-        """The next row of a part, the part's state behind it, and the iterator that goes on there."""
-        fresh = opened is None and state["within"] is None
+        """The next row of a component, the component's state after it, and the iterator to continue with."""
+        is_new_epoch = opened is None and state["within"] is None
         rows = self._open(part, state) if opened is None else opened
         row = next(rows, None)
-        if row is None and not fresh:  # the end of an epoch
+        if row is None and not is_new_epoch:  # the end of an epoch
             state = {"epoch": state["epoch"] + 1, "within": None}
             rows = self._open(part, state)
             row = next(rows, None)
         if row is None:
             raise ValueError(
-                f"expected documents in {self._parts[part].source}, found none for process {self._share.rank} of "
-                f"{self._share.world}: set part {part} of data.parts"
+                f"expected documents in {self._parts[part].source}, found none for rank {self._shard.rank} of "
+                f"{self._shard.world_size}: set part {part} of data.parts"
             )
         return row, {"epoch": state["epoch"], "within": row.position}, rows
 
     def _open(self, part: int, state: dict[str, Any]) -> Iterator[RawRow]:
         key = f"{self._seed}/{part}/{state['epoch']}"
-        return self._parts[part].source.rows(key, self._share, state["within"])
+        return self._parts[part].source.rows(key, self._shard, state["within"])

@@ -1,29 +1,29 @@
-"""Row sources: where the documents of a stream come from, read one after another and never all at once.
+"""Row sources: the documents of a stream, read one at a time.
 
-A source yields `RawRow`s that are cheap to make and to throw away, because every worker reads all rows and works on its
-own share. Each carries the position behind it, from which `rows` goes on exactly. A new source is one class with `rows`
-and `parse`.
+A source yields unparsed `RawRow`s, which are cheap, because every worker reads all rows and processes only its own.
+Each row carries the position after it, from which `rows` resumes. A new source is one class with `rows` and `parse`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from ptp_lightning.data.shard_spec import ShardSpec
+
 Position = dict[str, Any]
-"""Where a source stands, as plain data that a checkpoint can hold."""
+"""The read position of a source, as plain data for a checkpoint."""
 
 
 class RawRow(NamedTuple):
-    """One document, not looked into.
+    """One unparsed document.
 
     Attributes:
-        content: for `RowSource.parse`.
-        name: where it stands, for messages.
-        identity: equal for equal documents; decides the split.
-        position: behind it.
+        content: input of `RowSource.parse`.
+        name: its location (file and line), for messages.
+        identity: equal for equal documents; its hash determines the split.
+        position: after the row.
     """
 
     content: Any
@@ -32,25 +32,17 @@ class RawRow(NamedTuple):
     position: Position
 
 
-@dataclass(frozen=True)
-class Share:
-    """Which rows of a source a process takes: those whose number is `rank` modulo `world`."""
-
-    rank: int = 0
-    world: int = 1
-
-
 class RowSource(ABC):
-    """Rows in an order that is a function of the epoch's key alone."""
+    """A source of rows, whose order is determined by the key of the epoch."""
 
     @abstractmethod
-    def rows(self, key: str, share: Share, position: Position | None = None) -> Iterator[RawRow]:
-        """Read an epoch.
+    def rows(self, key: str, shard: ShardSpec, position: Position | None = None) -> Iterator[RawRow]:
+        """Read one epoch.
 
         Args:
-            key: of the order; another epoch has another one.
-            share: the rows that are wanted.
-            position: of a row of an earlier iteration with the same arguments, to go on behind it.
+            key: seed of the order; different for each epoch.
+            shard: which rows to yield.
+            position: of a row of an earlier iteration with the same arguments; reading resumes after that row.
 
         Raises:
             FileNotFoundError: there is nothing to read.
@@ -61,9 +53,9 @@ class RowSource(ABC):
         """Columns by name.
 
         Raises:
-            BadRowError: the row is broken; says where it stands and what is wrong.
+            BadRowError: the row is invalid; the message contains its location and the reason.
         """
 
 
 class BadRowError(ValueError):
-    """A row that cannot be used; whether that ends the run is the stream's decision."""
+    """An invalid row. The stream raises it or skips the row, see `StreamingCorpus.on_error`."""

@@ -1,4 +1,4 @@
-"""DocumentStream: documents as an endless stream of packed batches that can be begun anywhere."""
+"""DocumentStream: an endless stream of packed batches of documents, which can start at any batch."""
 
 import itertools
 import random
@@ -14,27 +14,26 @@ from ptp_lightning.data.corpus import Split
 from ptp_lightning.data.packing import PackedRow, collate
 from ptp_lightning.utils.randomness import keyed_generator
 
-AnyDocument = TypeVar("AnyDocument")
+DocumentT = TypeVar("DocumentT")
 
 
-def no_rows(split: Split, num_documents: int) -> ValueError:
-    """What to raise where documents make no row."""
+def empty_split_error(split: Split, num_documents: int) -> ValueError:
+    """The error for a split without a document of two or more tokens."""
     return ValueError(
         f"expected a document of two or more tokens in the {split} split, found none among {num_documents} documents "
-        "of this process: set data.corpus (there must be one for each process)"
+        "of this process: set data.corpus (every process needs at least one such document)"
     )
 
 
 class StreamSettings(TypedDict):
-    """Everything about a stream but its documents.
+    """The settings of a stream.
 
     Attributes:
         batch_size: B, rows per batch.
         num_windows: N, windows per row.
-        shuffle_rows: rows held back to be drawn from in random order, so that a batch mixes documents.
-        seed: of the document order, the row order and the windows.
-        skip_batches: batches that were consumed before, 0 by default; a function is asked each time an iteration
-            starts.
+        shuffle_rows: size of the shuffle buffer, in rows.
+        seed: of the order of documents and rows, and of the window positions.
+        skip_batches: number of batches to skip, by default 0; a function is called at the start of each iteration.
     """
 
     batch_size: int
@@ -44,18 +43,18 @@ class StreamSettings(TypedDict):
     skip_batches: NotRequired[int | Callable[[], int]]
 
 
-class DocumentStream(IterableDataset[PackedBatch], ABC, Generic[AnyDocument]):
-    """An endless, seeded stream of packed batches over shuffled epochs of the documents.
+class DocumentStream(IterableDataset[PackedBatch], ABC, Generic[DocumentT]):
+    """An endless stream of packed batches over shuffled epochs of the documents.
 
-    Batch k is a function of the documents, the settings and k alone, so a stream that starts with `skip_batches = k`
-    continues one that was stopped after k batches.
+    Batch k depends only on the documents, the settings and k. A stream with `skip_batches = k` continues a stream that
+    was stopped after k batches.
 
     Args:
-        documents: the training documents of this rank, in whatever form `packed` understands.
+        documents: the training documents of this rank, in the form that `pack_documents` accepts.
         **settings: see `StreamSettings`.
     """
 
-    def __init__(self, documents: Sequence[AnyDocument], **settings: Unpack[StreamSettings]) -> None:
+    def __init__(self, documents: Sequence[DocumentT], **settings: Unpack[StreamSettings]) -> None:
         self.documents = documents
         self.batch_size = settings["batch_size"]
         self.num_windows = settings["num_windows"]
@@ -64,11 +63,11 @@ class DocumentStream(IterableDataset[PackedBatch], ABC, Generic[AnyDocument]):
         self.skip_batches = settings.get("skip_batches", 0)
 
     @abstractmethod
-    def packed(self, documents: Sequence[AnyDocument]) -> Iterator[PackedRow]:
-        """Rows of these documents, in this order."""
+    def pack_documents(self, documents: Sequence[DocumentT]) -> Iterator[PackedRow]:
+        """Packed rows of these documents, in this order."""
 
     def __iter__(self) -> Iterator[PackedBatch]:
-        """Yield batches from number `skip_batches` on, for ever.
+        """Yield endless batches, starting with number `skip_batches`.
 
         Raises:
             ValueError: no document has two or more tokens.
@@ -82,34 +81,34 @@ class DocumentStream(IterableDataset[PackedBatch], ABC, Generic[AnyDocument]):
             yield collate([next(rows) for _ in range(self.batch_size)], self.num_windows, generator)
 
     def _rows(self) -> Iterator[PackedRow]:
-        """Rows of all epochs, each epoch in an order of its own."""
+        """Rows of all epochs; each epoch has a different order."""
         for epoch in itertools.count():
             order = list(self.documents)
             random.Random(f"{self.seed}/{epoch}").shuffle(order)
-            rows = self.packed(order)
+            rows = self.pack_documents(order)
             first = next(rows, None)
-            if first is None:  # it would be no better in the next epoch
-                raise no_rows("train", len(order))
+            if first is None:  # and so in every epoch
+                raise empty_split_error("train", len(order))
             yield first
             yield from rows
 
     def _shuffled_rows(self) -> Iterator[PackedRow]:
-        """Rows drawn at random from a buffer of the next `shuffle_rows`."""
+        """Rows drawn at random from a buffer of `shuffle_rows` rows."""
         draw = random.Random(self.seed)
         buffer: list[PackedRow] = []
         for row in self._rows():
             if len(buffer) < self.shuffle_rows:
                 buffer.append(row)
                 continue
-            place = draw.randrange(len(buffer))
-            buffer[place], row = row, buffer[place]
+            index = draw.randrange(len(buffer))
+            buffer[index], row = row, buffer[index]
             yield row
 
 
 def evaluation_batches(
     rows: Sequence[PackedRow], num_rows: int, batch_size: int, num_windows: int, generator: torch.Generator
 ) -> list[PackedBatch]:
-    """Batches of at most `num_rows` rows, taken evenly over all of them."""
+    """Batches of at most `num_rows` rows, evenly spaced over all rows."""
     count = min(num_rows, len(rows))
     chosen = [rows[index * len(rows) // count] for index in range(count)]
     return [

@@ -1,4 +1,4 @@
-"""StreamingCorpus: data of any size as packed batches, read as a stream that a checkpoint can go on with exactly."""
+"""StreamingCorpus: packed batches of data of any size, read as a stream that a checkpoint resumes exactly."""
 
 from __future__ import annotations
 
@@ -14,26 +14,27 @@ from ptp_lightning.batch import PackedBatch
 from ptp_lightning.data.corpus import Split
 from ptp_lightning.data.packed_datamodule import require_at_least, require_sizes
 from ptp_lightning.data.packing import PackedRow, TokenDocument, collate
-from ptp_lightning.data.streaming.blocks import Block, BlockSettings, BlockStream, Division
+from ptp_lightning.data.shard_spec import ShardSpec
+from ptp_lightning.data.streaming.blocks import Block, BlockSettings, BlockStream, SplitRule
 from ptp_lightning.data.streaming.mixture import StreamPart
-from ptp_lightning.data.streaming.row_source import Position, Share
+from ptp_lightning.data.streaming.row_source import Position
 from ptp_lightning.data.streaming.stream import evaluation_batches
 from ptp_lightning.data.text_datamodule import TextDataModule
 from ptp_lightning.utils.randomness import keyed_generator
 
 OnError = Literal["raise", "skip"]
-LARGEST_EMPTY_RUN = 1000  # blocks in a row without anything to be learned, after which nothing is hoped for
-BLOCKS_AHEAD = 2  # that each worker has ready
+MAX_EMPTY_BLOCKS = 1000  # consecutive blocks without anything to learn, after which an error is raised
+PREFETCHED_BLOCKS = 2  # per worker
 
 
 class StreamPosition(NamedTuple):
-    """Where a batch of a process begins.
+    """Where a batch of a process starts.
 
     Attributes:
-        batch: its number.
-        block: the number of the block that its first row stands in.
-        position: where that block begins; None for the first.
-        row: the row's place in the block.
+        batch: number of the batch.
+        block: number of the block that contains its first row.
+        position: at which the block starts; None for the first block.
+        row: index of the first row in the block.
     """
 
     batch: int = 0
@@ -42,34 +43,34 @@ class StreamPosition(NamedTuple):
     row: int = 0
 
 
-class StreamReport(NamedTuple):
-    """What a process has read of the stream since it began or went on.
+class StreamStatistics(NamedTuple):
+    """What a process has read since it started or resumed.
 
     Attributes:
-        documents: that were packed.
-        long: how many of them were cut, because they do not fit into a row.
-        short: documents of fewer than two tokens, which were left out.
-        unusable: broken rows, which were left out.
+        documents: number of packed documents.
+        split: how many of them are longer than a row and were split.
+        too_short: number of skipped documents of fewer than two tokens.
+        invalid: number of skipped invalid rows.
     """
 
     documents: int = 0
-    long: int = 0
-    short: int = 0
-    unusable: int = 0
+    split: int = 0
+    too_short: int = 0
+    invalid: int = 0
 
 
 class BatchStream(IterableDataset[PackedBatch]):
-    """Endless batches of a process, made of blocks; knows where each batch that is still under way begins.
+    """Endless batches of a process, made of blocks. Records where each batch starts that is not yet consumed.
 
     Args:
-        blocks: from a number and a position on.
+        blocks: creates the blocks from a number and a position on.
         start: of the first batch.
-        consumed: is asked each time an iteration starts, and says how many batches were trained on in all.
-        num_workers: processes that make blocks; 0 for this one.
-        batch_size: B.
-        num_windows: N.
-        seed: of the windows.
-        on_error: whether an unusable row ends the run.
+        consumed: returns the number of batches consumed by training.
+        num_workers: processes that prepare blocks; 0 uses this process.
+        batch_size: B, rows per batch.
+        num_windows: N, windows per row.
+        seed: of the window positions.
+        on_error: whether an invalid row raises an error or is skipped.
     """
 
     def __init__(
@@ -91,76 +92,73 @@ class BatchStream(IterableDataset[PackedBatch]):
         self._num_windows = num_windows
         self._seed = seed
         self._on_error: OnError = on_error
-        self._begins: deque[StreamPosition] = deque([start])
-        self.report = StreamReport()
+        self._starts: deque[StreamPosition] = deque([start])
+        self.statistics = StreamStatistics()
 
     def __iter__(self) -> Iterator[PackedBatch]:
-        """Batches from the first on that was not trained on.
+        """Batches, starting with the first that was not consumed.
 
         Raises:
-            ValueError: a row cannot be used and `on_error` is `raise`, or there is nothing to be learned.
+            ValueError: a row is invalid and `on_error` is `raise`, or there is nothing to learn.
         """
         start = self.position_of(self._consumed())
-        self._begins = deque([start])
-        waiting: list[PackedRow] = []
-        places: list[tuple[Block, int]] = []  # of the rows that wait
+        self._starts = deque([start])
+        rows: list[PackedRow] = []  # of the next batch
         number = start.batch
-        for block in _not_all_empty(self._loaded_blocks(start)):
+        for block in _require_rows(self._load_blocks(start)):
             begin = start.row if block.number == start.block else 0
             for row in range(begin, len(block.rows.input_ids)):
-                waiting.append(PackedRow(*(tensor[row] for tensor in block.rows)))
-                places.append((block, row + 1))
-                if len(waiting) == self._batch_size:
+                rows.append(PackedRow(*(tensor[row] for tensor in block.rows)))
+                if len(rows) == self._batch_size:
                     generator = keyed_generator(self._seed, "windows", number)
                     number += 1
-                    last, behind = places[-1]
-                    self._begins.append(StreamPosition(number, last.number, last.position, behind))
-                    self.position_of(self._consumed())  # forgets the others, or they would become many
-                    batch = collate(waiting, self._num_windows, generator)
-                    waiting, places = [], []
+                    self._starts.append(StreamPosition(number, block.number, block.position, row + 1))
+                    self.position_of(self._consumed())  # discards the positions of consumed batches
+                    batch = collate(rows, self._num_windows, generator)
+                    rows = []
                     yield batch
 
     def position_of(self, batch: int) -> StreamPosition:
-        """Where a batch begins that has been made, or is the next to be made; earlier ones are forgotten."""
-        while self._begins[0].batch < batch:
-            self._begins.popleft()
-        assert self._begins[0].batch == batch, "asked for a batch that was forgotten"
-        return self._begins[0]
+        """Where a batch starts that was already produced, or is the next one; earlier positions are discarded."""
+        while self._starts[0].batch < batch:
+            self._starts.popleft()
+        assert self._starts[0].batch == batch, "the position of this batch was discarded"
+        return self._starts[0]
 
-    def _loaded_blocks(self, start: StreamPosition) -> Iterator[Block]:
+    def _load_blocks(self, start: StreamPosition) -> Iterator[Block]:
         stream = self._blocks(start.block, start.position)
-        options: dict[str, Any] = {"num_workers": self._num_workers, "batch_size": None, "collate_fn": _as_it_is}
+        options: dict[str, Any] = {"num_workers": self._num_workers, "batch_size": None, "collate_fn": _no_collation}
         if self._num_workers:
-            options["prefetch_factor"] = BLOCKS_AHEAD
-        for found in DataLoader(_ErrorsHandedOver(stream), **options):
-            if isinstance(found, Exception):
-                raise found
-            self._take_note(found)
-            yield found
+            options["prefetch_factor"] = PREFETCHED_BLOCKS
+        for item in DataLoader(_ErrorsAsItems(stream), **options):
+            if isinstance(item, Exception):
+                raise item
+            self._count(item)
+            yield item
 
-    def _take_note(self, block: Block) -> None:
-        before = self.report
-        self.report = StreamReport(
+    def _count(self, block: Block) -> None:
+        before = self.statistics
+        self.statistics = StreamStatistics(
             before.documents + block.num_documents,
-            before.long + block.num_long,
-            before.short + block.num_short,
-            _count_unusable(before.unusable, block.complaints, self._on_error),
+            before.split + block.num_split,
+            before.too_short + block.num_too_short,
+            _count_invalid(before.invalid, block.row_errors, self._on_error),
         )
-        if block.num_short and _new_magnitude(before.short, self.report.short):
+        if block.num_too_short and _is_new_magnitude(before.too_short, self.statistics.too_short):
             warnings.warn(
-                f"left out {self.report.short} documents of fewer than two tokens so far: no window can start in them",
+                f"skipped {self.statistics.too_short} documents of fewer than two tokens so far: no window fits",
                 stacklevel=2,
             )
-        if block.num_long and not before.long:
+        if block.num_split and not before.split:
             warnings.warn(
-                f"{block.num_long} of the first {block.num_documents} documents are longer than a row and are cut into "
-                "several; raise data.row_length to keep more of them whole",
+                f"{block.num_split} of the first {block.num_documents} documents are longer than a row and are split "
+                "over several rows; raise data.row_length to split fewer documents",
                 stacklevel=2,
             )
 
 
-class _ErrorsHandedOver(IterableDataset[Block | Exception]):
-    """Blocks and, at last, what ended them: an error that a worker raises would arrive buried in tracebacks."""
+class _ErrorsAsItems(IterableDataset[Block | Exception]):
+    """Blocks, and the error that ended them as the last item; data loaders wrap raised errors in tracebacks."""
 
     def __init__(self, blocks: BlockStream) -> None:
         self._blocks = blocks
@@ -175,26 +173,26 @@ class _ErrorsHandedOver(IterableDataset[Block | Exception]):
 class StreamingCorpus(TextDataModule):
     """Packed batches of a stream of documents: an endless training stream, fixed validation and test rows.
 
-    Documents are read in blocks, and shuffled and packed inside each. A checkpoint holds where the next batch begins;
-    the run that goes on from it sees exactly what the other would have seen, whatever `num_workers` is.
+    Documents are read in blocks, and shuffled and packed within each block. A checkpoint contains the position of the
+    next batch. A resumed run yields exactly the batches of an uninterrupted run, for any `num_workers`.
 
     Args:
-        parts: sources, how their rows become tokens, and their weights.
-        tokenizer: whose tokens: `embedded`, a hub id, a folder or a GGUF file; the one of the model.
+        parts: components of the mixture: source, rendering and weight.
+        tokenizer: of the model: `embedded`, a hub id, a folder or a GGUF file.
         row_length: S, tokens per row.
         batch_size: B, rows per batch and rank.
         num_windows: N, windows per row.
-        eval_parts: sources of the validation and test rows, half of their documents each; by default 5 of 100
-            documents of `parts` each, by a hash of their content.
-        eval_rows: rows of the validation and of the test split that are used, the first ones of the stream.
-        shuffle_documents: documents that make a block, or fewer, as many as make a megabyte; they are shuffled and
-            packed together, and then their rows are shuffled.
+        eval_parts: components for validation and test, half of the documents each. By default, 5 % of the documents of
+            `parts` are for validation and 5 % for testing, by a hash of their content.
+        eval_rows: number of rows used of the validation and of the test split, the first ones of the stream.
+        shuffle_documents: documents per block; fewer, if they make a megabyte. They are shuffled and packed together,
+            and then their rows are shuffled.
         num_workers: processes that tokenise and pack; 0 does it between training steps.
-        on_error: `raise` ends the run at a row that cannot be used; `skip` leaves it out and counts.
-        seed: of every draw in here.
+        on_error: `raise` raises an error for an invalid row; `skip` skips and counts it.
+        seed: of the order of documents and rows, and of the window positions.
 
     Raises:
-        ValueError: there are no parts, or a number is out of range.
+        ValueError: `parts` is empty, or a number is out of range.
     """
 
     def __init__(
@@ -227,49 +225,49 @@ class StreamingCorpus(TextDataModule):
         self.on_error: OnError = on_error
         self.seed = seed
         self._stream: BatchStream | None = None
-        self._loaded_positions: list[StreamPosition] | None = None  # of all processes
+        self._loaded_positions: list[StreamPosition] | None = None  # of all ranks
         self._loaded_identity: dict[str, Any] | None = None
 
     def setup(self, stage: str) -> None:
-        """Load the tokenizer, and see that it can do what the parts ask of it.
+        """Load the tokenizer, and check that all renderings can use it.
 
         Raises:
-            ValueError: it cannot.
+            ValueError: a rendering cannot use it.
         """
         super().setup(stage)
         for part in [*self.parts, *(self.eval_parts or [])]:
-            part.renders.require_tokenizer(self.require_tokenizer())
+            part.effective_rendering.require_tokenizer(self.require_tokenizer())
 
     @property
-    def report(self) -> StreamReport:
+    def statistics(self) -> StreamStatistics:
         """What this process has read for training so far."""
-        return StreamReport() if self._stream is None else self._stream.report
+        return StreamStatistics() if self._stream is None else self._stream.statistics
 
     def training_stream(self) -> BatchStream:
         """See `PackedDataModule.training_stream`.
 
         Raises:
-            ValueError: the checkpoint was written by another number of processes, or from another stream.
+            ValueError: the checkpoint was written by a different number of processes, or from a different stream.
         """
         if self._loaded_identity is not None and self._loaded_identity != self._identity():
             raise ValueError(
                 f"expected the stream that the checkpoint was written from, {self._loaded_identity}, found "
-                f"{self._identity()}: places in the one mean nothing in the other; set data, or begin anew with "
-                "weights alone"
+                f"{self._identity()}: the stored position is valid for that stream only; set data as before, or start "
+                "from the weights alone"
             )
-        rank, world = self.rank_and_world()
-        positions = [StreamPosition()] * world if self._loaded_positions is None else self._loaded_positions
-        if len(positions) != world:
+        shard = self.shard_spec()
+        positions = [StreamPosition()] * shard.world_size if self._loaded_positions is None else self._loaded_positions
+        if len(positions) != shard.world_size:
             raise ValueError(
-                f"expected {len(positions)} processes, which the checkpoint was written by, found {world}: each has a "
-                "place of its own in the stream; set trainer.devices and num_nodes as before"
+                f"expected {len(positions)} processes, which the checkpoint was written by, found {shard.world_size}: "
+                "every process has its own position in the stream; set trainer.devices and num_nodes as before"
             )
-        start = positions[rank] if self._stream is None else self._stream.position_of(self.batches_consumed())
+        start = positions[shard.rank] if self._stream is None else self._stream.position_of(self.batches_consumed())
         settings = self._block_settings("none" if self.eval_parts else "hash")
         parts = self.parts
 
         def blocks(number: int, position: Position | None) -> BlockStream:
-            return BlockStream(parts, Share(rank, world), settings, "train", number, position)
+            return BlockStream(parts, shard, settings, "train", number, position)
 
         self._stream = BatchStream(
             blocks,
@@ -283,46 +281,46 @@ class StreamingCorpus(TextDataModule):
         )
         return self._stream
 
-    def training_documents(self, wanted: int | None) -> Iterator[TokenDocument]:
-        """See `TextDataModule.training_documents`; the first ones of the stream.
+    def training_documents(self, num_documents: int | None) -> Iterator[TokenDocument]:
+        """See `TextDataModule.training_documents`; the first documents of the stream.
 
         Raises:
-            ValueError: a row cannot be used and `on_error` is `raise`.
+            ValueError: a row is invalid and `on_error` is `raise`.
         """
-        del wanted  # whoever has enough stops reading
+        del num_documents  # the caller stops reading
         settings = self._block_settings("none" if self.eval_parts else "hash")
-        unusable = 0
-        for block in BlockStream(self.parts, Share(), settings, once=True).documents():
-            unusable = _count_unusable(unusable, block.complaints, self.on_error)
+        num_invalid = 0
+        for block in BlockStream(self.parts, ShardSpec(), settings, single_epoch=True).documents():
+            num_invalid = _count_invalid(num_invalid, block.row_errors, self.on_error)
             yield from block.documents
 
     def fixed_batches(self, split: Split) -> list[PackedBatch]:
         """See `PackedDataModule.fixed_batches`.
 
         Raises:
-            ValueError: the split has no document of two or more tokens, or a row of it cannot be used.
-            FileNotFoundError: there is nothing to read.
+            ValueError: the split has no document of two or more tokens, or a row is invalid.
+            FileNotFoundError: a source does not exist.
         """
-        parts, division = (self.eval_parts, "halves") if self.eval_parts else (self.parts, "hash")
-        share = Share(*self.rank_and_world())
-        blocks = BlockStream(parts, share, self._block_settings(division), split, once=True)
+        parts, split_rule = (self.eval_parts, "halves") if self.eval_parts else (self.parts, "hash")
+        settings = self._block_settings(split_rule)
+        blocks = BlockStream(parts, self.shard_spec(), settings, split, single_epoch=True)
         rows: list[PackedRow] = []
-        unusable = 0
-        for block in _not_all_empty(blocks):
-            unusable = _count_unusable(unusable, block.complaints, self.on_error)
+        num_invalid = 0
+        for block in _require_rows(blocks):
+            num_invalid = _count_invalid(num_invalid, block.row_errors, self.on_error)
             rows.extend(PackedRow(*tensors) for tensors in zip(*block.rows, strict=True))
             if len(rows) >= self.eval_rows:
                 break
         if not rows:
             raise ValueError(
-                f"expected documents of two or more tokens in the {split} split, found none: 5 of 100 documents belong "
-                "to it by a hash of their content; set data.eval_parts"
+                f"expected documents of two or more tokens in the {split} split, found none: by default it contains "
+                "5 % of the documents, by a hash of their content; set data.eval_parts"
             )
         generator = keyed_generator(self.seed, split)
         return evaluation_batches(rows[: self.eval_rows], self.eval_rows, self.batch_size, self.num_windows, generator)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the next batch of each process begins; batches that were only prefetched do not count."""
+        """Where the next batch of each process starts; prefetched batches are not counted."""
         positions = [tuple(position) for position in self._positions()]
         return super().state_dict() | {"positions": positions, "stream": self._identity()}
 
@@ -333,8 +331,10 @@ class StreamingCorpus(TextDataModule):
         self._loaded_identity = state_dict["stream"]
 
     def _identity(self) -> dict[str, Any]:
-        """What rows depend on, but for the files' places and content."""
-        parts = [[type(part.source).__name__, type(part.renders).__name__, part.weight] for part in self.parts]
+        """The settings on which rows depend, without the location and content of files."""
+        parts = [
+            [type(part.source).__name__, type(part.effective_rendering).__name__, part.weight] for part in self.parts
+        ]
         sizes = {"row_length": self.row_length, "shuffle_documents": self.shuffle_documents, "seed": self.seed}
         return {"parts": parts, "has_eval_parts": bool(self.eval_parts)} | sizes
 
@@ -345,41 +345,41 @@ class StreamingCorpus(TextDataModule):
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return [own]
         positions: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(positions, own)  # a checkpoint is written by all processes together
+        torch.distributed.all_gather_object(positions, own)  # all ranks write a checkpoint together
         return positions
 
-    def _block_settings(self, division: Division) -> BlockSettings:
-        return BlockSettings(self.require_tokenizer(), self.row_length, self.shuffle_documents, self.seed, division)
+    def _block_settings(self, split_rule: SplitRule) -> BlockSettings:
+        return BlockSettings(self.require_tokenizer(), self.row_length, self.shuffle_documents, self.seed, split_rule)
 
 
-def _not_all_empty(blocks: Iterable[Block]) -> Iterator[Block]:
-    """The blocks, until it is clear that no more rows will come of them."""
+def _require_rows(blocks: Iterable[Block]) -> Iterator[Block]:
+    """Yield the blocks; raise an error after `MAX_EMPTY_BLOCKS` consecutive blocks without rows."""
     empty = 0
     for block in blocks:
         yield block
         empty = 0 if len(block.rows.input_ids) else empty + 1
-        if empty > LARGEST_EMPTY_RUN:
+        if empty > MAX_EMPTY_BLOCKS:
             raise ValueError(
-                f"expected documents with something to be learned, found none in {empty} blocks: set data.parts"
+                f"expected documents with something to learn, found none in {empty} blocks: set data.parts"
             )
 
 
-def _count_unusable(before: int, complaints: Sequence[str], on_error: OnError) -> int:
-    """How many rows were left out by now; says so now and then, or raises at the first."""
-    if complaints and on_error == "raise":
-        raise ValueError(f"{complaints[0]}; data.on_error: skip leaves such rows out")
-    now = before + len(complaints)
-    if complaints and _new_magnitude(before, now):
+def _count_invalid(before: int, row_errors: Sequence[str], on_error: OnError) -> int:
+    """Add the number of invalid rows; warn at each power of ten, or raise an error for the first."""
+    if row_errors and on_error == "raise":
+        raise ValueError(f"{row_errors[0]}; set data.on_error: skip to skip such rows")
+    now = before + len(row_errors)
+    if row_errors and _is_new_magnitude(before, now):
         warnings.warn(
-            f"left out {now} unusable rows so far (data.on_error: skip), the latest: {complaints[-1]}", stacklevel=3
+            f"skipped {now} invalid rows so far (data.on_error: skip), the last one: {row_errors[-1]}", stacklevel=3
         )
     return now
 
 
-def _as_it_is(found: Block | Exception) -> Block | Exception:
-    return found
+def _no_collation(item: Block | Exception) -> Block | Exception:
+    return item
 
 
-def _new_magnitude(before: int, now: int) -> bool:
-    """Whether a count has reached another power of ten, so that messages become rare."""
+def _is_new_magnitude(before: int, now: int) -> bool:
+    """Whether a count has reached another power of ten."""
     return len(str(now)) > len(str(before)) or before == 0

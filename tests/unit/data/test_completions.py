@@ -1,4 +1,4 @@
-"""Folders of completions: what is written is read, and anything else is refused by name."""
+"""Folders of completions: read what was written; errors name the file that is invalid."""
 
 from __future__ import annotations
 
@@ -13,9 +13,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ptp_lightning.data.completions.completions import CompletionFolder, CompletionSettings, RaggedIds, identity_of
+from ptp_lightning.data.completions.completions import (
+    CompletionFolder,
+    CompletionSettings,
+    RaggedIds,
+    prompts_fingerprint,
+)
 from ptp_lightning.sampling import SamplingConfig
-from tests.helpers.tiny_completions import PROMPTS, made_up, tiny_settings, write_made_up
+from tests.helpers.tiny_completions import PROMPTS, synthetic_completions, tiny_settings, write_synthetic
 
 
 class TestSettings:
@@ -27,7 +32,7 @@ class TestSettings:
             [16, 17, 18, 19],
         ]
 
-    def test_every_completion_has_a_seed_of_its_own(self) -> None:
+    def test_every_completion_has_a_different_seed(self) -> None:
         settings, other = tiny_settings(), tiny_settings(seed=4)
         seeds = [each.seed_of(p, c) for each in (settings, other) for p in range(20) for c in range(20)]
         assert len(set(seeds)) == len(seeds)
@@ -38,14 +43,14 @@ class TestSettings:
         settings = tiny_settings(sampling=SamplingConfig(0.5, None, 0.8, "descending"), end_of_text=None)
         assert CompletionSettings.from_json(settings.to_json().decode()) == settings
 
-    def test_identity_tells_prompts_apart(self) -> None:
+    def test_the_fingerprint_distinguishes_prompts(self) -> None:
         prompts = ([[1, 2], [3]], [[1], [2, 3]], [[1, 2, 3]], [[3], [1, 2]])
-        assert len({identity_of(each) for each in prompts}) == 4
+        assert len({prompts_fingerprint(each) for each in prompts}) == 4
 
 
 class TestReading:
     def test_what_was_written(self, tmp_path: Path) -> None:
-        write_made_up(tmp_path)
+        write_synthetic(tmp_path)
         folder = CompletionFolder.open(tmp_path)
         table = folder.read()
         assert table.prompts.tolist() == [prompt for prompt in range(20) for _ in range(2)]
@@ -57,18 +62,18 @@ class TestReading:
         assert num_bytes == sum(path.stat().st_size for path in tmp_path.glob("*.parquet"))
 
     def test_seeds_are_stored(self, tmp_path: Path) -> None:
-        settings = write_made_up(tmp_path).settings
+        settings = write_synthetic(tmp_path).settings
         rows = pq.ParquetFile(tmp_path / "shard-00001.parquet").read().to_pylist()
         assert [row["seed"] for row in rows] == [settings.seed_of(p, c) for p in range(8, 16) for c in range(2)]
 
-    def test_the_shards_that_are_there(self, tmp_path: Path) -> None:
-        folder = write_made_up(tmp_path, shards=[2, 0])
-        assert folder.missing() == [1]
+    def test_only_existing_shards_are_read(self, tmp_path: Path) -> None:
+        folder = write_synthetic(tmp_path, shards=[2, 0])
+        assert folder.missing_shards() == [1]
         assert sorted(set(folder.read().prompts.tolist())) == [*range(0, 8), *range(16, 20)]
 
     def test_same_content_same_bytes(self, tmp_path: Path) -> None:
         for name in ("a", "b"):
-            write_made_up(tmp_path / name)
+            write_synthetic(tmp_path / name)
         for path in (tmp_path / "a").iterdir():
             assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
 
@@ -84,7 +89,7 @@ class TestReading:
         assert joined.lengths.tolist() == [len(sequence) for sequence in sequences]
 
 
-class TestRefusals:
+class TestErrors:
     @pytest.mark.parametrize(
         ("changes", "expected"),
         [
@@ -94,26 +99,26 @@ class TestRefusals:
             ({"teacher_dtype": "bfloat16"}, "teacher_dtype float32, found bfloat16"),
             ({"sampling": SamplingConfig(temperature=0.8, top_k=8, top_p=0.9)}, "temperature=0.7.*found.*=0.8"),
             ({"num_prompts": 5}, "num_prompts 20, found 5"),
-            ({"prompts": identity_of(PROMPTS[::-1])}, "prompts .*, found "),
+            ({"prompts": prompts_fingerprint(PROMPTS[::-1])}, "prompts .*, found "),
             ({"num_completions": 3, "shard_prompts": 4}, "num_completions 2, found 3; shard_prompts 8, found 4"),
         ],
         ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
     )
     def test_another_run_in_the_same_folder(self, tmp_path: Path, changes: dict[str, Any], expected: str) -> None:
-        write_made_up(tmp_path, shards=[])
-        with pytest.raises(ValueError, match=f"begun with: .*{expected}.*--output"):
-            CompletionFolder.begin(tmp_path, tiny_settings(**changes))
+        write_synthetic(tmp_path, shards=[])
+        with pytest.raises(ValueError, match=f"created: .*{expected}.*--output"):
+            CompletionFolder.create(tmp_path, tiny_settings(**changes))
 
-    def test_the_same_teacher_from_elsewhere_goes_on(self, tmp_path: Path) -> None:
-        write_made_up(tmp_path, shards=[1])
+    def test_the_same_teacher_at_another_path_continues(self, tmp_path: Path) -> None:
+        write_synthetic(tmp_path, shards=[1])
         moved = tiny_settings(teacher_path="/moved", tokenizer="/moved")
-        assert CompletionFolder.begin(tmp_path, moved).missing() == [0, 2]
+        assert CompletionFolder.create(tmp_path, moved).missing_shards() == [0, 2]
 
     def test_shards_without_settings(self, tmp_path: Path) -> None:
-        write_made_up(tmp_path)
+        write_synthetic(tmp_path)
         (tmp_path / "completions.json").unlink()
         with pytest.raises(ValueError, match="expected completions.json .*--output"):
-            CompletionFolder.begin(tmp_path, tiny_settings())
+            CompletionFolder.create(tmp_path, tiny_settings())
         with pytest.raises(FileNotFoundError, match="expected completions.json .*data.folder"):
             CompletionFolder.open(tmp_path)
 
@@ -122,65 +127,65 @@ class TestRefusals:
             CompletionFolder.open(tmp_path / "nowhere")
         (tmp_path / "file").write_text("")
         with pytest.raises(ValueError, match="found a file: choose another --output"):
-            CompletionFolder.begin(tmp_path / "file", tiny_settings())
+            CompletionFolder.create(tmp_path / "file", tiny_settings())
 
     @pytest.mark.parametrize("text", ["", "[]", "{}", '{"format_version": 2}', '{"format_version": 1}'])
-    def test_something_else_in_the_place_of_the_settings(self, tmp_path: Path, text: str) -> None:
+    def test_an_invalid_settings_file(self, tmp_path: Path, text: str) -> None:
         (tmp_path / "completions.json").write_text(text)
         with pytest.raises(ValueError, match="data.folder=.*completions.json cannot be read"):
             CompletionFolder.open(tmp_path)
 
     def test_no_shards(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match="expected shards .*found completions.json: set data.folder"):
-            write_made_up(tmp_path, shards=[]).read()
+            write_synthetic(tmp_path, shards=[]).read()
 
     @pytest.mark.parametrize("content", [b"", b"PAR1", b"no Parquet at all"])
-    def test_an_empty_or_broken_shard(self, tmp_path: Path, content: bytes) -> None:
-        folder = write_made_up(tmp_path)
+    def test_an_empty_or_invalid_shard(self, tmp_path: Path, content: bytes) -> None:
+        folder = write_synthetic(tmp_path)
         folder.shard_path(1).write_bytes(content)
         with pytest.raises(ValueError, match="data.folder=.*shard-00001.parquet cannot be read"):
             folder.read()
 
-    def rewritten(self, path: Path, **columns: Any) -> CompletionFolder:
-        """A folder whose first shard has other columns; None takes one away."""
-        folder = write_made_up(path)
+    def rewrite_first_shard(self, path: Path, **columns: Any) -> CompletionFolder:
+        """A folder whose first shard has other columns; None removes one."""
+        folder = write_synthetic(path)
         table = pq.ParquetFile(folder.shard_path(0)).read()
         for name, values in columns.items():
-            place = table.schema.get_field_index(name)
-            table = table.remove_column(place) if values is None else table.set_column(place, name, values)
+            index = table.schema.get_field_index(name)
+            table = table.remove_column(index) if values is None else table.set_column(index, name, values)
         pq.write_table(table, folder.shard_path(0))
         return folder
 
     def test_a_missing_column(self, tmp_path: Path) -> None:
         expected = "expected a column completion_ids .*shard-00000.*found completion .*prompt_ids.*data.folder"
         with pytest.raises(ValueError, match=expected):
-            self.rewritten(tmp_path, completion_ids=None).read()
+            self.rewrite_first_shard(tmp_path, completion_ids=None).read()
 
     def test_a_column_of_another_type(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"expected a column completion_ids \(list<.*found.*\(string\)"):
-            self.rewritten(tmp_path, completion_ids=pa.array(["text"] * 16)).read()
+            self.rewrite_first_shard(tmp_path, completion_ids=pa.array(["text"] * 16)).read()
 
     @pytest.mark.parametrize("token", [-1, 32, 2048])
     def test_tokens_outside_the_vocabulary(self, tmp_path: Path, token: int) -> None:
         ids = pa.array([[1, token]] * 16, pa.list_(pa.int32()))
         with pytest.raises(ValueError, match=rf"0 .. 31 in completion_ids of .*shard-00000.*, found {token}: set"):
-            self.rewritten(tmp_path, completion_ids=ids).read()
+            self.rewrite_first_shard(tmp_path, completion_ids=ids).read()
 
     @pytest.mark.parametrize("entry", [[], None])
     def test_a_completion_without_tokens(self, tmp_path: Path, entry: list[int] | None) -> None:
         ids = pa.array([[1, 2]] * 15 + [entry], pa.list_(pa.int32()))
         with pytest.raises(ValueError, match=r"at least one token in each completion_ids of .*shard-00000"):
-            self.rewritten(tmp_path, completion_ids=ids).read()
+            self.rewrite_first_shard(tmp_path, completion_ids=ids).read()
 
     def test_rows_that_are_missing_or_repeated(self, tmp_path: Path) -> None:
-        folder = write_made_up(tmp_path)
-        rows = made_up(folder.settings, 0)
-        for wrong in (rows[:-1], [*rows[:-1], rows[0]], made_up(folder.settings, 1)):
-            folder.write(0, wrong)
+        folder = write_synthetic(tmp_path)
+        rows = synthetic_completions(folder.settings, 0)
+        for wrong in (rows[:-1], [*rows[:-1], rows[0]], synthetic_completions(folder.settings, 1)):
+            folder.write_shard(0, wrong)
             with pytest.raises(ValueError, match="expected 2 completions of each of the prompts 0 to 7 in"):
                 folder.read()
 
-    def test_a_setting_too_many(self, tmp_path: Path) -> None:
+    def test_an_unknown_setting(self, tmp_path: Path) -> None:
         plain = json.loads(tiny_settings().to_json()) | {"colour": "red"}
         with pytest.raises(ValueError, match="expected the entries .*found .*colour"):
             CompletionSettings.from_json(json.dumps(plain))

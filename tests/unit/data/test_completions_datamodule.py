@@ -12,14 +12,14 @@ import torch
 
 from ptp_lightning.batch import PackedBatch
 from ptp_lightning.data.completions.completions_datamodule import CompletionsDataModule
-from tests.helpers.tiny_completions import PROMPTS, TEST_PROMPTS, VAL_PROMPTS, write_made_up
+from tests.helpers.tiny_completions import PROMPTS, TEST_PROMPTS, VAL_PROMPTS, write_synthetic
 
-LONGEST = 3 + 4  # tokens of a prompt and its made-up completion
+LONGEST = 3 + 4  # tokens of a prompt and its synthetic completion
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    write_made_up(tmp_path / "completions")
+    write_synthetic(tmp_path / "completions")
     return tmp_path / "completions"
 
 
@@ -50,7 +50,7 @@ def documents(batches: list[PackedBatch]) -> list[tuple[list[int], list[int]]]:
 
 
 def prompts_in(batches: list[PackedBatch]) -> set[int]:
-    """Their numbers, which made-up completions begin with."""
+    """Numbers of the prompts, with which synthetic completions begin."""
     return {completion[0] for _, completion in documents(batches)}
 
 
@@ -107,7 +107,7 @@ def test_fixed_rows_are_the_same_on_every_call(folder: Path) -> None:
     assert all_same(list(data.val_dataloader()), list(data.val_dataloader()))
 
 
-def test_ranks_share_the_completions(folder: Path) -> None:
+def test_ranks_partition_the_completions(folder: Path) -> None:
     seen: list[set[int]] = []
     for rank in (0, 1):
         data = tiny_data(folder)
@@ -127,7 +127,7 @@ def test_what_the_folder_states(folder: Path) -> None:
 
 class TestRefusals:
     def test_an_incomplete_folder(self, tmp_path: Path) -> None:
-        write_made_up(tmp_path, shards=[1])
+        write_synthetic(tmp_path, shards=[1])
         expected = f"expected 3 shards .*{tmp_path}, found 1: .*pregenerate --output {tmp_path}.*data.allow_incomplete"
         with pytest.raises(ValueError, match=expected):
             CompletionsDataModule(str(tmp_path))
@@ -146,7 +146,7 @@ class TestRefusals:
             tiny_data(folder, row_length=LONGEST - 1)
 
     def test_a_split_without_prompts(self, tmp_path: Path) -> None:
-        write_made_up(tmp_path, num_prompts=5)
+        write_synthetic(tmp_path, num_prompts=5)
         data = tiny_data(tmp_path)
         with pytest.raises(ValueError, match="expected completions in the val split .*found 0 prompts.*data.folder"):
             data.val_dataloader()
@@ -161,7 +161,7 @@ class TestRefusals:
             CompletionsDataModule(str(folder)).train_dataloader()
 
     def test_a_tokenizer_that_has_moved(self, tmp_path: Path) -> None:
-        write_made_up(tmp_path, tokenizer="./gone")
+        write_synthetic(tmp_path, tokenizer="./gone")
         with pytest.raises(FileNotFoundError, match="gone.*data.tokenizer"):
             tiny_data(tmp_path)
         assert len(tiny_data(tmp_path, tokenizer="embedded").tokenizer or []) == 2048

@@ -27,7 +27,7 @@ def test_a_file_never_changes_its_split(name: str, split: Split) -> None:
     assert split_of(name) == split
 
 
-def test_shares_of_the_splits() -> None:
+def test_fractions_of_the_splits() -> None:
     splits = [split_of(f"{number}.py") for number in range(4000)]
     assert [round(splits.count(split) / 4000, 2) for split in SPLITS] == pytest.approx([0.9, 0.05, 0.05], abs=0.011)
 
@@ -63,7 +63,7 @@ class TestStandardLibrary:
 
         assert found == {name: f"# {name}" for name in kept}
 
-    def test_says_so_if_python_ships_no_source(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_error_if_python_ships_no_source(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(tmp_path)})
         with pytest.raises(FileNotFoundError, match="data.corpus"):
             next(StandardLibrary().documents("train"))
@@ -85,7 +85,7 @@ class TestTextFiles:
             assert [document.name for document in documents] == sorted(document.name for document in documents)
             assert all(split_of(name) == split and text == f"text of {name}" for name, text in documents)
 
-    def test_lines_mode_cuts_every_file(self, tmp_path: Path) -> None:
+    def test_lines_mode_splits_every_file(self, tmp_path: Path) -> None:
         write(tmp_path / "one.txt", "".join(f"line {number}\n" for number in range(100)))
         corpus = TextFiles([str(tmp_path / "one.txt")], held_out="lines")
 

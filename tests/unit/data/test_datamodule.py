@@ -1,4 +1,4 @@
-"""CorpusDataModule: an endless stream that can be continued, and fixed rows for evaluation."""
+"""CorpusDataModule: an endless, resumable stream, and fixed rows for evaluation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch.utils.data.distributed import DistributedSampler
 
 from ptp_lightning.batch import PackedBatch
-from ptp_lightning.data.datamodule import CorpusDataModule, TrainingStream, tokenized
+from ptp_lightning.data.datamodule import CorpusDataModule, TrainingStream, tokenize
 from tests.helpers.tiny_data import TEXTS, Texts, tiny_data, tiny_tokenizer
 
 
@@ -28,7 +28,7 @@ def all_same(left: list[PackedBatch], right: list[PackedBatch]) -> bool:
 
 
 def on_trainer(data: CorpusDataModule, **state: int) -> CorpusDataModule:
-    """As if a trainer had come that far."""
+    """Attach a fake trainer with this state."""
     defaults = {"global_step": 0, "accumulate_grad_batches": 1, "global_rank": 0, "world_size": 1}
     data.trainer = SimpleNamespace(**(defaults | state))  # pyright: ignore[reportAttributeAccessIssue]
     return data
@@ -36,8 +36,8 @@ def on_trainer(data: CorpusDataModule, **state: int) -> CorpusDataModule:
 
 def test_documents_end_with_the_end_of_text_token() -> None:
     documents = list(Texts(["abc", "", "z"]).documents("train"))
-    assert list(tokenized(documents, tiny_tokenizer())) == [[1, 2, 3, 0], [0], [26, 0]]
-    assert list(tokenized(documents, tiny_tokenizer(end_of_text=False))) == [[1, 2, 3], [], [26]]
+    assert list(tokenize(documents, tiny_tokenizer())) == [[1, 2, 3, 0], [0], [26, 0]]
+    assert list(tokenize(documents, tiny_tokenizer(end_of_text=False))) == [[1, 2, 3], [], [26]]
 
 
 class TestTrainingStream:
@@ -51,7 +51,7 @@ class TestTrainingStream:
         assert all_same(first, second)
         assert not all_same(first, other)
 
-    def test_every_epoch_holds_every_token_in_another_order(self) -> None:
+    def test_every_epoch_has_every_token_in_a_different_order(self) -> None:
         # 4 letters and an end make rows of one document each; with a buffer of one row, an epoch is 5 rows in a row.
         corpus = Texts(["aaaa", "bbbb", "cccc", "dddd", "eeee"])
         data = tiny_data(corpus, row_length=5, batch_size=5, shuffle_rows=1)
@@ -76,7 +76,7 @@ class TestTrainingStream:
         rest = TrainingStream(documents, tokenizer, **settings, skip_batches=skip)
         assert all_same(take(whole, skip + 5)[skip:], take(rest, 5))
 
-    def test_ranks_share_the_documents(self) -> None:
+    def test_ranks_partition_the_documents(self) -> None:
         seen: list[set[int]] = []
         for rank in (0, 1):
             data = on_trainer(tiny_data(end_of_text=False), global_rank=rank, world_size=2)
@@ -89,7 +89,7 @@ class TestTrainingStream:
 class TestPositionInTheStream:
     def test_prefetched_batches_do_not_count(self) -> None:
         data = on_trainer(tiny_data(), global_step=3, accumulate_grad_batches=2)
-        take(data.train_dataloader(), 9)  # read, but only 3 steps of 2 batches were made of them
+        take(data.train_dataloader(), 9)  # 9 batches are read, 3 steps of 2 batches are consumed
         assert data.state_dict()["batches_consumed"] == 6
 
     def test_loaded_state_continues_the_stream(self) -> None:
@@ -124,7 +124,7 @@ class TestEvaluationRows:
         first, again, other = (list(module.val_dataloader()) for module in (data, data, tiny_data()))
         assert all_same(first, again) and all_same(first, other)
 
-    def test_taken_evenly_over_the_split(self) -> None:
+    def test_evenly_spaced_over_the_split(self) -> None:
         letters = "abcdefghij"
         corpus = Texts(["k" * 11], held_out=[letter * 11 for letter in letters])  # 11 letters and an end: a row each
         batches = list(tiny_data(corpus, eval_rows=4, batch_size=3).val_dataloader())
@@ -140,7 +140,7 @@ class TestEvaluationRows:
         assert int(take(data.train_dataloader(), 1)[0].input_ids[0, 0]) == 1
 
 
-class TestBadInput:
+class TestInvalidInput:
     @pytest.mark.parametrize("texts", [[], [""], ["", ""]])
     def test_empty_corpus(self, texts: list[str]) -> None:
         data = tiny_data(Texts(texts))
@@ -178,7 +178,7 @@ class TestBadInput:
 
 
 def test_ranks_evaluate_equally_many_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or those that share a network would wait for each other; and nobody shares them out once more."""
+    """Otherwise ranks that share a sharded network would wait for each other. Lightning must not shard them again."""
     data = on_trainer(tiny_data(eval_rows=7))
     assert len(data.val_dataloader()) == 4
 
@@ -191,5 +191,5 @@ def test_ranks_evaluate_equally_many_batches(monkeypatch: pytest.MonkeyPatch) ->
     loader: Any = data.val_dataloader()
     assert all_same(loader.dataset, data.fixed_batches("val")[:3])
     assert list(loader.sampler) == [0, 1, 2]
-    assert isinstance(loader.sampler, DistributedSampler)  # which Lightning leaves as it is
+    assert isinstance(loader.sampler, DistributedSampler)  # which Lightning does not replace
     assert len(data.test_dataloader()) == 3

@@ -1,4 +1,4 @@
-"""MarkovSeries: entropy as ordered, conditionals by brute force over all strings, samples that follow them."""
+"""MarkovSeries: the given entropy, conditionals against brute force over all strings, and sample statistics."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ by_chain = pytest.mark.parametrize("series", CHAINS, ids=lambda series: f"order 
 
 
 def string_probabilities(series: MarkovSeries, length: int) -> dict[tuple[int, ...], float]:
-    """Of all strings of `length` >= order tokens of the stationary chain, by the chain rule, in plain Python."""
+    """Probabilities of all strings of `length` >= order tokens of the stationary chain, by the chain rule."""
     V, order = series.vocab_size, series.order
     transitions, stationary = series.transitions.tolist(), series.stationary.tolist()
 
@@ -27,25 +27,25 @@ def string_probabilities(series: MarkovSeries, length: int) -> dict[tuple[int, .
     probabilities: dict[tuple[int, ...], float] = {}
     for string in itertools.product(range(V), repeat=length):
         probability = stationary[state(string[:order])]
-        for place in range(order, length):
-            probability *= transitions[state(string[place - order : place])][string[place]]
+        for position in range(order, length):
+            probability *= transitions[state(string[position - order : position])][string[position]]
         probabilities[string] = probability
     return probabilities
 
 
-def marginal(probabilities: dict[tuple[int, ...], float], *places: int) -> dict[tuple[int, ...], float]:
-    """Of the tokens at some places of the strings."""
+def marginal(probabilities: dict[tuple[int, ...], float], *positions: int) -> dict[tuple[int, ...], float]:
+    """Marginal distribution of the tokens at some positions of the strings."""
     sums: dict[tuple[int, ...], float] = {}
     for string, probability in probabilities.items():
-        key = tuple(string[place] for place in places)
+        key = tuple(string[position] for position in positions)
         sums[key] = sums.get(key, 0.0) + probability
     return sums
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])
-@pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 1.0])
-def test_entropy_is_the_chosen_one(order: int, share: float) -> None:
-    chosen = share * math.log(4)
+@pytest.mark.parametrize("fraction", [0.1, 0.5, 0.9, 1.0])
+def test_entropy_is_the_chosen_one(order: int, fraction: float) -> None:
+    chosen = fraction * math.log(4)
     series = MarkovSeries(order, 4, chosen)
     probabilities = string_probabilities(series, order + 1)
     contexts = marginal(probabilities, *range(order))
@@ -139,6 +139,6 @@ def test_rows_are_reproducible() -> None:
         ({"entropy": 1.7}, "entropy"),
     ],
 )
-def test_what_has_no_chain(settings: dict[str, Any], key: str) -> None:
+def test_invalid_settings(settings: dict[str, Any], key: str) -> None:
     with pytest.raises(ValueError, match=f"data.series.{key}"):
         MarkovSeries(**settings)

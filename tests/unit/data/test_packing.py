@@ -1,4 +1,4 @@
-"""Packing: which token lands where, and where windows may start."""
+"""Packing: rows of documents, and start positions of windows."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class TestPack:
 
         assert [row.input_ids.tolist() for row in rows] == [
             [11, 12, 13, 21, 22, 23],
-            [24, 25, 26, 41, 42, PAD],  # 31 is a document without context; one place is too small for 51
+            [24, 25, 26, 41, 42, PAD],  # 31 is a document without context; 51 does not fit into a single position
             [51, 52, 53, 54, PAD, PAD],
         ]
         assert [row.document_ids.tolist() for row in rows] == [
@@ -47,35 +47,35 @@ class TestPack:
         row_length=st.integers(2, 9),
     )
     def test_invariants(self, lengths: list[int], row_length: int) -> None:
-        token = iter(range(1000))  # every token of the corpus is another number
+        token = iter(range(1000))  # every token of the corpus is different
         documents = [[next(token) for _ in range(length)] for length in lengths]
 
         rows = list(pack(documents, row_length, pad_id=-7))
 
         packed: list[int] = []
-        for place, row in enumerate(rows):
+        for index, row in enumerate(rows):
             ids, document_ids, positions, completion = (field.tolist() for field in row)
             assert len(ids) == len(document_ids) == len(positions) == row_length
             assert completion == [document >= 0 for document in document_ids]
             real = [token for token, document in zip(ids, document_ids, strict=True) if document >= 0]
             padding = row_length - len(real)
             assert ids[len(real) :] == [-7] * padding and document_ids[len(real) :] == [-1] * padding
-            assert padding <= 1 or place == len(rows) - 1
+            assert padding <= 1 or index == len(rows) - 1
             pieces = [len(list(group)) for _, group in groupby(document_ids[: len(real)])]
             assert min(pieces) >= 2
             assert document_ids[: len(real)] == [number for number, size in enumerate(pieces) for _ in range(size)]
             assert positions[: len(real)] == [position for size in pieces for position in range(size)]
             packed += real
         assert packed == sorted(set(packed))  # in order, none twice
-        lost = set(range(sum(lengths))) - set(packed)
+        dropped = set(range(sum(lengths))) - set(packed)
         last_tokens = {document[-1] for document in documents if document}
-        assert lost <= last_tokens  # only a piece of a single token is dropped, and that is a document's last
+        assert dropped <= last_tokens  # only a piece of a single token is dropped, and that is a document's last
 
     @pytest.mark.parametrize("documents", [[], [[]], [[5], [6]]])
     def test_nothing_to_pack(self, documents: list[list[int]]) -> None:
         assert list(pack(documents, row_length=4)) == []
 
-    def test_refuses_rows_without_room_for_a_window(self) -> None:
+    def test_rows_that_are_too_short_for_a_window_are_rejected(self) -> None:
         with pytest.raises(ValueError, match="data.row_length"):
             next(pack([[1, 2]], row_length=1))
 
@@ -87,7 +87,7 @@ class TestPackPromptsAndCompletions:
     def document(*token_ids: int) -> TokenDocument:
         return TokenDocument(token_ids, [token % 10 != 0 for token in token_ids])
 
-    def test_masks_go_along(self) -> None:
+    def test_masks_are_packed_with_the_tokens(self) -> None:
         documents = [self.document(10, 11, 12), [50, 51], self.document(20, 20, 21)]
         rows = list(pack(documents, row_length=6, pad_id=PAD))
         assert [row.input_ids.tolist() for row in rows] == [[10, 11, 12, 50, 51, PAD], [20, 20, 21, PAD, PAD, PAD]]
@@ -98,7 +98,7 @@ class TestPackPromptsAndCompletions:
 
     def test_whole_documents(self) -> None:
         documents = [self.document(10, 11, 12), self.document(20, 21, 22, 23), self.document(30, 31)]
-        rows = list(pack(documents, row_length=6, pad_id=PAD, cut=False))
+        rows = list(pack(documents, row_length=6, pad_id=PAD, allow_split=False))
         assert [row.input_ids.tolist() for row in rows] == [
             [10, 11, 12, PAD, PAD, PAD],
             [20, 21, 22, 23, 30, 31],
@@ -107,19 +107,19 @@ class TestPackPromptsAndCompletions:
 
     @given(lengths=st.lists(st.integers(2, 7), max_size=12), row_length=st.integers(7, 15))
     def test_whole_documents_stay_whole_and_in_order(self, lengths: list[int], row_length: int) -> None:
-        documents = [self.document(10 * (place + 1), *[1] * (length - 1)) for place, length in enumerate(lengths)]
+        documents = [self.document(10 * (index + 1), *[1] * (length - 1)) for index, length in enumerate(lengths)]
         found = [
             row.input_ids[row.document_ids == number].tolist()
-            for row in pack(documents, row_length, cut=False)
+            for row in pack(documents, row_length, allow_split=False)
             for number in range(int(row.document_ids.max()) + 1)
         ]
         assert found == [list(document.token_ids) for document in documents]
 
-    def test_refuses_a_document_longer_than_a_row(self) -> None:
+    def test_a_document_longer_than_a_row_is_rejected(self) -> None:
         with pytest.raises(ValueError, match="at most 2 tokens, found one of 3: raise data.row_length"):
-            list(pack([self.document(10, 11, 12)], row_length=2, cut=False))
+            list(pack([self.document(10, 11, 12)], row_length=2, allow_split=False))
 
-    def test_refuses_a_mask_of_another_length(self) -> None:
+    def test_a_mask_of_another_length_is_rejected(self) -> None:
         with pytest.raises(ValueError, match="completion_mask of 2 tokens, found 1"):
             TokenDocument([1, 2], [True])
 
@@ -160,7 +160,7 @@ class TestDrawWindowStarts:
         first, second = (draw_window_starts(self.ELIGIBLE, 2, generator(3)) for _ in range(2))
         assert torch.equal(first, second)
 
-    def test_refuses_a_row_without_eligible_tokens(self) -> None:
+    def test_a_row_without_eligible_tokens_is_rejected(self) -> None:
         with pytest.raises(ValueError, match="data.corpus"):
             draw_window_starts(torch.tensor([[True], [False]]), 1, generator())
 

@@ -32,7 +32,7 @@ def write_csv(path: Path, visits: list[int] = VISITS, extra: str = "", header: s
 
 
 def make_series(path: Path, **settings: Any) -> PickUps:
-    defaults: dict[str, Any] = {"num_clusters": 4, "block_length": 8, "fitted_share": 1.0}
+    defaults: dict[str, Any] = {"num_clusters": 4, "block_length": 8, "fit_fraction": 1.0}
     return PickUps(str(path), cache_dir=str(path.parent / "cache"), **(defaults | settings))
 
 
@@ -47,7 +47,7 @@ def test_neighbourhoods_are_numbered_along_the_map(tmp_path: Path, name: str) ->
 
 def test_far_away_events_draw_no_centre(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "events.csv", extra="".join(f"x,{45 + far},-60\n" for far in range(8)))
-    assert make_series(path, fitted_share=0.98).neighbourhoods.token_ids.tolist() == [*VISITS, *[3] * 8]
+    assert make_series(path, fit_fraction=0.98).neighbourhoods.token_ids.tolist() == [*VISITS, *[3] * 8]
     assert make_series(path).neighbourhoods.token_ids.tolist() != [*VISITS, *[3] * 8]
 
 
@@ -98,7 +98,7 @@ class TestCache:
         assert all(np.array_equal(*arrays) for arrays in zip(found, expected, strict=True))
         assert [name for name in os.listdir(tmp_path / "cache") if not name.endswith(".npz")] == []
 
-    @pytest.mark.parametrize("settings", [{"seed": 1}, {"num_clusters": 3}, {"fitted_share": 0.9}])
+    @pytest.mark.parametrize("settings", [{"seed": 1}, {"num_clusters": 3}, {"fit_fraction": 0.9}])
     def test_other_settings_are_another_file(self, tmp_path: Path, settings: dict[str, Any]) -> None:
         path = write_csv(tmp_path / "events.csv")
         assert make_series(path)._cache_path() != make_series(path, **settings)._cache_path()
@@ -114,7 +114,7 @@ class TestCache:
         cache = make_series(path)._cache_path()
         whole = cache.read_bytes()
         cache.write_bytes(whole[: len(whole) // 2] if broken is None else broken)
-        with pytest.warns(UserWarning, match="cannot be read.*clustered anew"):
+        with pytest.warns(UserWarning, match="cannot be read.*computed again"):
             assert np.array_equal(make_series(path).neighbourhoods.token_ids, expected)
         assert cache.read_bytes() == whole
 
@@ -142,10 +142,10 @@ class TestBadFiles:
     def test_too_few_places(self, tmp_path: Path, text: str) -> None:
         path = tmp_path / "events.csv"
         path.write_text(text)
-        with pytest.raises(ValueError, match="column 'latitude'" if not text else "at least 4 different places"):
+        with pytest.raises(ValueError, match="column 'latitude'" if not text else "at least 4 distinct locations"):
             make_series(path).tokens("train")
 
-    @pytest.mark.parametrize(("key", "value"), [("num_clusters", 1), ("block_length", 0), ("fitted_share", 0.0)])
+    @pytest.mark.parametrize(("key", "value"), [("num_clusters", 1), ("block_length", 0), ("fit_fraction", 0.0)])
     def test_settings(self, tmp_path: Path, key: str, value: float) -> None:
         with pytest.raises(ValueError, match=f"data.series.{key}.*{value}"):
             make_series(write_csv(tmp_path / "events.csv"), **{key: value})

@@ -85,12 +85,12 @@ class TestChat:
         ids = Chat(template=template).document({"messages": CONVERSATION[:2]}, tokenizer).token_ids
         assert list(ids).count(END_OF_TEXT_ID) == 2 and ids[-1] == END_OF_TEXT_ID
 
-    def test_a_template_that_changes_what_stood_before_is_refused(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def test_a_template_that_changes_earlier_messages_is_rejected(self, tokenizer: PreTrainedTokenizerBase) -> None:
         template = "{{ messages | length }}{% for message in messages %}{{ message.content }}{% endfor %}"
-        with pytest.raises(BadRowError, match="adds each message behind"):
+        with pytest.raises(BadRowError, match="appends each message to"):
             Chat(template=template).document({"messages": CONVERSATION}, tokenizer)
 
-    def test_a_tokenizer_without_a_template_is_refused(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def test_a_tokenizer_without_a_template_is_rejected(self, tokenizer: PreTrainedTokenizerBase) -> None:
         with pytest.raises(ValueError, match="chat template"):
             Chat().require_tokenizer(tokenizer)
         Chat(template=TEMPLATE).require_tokenizer(tokenizer)
@@ -105,7 +105,7 @@ class TestChat:
             ([{"role": "user", "content": None}], "'content'"),
         ],
     )
-    def test_other_shapes_are_refused(self, tokenizer: PreTrainedTokenizerBase, messages: Any, reason: str) -> None:
+    def test_other_shapes_are_rejected(self, tokenizer: PreTrainedTokenizerBase, messages: Any, reason: str) -> None:
         with pytest.raises(BadRowError, match=reason):
             Chat(template=TEMPLATE).document({"messages": messages}, tokenizer)
 
@@ -118,21 +118,21 @@ NESTED = {"a": {"b": [10, {"c": 20}]}}
 
 
 class TestValueAt:
-    @pytest.mark.parametrize(("way", "expected"), [("a.b", 30), ("a.b.0", 10), ("a.b.1.c", 20)])
-    def test_finds(self, way: str, expected: int) -> None:
-        assert value_at(NESTED | {"a.b": 30} if way == "a.b" else NESTED, way) == expected
+    @pytest.mark.parametrize(("path", "expected"), [("a.b", 30), ("a.b.0", 10), ("a.b.1.c", 20)])
+    def test_finds(self, path: str, expected: int) -> None:
+        assert value_at(NESTED | {"a.b": 30} if path == "a.b" else NESTED, path) == expected
 
-    @pytest.mark.parametrize("way", ["x", "a.x", "a.b.2", "a.b.0.c", "a.b.-1"])
-    def test_names_what_is_missing(self, way: str) -> None:
-        with pytest.raises(BadRowError, match=f"column '{way}'"):
-            value_at(NESTED, way)
+    @pytest.mark.parametrize("path", ["x", "a.x", "a.b.2", "a.b.0.c", "a.b.-1"])
+    def test_names_what_is_missing(self, path: str) -> None:
+        with pytest.raises(BadRowError, match=f"column '{path}'"):
+            value_at(NESTED, path)
 
-    def test_half_a_surrogate_pair_is_no_text(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def test_an_unpaired_surrogate_is_rejected(self, tokenizer: PreTrainedTokenizerBase) -> None:
         row = json.loads(r'{"text": "a\ud800", "messages": [{"role": "assistant", "content": "\udfff"}]}')
         for rendering in (PlainText(), PromptAndCompletion("{text}", "b"), Chat(template=TEMPLATE)):
             with pytest.raises(BadRowError, match="expected Unicode text"):
                 rendering.document(row, tokenizer)
 
-    def test_text_is_asked_for(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def test_a_value_that_is_not_text_is_rejected(self, tokenizer: PreTrainedTokenizerBase) -> None:
         with pytest.raises(BadRowError, match="expected text in column 'text', found int"):
             PlainText().document({"text": 3}, tokenizer)

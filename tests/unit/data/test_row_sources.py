@@ -1,4 +1,4 @@
-"""Row sources: every row once, from any position on, shared out among processes; broken rows are named."""
+"""Row sources: every row once per epoch, resumable at any row, sharded over processes; errors name invalid rows."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ptp_lightning.data.shard_spec import ShardSpec
 from ptp_lightning.data.streaming.file_rows import JsonLines, TextRows
 from ptp_lightning.data.streaming.hub_rows import HubRows
-from ptp_lightning.data.streaming.row_source import BadRowError, RowSource, Share
+from ptp_lightning.data.streaming.row_source import BadRowError, RowSource
 
 
 def zstd(content: bytes) -> bytes:
@@ -27,21 +28,21 @@ def zstd(content: bytes) -> bytes:
 LINES = [["a0", "a1", "", "a2"], ["b0"], [], ["c0", "c1", "c2", "c3"]]
 
 
-def texts(source: RowSource, share: Share | None = None, key: str = "0") -> list[str]:
-    return [source.parse(row)["text"] for row in source.rows(key, share or Share())]
+def texts(source: RowSource, shard: ShardSpec | None = None, key: str = "0") -> list[str]:
+    return [source.parse(row)["text"] for row in source.rows(key, shard or ShardSpec())]
 
 
-@pytest.fixture(params=["json lines", "packed json lines", "text lines", "text files", "parquet", "hub json"])
+@pytest.fixture(params=["json lines", "compressed json lines", "text lines", "text files", "parquet", "hub json"])
 def source(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RowSource:
     """Eight rows (with text files, four documents) of four files, one of which is empty."""
-    monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)  # 5 s behind every epoch of Parquet files
+    monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)  # 5 s after every epoch of Parquet files
     paths: list[str] = []
     for number, lines in enumerate(LINES):
         path = tmp_path / f"{number}.jsonl"
         content = "".join(json.dumps({"text": line}) + "\n" if line else "\n" for line in lines)
         if request.param.startswith("text"):
             path, content = tmp_path / f"{number}.txt", "".join(f"{line}\n" for line in lines)
-        if request.param == "packed json lines":
+        if request.param == "compressed json lines":
             path = tmp_path / f"{number}.jsonl.gz"
             path.write_bytes(gzip.compress(content.encode()))
         else:
@@ -76,27 +77,27 @@ class TestRows:
     def test_every_row_once(self, source: RowSource) -> None:
         assert sorted(texts(source)) == everything(source)
 
-    def test_equal_keys_give_equal_orders_and_others_do_not(self, source: RowSource) -> None:
+    def test_the_key_determines_the_order(self, source: RowSource) -> None:
         assert texts(source) == texts(source)
         assert len({tuple(texts(source, key=str(epoch))) for epoch in range(12)}) > 1
 
     @pytest.mark.parametrize("world", [1, 2, 3])
-    def test_goes_on_behind_any_row(self, source: RowSource, world: int) -> None:
+    def test_resumes_after_any_row(self, source: RowSource, world: int) -> None:
         for rank in range(world):
-            share = Share(rank, world)
-            rows = list(source.rows("0", share))
-            for place, row in enumerate(rows):
-                position = json.loads(json.dumps(row.position))  # as a checkpoint keeps it
-                expected = [other.identity for other in rows[place + 1 :]]
-                assert [other.identity for other in source.rows("0", share, position)] == expected
+            shard = ShardSpec(rank, world)
+            rows = list(source.rows("0", shard))
+            for index, row in enumerate(rows):
+                position = json.loads(json.dumps(row.position))  # as in a checkpoint
+                expected = [other.identity for other in rows[index + 1 :]]
+                assert [other.identity for other in source.rows("0", shard, position)] == expected
 
     @pytest.mark.parametrize("world", [2, 3, 5])
-    def test_processes_share_the_rows(self, source: RowSource, world: int) -> None:
-        shares = [texts(source, Share(rank, world)) for rank in range(world)]
-        assert sorted(text for share in shares for text in share) == everything(source)
+    def test_shards_partition_the_rows(self, source: RowSource, world: int) -> None:
+        shards = [texts(source, ShardSpec(rank, world)) for rank in range(world)]
+        assert sorted(text for shard in shards for text in shard) == everything(source)
 
 
-class TestSplitPositions:
+class TestRandomFiles:
     @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30, deadline=None)
     @given(
         files=st.lists(st.lists(st.text(st.characters(codec="utf-8"), max_size=5), max_size=5), min_size=1, max_size=4),
@@ -111,40 +112,40 @@ class TestSplitPositions:
             content = "".join(json.dumps({"text": line}) + "\n" for line in lines)
             (folder / f"{number}.jsonl").write_text(content, encoding="utf-8")
         source = JsonLines([str(folder)])
-        shares = [list(source.rows("7", Share(rank, world))) for rank in range(world)]
-        parsed = [source.parse(row)["text"] for share in shares for row in share]
+        shards = [list(source.rows("7", ShardSpec(rank, world))) for rank in range(world)]
+        parsed = [source.parse(row)["text"] for shard in shards for row in shard]
         assert sorted(parsed) == sorted(line for lines in files for line in lines)
         rank = data.draw(st.integers(0, world - 1))
-        if shares[rank]:
-            place = data.draw(st.integers(0, len(shares[rank]) - 1))
-            behind = source.rows("7", Share(rank, world), shares[rank][place].position)
-            assert [row.name for row in behind] == [row.name for row in shares[rank][place + 1 :]]
+        if shards[rank]:
+            index = data.draw(st.integers(0, len(shards[rank]) - 1))
+            following = source.rows("7", ShardSpec(rank, world), shards[rank][index].position)
+            assert [row.name for row in following] == [row.name for row in shards[rank][index + 1 :]]
 
 
-class TestBrokenRows:
+class TestInvalidRows:
     @pytest.mark.parametrize("line", [b'{"text": ', b"[1, 2]", b"text", b'{"text": "\xff"}', b"[" * 100_000])
-    def test_a_broken_json_line_is_named(self, tmp_path: Path, line: bytes) -> None:
+    def test_an_invalid_json_line_is_named(self, tmp_path: Path, line: bytes) -> None:
         path = tmp_path / "data.jsonl"
         path.write_bytes(b'{"text": "fine"}\n\n' + line + b"\n")
         source = JsonLines([str(path)])
-        _, broken = source.rows("0", Share())
+        _, invalid = source.rows("0", ShardSpec())
         with pytest.raises(BadRowError, match="data.jsonl, line 3"):
-            source.parse(broken)
+            source.parse(invalid)
 
-    @pytest.mark.parametrize(("per", "place"), [("line", "data.txt, line 2"), ("file", "data.txt")])
-    def test_undecodable_bytes_are_named(self, tmp_path: Path, per: Any, place: str) -> None:
+    @pytest.mark.parametrize(("per", "location"), [("line", "data.txt, line 2"), ("file", "data.txt")])
+    def test_undecodable_bytes_are_named(self, tmp_path: Path, per: Any, location: str) -> None:
         (tmp_path / "data.txt").write_bytes(b"fine\nna\xefve\n")
         source = TextRows([str(tmp_path)], per=per)
-        *_, broken = source.rows("0", Share())
-        with pytest.raises(BadRowError, match=f"UTF-8 text in .*{place}"):
-            source.parse(broken)
+        *_, invalid = source.rows("0", ShardSpec())
+        with pytest.raises(BadRowError, match=f"UTF-8 text in .*{location}"):
+            source.parse(invalid)
 
-    def test_a_byte_order_mark_is_no_text(self, tmp_path: Path) -> None:
+    def test_a_byte_order_mark_is_skipped(self, tmp_path: Path) -> None:
         (tmp_path / "data.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\n")
         assert texts(TextRows([str(tmp_path)], per="line")) == ["one", "two"]
 
 
-class TestBrokenFiles:
+class TestInvalidFiles:
     @pytest.mark.parametrize(
         ("name", "content"),
         [
@@ -152,20 +153,20 @@ class TestBrokenFiles:
             ("data.jsonl.gz", b'{"text": "a"}\n'),
             ("data.jsonl.xz", lzma.compress(b'{"text": "a"}\n' * 9)[:-30]),
         ],
-        ids=["cut off", "not packed", "cut off in the middle"],
+        ids=["truncated gzip", "not compressed", "truncated xz"],
     )
-    def test_what_cannot_be_unpacked_is_named(self, tmp_path: Path, name: str, content: bytes) -> None:
+    def test_a_file_that_cannot_be_decompressed_is_named(self, tmp_path: Path, name: str, content: bytes) -> None:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=rf"JsonLines.paths=.*{name} cannot be read"):
             texts(JsonLines([str(tmp_path / name)]))
 
-    def test_what_the_library_cannot_read_is_named(self, tmp_path: Path) -> None:
+    def test_a_file_that_datasets_cannot_read_is_named(self, tmp_path: Path) -> None:
         (tmp_path / "data.txt").write_bytes(b"fine\nna\xefve\n")
         source = HubRows("text", data_files=str(tmp_path / "data.txt"))
         with pytest.raises(ValueError, match=r"HubRows.path=text .*data.txt.* cannot be read: UnicodeDecodeError"):
             texts(source)
 
-    def test_a_file_that_has_gone(self, tmp_path: Path) -> None:
+    def test_a_deleted_file(self, tmp_path: Path) -> None:
         (tmp_path / "data.jsonl").touch()
         source = JsonLines([str(tmp_path / "data.jsonl")])
         (tmp_path / "data.jsonl").unlink()
@@ -173,16 +174,16 @@ class TestBrokenFiles:
             texts(source)
 
 
-class TestPackedFiles:
+class TestCompressedFiles:
     @pytest.mark.parametrize(
         ("ending", "compress"), [("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress), ("zst", zstd)]
     )
-    def test_are_unpacked_on_the_way(self, tmp_path: Path, ending: str, compress: Callable[[bytes], bytes]) -> None:
+    def test_are_decompressed(self, tmp_path: Path, ending: str, compress: Callable[[bytes], bytes]) -> None:
         (tmp_path / f"data.txt.{ending}").write_bytes(compress(b"one\ntwo\nthree\n"))
         source = TextRows([str(tmp_path)], per="line")
         assert texts(source) == ["one", "two", "three"]
-        first, *_ = source.rows("0", Share())
-        assert [row.content for row in source.rows("0", Share(), first.position)] == [b"two\n", b"three\n"]
+        first, *_ = source.rows("0", ShardSpec())
+        assert [row.content for row in source.rows("0", ShardSpec(), first.position)] == [b"two\n", b"three\n"]
 
 
 class TestMissingFiles:
@@ -190,11 +191,11 @@ class TestMissingFiles:
         with pytest.raises(ValueError, match="at least one file for JsonLines"):
             JsonLines([])
 
-    def test_a_path_that_leads_nowhere(self, tmp_path: Path) -> None:
+    def test_a_path_that_does_not_exist(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match="nowhere"):
             TextRows([str(tmp_path / "nowhere")])
 
-    def test_a_folder_without_such_files(self, tmp_path: Path) -> None:
+    def test_a_folder_without_matching_files(self, tmp_path: Path) -> None:
         (tmp_path / "data.csv").touch()
         with pytest.raises(FileNotFoundError, match=r"\*\*/\*.jsonl"):
             JsonLines([str(tmp_path)])
@@ -202,4 +203,4 @@ class TestMissingFiles:
     def test_a_dataset_that_cannot_be_opened(self, tmp_path: Path) -> None:
         source = HubRows("parquet", data_files=str(tmp_path / "none.parquet"))
         with pytest.raises(FileNotFoundError, match=r"none.parquet.*data.parts"):
-            next(source.rows("0", Share()))
+            next(source.rows("0", ShardSpec()))

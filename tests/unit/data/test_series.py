@@ -1,4 +1,4 @@
-"""Recorded series and SeriesDataModule on tokens that count upwards, so that every row can be read."""
+"""RecordedSeries and SeriesDataModule on consecutive integers, so that rows are readable."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ptp_lightning.data.series.series_datamodule import SeriesDataModule
 class Counting(RecordedSeries):
     """Blocks of consecutive numbers, at (first number, length)."""
 
-    places: dict[Split, list[tuple[int, int]]] = field(
+    ranges: dict[Split, list[tuple[int, int]]] = field(
         default_factory=lambda: {"train": [(0, 10), (100, 4), (200, 7)], "val": [(50, 9), (70, 5)], "test": [(90, 3)]}
     )
 
@@ -30,7 +30,7 @@ class Counting(RecordedSeries):
         return 300
 
     def blocks(self, split: Split) -> list[np.ndarray]:
-        return [np.arange(first, first + length) for first, length in self.places[split]]
+        return [np.arange(first, first + length) for first, length in self.ranges[split]]
 
 
 def make_data(**settings: Any) -> SeriesDataModule:
@@ -58,12 +58,12 @@ class TestRecordedSeries:
         assert bool((rows.diff(dim=1) == 1).all())
         first, counts = rows[:, 0].unique(return_counts=True)
         assert first.tolist() == [*range(7), 100, *range(200, 204)]
-        assert int(counts.min()) > 4000 / 12 * 0.75  # every place as often as any other
+        assert int(counts.min()) > 4000 / 12 * 0.75  # all positions are equally likely
 
     def test_fixed_rows_do_not_overlap(self) -> None:
         assert Counting().fixed_rows("val", 4, 100).tolist() == [[50, 51, 52, 53], [54, 55, 56, 57], [70, 71, 72, 73]]
 
-    def test_fixed_rows_are_taken_evenly(self) -> None:
+    def test_fixed_rows_are_evenly_spaced(self) -> None:
         assert Counting().fixed_rows("train", 2, 5)[:, 0].tolist() == [0, 4, 8, 102, 202]
 
     def test_tokens_are_the_blocks(self) -> None:
@@ -79,7 +79,7 @@ class TestRecordedSeries:
 
 
 class TestSeriesDataModule:
-    def test_a_row_begins_with_an_id_of_its_own(self) -> None:
+    def test_a_row_starts_with_bos(self) -> None:
         data = make_data()
         batch = take(data.train_dataloader(), 1)[0]
         assert data.vocab_size == 301 and data.end_of_text is None and data.tokenizer is None
@@ -91,10 +91,11 @@ class TestSeriesDataModule:
         assert batch.completion_mask.tolist() == [[False, True, True, True, True]] * 3
 
     @pytest.mark.parametrize(
-        ("least", "most", "expected"), [(0, 0, {1}), (0, None, {1, 2, 3, 4}), (1, 2, {2, 3}), (3, None, {4})]
+        ("min_context", "max_context", "expected"),
+        [(0, 0, {1}), (0, None, {1, 2, 3, 4}), (1, 2, {2, 3}), (3, None, {4})],
     )
-    def test_windows_start_after_so_many_tokens(self, least: int, most: int | None, expected: set[int]) -> None:
-        data = make_data(min_context=least, max_context=most)
+    def test_context_range_of_windows(self, min_context: int, max_context: int | None, expected: set[int]) -> None:
+        data = make_data(min_context=min_context, max_context=max_context)
         batches = [*take(data.train_dataloader(), 30), *data.val_dataloader()]
         assert {start for batch in batches for start in batch.window_starts.flatten().tolist()} == expected
 
@@ -103,7 +104,7 @@ class TestSeriesDataModule:
         assert all_same(first, again) and not all_same(first, other)
         assert not torch.equal(first[0].input_ids, first[1].input_ids)
 
-    def test_goes_on_where_a_checkpoint_stopped(self) -> None:
+    def test_resumes_from_a_checkpoint(self) -> None:
         whole = take(make_data().train_dataloader(), 10)
         state = on_trainer(make_data(), global_step=3, accumulate_grad_batches=2).state_dict()
         assert state["batches_consumed"] == 6
@@ -111,7 +112,7 @@ class TestSeriesDataModule:
         resumed.load_state_dict(state)
         assert all_same(whole[6:], take(resumed.train_dataloader(), 4))
 
-    def test_ranks_draw_rows_of_their_own_and_share_the_fixed_ones(self) -> None:
+    def test_ranks_draw_different_rows_and_partition_the_fixed_ones(self) -> None:
         left, right = (on_trainer(make_data(batch_size=8), global_rank=rank, world_size=2) for rank in (0, 1))
         assert not torch.equal(*(take(data.train_dataloader(), 1)[0].input_ids for data in (left, right)))
         first = [row for data in (left, right) for batch in data.val_dataloader() for row in batch.input_ids.tolist()]
@@ -131,7 +132,7 @@ class TestSeriesDataModule:
         with pytest.raises(ValueError, match=f"data.{key} >= .*{value}"):
             make_data(**{key: value})
 
-    @pytest.mark.parametrize(("least", "most"), [(0, 4), (3, 2), (4, None)])
-    def test_context_that_leaves_no_room(self, least: int, most: int | None) -> None:
+    @pytest.mark.parametrize(("min_context", "max_context"), [(0, 4), (3, 2), (4, None)])
+    def test_context_without_room_for_a_window(self, min_context: int, max_context: int | None) -> None:
         with pytest.raises(ValueError, match="data.max_context"):
-            make_data(min_context=least, max_context=most)
+            make_data(min_context=min_context, max_context=max_context)

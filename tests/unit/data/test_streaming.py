@@ -1,4 +1,4 @@
-"""StreamingCorpus: every document once per epoch, whoever reads it and wherever it is stopped."""
+"""StreamingCorpus: every document once per epoch, for any number of workers and ranks, and after any resume."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from ptp_lightning.data import (
     StreamingCorpus,
     StreamPart,
     TextRows,
-    streaming,
 )
 from ptp_lightning.data.corpus import Split, split_of
+from ptp_lightning.data.streaming import streaming_corpus
 
 NUM_DOCUMENTS = 40
 END = 0
@@ -58,7 +58,7 @@ def files(tmp_path: Path) -> list[str]:
 
 
 def corpus(files: list[str], **settings: Any) -> StreamingCorpus:
-    """All documents train: the rest stands for held-out data, and is the same."""
+    """All documents are training data; the same documents are used for evaluation."""
     parts = settings.pop("parts", None) or [StreamPart(JsonLines(files))]
     defaults = {"row_length": 4, "batch_size": 2, "num_windows": 2, "shuffle_documents": 8, "eval_parts": parts}
     data = StreamingCorpus(parts, **(defaults | settings))
@@ -68,7 +68,7 @@ def corpus(files: list[str], **settings: Any) -> StreamingCorpus:
 
 
 def on_trainer(data: StreamingCorpus, **state: int) -> StreamingCorpus:
-    """As if a trainer had come that far."""
+    """Attach a fake trainer with this state."""
     defaults = {"global_step": 0, "accumulate_grad_batches": 1, "global_rank": 0, "world_size": 1}
     data.trainer = SimpleNamespace(**(defaults | state))  # pyright: ignore[reportAttributeAccessIssue]
     return data
@@ -103,9 +103,9 @@ class TestTrainingStream:
             [0, 0, -1, -1, -1],
             [0, 0, 0, 0, -1],
         ]
-        assert data.report.short == 0 and data.report.long == 1
+        assert data.statistics.too_short == 0 and data.statistics.split == 1
 
-    def test_the_pieces_of_a_long_document_are_apart(self, tmp_path: Path) -> None:
+    def test_pieces_of_a_long_document_are_spread(self, tmp_path: Path) -> None:
         numbers = range(1, 9)
         file = write(tmp_path / "data.jsonl", [{"text": " ".join([str(k)] * 20)} for k in numbers])
         rows = documents(take(corpus([file], row_length=7, shuffle_documents=8), 12))
@@ -121,7 +121,7 @@ class TestTrainingStream:
         assert epochs[0] != epochs[1] != epochs[2]
         assert epochs[0] != sorted(epochs[0])
 
-    def test_workers_change_nothing(self, files: list[str]) -> None:
+    def test_the_number_of_workers_has_no_effect(self, files: list[str]) -> None:
         alone, helped = (take(corpus(files, num_workers=count), 30) for count in (0, 2))
         assert all(same(*pair) for pair in zip(alone, helped, strict=True))
 
@@ -131,11 +131,11 @@ class TestTrainingStream:
         assert documents(first) != documents(other)
 
     def test_processes_see_other_documents(self, files: list[str]) -> None:
-        shares = [
+        shards = [
             documents(take(on_trainer(corpus(files), global_rank=rank, world_size=2), NUM_DOCUMENTS // 4))
             for rank in (0, 1)
         ]
-        assert sorted(shares[0] + shares[1]) == list(range(1, NUM_DOCUMENTS + 1))
+        assert sorted(shards[0] + shards[1]) == list(range(1, NUM_DOCUMENTS + 1))
 
     def test_windows_start_inside_documents(self, files: list[str]) -> None:
         for batch in take(corpus(files, row_length=11), 20):
@@ -152,7 +152,7 @@ class TestResume:
     @pytest.mark.parametrize("workers", [(0, 0), (0, 2), (2, 0), (1, 4)])
     @pytest.mark.parametrize("steps", [0, 1, 9, 20, 33])
     @pytest.mark.parametrize("source", ["json lines", "parquet"])
-    def test_goes_on_where_it_was_stopped(
+    def test_resumes_where_it_was_stopped(
         self, files: list[str], workers: tuple[int, int], steps: int, source: str
     ) -> None:
         parts = [StreamPart(JsonLines(files) if source == "json lines" else HubRows("json", data_files=files))]
@@ -160,7 +160,7 @@ class TestResume:
         expected = take(corpus(files, **settings), steps + 8)[steps:]
 
         stopped = on_trainer(corpus(files, num_workers=workers[0], **settings))
-        ahead = steps + 2  # two batches were made, but never trained on
+        ahead = steps + 2  # two batches are prefetched and not consumed
         take(stopped, ahead)
         on_trainer(stopped, global_step=steps)
         state = json.loads(json.dumps(stopped.state_dict()))
@@ -169,7 +169,7 @@ class TestResume:
         resumed.load_state_dict(state)
         assert all(same(*pair) for pair in zip(take(resumed, 8), expected, strict=True))
 
-    def test_again_and_again(self, files: list[str]) -> None:
+    def test_repeated_resumes(self, files: list[str]) -> None:
         expected = take(corpus(files), 24)
         found: list[PackedBatch] = []
         state: dict[str, Any] | None = None
@@ -191,17 +191,17 @@ class TestResume:
         resumed.load_state_dict(data.state_dict())
         assert all(same(*pair) for pair in zip(take(resumed, 4), expected, strict=True))
 
-    def test_another_iteration_goes_on_behind_what_was_trained_on(self, files: list[str]) -> None:
-        """Lightning begins one after every epoch, if `limit_train_batches` makes epochs."""
+    def test_a_new_iteration_continues_after_the_consumed_batches(self, files: list[str]) -> None:
+        """Lightning starts a new iteration after every epoch, if `limit_train_batches` defines epochs."""
         expected = take(corpus(files), 14)
         data = on_trainer(corpus(files))
         loader = data.train_dataloader()
-        found = list(islice(loader, 6))[:5]  # the last was only fetched ahead
+        found = list(islice(loader, 6))[:5]  # the last one was only prefetched
         on_trainer(data, global_step=5)
         found += islice(loader, 9)
         assert all(same(*pair) for pair in zip(found, expected, strict=True))
 
-    def test_another_number_of_processes_is_refused(self, files: list[str]) -> None:
+    def test_another_number_of_processes_is_rejected(self, files: list[str]) -> None:
         data = on_trainer(corpus(files))
         take(data, 1)
         resumed = on_trainer(corpus(files), world_size=2)
@@ -212,7 +212,7 @@ class TestResume:
     @pytest.mark.parametrize(
         "other", [{"seed": 1}, {"row_length": 5}, {"shuffle_documents": 9}, {"parts": "two"}], ids=str
     )
-    def test_another_stream_is_refused(self, files: list[str], other: dict[str, Any]) -> None:
+    def test_another_stream_is_rejected(self, files: list[str], other: dict[str, Any]) -> None:
         data = on_trainer(corpus(files))
         take(data, 1)
         if "parts" in other:
@@ -222,23 +222,23 @@ class TestResume:
         with pytest.raises(ValueError, match="expected the stream that the checkpoint was written from"):
             resumed.train_dataloader()
 
-    def test_places_of_batches_are_forgotten_when_they_were_trained_on(self, files: list[str]) -> None:
+    def test_positions_of_consumed_batches_are_discarded(self, files: list[str]) -> None:
         data = on_trainer(corpus(files))
         loader = iter(data.train_dataloader())
         for step in range(200):
             next(loader)
-            on_trainer(data, global_step=step)  # one batch is under way
+            on_trainer(data, global_step=step)  # one batch is prefetched
         assert len(data.state_dict()["positions"]) == 1
         stream = data._stream
-        assert stream is not None and len(stream._begins) <= 3
+        assert stream is not None and len(stream._starts) <= 3
 
     def test_short_documents_are_counted(self, tmp_path: Path) -> None:
         data = corpus([write(tmp_path / "data.jsonl", [{"text": "1 1"}, {"text": ""}])], batch_size=1)
-        with pytest.warns(UserWarning, match="left out 1 documents of fewer than two tokens"):
+        with pytest.warns(UserWarning, match="skipped 1 documents of fewer than two tokens"):
             take(data, 1)
-        assert data.report.short == 1
+        assert data.statistics.too_short == 1
 
-    def test_a_mixture_goes_on(self, files: list[str]) -> None:
+    def test_a_mixture_resumes(self, files: list[str]) -> None:
         parts = [StreamPart(JsonLines(files[:2]), weight=1.0), StreamPart(JsonLines(files[2:]), weight=3.0)]
         expected = take(corpus(files, parts=parts), 30)[17:]
         data = on_trainer(corpus(files, parts=parts))
@@ -256,7 +256,7 @@ class TestMixtures:
         counts = Counter(documents(take(corpus(files, parts=parts), 200)))
         small, large = [counts[k] for k in range(1, 9)], [counts[k] for k in range(9, 41)]
         assert abs(sum(small) - 100) < 5 * 9
-        # Each part goes round in whole epochs.
+        # Each component yields whole epochs.
         assert max(small) - min(small) <= 1 and max(large) - min(large) <= 1
 
     def test_renderings_of_parts_differ(self, tmp_path: Path) -> None:
@@ -267,12 +267,12 @@ class TestMixtures:
             StreamPart(JsonLines([tasks]), PromptAndCompletion("{task}", " {solution}")),
         ]
         for batch in take(corpus([], parts=parts, batch_size=1, shuffle_documents=1), 12):
-            learned = [True] * 4 if batch.input_ids[0, 0] == 1 else [False, False, True, True]
-            assert batch.completion_mask[0].tolist() == learned
-            assert all(learned[start] for start in batch.window_starts[0].tolist())
+            completion_mask = [True] * 4 if batch.input_ids[0, 0] == 1 else [False, False, True, True]
+            assert batch.completion_mask[0].tolist() == completion_mask
+            assert all(completion_mask[start] for start in batch.window_starts[0].tolist())
 
     @pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf")])
-    def test_a_weight_that_draws_nothing_is_refused(self, files: list[str], weight: float) -> None:
+    def test_an_invalid_weight_is_rejected(self, files: list[str], weight: float) -> None:
         with pytest.raises(ValueError, match="finite weight > 0"):
             StreamPart(JsonLines(files), weight=weight)
 
@@ -288,28 +288,28 @@ class TestHeldOutRows:
         assert len(set(val)) == len(val) > 10 and len(set(test)) == len(test) > 10
         assert set(train) | set(val) | set(test) == set(numbers)
 
-    def test_own_sources(self, files: list[str]) -> None:
+    def test_separate_evaluation_sources(self, files: list[str]) -> None:
         data = corpus(files[1:], eval_parts=[StreamPart(JsonLines(files[:1]))])
         val, test = (documents(data.fixed_batches(split)) for split in ("val", "test"))
         assert sorted(val + test) == [1, 2, 3, 4]
         assert not {1, 2, 3, 4} & set(documents(take(data, 40)))
 
-    def test_the_same_on_every_call_and_shared_among_processes(self, files: list[str]) -> None:
+    def test_the_same_on_every_call_and_sharded(self, files: list[str]) -> None:
         data = corpus(files)
         assert all(same(*pair) for pair in zip(data.fixed_batches("val"), data.fixed_batches("val"), strict=True))
-        shares = [
+        shards = [
             documents(on_trainer(corpus(files), global_rank=rank, world_size=2).fixed_batches("val")) for rank in (0, 1)
         ]
-        assert sorted(shares[0] + shares[1]) == sorted(documents(data.fixed_batches("val")))
+        assert sorted(shards[0] + shards[1]) == sorted(documents(data.fixed_batches("val")))
 
-    def test_an_empty_split_is_refused(self, tmp_path: Path) -> None:
+    def test_an_empty_split_is_rejected(self, tmp_path: Path) -> None:
         data = corpus([write(tmp_path / "data.jsonl", [{"text": "1 1"}])], eval_parts=None)
         empty: Split = "val" if split_of(b'{"text": "1 1"}\n'.hex()) != "val" else "test"
         with pytest.raises(ValueError, match=rf"in the {empty} split, found none.*data.eval_parts"):
             data.fixed_batches(empty)
 
 
-class TestBadRows:
+class TestInvalidRows:
     @pytest.fixture
     def broken(self, tmp_path: Path) -> list[str]:
         path = tmp_path / "data.jsonl"
@@ -318,27 +318,27 @@ class TestBadRows:
         return [str(path)]
 
     @pytest.mark.parametrize("num_workers", [0, 1])
-    def test_the_first_one_ends_the_run(self, broken: list[str], num_workers: int) -> None:
+    def test_the_first_one_raises_an_error(self, broken: list[str], num_workers: int) -> None:
         with pytest.raises(ValueError, match=r"data.jsonl, line [24].*data.on_error: skip"):
             take(corpus(broken, num_workers=num_workers), 9)
 
-    def test_they_are_left_out_and_counted(self, broken: list[str]) -> None:
+    def test_skipped_rows_are_counted(self, broken: list[str]) -> None:
         data = corpus(broken, on_error="skip", batch_size=1)
-        with pytest.warns(UserWarning, match=r"left out 2 unusable rows so far.*line [24]"):
+        with pytest.warns(UserWarning, match=r"skipped 2 invalid rows so far.*line [24]"):
             assert sorted(documents(take(data, 3))) == [1, 2, 3]
-        assert data.report.unusable == 2
+        assert data.statistics.invalid == 2
 
     def test_a_wrong_column_is_named(self, broken: list[str]) -> None:
         parts = [StreamPart(JsonLines(broken), PromptAndCompletion("{nothing}", "{text}"))]
         with pytest.raises(ValueError, match=r"column 'nothing'.*data.parts"):
             take(corpus([], parts=parts), 1)
 
-    def test_nothing_to_be_learned(self, tmp_path: Path) -> None:
+    def test_nothing_to_learn(self, tmp_path: Path) -> None:
         path = tmp_path / "data.txt"
         path.write_text("1 1 1 1 1 1\n")
         # The prompt fills the rows, and the completion's end stands alone.
         parts = [StreamPart(TextRows([str(path)], per="line"), PromptAndCompletion("{text}", ""))]
-        with pytest.raises(ValueError, match="something to be learned, found none"):
+        with pytest.raises(ValueError, match="something to learn, found none"):
             take(corpus([], parts=parts, row_length=6), 1)
 
     @pytest.mark.parametrize("num_workers", [0, 1])
@@ -347,12 +347,12 @@ class TestBadRows:
         with pytest.raises(ValueError, match=r"^expected documents in JsonLines.*set part 0 of data.parts$"):
             take(corpus([str(tmp_path / "data.jsonl")], num_workers=num_workers), 1)
 
-    def test_held_out_rows_are_not_looked_for_for_ever(self, files: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(streaming, "LARGEST_EMPTY_RUN", 1)
+    def test_the_search_for_held_out_rows_ends(self, files: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(streaming_corpus, "MAX_EMPTY_BLOCKS", 1)
         data = corpus(files, parts=[StreamPart(JsonLines(files), PlainText("nothing"))], on_error="skip")
         with (
-            pytest.warns(UserWarning, match="unusable rows so far"),
-            pytest.raises(ValueError, match="something to be learned, found none in 2 blocks"),
+            pytest.warns(UserWarning, match="invalid rows so far"),
+            pytest.raises(ValueError, match="something to learn, found none in 2 blocks"),
         ):
             data.fixed_batches("val")
 
@@ -367,12 +367,12 @@ class TestBadRows:
         with pytest.raises(ValueError, match="set data.parts"):
             StreamingCorpus([])
 
-    def test_a_chat_needs_a_template_before_anything_is_read(self, files: list[str]) -> None:
+    def test_a_missing_chat_template_is_reported_before_reading(self, files: list[str]) -> None:
         with pytest.raises(ValueError, match="chat template"):
             corpus(files, parts=[StreamPart(JsonLines(files), Chat())])
 
-    def test_long_documents_are_said_to_be_cut(self, files: list[str]) -> None:
-        with pytest.warns(UserWarning, match="longer than a row and are cut"):
+    def test_split_documents_are_reported(self, files: list[str]) -> None:
+        with pytest.warns(UserWarning, match="longer than a row and are split"):
             take(corpus(files, row_length=3), 1)
         with warnings.catch_warnings():
             warnings.simplefilter("error")

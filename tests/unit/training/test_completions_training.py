@@ -46,8 +46,8 @@ class Sampled(DocumentStream[Key]):
     predictor: PredictorNetwork
     settings: CompletionSettings
 
-    def packed(self, documents: Sequence[Key]) -> Iterator[PackedRow]:
-        return pack((self._write(*key) for key in documents), SIZES["row_length"], cut=False)
+    def pack_documents(self, documents: Sequence[Key]) -> Iterator[PackedRow]:
+        return pack((self._write(*key) for key in documents), SIZES["row_length"], allow_split=False)
 
     def _write(self, prompt: int, completion: int) -> TokenDocument:
         settings = GenerationSettings(
@@ -84,7 +84,7 @@ class OnTheFly(PackedDataModule):
 
     def fixed_batches(self, split: Split) -> list[PackedBatch]:
         stream = self.stream(split)
-        rows = list(stream.packed(stream.documents))
+        rows = list(stream.pack_documents(stream.documents))
         return evaluation_batches(rows, SIZES["eval_rows"], 2, 3, keyed_generator(SIZES["seed"], split))
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from ptp_lightning.data.completions.completions import CompletionFolder
 from ptp_lightning.utils.atomic_files import remove_unfinished, temporary_path, write_atomically
-from tests.helpers.tiny_completions import made_up, tiny_settings
+from tests.helpers.tiny_completions import synthetic_completions, tiny_settings
 
 
 @contextmanager
@@ -52,12 +52,12 @@ def test_the_old_file_stays_when_the_disk_fills_up(tmp_path: Path, monkeypatch: 
 
 
 def test_a_shard_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
-    folder = CompletionFolder.begin(tmp_path, tiny_settings())
+    folder = CompletionFolder.create(tmp_path, tiny_settings())
     with room_for(500), pytest.raises(OSError, match="too large"):
-        folder.write(0, made_up(folder.settings, 0))
+        folder.write_shard(0, synthetic_completions(folder.settings, 0))
     assert [path.name for path in tmp_path.iterdir()] == ["completions.json"]
-    folder.write(0, made_up(folder.settings, 0))
-    assert folder.missing() == [1, 2]
+    folder.write_shard(0, synthetic_completions(folder.settings, 0))
+    assert folder.missing_shards() == [1, 2]
 
 
 def test_what_killed_processes_left_is_removed(tmp_path: Path) -> None:
