@@ -1,8 +1,8 @@
-"""Auxiliary variables: the uniform numbers u that decide which token is drawn (Draxler et al., arXiv:2512.21323).
+"""Auxiliary variables: the uniform numbers u that determine which token is drawn (Draxler et al., arXiv:2512.21323).
 
-A draw is a function of its distribution P and of u in [0, 1). `pick` is that function and `token_interval` its inverse:
-`pick(u, P) == t` if and only if `lower <= u < upper` for `lower, upper = token_interval(P, t)`. Both read the same
-float64 cumulative distribution, so this holds exactly.
+A sampled token is a function of its distribution P and of u in [0, 1). `pick` is this function and `token_interval` its
+inverse: `pick(u, P) == t` if and only if `lower <= u < upper` for `lower, upper = token_interval(P, t)`. Both use the
+same float64 cumulative distribution, so this holds exactly.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ptp_lightning.sampling import TokenDistribution, require
 
 @torch.no_grad()
 def pick(u: Tensor, P: TokenDistribution) -> Tensor:
-    """The token that u names: `Pick(u, P) = min { j : F_j > u }` (arXiv:2512.21323).
+    """The token that u picks: `Pick(u, P) = min { j : F_j > u }` (arXiv:2512.21323).
 
     Args:
         u: auxiliaries `[...]` in [0, 1), any float dtype, in the leading shape of P.
@@ -28,6 +28,10 @@ def pick(u: Tensor, P: TokenDistribution) -> Tensor:
 
     Raises:
         ValueError: if u is outside [0, 1), NaN, or not in the leading shape of P.
+
+    >>> P = TokenDistribution(torch.tensor([[0.5, 0.25, 0.25]]).expand(3, -1))
+    >>> pick(torch.tensor([0.3, 0.5, 0.9]), P)  # the intervals are [0, 1/2), [1/2, 3/4) and [3/4, 1)
+    tensor([0, 1, 2])
     """
     _require_leading_shape("u", u, P)
     require((u >= 0) & (u < 1), u, "auxiliaries u must lie in [0, 1)")
@@ -38,11 +42,11 @@ def pick(u: Tensor, P: TokenDistribution) -> Tensor:
 
 @torch.no_grad()
 def likely_pick(u: Tensor, P: TokenDistribution, error: float) -> Tensor:
-    """The token that u most likely names if P is an estimate whose cumulative distribution F may be off.
+    """The token that u most likely picks if the cumulative distribution F of P is an inexact estimate.
 
-    With an F that is off by a normal error of standard deviation `error` (but exact where it is 0 and 1), u falls into
-    the interval of token j with probability `Phi((F_j - u) / error) - Phi((F_{j-1} - u) / error)`: of two intervals
-    that are as near to u, the wider one is the better guess. An error of 0 is `pick`.
+    Suppose F has a normal error of standard deviation `error` (but is exact where it is 0 or 1). Then u falls into the
+    interval of token j with probability `Phi((F_j - u) / error) - Phi((F_{j-1} - u) / error)`: of two intervals equally
+    close to u, the wider one is more likely. With an error of 0 this is `pick`.
 
     Args:
         u: auxiliaries `[...]` in [0, 1), in the leading shape of P.
@@ -54,6 +58,11 @@ def likely_pick(u: Tensor, P: TokenDistribution, error: float) -> Tensor:
 
     Raises:
         ValueError: as `pick`.
+
+    >>> P = TokenDistribution(torch.tensor([[0.50, 0.02, 0.48]]))
+    >>> u = torch.tensor([0.505])
+    >>> pick(u, P), likely_pick(u, P, error=0.1)  # u lies in the narrow interval of token 1
+    (tensor([1]), tensor([0]))
     """
     if error == 0:
         return pick(u, P)
@@ -74,11 +83,15 @@ def token_interval(P: TokenDistribution, token_ids: Tensor) -> tuple[Tensor, Ten
         token_ids: `[...]`, int64, in the leading shape of P.
 
     Returns:
-        (lower, upper), each `[...]`, float64; both 0 for a token that no u picks: not listed, or of
+        (lower, upper), each `[...]`, float64; both 0 for a token that no u picks, because it is not listed or has
         probability zero (below 2^-53).
 
     Raises:
         ValueError: if token_ids are not in the leading shape of P.
+
+    >>> P = TokenDistribution(torch.tensor([[0.5, 0.25, 0.25]]))
+    >>> token_interval(P, torch.tensor([1]))
+    (tensor([0.5000], dtype=torch.float64), tensor([0.7500], dtype=torch.float64))
     """
     _require_leading_shape("token_ids", token_ids, P)
     j, found = P.find(token_ids)
@@ -90,11 +103,11 @@ def token_interval(P: TokenDistribution, token_ids: Tensor) -> tuple[Tensor, Ten
 def draw_auxiliaries(shape: Sequence[int], generator: torch.Generator, device: torch.device | str) -> Tensor:
     """Auxiliaries of shape `shape`, float64, uniform in [0, 1).
 
-    Drawn where the generator lives and then moved, so a CPU generator gives the same numbers to every device.
+    They are drawn on the generator's device and then moved, so a CPU generator gives the same numbers on every device.
     """
     drawn = torch.rand(tuple(shape), generator=generator, device=generator.device, dtype=torch.float64)
     if torch.device(device).type == "cuda" and not drawn.is_cuda:
-        # From pinned memory the copy waits for nothing, and nothing waits for it.
+        # A copy from pinned memory does not synchronise.
         return drawn.pin_memory().to(device, non_blocking=True)
     return drawn.to(device)
 

@@ -1,6 +1,6 @@
 """Metrics over windows: the correct prefix, and accuracy and perplexity at every position.
 
-Everything is a sum and a count, so that batches, validation loops and ranks add up exactly.
+All states are sums and counts, so that batches, validation loops and ranks add up exactly.
 Tensor sizes: L window length; `...` any batch shape (rows, windows).
 """
 
@@ -16,23 +16,23 @@ from torchmetrics import Metric
 
 
 class WindowSummary(NamedTuple):
-    """The result of `WindowMetrics`; positions count from 0, the first token of the window.
+    """The result of `WindowMetrics`; position 0 is the first token of the window.
 
     Means are NaN where their count is 0.
 
     Attributes:
-        correct_tokens: scalar float64, mean length of the correct prefix (0 .. L), the first token counted: what one
-            fused verify-and-propose call commits.
-        standard_error: scalar float64, of `correct_tokens`, as if windows were independent (windows of one document
-            are not quite, so it is a lower bound). NaN below two windows.
+        correct_tokens: scalar float64, mean length of the correct prefix (0 .. L), the first token counted: the number
+            of tokens that one fused verify-and-draft call commits.
+        standard_error: scalar float64, of `correct_tokens`, as if windows were independent; a lower bound, because
+            windows of one document are correlated. NaN below two windows.
         num_windows: scalar int64, windows with at least one valid position.
         prefix_counts: [L + 1] int64, how many windows have a correct prefix of 0, 1, .. L tokens.
-        accuracy: [L] float64, share of windows whose proposal at this position is the reference token.
+        accuracy: [L] float64, fraction of windows whose draft has the reference token at this position.
         num_positions: [L] int64, windows that reach this position.
-        accuracy_given_prefix: [L] float64, the same among windows that are right at all earlier positions.
+        accuracy_given_prefix: [L] float64, the same among windows that are correct at all earlier positions.
         num_given_prefix: [L] int64, those windows.
         perplexity: [L] float64, exp of the mean negative log-likelihood of the reference token.
-        num_likelihoods: [L] int64, windows whose likelihood was given at this position.
+        num_likelihoods: [L] int64, windows with a likelihood at this position.
     """
 
     correct_tokens: Tensor
@@ -47,22 +47,32 @@ class WindowSummary(NamedTuple):
     num_likelihoods: Tensor
 
 
-class _Sums(Metric):
-    """A metric whose sums keep their number format when a module around it is cast, as `precision: bf16-true` does."""
+class _SumMetric(Metric):
+    """A metric whose sums keep their dtype when the module around it is cast, as `precision: bf16-true` does."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Module:
-        """To another device, that is."""
+        """Move to another device, but do not change the dtype."""
         return super()._apply(lambda tensor: fn(tensor).to(tensor.dtype), exclude_state)
 
 
-class WindowMetrics(_Sums):
-    """Accumulates how far and how well windows agree with their reference tokens.
+class WindowMetrics(_SumMetric):
+    """Agreement of drafted windows with their reference tokens: correct prefix, accuracy and perplexity by position.
 
     Args:
         window_length: L, the tokens of a window.
 
     Raises:
         ValueError: if `window_length` is not positive.
+
+    Two windows of three tokens, the second of which ends after two:
+
+    >>> metrics = WindowMetrics(window_length=3)
+    >>> correct = torch.tensor([[True, True, False], [True, False, False]])
+    >>> mask = torch.tensor([[True, True, True], [True, True, False]])
+    >>> metrics.update(correct, mask)
+    >>> summary = metrics.compute()
+    >>> summary.correct_tokens, summary.accuracy
+    (tensor(1.5000, dtype=torch.float64), tensor([1.0000, 0.5000, 0.0000], dtype=torch.float64))
     """
 
     is_differentiable = False
@@ -84,7 +94,7 @@ class WindowMetrics(_Sums):
         self.add_state("prefix_counts", torch.zeros(window_length + 1, dtype=torch.int64), dist_reduce_fx="sum")
         for name in ("num_correct", "num_positions", "num_given_prefix", "num_likelihoods"):
             self.add_state(name, torch.zeros(window_length, dtype=torch.int64), dist_reduce_fx="sum")
-        # Millions of terms: float32 would lose the small ones.
+        # Sums of millions of terms lose precision in float32.
         self.add_state("nats", torch.zeros(window_length, dtype=torch.float64), dist_reduce_fx="sum")
 
     @torch.no_grad()
@@ -92,12 +102,12 @@ class WindowMetrics(_Sums):
         """Add windows.
 
         Args:
-            correct: [..., L] bool, the proposal equals the reference token.
+            correct: [..., L] bool, whether the draft equals the reference token.
             mask: [..., L] bool, valid positions: a prefix of each window, possibly empty. The rest is not read.
-            nll: [..., L] float, `-log P_student` of the reference token in nats; None leaves perplexity as it is.
+            nll: [..., L] float, `-log P_student` of the reference token in nats; None does not update the perplexity.
 
         Raises:
-            ValueError: if the sizes are not [..., L] throughout, or if a mask has a hole.
+            ValueError: if a shape is not [..., L], or if a mask has a hole.
         """
         shapes = [list(tensor.shape) for tensor in (correct, mask, nll) if tensor is not None]
         if any(shape != shapes[0] or shape[-1:] != [self.window_length] for shape in shapes):
@@ -113,12 +123,12 @@ class WindowMetrics(_Sums):
             )
 
         correct = correct & mask
-        prefix = correct.cumprod(-1)  # 1 as long as everything was right
-        right_before = torch.nn.functional.pad(prefix[:, :-1], (1, 0), value=1).bool()
+        prefix = correct.cumprod(-1)  # 1 up to the first error
+        prefix_before = torch.nn.functional.pad(prefix[:, :-1], (1, 0), value=1).bool()
         self.prefix_counts += torch.bincount(prefix.sum(-1)[mask[:, 0]], minlength=self.window_length + 1)
         self.num_correct += correct.sum(0)
         self.num_positions += mask.sum(0)
-        self.num_given_prefix += (mask & right_before).sum(0)
+        self.num_given_prefix += (mask & prefix_before).sum(0)
         if nll is not None:
             nll = nll.reshape(-1, self.window_length).double()
             self.nats += torch.where(mask, nll, 0.0).sum(0)
@@ -130,9 +140,9 @@ class WindowMetrics(_Sums):
         num_windows = self.prefix_counts.sum()
         total = (self.prefix_counts * lengths).sum()
         total_squares = (self.prefix_counts * lengths**2).sum()
-        # Sum of squared deviations times n, in whole numbers: nothing cancels.
+        # Sum of squared deviations times n, in integers: no cancellation.
         deviations = num_windows * total_squares - total**2
-        # Prefixes that reach beyond position j, for every j.
+        # Number of correct prefixes that include position j, for every j.
         num_prefix_correct = self.prefix_counts.flip(0).cumsum(0).flip(0)[1:]
         return WindowSummary(
             correct_tokens=total.double() / num_windows,
@@ -148,11 +158,16 @@ class WindowMetrics(_Sums):
         )
 
 
-class PositionMeans(_Sums):
-    """Means of any quantity at each of the positions 0 .. P - 1.
+class PositionMeans(_SumMetric):
+    """Means of a quantity at each of the positions 0 .. P - 1.
 
     Args:
-        num_positions: P; what lies beyond is not counted.
+        num_positions: P; later positions are ignored.
+
+    >>> means = PositionMeans(num_positions=3)
+    >>> means.update(values=torch.tensor([1.0, 3.0, 5.0]), positions=torch.tensor([0, 0, 2]))
+    >>> means.compute()
+    {0: 2.0, 2: 5.0}
     """
 
     is_differentiable = False
@@ -176,14 +191,14 @@ class PositionMeans(_Sums):
         self.counts += torch.bincount(positions, minlength=self.num_positions)
 
     def compute(self) -> dict[int, float]:
-        """Position to mean, over all ranks; positions without a value are left out."""
+        """Mean by position, over all ranks; positions without a value are left out."""
         counts = self.counts.reshape(-1).tolist()
         data = enumerate(zip(self.totals.reshape(-1).tolist(), counts, strict=True))
         return {position: total / count for position, (total, count) in data if count > 0}
 
 
 def as_tags(summary: WindowSummary, prefix: str = "val") -> dict[str, float]:
-    """The scalars of a summary under the names they are logged as; whatever has no data is left out.
+    """The scalars of a summary under their logged names; scalars without data are left out.
 
     Args:
         summary: the result of `WindowMetrics.compute`.
@@ -205,7 +220,7 @@ def as_tags(summary: WindowSummary, prefix: str = "val") -> dict[str, float]:
         "perplexity": (summary.perplexity, summary.num_likelihoods),
     }
     for name, (values, counts) in by_position.items():
-        # torchmetrics turns results with one element into scalars, which is every list of a one-token window.
+        # torchmetrics turns results with one element into scalars, so those of one-token windows.
         data = zip(values.reshape(-1).tolist(), counts.reshape(-1).tolist(), strict=True)
         tags |= {f"{prefix}/{name}/position_{j:02d}": value for j, (value, count) in enumerate(data) if count > 0}
     return tags

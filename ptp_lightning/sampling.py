@@ -1,7 +1,7 @@
 """From logits to the distribution that is sampled from: temperature, then top-k, then top-p.
 
-The order in which the cumulative distribution runs through the vocabulary is a part of these settings: an auxiliary
-`u` names a token only together with that order (arXiv:2512.21323).
+The order in which the cumulative distribution lists the vocabulary is part of these settings: an auxiliary `u`
+determines a token only together with that order (arXiv:2512.21323).
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch import Tensor
 Order = Literal["vocabulary", "descending", "embedding"]
 
 SMALLEST_TEMPERATURE = 1e-6  # below this, logit differences overflow float32; exactly 0 is greedy
-MASS_UNITS = 2.0**52  # the cumulative distribution counts probability in whole units of 2^-52
+MASS_UNITS = 2.0**52  # the cumulative distribution counts probability in integer units of 2^-52
 
 
 def require(valid: Tensor, values: Tensor, message: str) -> None:
-    """Raise unless all of the bool tensor `valid` is true; `values` (same shape) is what the error reports.
+    """Raise unless the bool tensor `valid` is true everywhere; the error reports `values` (same shape).
 
-    On CUDA the check stays on the device (no host synchronisation) and the error surfaces at a later call.
+    On CUDA the check stays on the device (no host synchronisation) and the error is raised by a later call.
 
     Raises:
         ValueError: with `message`, the first offending value, and how many there are.
@@ -35,25 +35,31 @@ def require(valid: Tensor, values: Tensor, message: str) -> None:
         raise ValueError(f"{message}; found {offending[0].item()} ({offending.numel()} of {values.numel()})")
 
 
-def sizes_may_depend_on_values(tensor: Tensor) -> bool:
-    """Whether asking this tensor for values costs nothing, so that work may be left out that they make needless.
+def allows_dynamic_shapes(tensor: Tensor) -> bool:
+    """Whether shapes may depend on this tensor's values, because reading them does not synchronise with a device.
 
-    Tensors of a plan for a GPU lie on a CPU and say that they do not.
+    Fake tensors that plan for a GPU are stored on a CPU and report `is_cuda`, so they give False too.
     """
     return tensor.device.type == "cpu" and not tensor.is_cuda
 
 
-def leading(index: Any) -> tuple[Any, ...]:
-    """An index into the shape `[...]`, as one into tensors `[..., K]` that leaves the last dimension whole."""
+def leading_index(index: Any) -> tuple[Any, ...]:
+    """An index into the shape `[...]` as an index into tensors `[..., K]` that keeps the whole last dimension."""
     return (*index, slice(None)) if isinstance(index, tuple) else (index, slice(None))
 
 
 class TokenDistribution(NamedTuple):
-    """Distributions over tokens, listed in the order in which the cumulative distribution runs.
+    """Distributions over tokens, listed in the order of the cumulative distribution.
 
     Attributes:
         probabilities: `[..., K]`, float32 or float64, each row sums to 1; 0 marks a removed token.
         token_ids: `[..., K]`, int64, no id twice in a row; None means that K = V and entry k is token k.
+
+    >>> P = TokenDistribution(torch.tensor([0.5, 0.25, 0.25]), token_ids=torch.tensor([7, 2, 5]))
+    >>> P.cdf()
+    tensor([0.5000, 0.7500, 1.0000], dtype=torch.float64)
+    >>> P.probability_of(torch.tensor(2))
+    tensor(0.2500)
     """
 
     probabilities: Tensor
@@ -61,36 +67,36 @@ class TokenDistribution(NamedTuple):
 
     @property
     def shape(self) -> torch.Size:
-        """Of the distributions: `[...]`."""
+        """The shape `[...]` of the distributions, without K."""
         return self.probabilities.shape[:-1]
 
     def at(self, index: Any) -> TokenDistribution:
-        """Some of them: `index` is what a tensor of the shape `[...]` would be indexed with."""
-        index = leading(index)
+        """The distributions at an index into a tensor of shape `[...]`."""
+        index = leading_index(index)
         return TokenDistribution(self.probabilities[index], None if self.token_ids is None else self.token_ids[index])
 
-    def flat(self) -> TokenDistribution:
-        """One after the other: `[... , K]` as `[M, K]`."""
+    def flatten(self) -> TokenDistribution:
+        """`[..., K]` as `[M, K]`."""
         token_ids = self.token_ids
         return TokenDistribution(
             self.probabilities.flatten(0, -2), None if token_ids is None else token_ids.flatten(0, -2)
         )
 
-    def now(self) -> TokenDistribution:
-        """Themselves; see `LazyDistributions.now`."""
+    def materialize(self) -> TokenDistribution:
+        """These distributions; see `LazyDistributions.materialize`."""
         return self
 
     def blocks(self, size: int) -> Iterator[TokenDistribution]:
-        """All `[M]` of them, `size` at a time."""
+        """All `[M]` distributions, `size` at a time."""
         for start in range(0, max(len(self.probabilities), 1), size):
             yield self.at(slice(start, start + size))
 
     @torch.no_grad()
     def units(self) -> Tensor:
-        """Probability in whole units of 2^-52: `[..., K]`, float64.
+        """Probability in integer units of 2^-52: `[..., K]`, float64.
 
-        Whole numbers below 2^53 add without rounding. Sums of them therefore do not depend on the order of adding, on
-        batch shape or on device, and entries of probability zero change none of them. A probability below 2^-53 counts
+        Integers below 2^53 add without rounding. Their sums therefore do not depend on the order of summation, the
+        batch shape or the device, and entries of probability zero do not change them. A probability below 2^-53 counts
         as zero.
         """
         return self.probabilities.to(torch.float64, copy=True).mul_(MASS_UNITS).round_()
@@ -102,7 +108,7 @@ class TokenDistribution(NamedTuple):
 
     @torch.no_grad()
     def interval(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """`F_{k-1}` and `F_k` `[...]` of entries k `[...]`, the very numbers of `cdf`, without all the others."""
+        """`F_{k-1}` and `F_k` `[...]` of entries k `[...]`, exactly as in `cdf`, without dividing all entries."""
         units, index = self.units(), index.unsqueeze(-1)
         own = units.gather(-1, index)
         cumulative = units.cumsum_(-1)
@@ -116,7 +122,7 @@ class TokenDistribution(NamedTuple):
         return units / units[..., -1:]
 
     def find(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Where tokens `[...]` are listed: (index `[...]` into K, found `[...]` bool); index 0 where not found."""
+        """Indices of tokens `[...]` in the list: (index `[...]` into K, found `[...]` bool); 0 where not found."""
         if self.token_ids is None:
             found = (token_ids >= 0) & (token_ids < self.probabilities.shape[-1])
             return token_ids.where(found, 0), found
@@ -133,22 +139,28 @@ class TokenDistribution(NamedTuple):
 class SamplingConfig:
     """How logits become the distribution that tokens are drawn from.
 
-    Tokens are ranked by (logit descending, token id ascending), so ties are decided alike in every batch shape and on
-    every device.
+    Tokens are ranked by (logit descending, token id ascending), so ties are resolved equally in every batch shape and
+    on every device.
 
     Args:
         temperature: divides the logits; 0 is greedy decoding.
         top_k: keep the `top_k` first-ranked tokens; None, or more than the vocabulary, keeps all.
-        top_p: of these, renormalised, keep a token if the ones ranked before it have less than this mass together.
-            The first always stays.
-        order: how the cumulative distribution runs through the kept tokens: by rank ("descending") or by token id
-            ("vocabulary", the cumulative distribution of the paper), or with similar tokens side by side
-            ("embedding", a fixed permutation that a `Sampler` adds, see `ptp_lightning.models.token_order`). In a fixed
-            order, estimates of a distribution agree with it on more tokens: two near-tied tokens that swap ranks swap
-            their places by rank, and nothing by id.
+        top_p: of these, renormalised, keep a token if the tokens ranked before it have less than this mass in total.
+            The first is always kept.
+        order: how the cumulative distribution orders the kept tokens: by token id ("vocabulary", the cumulative
+            distribution of the paper), by rank ("descending"), or with similar tokens side by side ("embedding", a
+            fixed permutation that a `Sampler` adds, see `ptp_lightning.models.token_order`). In a fixed order, an
+            estimated distribution picks the teacher's token more often: if two near-tied tokens swap ranks, their
+            intervals swap in the order "descending" and stay where they are in a fixed order.
 
     Raises:
         ValueError: for a value out of range; names the key.
+
+    >>> logits = torch.tensor([1.0, 3.0, 2.0])
+    >>> SamplingConfig(top_k=2).distribution(logits)
+    TokenDistribution(probabilities=tensor([0.7311, 0.2689]), token_ids=tensor([1, 2]))
+    >>> SamplingConfig(temperature=0).distribution(logits)  # greedy
+    TokenDistribution(probabilities=tensor([1.]), token_ids=tensor([1]))
     """
 
     temperature: float = 1.0
@@ -168,27 +180,34 @@ class SamplingConfig:
         if self.order not in get_args(Order):
             raise ValueError(f"order must be one of {', '.join(get_args(Order))}, found {self.order!r}")
 
-    def lists_all(self, vocab_size: int) -> bool:
+    def keeps_all_tokens(self, vocab_size: int) -> bool:
         """Whether distributions list every token of the vocabulary."""
         return self.temperature > 0 and (self.top_k is None or self.top_k >= vocab_size)
 
     def target(self) -> SamplingConfig:
-        """What students learn: everything but top-p.
+        """Settings of the distributions that students learn: all but top-p.
 
-        A network cannot fit the edge of a nucleus, but it need not: given the distribution before the cut, `proposal`
-        cuts as exactly as the teacher does.
+        A network cannot fit the discontinuous edge of a nucleus. It learns the distribution before top-p instead, and
+        `for_student` applies top-p to its logits exactly as the teacher does.
+
+        >>> SamplingConfig(temperature=0.8, top_k=50, top_p=0.9).target()
+        SamplingConfig(temperature=0.8, top_k=50, top_p=1.0, order='vocabulary')
         """
         return replace(self, top_p=1.0)
 
-    def proposal(self) -> SamplingConfig:
-        """Settings for student logits: they were trained on `target`, so the temperature must not act again."""
+    def for_student(self) -> SamplingConfig:
+        """Settings for student logits, which were trained on `target`: the temperature must not act a second time.
+
+        >>> SamplingConfig(temperature=0.8, top_k=50, top_p=0.9).for_student()
+        SamplingConfig(temperature=1.0, top_k=50, top_p=0.9, order='vocabulary')
+        """
         return replace(self, temperature=1.0 if self.temperature > 0 else 0.0)
 
     def slot_auxiliaries(self, auxiliaries: Tensor) -> Tensor:
-        """What slots are told of `auxiliaries`: greedy decoding ignores u, so one that names a likely token."""
+        """The auxiliaries that slots carry. Greedy decoding ignores u, so its slots carry one constant."""
         if self.temperature > 0:
             return auxiliaries
-        # By rank, u = 0 is the most likely token; in a fixed order, the middle is a fair guess.
+        # In the order "descending" u = 0 picks the most likely token; in a fixed order 1/2 is as likely as any.
         return torch.full_like(auxiliaries, 0.0 if self.order == "descending" else 0.5)
 
     def teacher_and_target(
@@ -209,7 +228,7 @@ class SamplingConfig:
 
         Args:
             logits: `[..., V]`, any float dtype; -inf is a token of probability zero.
-            token_ranks: `[V]` int64, the place of each token in the order "embedding"; the other orders need none.
+            token_ranks: `[V]` int64, the rank of each token in the order "embedding"; other orders need none.
 
         Returns:
             Candidates `[..., K]`, K = min(top_k, V), or K = 1 if greedy. In vocabulary order with K = V,
@@ -236,7 +255,7 @@ class SamplingConfig:
 
     def _candidates(self, logits: Tensor, peak: Tensor) -> tuple[Tensor, Tensor]:
         """Scores and ids `[..., K]` of the first-ranked tokens, in rank order."""
-        token_ids = rank(logits.detach(), self._num_candidates(logits))
+        token_ids = rank_tokens(logits.detach(), self._num_candidates(logits))
         return self._scores(logits.gather(-1, token_ids), peak), token_ids
 
     def _listed(
@@ -255,9 +274,9 @@ class SamplingConfig:
 
     def _required(self, token_ranks: Tensor | None, logits: Tensor) -> Tensor:
         if token_ranks is None or token_ranks.shape != logits.shape[-1:]:
-            found = "none" if token_ranks is None else f"{len(token_ranks)} places"
+            found = "none" if token_ranks is None else f"{len(token_ranks)} ranks"
             raise ValueError(
-                f"order {self.order!r} needs the places of {logits.shape[-1]} tokens, found {found}: take the sampler "
+                f"order {self.order!r} needs the ranks of {logits.shape[-1]} tokens, found {found}: use the sampler "
                 "of a predictor that was trained with predictor.sampling.order: embedding"
             )
         return token_ranks
@@ -268,7 +287,7 @@ class SamplingConfig:
         return (logits.to(dtype) - peak.to(dtype)) / self.temperature
 
     def _keep_top_p(self, scores: Tensor) -> Tensor:
-        """Scores `[..., K]` in rank order, with -inf where the tokens before already hold `top_p` of the mass."""
+        """Scores `[..., K]` in rank order, with -inf where earlier tokens already have `top_p` of the mass."""
         if self.top_p == 1:
             return scores
         units = TokenDistribution(scores.softmax(-1)).cumulative_units()
@@ -278,19 +297,19 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class Sampler:
-    """Sampling settings together with the permutation that the order "embedding" runs through.
+    """Sampling settings with the permutation of the order "embedding".
 
     Args:
         settings: how logits become a distribution.
-        token_ranks: `[V]` int64, the place of each token; None where the order needs none.
+        token_ranks: `[V]` int64, the rank of each token; None for the other orders.
     """
 
     settings: SamplingConfig
     token_ranks: Tensor | None = None
 
-    def proposal(self) -> Sampler:
-        """For student logits, see `SamplingConfig.proposal`."""
-        return replace(self, settings=self.settings.proposal())
+    def for_student(self) -> Sampler:
+        """See `SamplingConfig.for_student`."""
+        return replace(self, settings=self.settings.for_student())
 
     def distribution(self, logits: Tensor) -> TokenDistribution:
         """See `SamplingConfig.distribution`."""
@@ -313,17 +332,20 @@ def _peak(logits: Tensor) -> Tensor:
     return peak
 
 
-def rank(logits: Tensor, k: int) -> Tensor:
+def rank_tokens(logits: Tensor, k: int) -> Tensor:
     """Ids `[..., k]` of the first k tokens of `[..., V]` by (logit descending, token id ascending).
 
-    `torch.topk` leaves the order of equal values open, so equal values get distinct keys. Float32 on CPU needs keys
+    `torch.topk` does not define the order of equal values, so equal values get distinct keys. Float32 on CPU needs keys
     only in the few rows with a tie among the first k + 1 values.
+
+    >>> rank_tokens(torch.tensor([1.0, 3.0, 3.0, 2.0]), k=3)
+    tensor([1, 2, 3])
     """
     # Exact alternatives on [4096, 2048], k = 50, one thread (float32 / bfloat16, where most rows hold a tie):
     # topk with keys for tied rows 70 / 190 ms, keys for all rows 120 / 130 ms, stable sort 460 / 500 ms.
     if logits.dtype == torch.float64:  # too wide for a key
         return logits.sort(dim=-1, descending=True, stable=True).indices[..., :k]
-    if logits.dtype != torch.float32 or logits.is_cuda:  # on CUDA, selecting tied rows would wait for the device
+    if logits.dtype != torch.float32 or logits.is_cuda:  # on CUDA, selecting tied rows would synchronise
         return _rank_by_key(logits, k)
     best, token_ids = logits.topk(min(k + 1, logits.shape[-1]))
     token_ids = token_ids[..., :k]

@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from ptp_lightning.distributions import Distributions, block_rows, chunk_rows, slices
-from ptp_lightning.sampling import TokenDistribution, sizes_may_depend_on_values
+from ptp_lightning.sampling import TokenDistribution, allows_dynamic_shapes
 
 
 class LossSum(NamedTuple):
@@ -165,7 +165,7 @@ class Loss(ABC):
         token_ids, target, weights = targets
         # Values in masked slots (a NaN, the token id -100) reach neither the sum nor the gradients.
         counts = weights != 0
-        drops_masked = sizes_may_depend_on_values(hidden)
+        drops_masked = allows_dynamic_shapes(hidden)
         if drops_masked:
             kept = counts.nonzero().squeeze(-1)
             hidden, token_ids = hidden[kept], token_ids[kept]
@@ -187,7 +187,7 @@ class Loss(ABC):
             return logits
 
         def chunk_losses(chunk_hidden: Tensor, rows: slice) -> Tensor:
-            own_target = None if needed_target is None else needed_target.at(rows).now()
+            own_target = None if needed_target is None else needed_target.at(rows).materialize()
             return self.per_slot(prepared(head(chunk_hidden), rows), token_ids[rows], own_target)
 
         def block_losses(logits: Tensor, rows: slice, own_target: TokenDistribution | None, out: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from ptp_lightning.auxiliary import pick
-from ptp_lightning.sampling import Order, Sampler, SamplingConfig, TokenDistribution, rank
+from ptp_lightning.sampling import Order, Sampler, SamplingConfig, TokenDistribution, rank_tokens
 
 INF = math.inf
 FLOAT_DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -64,7 +64,7 @@ def test_rank_is_by_logit_then_lowest_id(rows: list[list[float]], k: int, dtype:
     logits = torch.tensor(rows, dtype=dtype)
     k = min(k, logits.shape[-1])
     expected = [sorted(range(len(row)), key=lambda token: (-row[token], token))[:k] for row in logits.tolist()]
-    assert rank(logits, k).tolist() == expected
+    assert rank_tokens(logits, k).tolist() == expected
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
@@ -73,7 +73,7 @@ def test_rank_in_a_large_vocabulary(dtype: torch.dtype):
     logits[0, [149_999, 70_000, 7]] = 60.0  # a tie at the top whose ids need more than 16 bits
     expected = logits.double().sort(dim=-1, descending=True, stable=True).indices[:, :50]
     assert expected[0, :3].tolist() == [7, 70_000, 149_999]
-    assert torch.equal(rank(logits, 50), expected)
+    assert torch.equal(rank_tokens(logits, 50), expected)
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
@@ -102,7 +102,7 @@ def test_orders_list_the_same_tokens_differently():
 
 @pytest.mark.parametrize("top_k", [3, None])
 @pytest.mark.parametrize("top_p", [0.99, 1.0])
-def test_embedding_order_runs_through_the_given_places(top_k: int | None, top_p: float):
+def test_embedding_order_runs_through_the_given_ranks(top_k: int | None, top_p: float):
     logits = torch.tensor([0.25, 0.001, 0.125, 0.624]).log()
     sampler = Sampler(SamplingConfig(top_k=top_k, top_p=top_p, order="embedding"), torch.tensor([2, 1, 3, 0]))
     P = sampler.distribution(logits)
@@ -117,22 +117,22 @@ def test_embedding_order_runs_through_the_given_places(top_k: int | None, top_p:
 @pytest.mark.parametrize(("top_k", "top_p"), [(50, 0.9), (None, 0.9), (50, 1.0), (None, 1.0)])
 def test_embedding_order_is_vocabulary_order_after_renaming_the_tokens(top_k: int | None, top_p: float):
     logits = tie_free_logits(3, 5, 60)
-    places = torch.randperm(60, generator=torch.Generator().manual_seed(1))
-    found = Sampler(SamplingConfig(0.7, top_k, top_p, "embedding"), places).distribution(logits)
-    renamed = SamplingConfig(0.7, top_k, top_p, "vocabulary").distribution(logits[..., places.argsort()])
+    ranks = torch.randperm(60, generator=torch.Generator().manual_seed(1))
+    found = Sampler(SamplingConfig(0.7, top_k, top_p, "embedding"), ranks).distribution(logits)
+    renamed = SamplingConfig(0.7, top_k, top_p, "vocabulary").distribution(logits[..., ranks.argsort()])
     torch.testing.assert_close(found.probabilities, renamed.probabilities)
-    by_place = torch.arange(60).expand(3, 5, 60) if renamed.token_ids is None else renamed.token_ids
+    by_rank = torch.arange(60).expand(3, 5, 60) if renamed.token_ids is None else renamed.token_ids
     assert found.token_ids is not None
-    assert torch.equal(places[found.token_ids], by_place)
+    assert torch.equal(ranks[found.token_ids], by_rank)
 
 
 @pytest.mark.parametrize("top_k", [3, None])
 @pytest.mark.parametrize("top_p", [0.9, 1.0])
-@pytest.mark.parametrize(("places", "found"), [(None, "none"), (torch.arange(5), "5 places")])
-def test_embedding_order_without_its_places_raises(places: Tensor | None, found: str, top_k: int | None, top_p: float):
-    sampler = Sampler(SamplingConfig(top_k=top_k, top_p=top_p, order="embedding"), places)
+@pytest.mark.parametrize(("ranks", "found"), [(None, "none"), (torch.arange(5), "5 ranks")])
+def test_embedding_order_without_its_ranks_raises(ranks: Tensor | None, found: str, top_k: int | None, top_p: float):
+    sampler = Sampler(SamplingConfig(top_k=top_k, top_p=top_p, order="embedding"), ranks)
     for apply in (sampler.distribution, sampler.teacher_and_target):
-        with pytest.raises(ValueError, match=f"needs the places of 4 tokens, found {found}:.*sampling.order"):
+        with pytest.raises(ValueError, match=f"needs the ranks of 4 tokens, found {found}:.*sampling.order"):
             apply(tie_free_logits(2, 4))
 
 
@@ -278,18 +278,18 @@ def test_a_setting_out_of_range_names_its_key(key: str, value: object):
         SamplingConfig(**{key: value})  # type: ignore[arg-type]
 
 
-def test_targets_leave_top_p_to_proposals_and_these_leave_the_temperature_to_targets():
+def test_targets_leave_top_p_to_drafts_and_drafts_leave_the_temperature_to_targets():
     assert SamplingConfig(0.7, 50, 0.9, "descending").target() == SamplingConfig(0.7, 50, 1.0, "descending")
-    assert SamplingConfig(0.7, 50, 0.9, "descending").proposal() == SamplingConfig(1.0, 50, 0.9, "descending")
-    assert SamplingConfig(0.0, 50, 0.9).proposal() == SamplingConfig(0.0, 50, 0.9)
+    assert SamplingConfig(0.7, 50, 0.9, "descending").for_student() == SamplingConfig(1.0, 50, 0.9, "descending")
+    assert SamplingConfig(0.0, 50, 0.9).for_student() == SamplingConfig(0.0, 50, 0.9)
 
 
 @pytest.mark.parametrize("order", ["descending", "vocabulary", "embedding"])
-def test_a_student_that_meets_its_target_proposes_what_the_teacher_picks(order: Order) -> None:
-    """Students learn the distribution before top-p cuts it; the proposal cuts, and must cut in the same place."""
+def test_a_student_that_meets_its_target_drafts_what_the_teacher_picks(order: Order) -> None:
+    """Students learn the distribution before top-p; drafts apply top-p, and must exclude the same tokens."""
     config = SamplingConfig(temperature=0.7, top_k=50, top_p=0.9, order=order)
-    places = torch.randperm(300, generator=torch.Generator().manual_seed(2)) if order == "embedding" else None
-    sampling = Sampler(config, places)
+    ranks = torch.randperm(300, generator=torch.Generator().manual_seed(2)) if order == "embedding" else None
+    sampling = Sampler(config, ranks)
     logits = 3 * torch.randn(500, 300, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     teacher, target = sampling.teacher_and_target(logits)
     assert all(map(torch.equal, teacher, sampling.distribution(logits)))  # pyright: ignore
@@ -297,7 +297,7 @@ def test_a_student_that_meets_its_target_proposes_what_the_teacher_picks(order: 
     assert (teacher.probabilities > 0).sum() < (target.probabilities > 0).sum() == 500 * 50
 
     student = torch.full_like(logits, -torch.inf).scatter(-1, target.token_ids, target.probabilities.log())  # pyright: ignore
-    proposal = sampling.proposal().distribution(student)
-    torch.testing.assert_close(proposal.probabilities, teacher.probabilities)
+    draft = sampling.for_student().distribution(student)
+    torch.testing.assert_close(draft.probabilities, teacher.probabilities)
     u = torch.rand(500, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    assert torch.equal(pick(u, proposal), pick(u, teacher))
+    assert torch.equal(pick(u, draft), pick(u, teacher))

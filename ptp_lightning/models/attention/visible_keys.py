@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ptp_lightning.sampling import sizes_may_depend_on_values
+from ptp_lightning.sampling import allows_dynamic_shapes
 
 GROUP_SCORES_CPU = 2**18
 """Scores of a group, which a processor's cache holds with what is made of them; see `LEAST_WINDOWS`."""
@@ -54,7 +54,7 @@ class VisibleKeys:
         Where asking for values would wait for the device, groups are whole rows and see all.
         """
         if num_heads not in self._groups:  # the same in all layers and in the backward pass
-            find = self._by_what_they_see if sizes_may_depend_on_values(self.context) else self._whole_rows
+            find = self._by_what_they_see if allows_dynamic_shapes(self.context) else self._whole_rows
             self._groups[num_heads] = list(find(num_heads))
         return self._groups[num_heads]
 

@@ -94,13 +94,13 @@ class PickingObjective(Objective):
 
     def tokens_from_logits(self, logits: Tensor, auxiliaries: Tensor, sampling: Sampler) -> Tensor:
         """Inverse CDF of the predicted distribution at the predicted token's u."""
-        return likely_pick(auxiliaries, sampling.proposal().distribution(logits), self.cdf_error)
+        return likely_pick(auxiliaries, sampling.for_student().distribution(logits), self.cdf_error)
 
     def correct_probability(
         self, logits: Tensor, token_ids: Tensor, teacher: TokenDistribution, sampling: Sampler
     ) -> Tensor:
         """See `interval_overlap`; as if `cdf_error` were 0."""
-        return interval_overlap(sampling.proposal().distribution(logits.detach()), teacher, token_ids)
+        return interval_overlap(sampling.for_student().distribution(logits.detach()), teacher, token_ids)
 
 
 @dataclass(frozen=True)

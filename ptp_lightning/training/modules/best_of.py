@@ -63,5 +63,7 @@ def _propose(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One proposal a window: its distance `[B, N, 1]` from the centres, what is correct, and the mask."""
     sample = StudentWindows().sample(predictor, context, generator)
-    distance = distance_from_centres(relative_positions(sample.auxiliaries, sample.teacher.now(), sample.token_ids))
+    distance = distance_from_centres(
+        relative_positions(sample.auxiliaries, sample.teacher.materialize(), sample.token_ids)
+    )
     return distance.unsqueeze(-1), sample.conditioning_ids == sample.token_ids, sample.mask

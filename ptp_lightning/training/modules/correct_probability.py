@@ -25,6 +25,6 @@ def correct_probability(predictor: PredictorNetwork, sample: WindowSample, sampl
 
     def measure(logits: Tensor, slots: Tensor) -> Tensor:
         index = torch.unravel_index(slots, tokens.shape)
-        return objective.correct_probability(logits, tokens[index], teachers.at(index).now(), sampling)
+        return objective.correct_probability(logits, tokens[index], teachers.at(index).materialize(), sampling)
 
     return measure

@@ -172,7 +172,7 @@ class DistillationModule(PredictorModule):
     def _slot_loss(self, hidden: Tensor, sample: WindowSample, sampling: Sampler) -> LossSum:
         """Loss of the slots' hidden states `[B, N, L - 1, H]`; `sampling` is what their proposals are made with."""
         mask = sample.mask[..., 1:]
-        flat = sample.target.at(SLOT_POSITIONS).flat()
+        flat = sample.target.at(SLOT_POSITIONS).flatten()
         targets = SlotTargets(sample.token_ids[..., 1:].flatten(), flat, mask.flatten().to(torch.float32))
         measure = (
             correct_probability(self.predictor, sample, sampling)
@@ -212,7 +212,7 @@ class DistillationModule(PredictorModule):
         source = self.val_source.choose(1.0, keyed_generator(self.seed, "source", stage, batch_idx))
         sample, logits = self._measure(context, source, generator, self.val_metrics)
         if self.predictor.config.objective.predicts_distribution:
-            target, mask = sample.target.at(SLOT_POSITIONS).flat().now(), sample.mask[..., 1:]
+            target, mask = sample.target.at(SLOT_POSITIONS).flatten().materialize(), sample.mask[..., 1:]
             divergences = KullbackLeibler().per_slot(logits.flatten(0, -2), sample.token_ids[..., 1:].flatten(), target)
             positions = torch.arange(1, self.predictor.config.window_length, device=mask.device).expand_as(mask)
             self.val_divergences.update(divergences.view_as(mask)[mask], positions[mask])
@@ -233,7 +233,7 @@ class DistillationModule(PredictorModule):
         """Windows under the settings of the context, and the student's logits `[B, N, L - 1, V]` for them."""
         sample = source.sample(self.predictor, context, generator)
         # The first token needs no slot: the base model's own distribution is what decoding picks it from.
-        first = sample.teacher.at((..., 0)).now()
+        first = sample.teacher.at((..., 0)).materialize()
         first_nll = -first.probability_of(sample.token_ids[..., 0]).log()
         draft = student_draft(self.predictor, context, sample.auxiliaries, pick(sample.auxiliaries[..., 0], first))
         logits = self.predictor.slot_logits(draft.hidden).float()

@@ -49,7 +49,7 @@ def invert(
         generator: of the draws.
     """
     length = token_ids.shape[2]
-    sampling = context.sampling.proposal()
+    sampling = context.sampling.for_student()
     logits = predictor.logits(context.first_hidden)
     reader = predictor.window_reader(context, keeps=True)
     values: list[Tensor] = []

@@ -10,10 +10,10 @@ from torch import Tensor
 from ptp_lightning.auxiliary import token_interval
 from ptp_lightning.auxiliary_strategies import AuxiliaryStrategy, UniformInInterval
 from ptp_lightning.batch import PackedBatch
-from ptp_lightning.distributions import intervals
+from ptp_lightning.distributions import chunked_token_interval
 from ptp_lightning.models.context import Context
 from ptp_lightning.models.network import PredictorNetwork
-from ptp_lightning.sampling import sizes_may_depend_on_values
+from ptp_lightning.sampling import allows_dynamic_shapes
 from ptp_lightning.training.windows.student_probe import student_probe
 from ptp_lightning.training.windows.teacher_distributions import are_lazy, lazy_distributions
 from ptp_lightning.training.windows.window_source import WindowSample, WindowSource
@@ -83,15 +83,15 @@ def _intervals_of_rows(
     """Intervals `[B, N, L]` of the windows' tokens; each token of a row is evaluated once, although windows overlap."""
     batch = context.batch
     index = _window_index(batch, length)
-    if sizes_may_depend_on_values(index):
+    if allows_dynamic_shapes(index):
         needed = torch.zeros_like(batch.input_ids).scatter_add_(1, index.flatten(1), mask.flatten(1).long())
         row, column = needed.nonzero(as_tuple=True)
         teacher, _ = lazy_distributions(predictor, context, context.hidden[row, column - 1])
-        ends = intervals(teacher, batch.input_ids[row, column])
+        ends = chunked_token_interval(teacher, batch.input_ids[row, column])
         rows = [end.new_zeros(needed.shape).index_put((row, column), end) for end in ends]
     else:
         teacher, _ = lazy_distributions(predictor, context, context.hidden[:, :-1])
-        rows = [torch.nn.functional.pad(end, (1, 0)) for end in intervals(teacher, batch.input_ids[:, 1:])]
+        rows = [torch.nn.functional.pad(end, (1, 0)) for end in chunked_token_interval(teacher, batch.input_ids[:, 1:])]
     lower, upper = (row.gather(1, index.flatten(1)).view_as(index) for row in rows)
     return lower, upper
 

@@ -30,7 +30,7 @@ def student_probe(predictor: PredictorNetwork, context: Context, token_ids: Tens
         correct = objective.tokens_from_logits(logits, u, sampling) == tokens
         if not objective.predicts_distribution:
             return ProbeResult(correct, None)
-        return ProbeResult(correct, token_interval(sampling.proposal().distribution(logits), tokens))
+        return ProbeResult(correct, token_interval(sampling.for_student().distribution(logits), tokens))
 
     @torch.no_grad()
     def probe(auxiliaries: Tensor) -> ProbeResult:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ptp_lightning.auxiliary import draw_auxiliaries, pick
-from ptp_lightning.distributions import picks
+from ptp_lightning.distributions import chunked_pick
 from ptp_lightning.models.context import Context
 from ptp_lightning.models.network import PredictorNetwork
 from ptp_lightning.training.windows.student_draft import student_draft
@@ -41,7 +41,7 @@ class StudentWindows(WindowSource):
         first = context.sampling.distribution(predictor.logits(context.first_hidden))
         draft = student_draft(predictor, context, auxiliaries, pick(auxiliaries[..., 0], first)).token_ids
         teacher, target = distributions_along(predictor, context, draft)
-        token_ids = picks(auxiliaries, teacher)
+        token_ids = chunked_pick(auxiliaries, teacher)
         # Logits of another call may be rounded differently; the first token is the one that the slots follow.
         token_ids[..., 0] = draft[..., 0]
         return WindowSample(

@@ -50,7 +50,7 @@ class RolloutDistributions:
 
 def are_lazy(predictor: PredictorNetwork, context: Context) -> bool:
     """Whether distributions are computed when needed, because they cover the whole vocabulary."""
-    return context.sampling.settings.lists_all(predictor.base_model.config.vocab_size)
+    return context.sampling.settings.keeps_all_tokens(predictor.base_model.config.vocab_size)
 
 
 def lazy_distributions(predictor: PredictorNetwork, context: Context, hidden: Tensor) -> TeacherAndTarget:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ptp_lightning.auxiliary import draw_auxiliaries, pick
 from ptp_lightning.auxiliary_strategies import AuxiliaryStrategy
-from ptp_lightning.distributions import intervals
+from ptp_lightning.distributions import chunked_token_interval
 from ptp_lightning.models.context import Context
 from ptp_lightning.models.network import PredictorNetwork
 from ptp_lightning.training.windows.student_probe import student_probe
@@ -51,6 +51,6 @@ class TeacherWindows(WindowSource):
         mask = until_end_of_text(token_ids, context.end_of_text)
         teacher, target = rollout.teacher_and_target()
         if self.strategy is not None:
-            interval = intervals(teacher, token_ids)
+            interval = chunked_token_interval(teacher, token_ids)
             auxiliaries = self.strategy.draw(*interval, generator, student_probe(predictor, context, token_ids))
         return WindowSample(token_ids, auxiliaries, mask, teacher, target, conditioning_ids=token_ids)

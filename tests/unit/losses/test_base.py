@@ -82,7 +82,7 @@ def test_chunks_change_nothing(loss: type[Loss], chunk_size: int) -> None:
 @pytest.fixture(params=["left out", "set to 0"])
 def masked_slots_are(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a CPU, and as on other devices."""
-    monkeypatch.setattr(base, "sizes_may_depend_on_values", lambda tensor: request.param == "left out")
+    monkeypatch.setattr(base, "allows_dynamic_shapes", lambda tensor: request.param == "left out")
 
 
 @pytest.mark.parametrize("garbage", [1e30, math.inf, math.nan])

@@ -42,7 +42,7 @@ def test_small_rows_attend_together() -> None:
 
 @pytest.mark.usefixtures("two_windows_at_once")
 def test_rows_stay_whole_where_values_are_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(visible_keys, "sizes_may_depend_on_values", lambda tensor: False)
+    monkeypatch.setattr(visible_keys, "allows_dynamic_shapes", lambda tensor: False)
     everything = Group(slice(0, 2), slice(0, 4), slice(0, 8))
     assert VisibleKeys(SEEN, OWN).groups(num_heads=1) == [everything]
     scores_of_a_row = 4 * 2 * (8 + 2)

@@ -6,7 +6,7 @@ from torch import nn
 from torchmetrics import MeanMetric
 
 from ptp_lightning.planning.fake_tensors import building, running
-from ptp_lightning.sampling import sizes_may_depend_on_values
+from ptp_lightning.sampling import allows_dynamic_shapes
 
 TERABYTE = 10**12
 
@@ -56,4 +56,4 @@ def test_sums_of_metrics_are_no_buffers_and_go_along() -> None:
 def test_tensors_say_where_they_would_be(on_gpu: bool) -> None:
     with running(nn.Module(), on_gpu=on_gpu):
         assert torch.zeros(1).is_cuda is on_gpu
-        assert sizes_may_depend_on_values(torch.zeros(1)) is not on_gpu
+        assert allows_dynamic_shapes(torch.zeros(1)) is not on_gpu

@@ -37,27 +37,34 @@ def sample_with(sampling: SamplingConfig, seed: int = 0) -> WindowSample:
 
 def test_teacher_is_the_chain_given_the_tokens_before() -> None:
     sample = sample_with(SamplingConfig())
-    assert sample.teacher.now().token_ids is None and sample.teacher.now().probabilities.shape == (2, 3, 3, 7)
+    assert sample.teacher.materialize().token_ids is None and sample.teacher.materialize().probabilities.shape == (
+        2,
+        3,
+        3,
+        7,
+    )
     for row in range(2):
         for window, start in enumerate(STARTS[row]):
             tokens = [BEGINNING, *ROWS[row][:start]]  # one more unknown token before the row
             for offset in range(3):
                 expected = SERIES.conditionals(torch.tensor(tokens[-2:])).float()
-                torch.testing.assert_close(sample.teacher.now().probabilities[row, window, offset, :4], expected)
-                assert not sample.teacher.now().probabilities[row, window, offset, 4:].any()
+                torch.testing.assert_close(
+                    sample.teacher.materialize().probabilities[row, window, offset, :4], expected
+                )
+                assert not sample.teacher.materialize().probabilities[row, window, offset, 4:].any()
                 tokens.append(int(sample.token_ids[row, window, offset]))
 
 
 @pytest.mark.parametrize("sampling", [SamplingConfig(), SamplingConfig(0.5, top_k=3, top_p=0.8, order="descending")])
 def test_auxiliaries_pick_the_tokens(sampling: SamplingConfig) -> None:
     sample = sample_with(sampling)
-    assert torch.equal(pick(sample.auxiliaries, sample.teacher.now()), sample.token_ids)
+    assert torch.equal(pick(sample.auxiliaries, sample.teacher.materialize()), sample.token_ids)
     assert sample.mask.all() and int(sample.token_ids.max()) < 4
     assert sample.auxiliaries.dtype == torch.float64 and sample.auxiliaries.unique().numel() == 2 * 3 * 3
 
 
 def test_sampling_settings_act_on_the_chain() -> None:
-    sharp = sample_with(SamplingConfig(temperature=0.5)).teacher.now().probabilities[0, 0, 0, :4].double()
+    sharp = sample_with(SamplingConfig(temperature=0.5)).teacher.materialize().probabilities[0, 0, 0, :4].double()
     squares = SERIES.conditionals(torch.tensor([BEGINNING, BEGINNING])) ** 2
     torch.testing.assert_close(sharp, squares / squares.sum(), atol=1e-6, rtol=0)
 
@@ -97,6 +104,8 @@ def test_divergence_against_a_float64_reference(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, limit_val_batches=1.0)
     metrics = trainer.validate(module, datamodule=data, verbose=False)[0]
     P = torch.cat(logits).double().log_softmax(-1)
-    Q = torch.cat([TokenDistribution(*found.target.now()).probabilities for found in samples])[:, :, 1:].double()
+    Q = torch.cat([TokenDistribution(*found.target.materialize()).probabilities for found in samples])[
+        :, :, 1:
+    ].double()
     expected = (Q * (Q.clamp_min(1e-300).log() - P)).sum(-1).mean((0, 1))
     assert [metrics[f"val/kl/position_{j:02d}"] for j in (1, 2, 3)] == pytest.approx(expected.tolist(), rel=1e-5)

@@ -180,9 +180,9 @@ def test_best_of_equals_a_loop_over_windows() -> None:
         for sample in samples:
             distance = 0.0
             for place in range(4):
-                probabilities = sample.teacher.now().probabilities[row, window, place].double()
-                assert sample.teacher.now().token_ids is not None
-                listed = sample.teacher.now().token_ids[row, window, place].tolist()
+                probabilities = sample.teacher.materialize().probabilities[row, window, place].double()
+                assert sample.teacher.materialize().token_ids is not None
+                listed = sample.teacher.materialize().token_ids[row, window, place].tolist()
                 entry = listed.index(int(sample.token_ids[row, window, place]))
                 below = float(probabilities[:entry].sum())
                 share = (float(sample.auxiliaries[row, window, place]) - below) / float(probabilities[entry])

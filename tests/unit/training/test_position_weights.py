@@ -72,7 +72,7 @@ def counted_right(module: DistillationModule, sample: WindowSample, hidden: Tens
     logits = module.predictor.logits(hidden).detach()
     if isinstance(config.objective, OneHotObjective):
         return logits.softmax(-1).gather(-1, sample.token_ids[..., 1:, None]).squeeze(-1).double()
-    lower, upper = token_interval(sample.teacher.now(), sample.token_ids)
+    lower, upper = token_interval(sample.teacher.materialize(), sample.token_ids)
     right = torch.zeros(hidden.shape[:3], dtype=torch.float64)
     for step in range(GRID):
         u = (lower + (step + 0.5) / GRID * (upper - lower))[..., 1:]
@@ -214,6 +214,6 @@ def test_teachers_of_all_slots_are_not_copied() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(objective), "correct_probability", watch)
         module._slot_loss(hidden, sample, module.predictor.sampler())
-    kept = sample.teacher.now().probabilities[..., 1:, :][sample.mask[..., 1:]]
+    kept = sample.teacher.materialize().probabilities[..., 1:, :][sample.mask[..., 1:]]
     assert torch.equal(torch.cat([teacher.probabilities for teacher in seen]), kept)
     assert max(len(teacher.probabilities) for teacher in seen) == 4

@@ -96,7 +96,11 @@ class TestTraining:
         batch = next(iter(tiny_data().train_dataloader()))
         context = module._encode(batch, replace(USUAL, temperature=0.0))
         sample = source.sample(module.predictor, context, torch.Generator().manual_seed(0))
-        assert sample.teacher.now().probabilities.shape[-1] == sample.target.now().probabilities.shape[-1] == 1
+        assert (
+            sample.teacher.materialize().probabilities.shape[-1]
+            == sample.target.materialize().probabilities.shape[-1]
+            == 1
+        )
         first = module.predictor.logits(context.first_hidden).argmax(-1)
         valid = sample.mask[..., 0]
         assert torch.equal(sample.token_ids[..., 0][valid], first[valid])

@@ -125,7 +125,7 @@ class TestProbe:
         assert interval is not None
         lower, upper = interval
         assert (lower[..., 0] == 0).all() and (upper[..., 0] == 1).all()  # the first token needs no student
-        P = sampling.proposal().distribution(logits_told(case, case.token_ids if refiner else None))
+        P = sampling.for_student().distribution(logits_told(case, case.token_ids if refiner else None))
         has_interval = lower[..., 1:] < upper[..., 1:]
         assert has_interval.any()
         for u in (lower, torch.nextafter(upper, lower)):

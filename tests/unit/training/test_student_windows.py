@@ -70,10 +70,10 @@ class TestTargets:
                 here = (row, window, place)
                 assert int(found.token_ids[here]) == int(pick(found.auxiliaries[here], Q)), here
                 torch.testing.assert_close(
-                    found.teacher.now().probabilities[here], Q.probabilities, atol=1e-5, rtol=1e-4
+                    found.teacher.materialize().probabilities[here], Q.probabilities, atol=1e-5, rtol=1e-4
                 )
                 target = sampling.target().distribution(logits).probabilities
-                torch.testing.assert_close(found.target.now().probabilities[here], target, atol=1e-5, rtol=1e-4)
+                torch.testing.assert_close(found.target.materialize().probabilities[here], target, atol=1e-5, rtol=1e-4)
                 text.append(int(found.conditioning_ids[here]))  # the student's, right or wrong
                 disagreements += text[-1] != int(found.token_ids[here])
         assert disagreements > 5, "nothing to tell the student's text from the teacher's"
@@ -148,7 +148,7 @@ class TestAPerfectStudent:
         for name in ("token_ids", "auxiliaries", "mask", "conditioning_ids"):
             assert torch.equal(getattr(own, name), getattr(teachers, name)), name
         for name in ("teacher", "target"):
-            found, expected = (getattr(entry, name).now().probabilities for entry in (own, teachers))
+            found, expected = (getattr(entry, name).materialize().probabilities for entry in (own, teachers))
             torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
 
     def test_ends_where_the_teachers_windows_end(self, predictor: PredictorNetwork) -> None:

@@ -85,7 +85,7 @@ class TestEverySource:
             sample, _ = sample_from(source, make_predictor(sampling=sampling), seed=seed)
             assert sample.token_ids.shape == sample.auxiliaries.shape == sample.mask.shape == (2, 3, 4)
             assert sample.auxiliaries.dtype == torch.float64
-            picked = pick(sample.auxiliaries, sample.teacher.now())
+            picked = pick(sample.auxiliaries, sample.teacher.materialize())
             assert torch.equal(picked[sample.mask], sample.token_ids[sample.mask])
             assert not (sample.mask[..., 1:] & ~sample.mask[..., :-1]).any(), "not a prefix"
             assert sample.conditioning_ids.shape == sample.token_ids.shape
@@ -108,7 +108,7 @@ class TestEverySource:
 
     def test_takes_no_gradient(self, source: WindowSource) -> None:
         sample, _ = sample_from(source, make_predictor())
-        tensors: list[Tensor | None] = [sample.auxiliaries, *sample.teacher.now(), *sample.target.now()]
+        tensors: list[Tensor | None] = [sample.auxiliaries, *sample.teacher.materialize(), *sample.target.materialize()]
         assert not any(tensor.requires_grad for tensor in tensors if tensor is not None)
 
     def test_leaves_the_modes_alone(self, source: WindowSource) -> None:
@@ -125,7 +125,7 @@ class TestTeacherWindows:
         again, _ = sample_from(TeacherWindows(BetaInInterval(0.5)), make_predictor())
         assert torch.equal(again.token_ids, plain.token_ids)
         assert not (again.auxiliaries == plain.auxiliaries).any()
-        assert torch.equal(pick(again.auxiliaries, plain.teacher.now()), plain.token_ids)
+        assert torch.equal(pick(again.auxiliaries, plain.teacher.materialize()), plain.token_ids)
 
     @pytest.mark.parametrize("family", TINY_MODELS)
     def test_equals_a_loop_without_cache(self, family: str) -> None:
@@ -142,9 +142,9 @@ class TestTeacherWindows:
                     logits = teacher(input_ids=torch.tensor([token_ids]), use_cache=False).logits[0, -1]
                 Q = SAMPLING.distribution(logits)
                 token_ids.append(int(pick(auxiliaries[row, window, place], Q)))
-                probabilities = sample.teacher.now().probabilities[row, window, place]
+                probabilities = sample.teacher.materialize().probabilities[row, window, place]
                 torch.testing.assert_close(probabilities, Q.probabilities, atol=1e-5, rtol=1e-4)
-                target = sample.target.now().probabilities[row, window, place]
+                target = sample.target.materialize().probabilities[row, window, place]
                 before_the_cut = SAMPLING.target().distribution(logits).probabilities
                 torch.testing.assert_close(target, before_the_cut, atol=1e-5, rtol=1e-4)
             assert sample.token_ids[row, window].tolist() == token_ids[-4:], (row, window)
@@ -201,7 +201,7 @@ class TestDatasetWindows:
     def test_the_text_itself(self) -> None:
         sample = self.sample([1, 2, 4, 5, 6, 8], starts=[1, 2])
         assert self.seen(sample) == [[2, 4, 5, 6], [4, 5, 6, 8]]
-        assert torch.equal(pick(sample.auxiliaries, sample.teacher.now()), sample.token_ids)
+        assert torch.equal(pick(sample.auxiliaries, sample.teacher.materialize()), sample.token_ids)
 
     def test_auxiliaries_lie_in_the_interval_of_their_token(self) -> None:
         auxiliaries = self.sample([1, 2, 4, 5, 6, 8], starts=[1]).auxiliaries[0, 0]
@@ -209,7 +209,7 @@ class TestDatasetWindows:
         assert (auxiliaries < 0.5).tolist() == [True, False, True, True]
 
     def test_teacher_of_every_position(self) -> None:
-        teacher: TokenDistribution = self.sample([1, 2, 4, 5, 6, 8], starts=[2]).teacher.now()
+        teacher: TokenDistribution = self.sample([1, 2, 4, 5, 6, 8], starts=[2]).teacher.materialize()
         possible = [row.nonzero().flatten().tolist() for row in teacher.probabilities[0, 0]]
         assert possible == [[3, 4], [5, 6], [6, 7], [7, 8]]
 
