@@ -35,6 +35,8 @@ from ptp_lightning.models import (
     OneHotObjective,
     PredictorConfig,
 )
+from ptp_lightning.models.attention.choice import AttentionChoice
+from ptp_lightning.models.attention.dense import Dense
 from ptp_lightning.models.layers.compile import compile_layers
 from ptp_lightning.planning.command import BACKBONES, LLAMA
 from ptp_lightning.sampling import SamplingConfig
@@ -142,8 +144,9 @@ def measure(
             made.
     """
     module = build(options, vocab, device) if module is None else module
-    in_blocks = module.predictor._in_blocks
-    module.predictor._in_blocks = in_blocks and not options.dense
+    attention = module.predictor.attention
+    if options.dense:
+        module.predictor.attention = AttentionChoice(module.predictor.base_model, [Dense()])
     step = make_step(module, options, vocab, windows, device)
     torch.set_num_threads(1)
     dtype = getattr(torch, options.dtype)
@@ -155,7 +158,7 @@ def measure(
         timing = timed(
             step, options.steps, device, lambda: gemm_rate(device, dtype) if device.type == "cpu" else before_all
         )
-    module.predictor._in_blocks = in_blocks
+    module.predictor.attention = attention
     return timing | {"megabytes": (memory.peak_bytes - before) / MEGABYTE}
 
 

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from benchmarks import training_step
 from benchmarks.on_a_gpu.rows import Figure, Record, attempt
+from ptp_lightning.models.attention.blocks import Blocks
+from ptp_lightning.models.attention.choice import AttentionChoice
+from ptp_lightning.models.attention.dense import Dense
 from ptp_lightning.models.layers.compile import compile_layers
 from ptp_lightning.training import DatasetWindows, DistillationModule
 from ptp_lightning.utils.randomness import keyed_generator
@@ -64,7 +67,7 @@ def difference(device: torch.device) -> dict[str, Figure]:
     """
     module = make_module(source=DatasetWindows()).to(device)
     predictor = module.predictor
-    assert predictor._in_blocks, "a Llama hands keyword arguments on to its attention"
+    assert isinstance(predictor.attention.choose(device, torch.float32), Blocks), "which a Llama supports"
     batch = training_step.random_batch(COMPARED, LLAMA["vocab_size"], 5).to(device)
     with torch.no_grad():
         for parameter in predictor.parameters():  # where the low-rank term is zero, half of the gradients are
@@ -83,7 +86,7 @@ def difference(device: torch.device) -> dict[str, Figure]:
         return hidden.detach(), torch.cat(gradients)
 
     by_blocks = results()
-    predictor._in_blocks = False
+    predictor.attention = AttentionChoice(predictor.base_model, [Dense()])
     densely = results()
     states, gradients = (float((a - b).norm() / b.norm()) for a, b in zip(by_blocks, densely, strict=True))
     if not max(states, gradients) <= LARGEST_DIFFERENCE:

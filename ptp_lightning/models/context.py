@@ -19,7 +19,7 @@ class Context(NamedTuple):
     Attributes:
         batch: the rows and the starts of the windows.
         hidden: `[B, S, H]`, last hidden states of the base model.
-        cache: keys and values of the context; never changed (see `WindowReader`).
+        cache: keys and values of the context; reading windows does not change it.
         sampling: the windows' tokens are picked with these settings, and slots are conditioned on them.
         end_of_text: the token id that ends a sampled text; None if there is none.
     """

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor, nn
 
 from ptp_lightning.batch import PackedBatch
-from ptp_lightning.models.attention.dispatch import attend_by_windows
+from ptp_lightning.models.attention.choice import AttentionChoice
+from ptp_lightning.models.attention.dispatch import run_layers, use_window_attention
+from ptp_lightning.models.attention.interface import IncrementalReader, WindowAttention, WindowKeys
 from ptp_lightning.models.attention.masks import context_mask
-from ptp_lightning.models.attention.window_reader import WindowReader, read_jointly
 from ptp_lightning.models.backbone import architecture_fingerprint, fingerprint, load_backbone
 from ptp_lightning.models.config import PredictorConfig
 from ptp_lightning.models.context import Context
@@ -41,7 +42,7 @@ class PredictorNetwork(nn.Module):
         token_ranks: `[V]`, of the order "embedding", when it is stored already; else it is computed if needed.
 
     Attributes:
-        lower_layers: read tokens before the refiner is told them; None where it gets embeddings.
+        lower_layers: encode tokens for the refiner; None if it reads their embeddings.
         prefix_counts: of a trained predictor, how many validation windows had their first 0, 1, .. L tokens right; None
             if that is not known. Decoders divide their slots by it.
     """
@@ -55,9 +56,9 @@ class PredictorNetwork(nn.Module):
         backbone = load_backbone(config.backbone) if backbone is None else backbone
         # Weights that are trained themselves do not identify anything.
         self.base_fingerprint = (architecture_fingerprint if config.student.trains_base else fingerprint)(backbone)
-        self._in_blocks = attend_by_windows(backbone)
-        if self._in_blocks:
+        if use_window_attention(backbone):
             make_lean(backbone)
+        self.attention = AttentionChoice(backbone)
         table: Tensor = backbone.get_input_embeddings().weight  # pyright: ignore[reportAssignmentType]
         _require_plain_head(backbone)
         self.slot_encoder = SlotEncoder(config.objective, config.features, config.head, table)
@@ -68,9 +69,9 @@ class PredictorNetwork(nn.Module):
             if config.refiner.num_layers:
                 self.slot_encoder.refiner_settings = SettingsEmbedding(*table.shape)
         if config.sampling.order == "embedding":
-            places = similar_tokens_together(table) if token_ranks is None else token_ranks.clone()
-            require_permutation(places, len(table))
-            self.slot_encoder.token_ranks = places
+            ranks = similar_tokens_together(table) if token_ranks is None else token_ranks.clone()
+            require_permutation(ranks, len(table))
+            self.slot_encoder.token_ranks = ranks
         self.language_model, self.gate, self.student_copy = config.student.attach(backbone, config.lora)
         # PEFT changes the layers of this very model, in place. The tuple keeps torch from taking it for a second part.
         self._base_model = (backbone,)
@@ -117,7 +118,13 @@ class PredictorNetwork(nn.Module):
         return self.base_model.get_input_embeddings()(token_ids)
 
     def run_decoder(
-        self, embeddings: Tensor, position_ids: Tensor, mask: Tensor, cache: Cache | None, **more: Any
+        self,
+        embeddings: Tensor,
+        position_ids: Tensor,
+        mask: Tensor | None,
+        cache: Cache | None,
+        *,
+        window_keys: WindowKeys | None = None,
     ) -> Tensor:
         """Run the base model's stack on input embeddings; the gate is as the caller left it.
 
@@ -125,23 +132,30 @@ class PredictorNetwork(nn.Module):
             embeddings: `[B, T, H]`, cast to the model's dtype.
             position_ids: `[B, T]`.
             mask: `[B, 1, T, P + T]` bool, P cached keys; always explicit, so that nothing is inferred from positions.
+                None with `window_keys`.
             cache: gets the keys and values of these T tokens appended.
-            more: for the model's attention.
+            window_keys: what the positions see in a call that reads windows.
 
         Returns:
             Last hidden states `[B, T, H]`.
         """
-        return _run_stack(self.base_model, embeddings, position_ids, mask, cache, **more)
+        return _run_stack(self.base_model, embeddings, position_ids, mask, cache, window_keys)
 
     def student_embed(self, token_ids: Tensor) -> Tensor:
         """The student's embeddings of context tokens: `[...]` to `[..., H]`."""
         return self.student_model.get_input_embeddings()(token_ids)
 
     def run_student_decoder(
-        self, embeddings: Tensor, position_ids: Tensor, mask: Tensor, cache: Cache | None, **more: Any
+        self,
+        embeddings: Tensor,
+        position_ids: Tensor,
+        mask: Tensor | None,
+        cache: Cache | None,
+        *,
+        window_keys: WindowKeys | None = None,
     ) -> Tensor:
-        """Run the student's stack, the adapter's gate as the caller left it; arguments as in `decode`."""
-        return _run_stack(self.student_model, embeddings, position_ids, mask, cache, **more)
+        """Run the student's stack, the adapter's gate as the caller left it; arguments as in `run_decoder`."""
+        return _run_stack(self.student_model, embeddings, position_ids, mask, cache, window_keys)
 
     def sampler(self, sampling: SamplingConfig | None = None) -> Sampler:
         """These settings, by default the predictor's own, with the token order of this predictor.
@@ -194,13 +208,31 @@ class PredictorNetwork(nn.Module):
         slots = self.embed_slots(auxiliaries, context.sampling.settings)
         if self.student_copy is not None:
             tokens = self.student_embed(context.batch.input_ids)
-            return read_jointly(context.batch, self.run_student_decoder, tokens, slots, self._in_blocks)
+            attention = self._window_attention(self.student_copy)
+            return attention.read_jointly(self.run_student_decoder, context.batch, tokens, slots)
         with self.gate.open():
-            return self.window_reader(context).read(self.run_decoder, slots)
+            return self.read_windows(context, slots)
 
-    def window_reader(self, context: Context, *, keeps: bool = False) -> WindowReader:
-        """Reads windows behind what the base model has read; `read` it with `decode` or `run_student_decoder`."""
-        return WindowReader(context.batch, context.cache, in_blocks=self._in_blocks, keeps=keeps)
+    def read_windows(self, context: Context, embeddings: Tensor) -> Tensor:
+        """Run the base model's stack on the first J positions of each window, after its context.
+
+        Args:
+            context: of `encode`.
+            embeddings: `[B, N, J, H]`; the gate is as the caller left it.
+
+        Returns:
+            Last hidden states `[B, N, J, H]`.
+        """
+        attention = self._window_attention(self.base_model)
+        return attention.read_windows(self.run_decoder, context.batch, context.cache, embeddings)
+
+    def incremental_reader(self, context: Context) -> IncrementalReader:
+        """As `read_windows`, a few positions of each window at a time."""
+        attention = self._window_attention(self.base_model)
+        return attention.incremental_reader(self.run_decoder, context.batch, context.cache)
+
+    def _window_attention(self, model: PreTrainedModel) -> WindowAttention:
+        return self.attention.choose(model.device, model.dtype)
 
     @property
     def refiner(self) -> Refiner | None:
@@ -227,23 +259,23 @@ class PredictorNetwork(nn.Module):
         Returns:
             `[B, N, L - 1, H]`.
         """
-        told = self.refiner_conditioning(context.sampling.settings)
+        conditioning = self.refiner_conditioning(context.sampling.settings)
         tokens = self.embed_draft(token_ids)
-        return pairs.refine_windows(context.batch, hidden, tokens, told, in_blocks=self._in_blocks)
+        return pairs.refine_windows(context.batch, hidden, tokens, conditioning, self.attention)
 
     def refiner_conditioning(self, sampling: SamplingConfig) -> Tensor | None:
-        """What the refiner is told of the settings, `[H]`; nothing if it is trained for one setting alone."""
+        """Embedding `[H]` of the sampling settings for the refiner; None if it is trained for one setting alone."""
         settings = self.slot_encoder.refiner_settings
         return None if settings is None else settings(sampling)
 
     def embed_draft(self, token_ids: Tensor) -> Tensor:
-        """What the refiner is told of the slots' tokens: `[...]` to `[..., H]`."""
+        """The refiner's input for drafted tokens, `[...]` to `[..., H]`; zeros if it is not conditioned on them."""
         embeddings = self.embed(token_ids)
         return embeddings if self.config.objective.conditions_on_draft else torch.zeros_like(embeddings)
 
     @property
     def num_refinement_steps(self) -> int:
-        """How often a draft is refined; once is enough where the draft is not told."""
+        """How often a draft is refined; once if the refiner is not conditioned on it."""
         if self.refiner is None:
             return 0
         return self.config.refiner.num_refinement_steps if self.config.objective.conditions_on_draft else 1
@@ -284,18 +316,16 @@ class PredictorNetwork(nn.Module):
 
 
 def _run_stack(
-    model: PreTrainedModel, embeddings: Tensor, position_ids: Tensor, mask: Tensor, cache: Cache | None, **more: Any
+    model: PreTrainedModel,
+    embeddings: Tensor,
+    position_ids: Tensor,
+    mask: Tensor | None,
+    cache: Cache | None,
+    window_keys: WindowKeys | None,
 ) -> Tensor:
-    """See `PredictorNetwork.decode`."""
+    """See `PredictorNetwork.run_decoder`."""
     decoder = getattr(model, model.base_model_prefix)
-    return decoder(
-        inputs_embeds=embeddings.to(model.dtype),
-        position_ids=position_ids,
-        attention_mask=mask,
-        cache=cache,
-        use_cache=cache is not None,
-        **more,
-    ).last_hidden_state
+    return run_layers(decoder, embeddings.to(model.dtype), position_ids, mask, cache, window_keys)
 
 
 def _apply_head(model: PreTrainedModel, hidden: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from jsonargparse import set_parsing_settings
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_only
 
 from ptp_lightning.training.distributed.termination import TerminateTogether
 from ptp_lightning.utils.user_errors import EXIT_CODE, plain_reason
@@ -95,6 +96,7 @@ AnyCLI = TypeVar("AnyCLI", bound=TrainingCLI)
 
 def run(args: list[str] | None = None) -> None:
     """Parse `args`, by default the command line (`fit --config ...`), and run them."""
+    show_own_messages()
     parsed(TrainingCLI, PlainErrorParser, args)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         _leave_together()
@@ -144,6 +146,14 @@ def silence_library_noise() -> None:
         warnings.filterwarnings("ignore", message=message)
     # Lightning's tips go through this logger; a filter that is there already is not added again.
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
+
+
+def show_own_messages() -> None:
+    """Print what this package logs, such as the attention back-end in use, on the first process alone."""
+    logger = logging.getLogger("ptp_lightning")
+    if rank_zero_only.rank == 0 and not logger.handlers:
+        logger.addHandler(logging.StreamHandler())
+        logger.setLevel(logging.INFO)
 
 
 def _is_no_advertisement(record: logging.LogRecord) -> bool:

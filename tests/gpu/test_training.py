@@ -12,7 +12,9 @@ from torch import Tensor
 
 from ptp_lightning.batch import PackedBatch
 from ptp_lightning.models import PredictorNetwork
-from ptp_lightning.models.attention.dispatch import WindowKeys
+from ptp_lightning.models.attention.blocks import Blocks
+from ptp_lightning.models.attention.choice import FASTEST_FIRST, AttentionChoice
+from ptp_lightning.models.attention.flex import Flex
 from ptp_lightning.models.layers.compile import compile_layers
 from ptp_lightning.models.layers.decoder_stack import decoder_layers
 from ptp_lightning.training.windows.dataset_windows import DatasetWindows
@@ -131,16 +133,20 @@ def assert_as_near(exact: list[Tensor], plain: list[Tensor], other: list[Tensor]
 
 
 @pytest.mark.parametrize(("family", "head_size"), [("llama", 16), ("qwen3", 16), ("llama", 8)])
-def test_flex_attention_is_attention_by_blocks(family: str, head_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flex_attention_is_attention_by_blocks(family: str, head_size: int) -> None:
     """In bfloat16, states and gradients; both are as near to float64 as numbers of 8 bits can be.
 
     Heads of 8 are too small for FlexAttention.
     """
     results = []
-    for dtype, flexes in ((torch.float64, False), (torch.bfloat16, False), (torch.bfloat16, True)):
-        monkeypatch.setattr(WindowKeys, "flexes", flexes)
+    blocks = [Blocks()]
+    for dtype, candidates in ((torch.float64, blocks), (torch.bfloat16, blocks), (torch.bfloat16, FASTEST_FIRST)):
         predictor = make_predictor.__wrapped__(family, hidden_size=4 * head_size)
         predictor = predictor.double() if dtype == torch.float64 else cast_weights(predictor, dtype)
+        predictor.attention = AttentionChoice(predictor.base_model, candidates)
+        if candidates is FASTEST_FIRST:
+            chosen = predictor.attention.choose(torch.device("cuda"), dtype)
+            assert isinstance(chosen, Flex) == (head_size >= 16)
         results.append(states_and_gradients(predictor.cuda()))
     assert_as_near(*results)
 

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -9,11 +10,13 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ptp_lightning.models import PredictorNetwork
-from ptp_lightning.models.attention import visible_keys
-from ptp_lightning.models.attention.blocks import block_attention
-from ptp_lightning.models.attention.dispatch import WindowKeys
-from ptp_lightning.models.attention.flex import FlexWindows
-from ptp_lightning.models.attention.visible_keys import VisibleKeys
+from ptp_lightning.models.attention import block_attention as block_attention_module
+from ptp_lightning.models.attention.block_attention import VisibleKeys, block_attention
+from ptp_lightning.models.attention.blocks import BlockKeys, Blocks
+from ptp_lightning.models.attention.choice import AttentionChoice
+from ptp_lightning.models.attention.dense import Dense
+from ptp_lightning.models.attention.flex import FlexKeys
+from ptp_lightning.models.attention.interface import WindowAttention
 from ptp_lightning.models.students import FullCopyStudent, GatedLoraStudent, Student
 from tests.helpers.tiny_models import TINY_MODELS
 from tests.helpers.tiny_windows import make_batch
@@ -61,14 +64,14 @@ def window_by_window(tensors: list[Tensor], visible: VisibleKeys) -> Tensor:
     return torch.stack(windows, dim=2)
 
 
-@pytest.mark.parametrize("least_windows", [1, 2, 3, WINDOWS, ROWS * WINDOWS])
+@pytest.mark.parametrize("min_windows", [1, 2, 3, WINDOWS, ROWS * WINDOWS])
 @pytest.mark.parametrize("frozen", [[], [1, 2], [0], [3], [4]], ids=str)
 def test_values_and_gradients_are_those_of_dense_attention(
-    frozen: list[int], least_windows: int, monkeypatch: pytest.MonkeyPatch
+    frozen: list[int], min_windows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In groups of any size, also where some inputs need no gradient, as the context's keys under gated LoRA."""
-    monkeypatch.setattr(visible_keys, "GROUP_SCORES_CPU", 1)
-    monkeypatch.setattr(visible_keys, "LEAST_WINDOWS", least_windows)
+    monkeypatch.setattr(block_attention_module, "MAX_GROUP_SCORES_CPU", 1)
+    monkeypatch.setattr(block_attention_module, "MIN_GROUP_WINDOWS", min_windows)
     tensors, visible = random_arguments(torch.float64)
     for index in frozen:
         tensors[index].requires_grad_(False)
@@ -91,11 +94,9 @@ def test_flex_attention_sees_the_same(heads: int) -> None:
     query = torch.randn(ROWS, heads, WINDOWS * 5, SIZE, generator=generator)
     sees_context = torch.rand(ROWS, WINDOWS, CONTEXT, generator=generator) < 0.5
     sees_context[..., 0] = True
-    layer = SimpleNamespace(keys=context_keys, values=context_values)
-    blocks = WindowKeys(SimpleNamespace(layers=[layer]), keeps=False)  # pyright: ignore[reportArgumentType]
-    expected = blocks.attend(0, query, keys, values, sees_context, 0.3)
-    flex = FlexWindows(sees_context, 5)
-    found = flex.attend(query, (context_keys, context_values), (keys, values), 0.3)
+    context: Any = SimpleNamespace(layers=[SimpleNamespace(keys=context_keys, values=context_values)])
+    expected = BlockKeys(context, sees_context).attend(0, query, keys, values, 0.3)
+    found = FlexKeys(context, sees_context, 5).attend(0, query, keys, values, 0.3)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -113,7 +114,7 @@ class TestInAModel:
 
     @pytest.mark.parametrize("student", [GatedLoraStudent(), FullCopyStudent()], ids=lambda student: student.name)
     def test_slots(self, family: str, student: Student) -> None:
-        blocks, dense = (self.make(family, in_blocks, student) for in_blocks in (True, False))
+        blocks, dense = (self.make(family, attention, student) for attention in (Blocks(), Dense()))
         input_ids, auxiliaries = inputs()
         hidden = [
             predictor.slot_hidden(predictor.encode(make_batch(input_ids)), auxiliaries) for predictor in (blocks, dense)
@@ -126,28 +127,28 @@ class TestInAModel:
             if own.requires_grad:
                 torch.testing.assert_close(own.grad, other.grad, atol=1e-9, rtol=1e-9, msg=name)
 
-    def test_places_that_are_read_call_by_call(self, family: str) -> None:
-        """One place, then two: as if all three had been read at once, whichever way the model attends."""
+    def test_positions_that_are_read_call_by_call(self, family: str) -> None:
+        """One position, then two: as if all three had been read at once, with either back-end."""
         embeddings = torch.randn(2, 3, 3, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         found = []
-        for in_blocks in (True, False):
-            predictor = self.make(family, in_blocks)
+        for attention in (Blocks(), Dense()):
+            predictor = self.make(family, attention)
             with torch.no_grad(), predictor.gate.closed():
                 context = predictor.encode(make_batch(inputs()[0]))
-                found.append(predictor.window_reader(context).read(predictor.run_decoder, embeddings))
-                reader = predictor.window_reader(context, keeps=True)
-                parts = [reader.read(predictor.run_decoder, part) for part in embeddings.split([1, 2], dim=2)]
+                found.append(predictor.read_windows(context, embeddings))
+                reader = predictor.incremental_reader(context)
+                parts = [reader.read(part) for part in embeddings.split([1, 2], dim=2)]
                 found.append(torch.cat(parts, dim=2))
         for other in found[1:]:
             torch.testing.assert_close(found[0], other, atol=1e-9, rtol=0)
 
     @staticmethod
-    def make(family: str, in_blocks: bool, student: Student | None = None) -> PredictorNetwork:
+    def make(family: str, attention: WindowAttention, student: Student | None = None) -> PredictorNetwork:
         predictor = make_predictor.__wrapped__(family).double()
         if student is not None:
             torch.manual_seed(2)
             config = replace(predictor.config, student=student)
             predictor = PredictorNetwork(config, TINY_MODELS[family](vocab_size=VOCAB_SIZE)).double().eval()
-        assert predictor._in_blocks, "all of these hand keyword arguments on to their attention"
-        predictor._in_blocks = in_blocks
+        assert isinstance(predictor.attention.choose(torch.device("cpu"), torch.float64), Blocks), "as all of these do"
+        predictor.attention = AttentionChoice(predictor.base_model, [attention])
         return predictor

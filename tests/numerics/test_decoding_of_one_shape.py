@@ -26,9 +26,10 @@ from ptp_lightning.models import (
     PredictorNetwork,
     RefinerSettings,
 )
-from ptp_lightning.models.attention import dispatch as window_keys_module
-from ptp_lightning.models.attention.visible_keys import VisibleKeys
-from ptp_lightning.models.attention.window_reader import WindowReader
+from ptp_lightning.models.attention import blocks as blocks_module
+from ptp_lightning.models.attention.block_attention import VisibleKeys
+from ptp_lightning.models.attention.blocks import Blocks
+from ptp_lightning.models.attention.dense import Dense
 from ptp_lightning.sampling import SamplingConfig
 from tests.helpers.tiny_decoding import PROMPT, reference
 from tests.helpers.tiny_distillation import LLAMA
@@ -225,32 +226,33 @@ def test_slots_are_divided_better_than_for_full_drafts(longest: int, slots: int,
 def test_windows_that_attend_to_something_else_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     found = training.difference(torch.device("cpu"))
     assert 0 < float(found["difference_gradients"] or 0) < 1e-5
-    attention = window_keys_module.block_attention
+    attention = blocks_module.block_attention
 
     def sees_everything(queries: Tensor, context: Any, own: Any, visible: VisibleKeys, scale: float) -> Tensor:
         everything = VisibleKeys(torch.ones_like(visible.context), torch.ones_like(visible.own))
         return attention(queries, context, own, everything, scale)
 
-    monkeypatch.setattr(window_keys_module, "block_attention", sees_everything)
+    monkeypatch.setattr(blocks_module, "block_attention", sees_everything)
     with pytest.raises(ValueError, match="expected hidden states and gradients to differ by at most"):
         training.difference(torch.device("cpu"))
 
 
 def test_a_dense_step_reads_windows_through_one_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     """And the other does not; both are measured."""
-    calls: list[bool] = []
-    monkeypatch.setattr(WindowReader, "__init__", noting(WindowReader.__init__, calls))
+    calls: list[type] = []
+    for backend in (Blocks, Dense):
+        monkeypatch.setattr(backend, "read_windows", noting(backend.read_windows, calls))
     sizes = {"rows": 1, "row_length": 12, "window_length": 3, "windows": 1, "vocab": 40, "rank": 1, "steps": 1}
-    for way, in_blocks in {"blocks": True, training.DENSE: False}.items():
+    for way, backend in {"blocks": Blocks, training.DENSE: Dense}.items():
         calls.clear()
         found = training.step(training.parse(way, {"device": "cpu", "dtype": "float32", **sizes}))
-        assert calls and all(found_in_blocks == in_blocks for found_in_blocks in calls)
+        assert set(calls) == {backend}
         assert found["seconds"]
 
 
-def noting(init: Any, calls: list[bool]) -> Any:
-    def wrapped(*args: Any, in_blocks: bool, **named: Any) -> None:
-        calls.append(in_blocks)
-        init(*args, in_blocks=in_blocks, **named)
+def noting(read_windows: Any, calls: list[type]) -> Any:
+    def wrapped(self: Any, *args: Any) -> Tensor:
+        calls.append(type(self))
+        return read_windows(self, *args)
 
     return wrapped

@@ -1,1 +1,1 @@
-"""Attention of windows over a shared context: masks, back-ends, and what reads windows with them."""
+"""Attention of windows to a shared context and to themselves: masks, back-ends and the choice between them."""

@@ -1,214 +1,189 @@
-"""Attention of windows over a shared context and over themselves, without scores between different windows.
-
-A dense mask over all slots of a row would waste most of its scores: with N windows of J slots behind S context tokens,
-N J (S + N J) of them instead of N J (S + J). Here the scores of a group of windows are made, used and forgotten, and
-made again in the backward pass, so that none of them live through it.
-
-Tensor sizes: B rows, H key-value heads, N windows, Q queries of a window (its J places for each of the query heads that
-share a key-value head), S context tokens, K keys of a window's own, D and E the sizes of keys and values. A group has R
-rows, n windows and c context tokens.
-"""
+"""Attention by blocks: each window attends to its context and to itself, and no scores between windows are made."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.nn.functional import scaled_dot_product_attention
 
-from ptp_lightning.models.attention.visible_keys import Group, VisibleKeys
+from ptp_lightning.batch import PackedBatch
+from ptp_lightning.models.attention.block_attention import VisibleKeys, block_attention
+from ptp_lightning.models.attention.interface import IncrementalReader, RunLayers, window_position_ids
+from ptp_lightning.models.attention.masks import context_mask, sees_context
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache, PreTrainedModel
+    from transformers.cache_utils import DynamicLayer
 
 
-def block_attention(
-    query: Tensor,
-    context: tuple[Tensor, Tensor],
-    own: tuple[Tensor, Tensor],
-    visible: VisibleKeys,
-    scale: float,
-) -> Tensor:
-    """Softmax attention; its arithmetic is in float32 or better.
+class Blocks:
+    """Attention of window after window, in float32 or better, by `block_attention`; see `WindowAttention`."""
+
+    name: ClassVar[str] = "blocks"
+
+    def is_supported(self, model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether the model passes keyword arguments on to its attention function, which finds the keys there."""
+        return model._supports_attention_backend
+
+    def read_windows(self, run: RunLayers, batch: PackedBatch, cache: DynamicCache, embeddings: Tensor) -> Tensor:
+        """See `WindowAttention.read_windows`."""
+        num_windows, length = embeddings.shape[1:3]
+        keys = BlockKeys(cache, _visible_context(batch))
+        hidden = run(embeddings.flatten(1, 2), window_position_ids(batch, 0, length), None, None, window_keys=keys)
+        return hidden.unflatten(1, (num_windows, length))
+
+    def incremental_reader(self, run: RunLayers, batch: PackedBatch, cache: DynamicCache) -> IncrementalReader:
+        """See `WindowAttention.incremental_reader`."""
+        return _BlockReader(run, batch, cache)
+
+    def read_jointly(self, run: RunLayers, batch: PackedBatch, context: Tensor, embeddings: Tensor) -> Tensor:
+        """See `WindowAttention.read_jointly`."""
+        num_windows, length = embeddings.shape[1:3]
+        all_embeddings = torch.cat([context, embeddings.flatten(1, 2).to(context.dtype)], dim=1)
+        all_position_ids = torch.cat([batch.position_ids, window_position_ids(batch, 0, length)], dim=1)
+        keys = _JointKeys(context_mask(batch.document_ids), _visible_context(batch))
+        hidden = run(all_embeddings, all_position_ids, None, None, window_keys=keys)
+        return hidden[:, context.shape[1] :].unflatten(1, (num_windows, length))
+
+
+class _BlockReader:
+    """See `IncrementalReader`."""
+
+    def __init__(self, run: RunLayers, batch: PackedBatch, cache: DynamicCache) -> None:
+        self._run = run
+        self._batch = batch
+        self._keys = _GrowingBlockKeys(cache, _visible_context(batch))
+        self._num_read = 0
+
+    def read(self, embeddings: Tensor) -> Tensor:
+        """See `IncrementalReader.read`."""
+        num_windows, length = embeddings.shape[1:3]
+        position_ids = window_position_ids(self._batch, self._num_read, length)
+        self._num_read += length
+        hidden = self._run(embeddings.flatten(1, 2), position_ids, None, None, window_keys=self._keys)
+        return hidden.unflatten(1, (num_windows, length))
+
+
+class _BlockAttention:
+    """`block_attention` for queries, keys and values as a model makes them.
 
     Args:
-        query: `[B, H, N, Q, D]`.
-        context: keys `[B, H, S, D]` and values `[B, H, S, E]`.
-        own: keys `[B, H, N, K, D]` and values `[B, H, N, K, E]` of the windows.
-        visible: which of them a query sees.
-        scale: of the scores.
-
-    Returns:
-        `[B, H, N, Q, E]`, with gradients for all tensors.
+        visible_context: `[B, N, S]` bool, the context tokens that each window sees.
     """
-    with torch.autocast(query.device.type, enabled=False):
-        attended = _BlockAttention.apply(query, *context, *own, visible, scale)
-    assert isinstance(attended, Tensor)
-    return attended
 
+    def __init__(self, visible_context: Tensor) -> None:
+        self._visible_context = visible_context
+        self._visible: VisibleKeys | None = None
 
-class _BlockAttention(torch.autograd.Function):
-    """See `block_attention`."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        context_keys: Tensor,
-        context_values: Tensor,
-        own_keys: Tensor,
-        own_values: Tensor,
-        visible: VisibleKeys,
-        scale: float,
+    def __call__(
+        self, query: Tensor, context: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor], scale: float
     ) -> Tensor:
-        ctx.save_for_backward(query, context_keys, context_values, own_keys, own_values)
-        ctx.visible, ctx.scale = visible, scale
-        if own_values.shape[-1] == query.shape[-1]:
-            attended = torch.empty_like(query)  # in the query's order, in which heads are put side by side again
-        else:
-            attended = query.new_empty(*query.shape[:-1], own_values.shape[-1])
-        for part in _parts(query, context_keys, own_keys, visible, scale):
-            to_context, to_own = part.split(part.weights)
-            result = to_own @ _by_window(own_values, part.group)
-            part.by_row(result).baddbmm_(to_context, _context(context_values, part.group))
-            _fill_in(attended, part.group, result)
-        return attended
+        """Attention of a layer.
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_attended: Tensor) -> tuple[Tensor | None, ...]:
-        inputs = ctx.saved_tensors
-        query, context_keys, context_values, own_keys, own_values = inputs
-        visible, scale = ctx.visible, ctx.scale
-        # The context's are added up over groups.
-        new = torch.empty_like, torch.zeros_like, torch.zeros_like, torch.empty_like, torch.empty_like
-        grads = [
-            like(tensor) if needed else None
-            for like, tensor, needed in zip(new, inputs, ctx.needs_input_grad, strict=False)
-        ]
-        of_query, of_context_keys, of_context_values, of_own_keys, of_own_values = grads
-        for part in _parts(query, context_keys, own_keys, visible, scale):
-            group, queries, keys, keys_of_context, weights, slopes = part
-            grad = _by_window(grad_attended, group)
-            to_context, to_own = part.split(weights)
-            if of_context_values is not None:
-                _add_to(of_context_values, group, to_context.transpose(1, 2) @ part.by_row(grad))
-            if of_own_values is not None:
-                _fill_in(of_own_values, group, to_own.transpose(1, 2) @ grad)
-            # d score = weight (d weight - sum of weight times d weight)
-            part.products(grad, _context(context_values, group), _by_window(own_values, group), slopes)
-            torch._softmax_backward_data(slopes, weights, -1, weights.dtype, grad_input=slopes)  # pyright: ignore[reportPrivateImportUsage]
-            to_context, to_own = part.split(slopes)
-            if of_query is not None:
-                of_queries = torch.empty_like(queries).baddbmm_(to_own, keys, beta=0, alpha=scale)
-                part.by_row(of_queries).baddbmm_(to_context, keys_of_context, alpha=scale)
-                _fill_in(of_query, group, of_queries)
-            if of_context_keys is not None:
-                _add_to(of_context_keys, group, (to_context.transpose(1, 2) @ part.by_row(queries)).mul_(scale))
-            if of_own_keys is not None:
-                _fill_in(of_own_keys, group, (to_own.transpose(1, 2) @ queries).mul_(scale))
-        return (*grads, None, None)
+        Args:
+            query: `[B, heads, N * J, D]`, of the last J of K positions of each window.
+            context: keys `[B, key-value heads, S, D]` and values `[B, key-value heads, S, E]`.
+            own: keys `[B, key-value heads, N, K, D]` and values `[B, key-value heads, N, K, E]` of the windows.
+            scale: of the scores.
+
+        Returns:
+            `[B, N * J, heads, E]`.
+        """
+        num_rows, num_heads, num_queries, size = query.shape
+        num_windows = self._visible_context.shape[1]
+        shared, length = num_heads // own[0].shape[1], num_queries // num_windows  # query heads of a key-value head
+        # [B, key-value heads, N, shared heads * J, D]
+        blocks = query.view(num_rows, -1, shared, num_windows, length, size).transpose(2, 3).flatten(3, 4)
+        visible = self._visible_keys(shared, length, own[0].shape[3])
+        attended = block_attention(blocks, context, own, visible, scale)
+        attended = attended.unflatten(3, (shared, length))  # [B, key-value heads, N, shared, J, E]
+        return attended.permute(0, 2, 4, 1, 3, 5).flatten(3, 4).flatten(1, 2)
+
+    def _visible_keys(self, shared: int, length: int, num_own: int) -> VisibleKeys:
+        """The same object for all layers of a call, so that windows are divided into groups once."""
+        if self._visible is None or self._visible.own.shape != (shared * length, num_own):
+            causal = torch.ones(length, num_own, dtype=torch.bool, device=self._visible_context.device)
+            self._visible = VisibleKeys(self._visible_context, causal.tril(num_own - length).repeat(shared, 1))
+        return self._visible
 
 
-class _Part(NamedTuple):
-    """A group's, in float32 or better and contiguous.
+class BlockKeys:
+    """`WindowKeys` of a call that reads windows after a context.
 
-    Attributes:
-        group: which it is.
-        queries: `[R * H * n, Q, D]`.
-        keys: `[R * H * n, K, D]`, the windows' own.
-        keys_of_context: `[R * H, c, D]`.
-        weights: `[R * H, n * Q, c + K]`, of attention.
-        room: for as many numbers.
+    Args:
+        context: keys and values of the context.
+        visible_context: `[B, N, S]` bool, the context tokens that each window sees.
     """
 
-    group: Group
-    queries: Tensor
-    keys: Tensor
-    keys_of_context: Tensor
-    weights: Tensor
-    room: Tensor
+    def __init__(self, context: DynamicCache, visible_context: Tensor) -> None:
+        self._context = context
+        self._num_windows = visible_context.shape[1]
+        self._attend = _BlockAttention(visible_context)
 
-    def by_row(self, tensor: Tensor) -> Tensor:
-        """`[R * H * n, Q, D]` as `[R * H, n * Q, D]`."""
-        return tensor.view(*self.weights.shape[:2], -1)
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """See `WindowKeys.attend`."""
+        own = self._own_keys(layer, *_by_window(self._num_windows, key, value))
+        return self._attend(query, keys_and_values(self._context, layer), own, scale)
 
-    def split(self, entries: Tensor) -> tuple[Tensor, Tensor]:
-        """Those for the context, `[R * H, n * Q, c]`, and those for a window's own keys, `[R * H * n, Q, K]`.
-
-        The latter contiguous: many small products of strided matrices are made one by one.
-        """
-        size = self.keys_of_context.shape[1]
-        return entries[..., :size], entries[..., size:].reshape(*self.queries.shape[:2], -1)
-
-    def products(
-        self,
-        queries: Tensor,
-        context: Tensor,
-        own: Tensor,
-        result: Tensor,
-        scale: float = 1.0,
-        bias: Tensor | None = None,
-    ) -> None:
-        """Fill in inner products of queries with what is the context's and the window's; the latter plus a bias."""
-        size, own = context.shape[1], own.transpose(1, 2)
-        result[..., :size].baddbmm_(self.by_row(queries), context.transpose(1, 2), beta=0, alpha=scale)
-        of_own = queries @ own if bias is None else torch.baddbmm(bias, queries, own, alpha=scale)
-        result[..., size:] = self.by_row(of_own)
+    def _own_keys(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values `[B, key-value heads, N, K, ...]` of all positions read so far; here, of this call."""
+        return keys, values
 
 
-def _parts(
-    query: Tensor, context_keys: Tensor, own_keys: Tensor, visible: VisibleKeys, scale: float
-) -> Iterator[_Part]:
-    """One after the other; their attention weights and room are where those of the part before were."""
-    num_heads, num_queries, num_own = query.shape[1], query.shape[3], visible.own.shape[1]
-    groups = visible.groups(num_heads)
-    shapes = [
-        (_length(rows) * num_heads, _length(windows) * num_queries, _length(columns) + num_own)
-        for rows, windows, columns in groups
-    ]
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    most = max(map(math.prod, shapes), default=0)
-    one, other = (query.new_empty(most, dtype=dtype) for _ in range(2))
-    for group, shape in zip(groups, shapes, strict=True):
-        scores, weights = (flat[: math.prod(shape)].view(shape) for flat in (one, other))
-        queries, keys = _by_window(query, group), _by_window(own_keys, group)
-        part = _Part(group, queries, keys, _context(context_keys, group), weights, scores)
-        of_context, of_own = visible.biases(group, dtype)
-        part.products(queries, part.keys_of_context, keys, scores, scale, of_own)
-        num_rows, num_windows, size = of_context.shape
-        by_window = scores.view(num_rows, num_heads, num_windows, num_queries, -1)
-        by_window[..., :size].add_(of_context[:, None, :, None])
-        torch.softmax(scores, -1, out=weights)
-        yield part
+class _GrowingBlockKeys(BlockKeys):
+    """`WindowKeys` that keep the windows' own keys and values for the next call."""
+
+    def __init__(self, context: DynamicCache, visible_context: Tensor) -> None:
+        super().__init__(context, visible_context)
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def _own_keys(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        if layer in self._kept:
+            earlier_keys, earlier_values = self._kept[layer]
+            keys, values = torch.cat([earlier_keys, keys], dim=3), torch.cat([earlier_values, values], dim=3)
+        self._kept[layer] = keys, values
+        return keys, values
 
 
-def _by_window(tensor: Tensor, group: Group) -> Tensor:
-    """Of `[B, H, N, Q or K, D]` those of a group: `[R * H * n, Q or K, D]`, contiguous."""
-    return _wide(tensor[group.rows, :, group.windows]).flatten(0, 2).contiguous()
+class _JointKeys:
+    """`WindowKeys` of a call that reads S context tokens, then J positions of each window.
+
+    Args:
+        mask: `[B, 1, S, S]` bool, of the context tokens.
+        visible_context: `[B, N, S]` bool, the context tokens that each window sees.
+    """
+
+    def __init__(self, mask: Tensor, visible_context: Tensor) -> None:
+        self._mask = mask
+        self._num_windows, self._context_length = visible_context.shape[1:]
+        self._attend = _BlockAttention(visible_context)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """See `WindowKeys.attend`."""
+        sizes = [self._context_length, query.shape[2] - self._context_length]
+        (q, k, v), (queries, keys, values) = zip(
+            *(tensor.split(sizes, dim=2) for tensor in (query, key, value)), strict=True
+        )
+        of_windows = self._attend(queries, (k, v), _by_window(self._num_windows, keys, values), scale)
+        if (shared := q.shape[1] // k.shape[1]) > 1:  # with a mask, fused kernels need one key head per query head
+            k, v = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1)
+        of_context = scaled_dot_product_attention(q, k, v, self._mask, scale=scale)
+        return torch.cat([of_context.transpose(1, 2), of_windows], dim=1)
 
 
-def _context(tensor: Tensor, group: Group) -> Tensor:
-    """Of `[B, H, S, D]` those of a group: `[R * H, c, D]`."""
-    return _wide(tensor[group.rows, :, group.columns]).flatten(0, 1)
+def keys_and_values(cache: DynamicCache, layer: int) -> tuple[Tensor, Tensor]:
+    """Keys and values `[B, key-value heads, S, ...]` of a context that has been read."""
+    cached = cast("DynamicLayer", cache.layers[layer])
+    assert cached.keys is not None and cached.values is not None, "the context has been read"
+    return cached.keys, cached.values
 
 
-def _fill_in(total: Tensor, group: Group, part: Tensor) -> None:
-    """`[B, H, N, Q or K, D]` with what is by window."""
-    own = total[group.rows, :, group.windows]
-    own.copy_(part.view(own.shape))
+def _visible_context(batch: PackedBatch) -> Tensor:
+    return sees_context(batch.document_ids, batch.window_starts)
 
 
-def _add_to(total: Tensor, group: Group, part: Tensor) -> None:
-    """`[B, H, S, D]` with what is of the context."""
-    own = total[group.rows, :, group.columns]
-    own.add_(part.view(own.shape))
-
-
-def _length(part: slice) -> int:
-    return part.stop - part.start
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    """In float32 or better."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+def _by_window(num_windows: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """`[B, key-value heads, N * J, ...]` as `[B, key-value heads, N, J, ...]`."""
+    return key.unflatten(2, (num_windows, -1)), value.unflatten(2, (num_windows, -1))

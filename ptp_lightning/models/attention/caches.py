@@ -1,4 +1,4 @@
-"""Caches of keys and values that go on in two ways from one point."""
+"""Copies of key-value caches that share their tensors."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ AnyCache = TypeVar("AnyCache", bound="Cache")
 
 
 def same_tensors(cache: AnyCache) -> AnyCache:
-    """A cache that shares all tensors with a given one, and stays as it is when that one goes on, and the reverse.
+    """A copy of a cache that shares its tensors; appending to one does not change the other.
 
-    A `DynamicCache` grows and shrinks by new tensors in the attributes of its layers, never inside old ones.
+    This holds for a `DynamicCache`: it grows and shrinks by new tensors in its layers' attributes, never in place.
     """
     copied = copy.copy(cache)
     copied.layers = [copy.copy(layer) for layer in cache.layers]

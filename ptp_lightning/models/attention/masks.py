@@ -1,7 +1,8 @@
-"""Which keys a token may see, in one place: context tokens see their document's past, slots see more.
+"""Attention masks of context tokens and of slots.
 
-A slot of window n sees (a) the context of its own document before the window starts, and (b) the slots of its own
-window up to itself. It never sees another window, another document, or context tokens at or after the window's start.
+A context token sees the tokens of its own document up to itself. A slot of a window sees the context tokens of the
+window's document before the window's start, and the slots of its own window up to itself. It never sees another window,
+another document, or context tokens at or after the window's start.
 """
 
 import torch
@@ -15,8 +16,12 @@ def context_mask(document_ids: Tensor) -> Tensor:
         document_ids: `[B, S]`, one number per document in a row; padding is a document of its own.
 
     Returns:
-        `[B, 1, S, S]` bool, true where a query (third axis) may see a key (fourth axis). No query sees nothing: each
-        sees itself.
+        `[B, 1, S, S]` bool, true where a query (third axis) sees a key (fourth axis). Each query sees at least itself.
+
+    >>> context_mask(torch.tensor([[0, 0, 1]]))[0, 0].int()
+    tensor([[1, 0, 0],
+            [1, 1, 0],
+            [0, 0, 1]], dtype=torch.int32)
     """
     same_document = document_ids.unsqueeze(2) == document_ids.unsqueeze(1)
     length = document_ids.shape[1]
@@ -32,7 +37,11 @@ def sees_context(document_ids: Tensor, window_starts: Tensor) -> Tensor:
         window_starts: `[B, N]`, row index of each window's first token (>= 1).
 
     Returns:
-        `[B, N, S]` bool; each window sees the token before it at least.
+        `[B, N, S]` bool; each window sees at least the token before it.
+
+    >>> sees_context(torch.tensor([[0, 0, 1, 1]]), torch.tensor([[1, 3]]))[0].int()
+    tensor([[1, 0, 0, 0],
+            [0, 0, 1, 0]], dtype=torch.int32)
     """
     row_index = torch.arange(document_ids.shape[1], device=document_ids.device)
     window_document = document_ids.gather(1, window_starts - 1)
@@ -49,10 +58,10 @@ def slot_mask(
     key_window: Tensor,
     key_offset: Tensor,
 ) -> Tensor:
-    """Attention of slots over a cached context followed by slots.
+    """Attention of slots to a cached context that is followed by slots.
 
     Queries and keys may come in any order (window after window in training, step after step in a rollout), because each
-    says which window it belongs to and how far into the window it stands.
+    states its window and its offset within the window.
 
     Args:
         document_ids: `[B, S]`, as in `context_mask`.
@@ -63,7 +72,7 @@ def slot_mask(
         key_offset: `[K]`, offset of each slot among the keys.
 
     Returns:
-        `[B, 1, Q, S + K]` bool, true where a query may see a key.
+        `[B, 1, Q, S + K]` bool, true where a query sees a key.
     """
     of_context = sees_context(document_ids, window_starts)[:, query_window]
     same_window = query_window.unsqueeze(1) == key_window

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ptp_lightning.models.attention.dispatch import WindowKeys
+from ptp_lightning.models.attention.interface import WindowKeys
 from ptp_lightning.models.layers.mixed_in import MixedIn, mix_in
 from ptp_lightning.models.layers.row_parts import in_batch_parts, in_parts
 
@@ -28,7 +28,7 @@ def make_lean(model: PreTrainedModel) -> None:
     """Let those modules whose arithmetic is known do with fewer intermediates; whether it is, is tried out.
 
     Args:
-        model: attends through `attend_windows`; changed in place.
+        model: attends through `attend_to_windows`; changed in place.
     """
     for module in model.modules():
         if _is_rms_norm(module):
@@ -150,8 +150,8 @@ class _LeanAttention(MixedIn):
     ) -> tuple[Tensor, Any]:
         """As those of transformers: `[B, T, H]` to the same, and no weights."""
         if window_keys is not None and _is_trained_in_own_dtype(hidden_states):
-            assert position_embeddings is not None and attention_mask is not None, "given where windows are read"
-            return _attend(self, hidden_states, position_embeddings, attention_mask, window_keys), None
+            assert position_embeddings is not None, "given where windows are read"
+            return _attend(self, hidden_states, position_embeddings, window_keys), None
         if window_keys is not None:
             kwargs["window_keys"] = window_keys
         return super().forward(  # pyright: ignore[reportAttributeAccessIssue]
@@ -159,14 +159,12 @@ class _LeanAttention(MixedIn):
         )
 
 
-def _attend(
-    module: Any, hidden: Tensor, tables: tuple[Tensor, Tensor], sees_context: Tensor, window_keys: WindowKeys
-) -> Tensor:
+def _attend(module: Any, hidden: Tensor, tables: tuple[Tensor, Tensor], window_keys: WindowKeys) -> Tensor:
     """Attention of a layer whose queries and keys are rotated as they come."""
     query, key, value = (layer(hidden) for layer in (module.q_proj, module.k_proj, module.v_proj))
     query, key = (rotated(part, *tables) for part in (query, key))
     query, key, value = (part.unflatten(-1, (-1, module.head_dim)).transpose(1, 2) for part in (query, key, value))
-    attended = window_keys.attend(module.layer_idx, query, key, value, sees_context.squeeze(1), module.scaling)
+    attended = window_keys.attend(module.layer_idx, query, key, value, module.scaling)
     return module.o_proj(attended.flatten(2).contiguous())
 
 
@@ -180,15 +178,10 @@ def _is_rms_norm(module: Any) -> bool:
     return _is_same(type(module).forward(module, x), expected)
 
 
-class _Mixture(WindowKeys):
+class _Mixture:
     """Tells whether queries, keys and values are those expected: adds them up."""
 
-    def __init__(self) -> None:
-        super().__init__(context=None, keeps=False)
-
-    def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, sees_context: Tensor, scale: float
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """`[B, T, heads, D]`."""
         shared = query.shape[1] // key.shape[1]
         others = (2 * key + 3 * value).repeat_interleave(shared, dim=1)
@@ -210,7 +203,7 @@ def _is_rotary_attention(module: Any) -> bool:
         )
     except (TypeError, ValueError):  # has other arguments, or attention that windows know nothing of
         return False
-    return _is_same(found, _attend(module, x, tables, mask, _Mixture()))
+    return _is_same(found, _attend(module, x, tables, _Mixture()))
 
 
 def _is_same(found: Tensor, expected: Tensor) -> bool:

@@ -1,1 +1,1 @@
-"""The refiner: layers after the stack that correct a draft, given the proposed tokens."""
+"""Refiner: layers after the stack that condition slots on a draft and predict it again."""

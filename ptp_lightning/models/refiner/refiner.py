@@ -1,11 +1,11 @@
-"""After the stack: layers for slots alone that are told which tokens the slots stand for.
+"""Refiner: decoder layers after the stack that condition slots on the drafted tokens they stand for.
 
-When the stack ends, the token of every slot has been proposed: the first one's by the base model, t_i = Pick(u_i, Q_i),
-exactly, the others by the slots to their left. The refiner pairs each position's last hidden state with its token. A
-slot attends to the pairs of the context, which are exact, and to those of its own window up to itself, and predicts
-anew what comes next. So the map from u to a token is computed at the end of the stack, not learned inside it.
+After the stack there is a draft: a token for every slot. The first token is exact, t_i = Pick(u_i, Q_i); each later one
+is predicted by the slot before it. The refiner pairs the last hidden state of a position with the token at that
+position. A slot attends to the pairs of the context, which are exact, and to the pairs of its own window up to itself,
+and predicts the next token again. So the map from u to a token is computed after the stack, not learned inside it.
 
-Only slots are refined. The pairs may be wrong: they decide how good a draft is, never what is committed.
+Only slots are refined. A wrong pair makes a worse draft; it never changes a committed token.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ptp_lightning.batch import PackedBatch
-from ptp_lightning.models.attention.window_reader import WindowReader
+from ptp_lightning.models.attention.choice import AttentionChoice
+from ptp_lightning.models.attention.interface import WindowKeys
 from ptp_lightning.models.refiner.layers import last_layers, new_layers, stream_scale
 from ptp_lightning.models.refiner.lower_layers import LowerLayers
 
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
     from transformers import Cache, DynamicCache, PreTrainedModel
 
 RMS_EPSILON = 1e-6
-HIDDEN_SHARE = 1 / 3  # of hidden states in what copied layers read at first; the rest is what is known of the token
+HIDDEN_SHARE = 1 / 3
+"""Weight of the hidden state in what copied layers read at the start of training; the rest is the token's weight."""
 
 
 @dataclass(frozen=True)
@@ -34,15 +36,15 @@ class RefinerSettings:
     """Size of the refiner, and how often it runs.
 
     Args:
-        num_layers: decoder layers, of the base model's width and number of heads; 0 for no refiner.
-        intermediate_size: width of their MLPs, by default three times the model's; of new layers only.
-        num_refinement_steps: how often a draft is refined. Step k lets token k + 1 know all tokens before it as they
-            will stand, so more than window_length - 1 change nothing. A step costs `num_layers` + `base_layers` layers
-            and a head on slots alone.
-        base_layers: first layers of the base model that read the tokens, so that slots are told what these layers make
-            of them instead of bare embeddings (see `LowerLayers`).
-        start: `random` for new layers, or `last_layers` for copies of the base model's last ones, which can already
-            tell from a context what comes next, and learn in far fewer steps.
+        num_layers: number of decoder layers, of the base model's width and number of heads; 0 for no refiner.
+        intermediate_size: width of their MLPs, three times the model's width by default; for new layers only.
+        num_refinement_steps: how often a draft is refined. After step k, token k + 1 no longer changes, so more than
+            window_length - 1 steps have no effect. A step runs `num_layers` + `base_layers` layers and the output head
+            on slots alone.
+        base_layers: number of the base model's first layers that encode the drafted tokens for the refiner (see
+            `LowerLayers`); 0 for their embeddings.
+        start: `random` for new layers, or `last_layers` for copies of the base model's last layers, which already
+            predict the next token from a context and learn in far fewer steps.
 
     Raises:
         ValueError: a value is out of range, or two contradict each other; names the key.
@@ -67,7 +69,7 @@ class RefinerSettings:
         if self.base_layers and not self.num_layers:
             raise ValueError(
                 "expected predictor.refiner.num_layers >= 1 beside predictor.refiner.base_layers "
-                f"{self.base_layers}, found 0: without a refiner nobody is told what they say"
+                f"{self.base_layers}, found 0: only a refiner reads their output"
             )
         if self.start not in ("random", "last_layers"):
             raise ValueError(f"expected predictor.refiner.start random or last_layers, found {self.start!r}")
@@ -79,14 +81,14 @@ class RefinerSettings:
 
 
 class Refiner(nn.Module):
-    """Decoder layers over pairs of a last hidden state and the token at its place.
+    """Decoder layers over pairs of a last hidden state and the token at its position.
 
     Args:
         model: the base model.
-        settings: size and start.
+        settings: size and initialisation.
 
     Raises:
-        ValueError: new layers cannot have heads of the base model's size, or copied ones do not fit in here.
+        ValueError: rotary embeddings do not fit the base model's heads, or its layers cannot be copied.
     """
 
     def __init__(self, model: PreTrainedModel, settings: RefinerSettings) -> None:
@@ -111,7 +113,7 @@ class Refiner(nn.Module):
             for layer in cast("list[Any]", layers):
                 nn.init.zeros_(layer.self_attn.o_proj.weight)
                 nn.init.zeros_(layer.mlp.down_proj.weight)
-        # What is added to a residual stream starts at zero: an untrained refiner changes nothing.
+        # The output is added to the hidden states: with zeros an untrained refiner changes nothing.
         nn.init.zeros_(self.out.weight)
 
     def forward(
@@ -119,40 +121,42 @@ class Refiner(nn.Module):
         hidden: Tensor,
         token_embeddings: Tensor,
         position_ids: Tensor,
-        mask: Tensor,
+        mask: Tensor | None,
         cache: Cache | None,
-        told: Tensor | None = None,
-        **more: Any,
+        conditioning: Tensor | None = None,
+        *,
+        window_keys: WindowKeys | None = None,
     ) -> Tensor:
         """Refine hidden states.
 
         Args:
             hidden: `[B, T, H]`, last hidden states.
-            token_embeddings: `[B, T, H]`, of the tokens at their places; zeros where they are not known.
+            token_embeddings: `[B, T, H]`, of the tokens at their positions; zeros where the tokens are not known.
             position_ids: `[B, T]`.
-            mask: `[B, 1, T, P + T]` bool, P cached pairs.
+            mask: `[B, 1, T, P + T]` bool, P cached pairs; None with `window_keys`.
             cache: gets the keys and values of these T pairs appended.
-            told: `[H]` or `[T, H]`, added to pairs once they are joined.
-            more: for the layers' attention.
+            conditioning: `[H]` or `[T, H]`, embedding of the sampling settings, added to the joined pairs.
+            window_keys: what the positions see in a call that reads windows.
 
         Returns:
             `[B, T, H]` in the dtype of `hidden`, for the base model's output head.
         """
         pairs = torch.cat([_normalized(hidden, self.join), _normalized(token_embeddings, self.join)], dim=-1)
-        stream = self.join(pairs) if told is None else self.join(pairs) + told
+        stream = self.join(pairs) if conditioning is None else self.join(pairs) + conditioning
         position_embeddings = self.rotary(stream, position_ids)
+        windows = {} if window_keys is None else {"window_keys": window_keys}
         for layer in self.layers:
-            stream = layer(stream, attention_mask=mask, cache=cache, position_embeddings=position_embeddings, **more)
+            stream = layer(stream, attention_mask=mask, cache=cache, position_embeddings=position_embeddings, **windows)
         return hidden + self.out(_normalized(stream, self.out)).to(hidden.dtype)
 
 
 class RefinerContext:
-    """The pairs that the refiner has read so far, as its keys and values.
+    """Keys and values of the pairs that the refiner has read so far.
 
     Args:
         refiner: the layers.
-        lower_layers: read the tokens first, with keys and values of their own; None to take embeddings as they are.
-        caches: of the refiner and of the lower layers, by default new ones.
+        lower_layers: encode the tokens, with a cache of their own; None if the refiner reads embeddings.
+        caches: of the refiner and of the lower layers, new ones by default.
     """
 
     def __init__(
@@ -166,7 +170,7 @@ class RefinerContext:
 
     def read(self, hidden: Tensor, token_embeddings: Tensor, position_ids: Tensor, mask: Tensor) -> None:
         """Append the pairs of context tokens; arguments as in `Refiner.forward`."""
-        tokens = self._read_tokens(token_embeddings, position_ids, mask)
+        tokens = self._encode_tokens(token_embeddings, position_ids, mask)
         self._refiner(hidden, tokens, position_ids, mask, self._cache)
 
     def refine(
@@ -175,14 +179,14 @@ class RefinerContext:
         token_embeddings: Tensor,
         position_ids: Tensor,
         mask: Tensor,
-        told: Tensor | None = None,
+        conditioning: Tensor | None = None,
     ) -> Tensor:
-        """Refined hidden states of slots, which leave no trace; see `Refiner.forward`."""
+        """Refine the hidden states of slots, which are not appended; arguments as in `Refiner.forward`."""
         num_slots = hidden.shape[1]
-        tokens = self._read_tokens(token_embeddings, position_ids, mask)
+        tokens = self._encode_tokens(token_embeddings, position_ids, mask)
         if self._lower_layers is not None:
             self._lower_cache.crop(-num_slots)
-        refined = self._refiner(hidden, tokens, position_ids, mask, self._cache, told)
+        refined = self._refiner(hidden, tokens, position_ids, mask, self._cache, conditioning)
         self._cache.crop(-num_slots)
         return refined
 
@@ -191,35 +195,57 @@ class RefinerContext:
         batch: PackedBatch,
         hidden: Tensor,
         token_embeddings: Tensor,
-        told: Tensor | None,
-        *,
-        in_blocks: bool,
+        conditioning: Tensor | None,
+        attention: AttentionChoice,
     ) -> Tensor:
-        """Refined hidden states `[B, N, J, H]` of the first J slots of packed windows; see `WindowReader`."""
+        """Refine the first J slots of packed windows.
+
+        Args:
+            batch: the packed rows and the starts of their windows.
+            hidden: `[B, N, J, H]`, last hidden states of the slots.
+            token_embeddings: `[B, N, J, H]`, of the tokens that the slots stand for.
+            conditioning: as in `Refiner.forward`.
+            attention: back-ends for the windows.
+
+        Returns:
+            `[B, N, J, H]`.
+        """
         tokens = token_embeddings
         if self._lower_layers is not None:
-            reader = WindowReader(batch, cast("DynamicCache", self._lower_cache), in_blocks=in_blocks)
-            tokens = reader.read(self._lower_layers, tokens)
+            of_lower = attention.choose(hidden.device, self._lower_layers.dtype)
+            cache = cast("DynamicCache", self._lower_cache)
+            tokens = of_lower.read_windows(self._lower_layers, batch, cache, tokens)
 
-        def run(embeddings: Tensor, position_ids: Tensor, mask: Tensor, cache: Cache | None, **more: Any) -> Tensor:
-            return self._refiner(embeddings, tokens.flatten(1, 2), position_ids, mask, cache, told, **more)
+        def run(
+            embeddings: Tensor,
+            position_ids: Tensor,
+            mask: Tensor | None,
+            cache: Cache | None,
+            *,
+            window_keys: WindowKeys | None = None,
+        ) -> Tensor:
+            flat = tokens.flatten(1, 2)
+            return self._refiner(embeddings, flat, position_ids, mask, cache, conditioning, window_keys=window_keys)
 
-        reader = WindowReader(batch, cast("DynamicCache", self._cache), in_blocks=in_blocks)
-        return reader.read(run, hidden)
+        of_refiner = attention.choose(hidden.device, self._refiner.join.weight.dtype)
+        return of_refiner.read_windows(run, batch, cast("DynamicCache", self._cache), hidden)
 
-    def _read_tokens(self, embeddings: Tensor, position_ids: Tensor, mask: Tensor) -> Tensor:
+    def _encode_tokens(self, embeddings: Tensor, position_ids: Tensor, mask: Tensor) -> Tensor:
         if self._lower_layers is None:
             return embeddings
         return self._lower_layers(embeddings, position_ids, mask, self._lower_cache)
 
 
 def refine_draft(draft: Tensor, num_refinement_steps: int, predict: Callable[[Tensor], Tensor]) -> Tensor:
-    """Let each token after the first be proposed again, knowing the draft before it.
+    """Predict all tokens of a draft but the first again, several times, each time from the draft of the last step.
 
     Args:
         draft: `[..., L]` token ids, the first exact.
-        num_refinement_steps: each proposes all L - 1 tokens at once; step k settles token k + 1, so L - 1 are enough.
-        predict: from the tokens `[..., L - 1]` that the slots stand for to those they predict.
+        num_refinement_steps: each predicts L - 1 tokens at once. Step k settles token k + 1, so at most L - 1 are made.
+        predict: from the tokens `[..., L - 1]` that slots stand for to the tokens that they predict.
+
+    >>> refine_draft(torch.tensor([1, 0, 0, 0]), 2, lambda token_ids: 2 * token_ids)
+    tensor([1, 2, 4, 0])
     """
     for _ in range(min(num_refinement_steps, draft.shape[-1] - 1)):
         draft = torch.cat([draft[..., :1], predict(draft[..., :-1])], dim=-1)
@@ -227,5 +253,5 @@ def refine_draft(draft: Tensor, num_refinement_steps: int, predict: Callable[[Te
 
 
 def _normalized(states: Tensor, reader: nn.Linear) -> Tensor:
-    """Of root mean square one, in the dtype of the layer that reads them."""
+    """States with a root mean square of one, in the dtype of the layer that reads them."""
     return nn.functional.rms_norm(states.to(reader.weight.dtype), states.shape[-1:], eps=RMS_EPSILON)

@@ -51,13 +51,13 @@ def invert(
     length = token_ids.shape[2]
     sampling = context.sampling.for_student()
     logits = predictor.logits(context.first_hidden)
-    reader = predictor.window_reader(context, keeps=True)
+    reader = predictor.incremental_reader(context)
     values: list[Tensor] = []
     found: list[Tensor] = []
     for offset in range(length - 1):
         if offset > 0:
             newest = predictor.embed_slots(followed_by_nothing(values[-1].unsqueeze(-1)), sampling.settings)
-            logits = predictor.slot_logits(reader.read(predictor.run_student_decoder, newest).squeeze(2))
+            logits = predictor.slot_logits(reader.read(newest).squeeze(2))
         lower, upper = token_interval(sampling.distribution(logits), token_ids[..., offset])
         values.append(strategy(lower, upper, generator))
         found.append(upper > lower)

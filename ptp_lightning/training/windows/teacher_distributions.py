@@ -74,7 +74,7 @@ def distributions_along(predictor: PredictorNetwork, context: Context, token_ids
     length = token_ids.shape[2]
     sampling = context.sampling
     with predictor.gate.closed():
-        hidden = predictor.window_reader(context).read(predictor.run_decoder, predictor.embed(token_ids[..., :-1]))
+        hidden = predictor.read_windows(context, predictor.embed(token_ids[..., :-1]))
     if are_lazy(predictor, context):
         return lazy_distributions(predictor, context, torch.cat([context.first_hidden.unsqueeze(2), hidden], dim=2))
     # Position 0 is computed by itself, as everywhere else, so that rounding gives the same token everywhere.

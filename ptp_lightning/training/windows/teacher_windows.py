@@ -40,12 +40,12 @@ class TeacherWindows(WindowSource):
         hidden = context.first_hidden
         tokens: list[Tensor] = []
         rollout = RolloutDistributions(predictor, context)
-        reader = predictor.window_reader(context, keeps=True)
+        reader = predictor.incremental_reader(context)
         with predictor.gate.closed():
             for offset in range(length):
                 if offset > 0:
                     newest = predictor.embed(tokens[-1]).unsqueeze(2)
-                    hidden = reader.read(predictor.run_decoder, newest).squeeze(2)
+                    hidden = reader.read(newest).squeeze(2)
                 tokens.append(pick(auxiliaries[..., offset], rollout.add(hidden)))
         token_ids = torch.stack(tokens, dim=-1)
         mask = until_end_of_text(token_ids, context.end_of_text)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, apply_rotary_pos_emb
 
 from ptp_lightning.models import LoraSettings, PredictorConfig, PredictorNetwork
-from ptp_lightning.models.attention.dispatch import attend_by_windows
+from ptp_lightning.models.attention.dispatch import use_window_attention
 from ptp_lightning.models.layers import row_parts
 from ptp_lightning.models.layers.memory_efficient import make_lean, rms_norm, rotated
 from ptp_lightning.models.layers.mixed_in import MixedIn
@@ -94,7 +94,7 @@ def lean(model: nn.Module) -> Counter[str]:
 )
 def test_families(family: str, expected: dict[str, int], dtype: torch.dtype) -> None:
     model = cast_weights(TINY_MODELS[family](), dtype)
-    attend_by_windows(model)
+    use_window_attention(model)
     make_lean(model)
     assert lean(model) == expected
 
@@ -115,7 +115,7 @@ class SharpAttention(LlamaAttention):
 
 def test_modules_of_other_arithmetic_stay_as_they_are() -> None:
     model = tiny_llama()
-    attend_by_windows(model)
+    use_window_attention(model)
     for layer in model.model.layers:
         layer.self_attn.__class__ = SharpAttention
         layer.input_layernorm.__class__ = ShiftedNorm
@@ -162,7 +162,7 @@ def test_states_and_gradients_are_the_same_under_autocast(monkeypatch: pytest.Mo
 def test_where_nothing_is_trained_models_are_their_own(family: str) -> None:
     """Bit for bit."""
     plain, model = TINY_MODELS[family](), TINY_MODELS[family]()
-    attend_by_windows(model)
+    use_window_attention(model)
     make_lean(model)
     tokens = torch.arange(1, 9).view(1, 8)
     with torch.no_grad():

@@ -35,7 +35,7 @@ VOCAB_SIZE, WINDOW_LENGTH = 64, 4
 
 TOLD: list[Objective] = [CategoricalObjective(), OneHotObjective(), SequentialObjective()]
 NOT_TOLD: list[Objective] = [IndependentObjective()]
-LIKE_LLAMA = ["llama", "qwen2", "qwen3"]  # families whose layers are called as Llama's are
+LIKE_LLAMA = ["llama", "qwen2", "qwen3"]  # families whose layers have the arguments of Llama's layers
 Start = Literal["random", "last_layers"]
 
 
@@ -293,7 +293,9 @@ class TestRefusals:
 
     @pytest.mark.parametrize("family", [family for family in TINY_MODELS if family not in LIKE_LLAMA])
     def test_last_layers_of_another_kind(self, family: str) -> None:
-        with pytest.raises(ValueError, match="called as Llama's are, found GPT.*set predictor.refiner.start to random"):
+        with pytest.raises(
+            ValueError, match="the arguments of Llama's layers, found GPT.*set predictor.refiner.start to random"
+        ):
             make_predictor(family, start="last_layers")
 
     @pytest.mark.parametrize(

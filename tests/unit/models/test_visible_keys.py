@@ -9,9 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ptp_lightning.models.attention import visible_keys
+from ptp_lightning.models.attention import block_attention
+from ptp_lightning.models.attention.block_attention import Group, VisibleKeys
 from ptp_lightning.models.attention.masks import sees_context
-from ptp_lightning.models.attention.visible_keys import Group, VisibleKeys
 
 DOCUMENTS = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0, 0, 0]])
 STARTS = torch.tensor([[1, 3, 5, 7], [2, 4, 6, 7]])
@@ -21,8 +21,8 @@ OWN = torch.ones(2, 2, dtype=torch.bool).tril()
 
 @pytest.fixture
 def two_windows_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(visible_keys, "GROUP_SCORES_CPU", 1)
-    monkeypatch.setattr(visible_keys, "LEAST_WINDOWS", 2)
+    monkeypatch.setattr(block_attention, "MAX_GROUP_SCORES_CPU", 1)
+    monkeypatch.setattr(block_attention, "MIN_GROUP_WINDOWS", 2)
 
 
 @pytest.mark.usefixtures("two_windows_at_once")
@@ -42,11 +42,11 @@ def test_small_rows_attend_together() -> None:
 
 @pytest.mark.usefixtures("two_windows_at_once")
 def test_rows_stay_whole_where_values_are_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(visible_keys, "allows_dynamic_shapes", lambda tensor: False)
+    monkeypatch.setattr(block_attention, "allows_dynamic_shapes", lambda tensor: False)
     everything = Group(slice(0, 2), slice(0, 4), slice(0, 8))
     assert VisibleKeys(SEEN, OWN).groups(num_heads=1) == [everything]
     scores_of_a_row = 4 * 2 * (8 + 2)
-    monkeypatch.setattr(visible_keys, "GROUP_SCORES_GPU", 2 * scores_of_a_row - 1)
+    monkeypatch.setattr(block_attention, "MAX_GROUP_SCORES_GPU", 2 * scores_of_a_row - 1)
     by_row = [everything._replace(rows=slice(row, row + 1)) for row in range(2)]
     assert VisibleKeys(SEEN, OWN).groups(num_heads=1) == by_row
 
@@ -74,8 +74,8 @@ def test_every_window_is_in_one_group_that_holds_all_it_sees(
 ) -> None:
     seen = torch.rand(num_rows, num_windows, size, generator=torch.Generator().manual_seed(seed)) < 0.3
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(visible_keys, "GROUP_SCORES_CPU", scores)
-        patch.setattr(visible_keys, "LEAST_WINDOWS", least)
+        patch.setattr(block_attention, "MAX_GROUP_SCORES_CPU", scores)
+        patch.setattr(block_attention, "MIN_GROUP_WINDOWS", least)
         groups = VisibleKeys(seen, OWN).groups(num_heads=3)
     times = torch.zeros(num_rows, num_windows, dtype=torch.long)
     for rows, windows, columns in groups:

@@ -301,7 +301,7 @@ def teacher_in_place_of_the_refiner(module: DistillationModule) -> Any:
     def refine(context: Context, pairs: RefinerContext, hidden: Tensor, token_ids: Tensor) -> Tensor:
         predictor = module.predictor
         with predictor.gate.closed():
-            return predictor.window_reader(context).read(predictor.run_decoder, predictor.embed(token_ids))
+            return predictor.read_windows(context, predictor.embed(token_ids))
 
     return refine
 

@@ -135,7 +135,7 @@ class TestAPerfectStudent:
                 text.append(pick(auxiliaries[..., place], Q))
                 with predictor.gate.closed():
                     embeddings = predictor.embed(torch.stack(text, -1))
-                    hidden = predictor.window_reader(context).read(predictor.run_decoder, embeddings)
+                    hidden = predictor.read_windows(context, embeddings)
             return hidden
 
         monkeypatch.setattr(predictor, "slot_hidden", slot_hidden)
