@@ -1,1 +1,1 @@
-"""Planning: what memory a training step of a configuration needs, measured on tensors without values."""
+"""Planning: the memory of a training step of a configuration, measured on tensors without values."""

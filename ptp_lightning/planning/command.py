@@ -1,14 +1,13 @@
-"""The command `plan`: a run's configuration in, the memory of its training step out, before anything is loaded.
+"""The command `plan`: the memory of a training step of a configuration, before anything is loaded.
 
-It measures and models nothing: the module of the configuration is built without memory, and one real training step
-with its optimiser, and a validation step, run on tensors that have shapes only, in full depth and width (see
-`ptp_lightning.planning.fake_tensors`), while the bytes of all tensors that live are counted. So the estimate follows
-the code as it changes. Extrapolating from a few layers would save seconds and stumble over whatever names a layer.
+The memory is measured, not modelled. The module of the configuration is built without memory, in full depth and width.
+A real training step with its optimizer, and a validation step, run on fake tensors (see
+`ptp_lightning.planning.fake_tensors`) while the bytes of all live tensors are counted. So the estimate follows changes
+of the code.
 
-A step that does not fit is measured again with one thing lowered, for each that can be.
+A step that does not fit is measured again for each setting that can be lowered.
 
-Not in it: what kernels need for themselves, the CUDA context and the gaps of the allocator; `USABLE` leaves room for
-them.
+Not included are workspaces of kernels, the CUDA context and fragmentation of the allocator; `USABLE` allows for them.
 """
 
 from __future__ import annotations
@@ -27,14 +26,14 @@ from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision, 
 
 from ptp_lightning.batch import PackedBatch
 from ptp_lightning.data.packed_datamodule import PackedDataModule
-from ptp_lightning.planning.fake_tensors import building, running
+from ptp_lightning.planning.fake_tensors import fake_execution, meta_modules
 from ptp_lightning.planning.rank_memory import ROWS, RankMemory, layer_groups, replicated, sharded
 from ptp_lightning.planning.step_memory import StepMemory, measure_step
 from ptp_lightning.training.cli import PlainErrorParser, TrainingCLI, parsed
 from ptp_lightning.training.modules.predictor_module import PredictorModule
 from ptp_lightning.training.modules.training_module import TrainingModule
 
-USABLE = 0.9  # share of a GPU's memory that a step may fill
+USABLE = 0.9  # fraction of a GPU's memory that a step may use
 GIGABYTE = 1e9
 UNITS = {"MB": 1e6, "GB": 1e9, "GIB": 2**30}
 LLAMA = {"model_type": "llama", "vocab_size": 32000, "max_position_embeddings": 4096}
@@ -61,7 +60,7 @@ BACKBONES: dict[str, dict[str, Any]] = {
 BACKBONE_KEYS = ("model.init_args.predictor.backbone", "model.init_args.backbone")
 ORDER_KEY = "model.init_args.predictor.sampling.order"
 COMPILE_KEY = "model.init_args.compile"
-# What can be lowered, by which factor, and the least that it can be.
+# Settings that can be lowered: divisor and minimum.
 SAVINGS = {
     "data.init_args.batch_size": (2, 1),
     "data.init_args.num_windows": (2, 1),
@@ -74,26 +73,26 @@ WIDTH = 56
 
 
 class PlanParser(PlainErrorParser):
-    """Its errors point at the help of this command."""
+    """Errors refer to the help of this command."""
 
     command = "plan"
 
 
 class PlanCLI(TrainingCLI):
-    """Builds what `fit` would train, from the same configuration but without memory, and no trainer."""
+    """Builds the model and data that `fit` would train, without memory and without a trainer."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the options, and those of `fit`, which may stand in a configuration and have no meaning here."""
+        """Add the options of this command, and those of `fit`, which are ignored."""
         add = parser.add_argument
-        add("--gpus", type=int | None, default=None, help="of the run; null takes trainer.devices and num_nodes")
-        add("--memory", type=str | None, default=None, help="of one GPU, 80GB for instance: does the step fit?")
-        add("--backbone", type=str | None, default=None, help=f"in the place of predictor.backbone: {_choices()}")
+        add("--gpus", type=int | None, default=None, help="number of GPUs; null uses trainer.devices and num_nodes")
+        add("--memory", type=str | None, default=None, help="memory of one GPU, for example 80GB: does the step fit?")
+        add("--backbone", type=str | None, default=None, help=f"replaces predictor.backbone: {_choices()}")
         add("--json", action="store_true", help="print one JSON object, in bytes")
         skip: set[str | int] = {"model", "train_dataloaders", "val_dataloaders", "datamodule"}
         parser.add_method_arguments(Trainer, "fit", skip=skip)
 
     def before_instantiate_classes(self) -> None:
-        """Refuse options; let the model be built from its configuration alone."""
+        """Check the options; set the backbone to be built from its configuration alone."""
         config = self.config
         if config["gpus"] is not None and config["gpus"] < 1:
             raise ValueError(f"expected --gpus >= 1, found {config['gpus']}")
@@ -106,28 +105,28 @@ class PlanCLI(TrainingCLI):
             if config["backbone"] is not None:
                 config[f"{key}.from_config"] = BACKBONES[config["backbone"]]
             config[f"{key}.random_weights"] = config[f"{key}.from_config"] is None
-        if config.get(ORDER_KEY) == "embedding":  # its table comes from the weights' values, and is small
+        if config.get(ORDER_KEY) == "embedding":  # its table depends on the values of weights, and is small
             config[ORDER_KEY] = "vocabulary"
         if config.get(COMPILE_KEY):
             config[COMPILE_KEY] = False
 
     def instantiate_classes(self) -> None:
-        """Model and data without memory."""
-        with building():
+        """Create the model and data without memory."""
+        with meta_modules():
             super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
-        """None: the machine that plans need not have the devices of the run."""
+        """None: this machine need not have the devices of the run."""
         return None
 
 
 @dataclass(frozen=True)
 class Layouts:
-    """The memory of one GPU of several, by the way the model is laid out over them.
+    """The memory of each GPU, by the layout of the model over the GPUs.
 
     Attributes:
-        columns: `replicated` and, of several GPUs, `sharded`.
-        step: what was measured.
+        columns: `replicated` and, for several GPUs, `sharded`.
+        step: the measured step.
     """
 
     columns: dict[str, RankMemory]
@@ -135,31 +134,31 @@ class Layouts:
 
     @property
     def totals(self) -> list[int]:
-        """Bytes of every column."""
+        """Total bytes of each column."""
         return [memory.total for memory in self.columns.values()]
 
 
 def run(args: Sequence[str]) -> None:
-    """Estimate the memory of a training step, and say whether it fits.
+    """Estimate the memory of a training step, and print whether it fits.
 
     Raises:
-        ValueError: an option is out of range or the configuration is not one that `fit` takes.
-        FileNotFoundError: a file of the configuration is not there.
+        ValueError: an option is out of range, or the configuration is not valid for `fit`.
+        FileNotFoundError: a file of the configuration does not exist.
     """
     cli = _parsed(args)
     num_ranks = cli.config["gpus"] or _num_ranks(cli.config["trainer"])
     layouts = _measure(cli, num_ranks)
-    room = _num_bytes(cli.config["memory"])
+    available = _num_bytes(cli.config["memory"])
     lowered: dict[str, Layouts] = {}
     if not cli.config["json"]:
-        print("\n".join([*_table(cli, layouts, num_ranks), *_verdict(layouts, room)]), flush=True)
-    if room is not None and max(layouts.totals) > USABLE * room:
+        print("\n".join([*_table(cli, layouts, num_ranks), *_verdict(layouts, available)]), flush=True)
+    if available is not None and max(layouts.totals) > USABLE * available:
         for name, override in _savings(cli.config).items():
             lowered[name] = _measure(_parsed([*args, override]), num_ranks)
-            if not cli.config["json"]:  # one after the other, for a large model takes its time
+            if not cli.config["json"]:  # printed one by one, because a large model takes some time
                 print(_row(name, lowered[name].totals), flush=True)
     if cli.config["json"]:
-        print(json.dumps(_plain(layouts, lowered, num_ranks, room)))
+        print(json.dumps(_plain(layouts, lowered, num_ranks, available)))
 
 
 def _parsed(args: Sequence[str]) -> PlanCLI:
@@ -167,19 +166,19 @@ def _parsed(args: Sequence[str]) -> PlanCLI:
 
 
 def _measure(cli: PlanCLI, num_ranks: int) -> Layouts:
-    """Run the step of a parsed configuration."""
+    """Measure the step of a parsed configuration."""
     module, data, trainer = cli.model, cli.datamodule, cli.config["trainer"]
     if not isinstance(data, PackedDataModule):
-        raise ValueError(f"expected data in packed rows, found {type(data).__name__}: set data")
+        raise ValueError(f"expected a data module of packed rows, found {type(data).__name__}: set data")
     plugin = _precision(str(trainer["precision"] or "32-true"))
-    with building():
+    with meta_modules():
         module = plugin.convert_module(module)
-    assert isinstance(module, TrainingModule), "all modules of this package are"
-    validates = isinstance(module, PredictorModule)  # others keep less than in training
+    assert isinstance(module, TrainingModule), "all modules of this package are TrainingModules"
+    validates = isinstance(module, PredictorModule)  # the validation of others needs less than training
     if validates:
         module.end_of_text = None
     on_gpu = trainer["accelerator"] != "cpu"
-    with running(module, on_gpu=on_gpu):
+    with fake_execution(module, on_gpu=on_gpu):
         step = measure_step(
             module,
             full_batch(data),
@@ -195,7 +194,7 @@ def _measure(cli: PlanCLI, num_ranks: int) -> Layouts:
 
 
 def full_batch(data: Any) -> PackedBatch:
-    """Rows without padding, each of one document, every window in it whole."""
+    """Rows without padding, one document each, with complete windows."""
     shape = (data.batch_size, data.row_length)
     return PackedBatch(
         input_ids=torch.zeros(shape, dtype=torch.int64),
@@ -207,8 +206,8 @@ def full_batch(data: Any) -> PackedBatch:
 
 
 def _precision(name: str) -> Precision:
-    """Lightning's own, which decides about autocast and the weights' type, on a CPU."""
-    if name in ("16-mixed", "bf16-mixed", "16", "bf16"):  # float16 takes as much as bfloat16
+    """Lightning's precision plugin for a CPU, which determines autocast and the dtype of weights."""
+    if name in ("16-mixed", "bf16-mixed", "16", "bf16"):  # float16 needs as much memory as bfloat16
         return MixedPrecision("bf16-mixed", "cpu")
     if name in ("16-true", "bf16-true"):
         return HalfPrecision("bf16-true")
@@ -216,11 +215,13 @@ def _precision(name: str) -> Precision:
         return DoublePrecision()
     if name in ("32", "32-true"):
         return Precision()
-    raise ValueError(f"expected trainer.precision 32-true, bf16-mixed or bf16-true, found {name}")
+    raise ValueError(
+        f"expected trainer.precision 32-true, bf16-mixed or bf16-true, found {name}: set trainer.precision"
+    )
 
 
 def _num_ranks(trainer: Namespace) -> int:
-    """GPUs of a run as its configuration has them; 1 where they are found when it starts."""
+    """Number of GPUs in the configuration; 1 if the run determines it at its start."""
     devices: Any = trainer["devices"]
     if isinstance(devices, list):
         count = len(devices)
@@ -230,7 +231,11 @@ def _num_ranks(trainer: Namespace) -> int:
 
 
 def _num_bytes(memory: str | None) -> float | None:
-    """`80GB` in bytes."""
+    """The bytes of a text such as `80GB`.
+
+    >>> _num_bytes("80GB")
+    80000000000.0
+    """
     if memory is None:
         return None
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(MB|GB|GIB)", memory.strip().upper())
@@ -240,7 +245,7 @@ def _num_bytes(memory: str | None) -> float | None:
 
 
 def _savings(config: Namespace) -> dict[str, str]:
-    """What can be lowered, as it is written in a configuration, and the option of the command line that does it."""
+    """Settings that can be lowered, as text, and the command line options that lower them."""
     savings = {}
     for key, (divisor, least) in SAVINGS.items():
         value: int | None = config.get(key)
@@ -279,21 +284,23 @@ def _row(name: str, values: Sequence[int | None]) -> str:
     return f"{name:<{WIDTH}}" + "".join(f"{'' if v is None else format(v / GIGABYTE, '.2f'):>12}" for v in values)
 
 
-def _verdict(layouts: Layouts, room: float | None) -> list[str]:
-    if room is None:
+def _verdict(layouts: Layouts, available: float | None) -> list[str]:
+    if available is None:
         return []
-    words = [f"{name} {'yes' if memory.total <= USABLE * room else 'no'}" for name, memory in layouts.columns.items()]
-    verdict = ["", f"Fits         {', '.join(words)} (in {USABLE:.0%} of {room / GIGABYTE:,.1f} GB)"]
-    return verdict if max(layouts.totals) <= USABLE * room else [*verdict, "", "total with"]
+    words = [
+        f"{name} {'yes' if memory.total <= USABLE * available else 'no'}" for name, memory in layouts.columns.items()
+    ]
+    verdict = ["", f"Fits         {', '.join(words)} (in {USABLE:.0%} of {available / GIGABYTE:,.1f} GB)"]
+    return verdict if max(layouts.totals) <= USABLE * available else [*verdict, "", "total with"]
 
 
-def _plain(layouts: Layouts, lowered: dict[str, Layouts], num_ranks: int, room: float | None) -> dict[str, Any]:
+def _plain(layouts: Layouts, lowered: dict[str, Layouts], num_ranks: int, available: float | None) -> dict[str, Any]:
     def plain(entry: Layouts) -> dict[str, Any]:
         return {name: memory.parts | {"total": memory.total} for name, memory in entry.columns.items()}
 
     fits = None
-    if room is not None:
-        fits = {name: memory.total <= USABLE * room for name, memory in layouts.columns.items()}
+    if available is not None:
+        fits = {name: memory.total <= USABLE * available for name, memory in layouts.columns.items()}
     return {
         "gpus": num_ranks,
         "bytes": plain(layouts),

@@ -1,11 +1,10 @@
-"""Modules and steps without memory: the real code, on tensors that have shapes and no values.
+"""Modules and training steps without memory: the real code, run on tensors that have shapes and no values.
 
-A module is built on torch's meta device. Its step then runs on fake tensors that claim to be on a CPU, because only
-there autocast and fused attention act as they do in earnest. Weights and activations are never allocated.
+A module is built on torch's meta device. Its step then runs on fake tensors of device `cpu`, because only there
+autocast and fused attention behave as in a real run. Weights and activations are never allocated.
 
-Nothing can be looked up in a tensor without values. The few places where the code does are answered as a step answers
-them in which all is in order and everything takes part: checks pass, nothing is tied, no slot is masked. So what a
-step needs is never estimated too low where a mask decides.
+Values of fake tensors cannot be read. Where the code reads values, they are replaced by those of a step in which all
+checks pass, no two values are equal, and no slot is masked. So memory that depends on a mask is never underestimated.
 """
 
 from __future__ import annotations
@@ -30,29 +29,29 @@ INDEXING = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default)
 
 
 @contextmanager
-def building() -> Iterator[None]:
-    """Modules that are made inside the block have no memory."""
-    with torch.device("meta"), _Answers(), _Attributes(on_gpu=False):
+def meta_modules() -> Iterator[None]:
+    """Modules created inside the block are on the meta device."""
+    with torch.device("meta"), _AssumedValues(), _Attributes(on_gpu=False):
         yield
 
 
 @contextmanager
-def running(module: nn.Module, *, on_gpu: bool) -> Iterator[None]:
-    """A module of `building` can run inside the block, on tensors that are made there.
+def fake_execution(module: nn.Module, *, on_gpu: bool) -> Iterator[None]:
+    """Inside the block, a module created by `meta_modules` can run on tensors that are created there.
 
     Args:
-        module: its parameters and buffers are replaced.
-        on_gpu: take the ways that the code takes on a GPU, where it asks tensors whether they are on one.
+        module: its parameters and buffers are replaced by fake tensors.
+        on_gpu: let `Tensor.is_cuda` be true, so that code takes its paths for GPUs.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)  # tables that are part of no module are real
+    mode = FakeTensorMode(allow_non_fake_inputs=True)  # tensors outside modules are real
     _replace(module, mode)
-    with mode, _Answers(), _Attributes(on_gpu=on_gpu):
+    with mode, _AssumedValues(), _Attributes(on_gpu=on_gpu):
         yield
 
 
 def _replace(module: nn.Module, mode: FakeTensorMode) -> None:
-    """Fake tensors in the place of meta tensors; tied ones stay tied."""
-    fakes: dict[int, tuple[Tensor, Tensor]] = {}  # with the original, so that its id is not used again
+    """Replace meta tensors by fake tensors; tied tensors stay tied."""
+    fakes: dict[int, tuple[Tensor, Tensor]] = {}  # with the original, so that its id is not reused
 
     def fake(tensor: Tensor) -> Tensor:
         if id(tensor) not in fakes:
@@ -63,63 +62,67 @@ def _replace(module: nn.Module, mode: FakeTensorMode) -> None:
         return fakes[id(tensor)][1]
 
     for part in module.modules():
-        tables: list[dict[str, Any]] = [part._parameters, part._buffers, vars(part)]  # metrics keep sums in the last
+        tables: list[dict[str, Any]] = [
+            part._parameters,
+            part._buffers,
+            vars(part),
+        ]  # metrics store their sums as attributes
         for table in tables:
             table.update({name: fake(entry) for name, entry in table.items() if isinstance(entry, Tensor)})
 
 
-class _Answers(TorchDispatchMode):
-    """Answers for operations whose result depends on values."""
+class _AssumedValues(TorchDispatchMode):
+    """Results of operations that depend on values."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._exceptions = WeakIdKeyDictionary()  # results of `any`
+        self._any_results = WeakIdKeyDictionary()  # outputs of `any`, which are false
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """See the module's docstring."""
         kwargs = kwargs or {}
         if func is aten._local_scalar_dense.default:
             if args[0].dtype == torch.bool:
-                return args[0] not in self._exceptions
-            return 0.5 if args[0].is_floating_point() else 1  # may be a share
+                return args[0] not in self._any_results
+            return 0.5 if args[0].is_floating_point() else 1  # may be a fraction
         if func in EQUAL:
             return True
         if func is aten.nonzero.default:
             return args[0].new_empty(args[0].numel(), args[0].ndim, dtype=torch.int64)
         if func is aten.masked_select.default:
             return args[0].new_empty(torch.broadcast_shapes(args[0].shape, args[1].shape).numel())
-        if func is aten.bincount.default:  # no number reaches the least length
+        if func is aten.bincount.default:  # no value reaches `minlength`
             return args[0].new_empty(args[2], dtype=torch.int64)
         if func is aten._to_copy.default and args[0].is_meta and kwargs.get("device") == CPU:
             kwargs = kwargs | {"device": args[0].device}
         if func in INDEXING:
-            args = (args[0], _all_places(args[1]), *args[2:])
+            args = (args[0], _all_selected(args[1]), *args[2:])
         result = func(*args, **kwargs)
         if func in ANY:
-            self._exceptions[result] = None
+            self._any_results[result] = None
         return result
 
 
-def _all_places(index: list[Tensor | None]) -> list[Tensor | None]:
-    """An index with every bool mask replaced by as many integers as it has entries."""
-    places: list[Tensor | None] = []
+def _all_selected(index: list[Tensor | None]) -> list[Tensor | None]:
+    """An index with every bool mask replaced by integers, as if it selected all entries."""
+    indices: list[Tensor | None] = []
     for entry in index:
         if entry is not None and entry.dtype == torch.bool:
-            places += [entry.new_empty(entry.numel(), dtype=torch.int64) for _ in range(entry.ndim)]
+            indices += [entry.new_empty(entry.numel(), dtype=torch.int64) for _ in range(entry.ndim)]
         else:
-            places.append(entry)
-    return places
+            indices.append(entry)
+    return indices
 
 
 class _Attributes(TorchFunctionMode):
-    """Answers for what is asked of a tensor itself."""
+    """Results of attributes and methods of tensors."""
 
     def __init__(self, *, on_gpu: bool) -> None:
         super().__init__()
         self._on_gpu = on_gpu
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Numbers are zeros; where the tensor is, see `running`."""
+        """Zeros for `numpy`; `is_cuda` as given."""
         if func == Tensor.numpy:
             return np.zeros(args[0].shape)
         if self._on_gpu and func == Tensor.is_cuda.__get__:  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,4 +1,4 @@
-"""RankMemory: what a training step has in memory on each of several GPUs, replicated or sharded."""
+"""RankMemory: memory of a training step on each of several GPUs, with a replicated or a sharded model."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from typing import NamedTuple
 
 from torch import nn
 
-from ptp_lightning.planning.live_bytes import OTHER
+from ptp_lightning.planning.memory_tracker import ACTIVATIONS
 from ptp_lightning.planning.step_memory import BACKWARD, FORWARD, FROZEN, GRADIENTS, STATES, TRAINED, StepMemory
 from ptp_lightning.training.modules.training_module import TrainingModule
 
-BUCKETS = "gradient buckets of DDP"
-GATHERED = "layers gathered from all ranks"
-KEPT = "activations kept for the backward pass"
-WORKING = "working memory"
-ROWS = (FROZEN, TRAINED, GRADIENTS, BUCKETS, STATES, GATHERED, KEPT, WORKING)
+BUCKETS = "DDP gradient buckets"
+GATHERED = "all-gathered layers"
+SAVED = "activations saved for the backward pass"
+TEMPORARY = "temporary tensors"
+ROWS = (FROZEN, TRAINED, GRADIENTS, BUCKETS, STATES, GATHERED, SAVED, TEMPORARY)
 
-PREFETCHED = 2  # layers that are whole at the same time: while one computes, the next is gathered
+NUM_GATHERED_LAYERS = 2  # the layer that computes, and the next one, which is prefetched
 
 
 class LayerGroups(NamedTuple):
-    """Bytes of what FSDP2 gathers at once.
+    """Bytes of the parameter groups of FSDP2.
 
     Attributes:
         layer: parameters of the largest decoder layer.
-        layer_gradients: and their gradients.
-        rest: everything outside the decoder layers, which stays whole from the forward pass to the backward pass.
+        layer_gradients: gradients of the trained parameters of a decoder layer, at most.
+        rest: parameters outside the decoder layers, which stay gathered from the forward to the backward pass.
     """
 
     layer: int
@@ -37,22 +37,22 @@ class LayerGroups(NamedTuple):
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes on one GPU when most is in use.
+    """Peak memory of one GPU, in bytes.
 
     Attributes:
-        parts: by what they are for; keys are among `ROWS`.
+        parts: by category; keys are among `ROWS`.
     """
 
     parts: dict[str, int]
 
     @property
     def total(self) -> int:
-        """Of all parts."""
+        """Sum of all parts."""
         return sum(self.parts.values())
 
 
 def replicated(step: StepMemory, num_ranks: int) -> RankMemory:
-    """Every GPU holds everything; of several, each also holds DDP's copy of all gradients."""
+    """Memory if every GPU holds the whole model; with several GPUs, DDP adds a copy of all gradients."""
     buckets = {BUCKETS: step.parts[GRADIENTS]} if num_ranks > 1 else {}
 
     def at(stage: str) -> RankMemory:
@@ -68,10 +68,10 @@ def replicated(step: StepMemory, num_ranks: int) -> RankMemory:
 
 
 def sharded(step: StepMemory, groups: LayerGroups, num_ranks: int) -> RankMemory:
-    """FSDP2: parameters, gradients and optimiser states are divided, layers gathered while they compute."""
+    """Memory with FSDP2: parameters, gradients and optimizer states are sharded, and layers gathered to compute."""
 
     def at(stage: str) -> RankMemory:
-        gathered = groups.rest + PREFETCHED * groups.layer
+        gathered = groups.rest + NUM_GATHERED_LAYERS * groups.layer
         if stage == BACKWARD:
             gathered += groups.layer_gradients
         return RankMemory(
@@ -86,7 +86,7 @@ def sharded(step: StepMemory, groups: LayerGroups, num_ranks: int) -> RankMemory
 
 
 def layer_groups(module: TrainingModule) -> LayerGroups:
-    """Sizes of the decoder layers of all networks in a module, and of what is outside them."""
+    """Sizes of the decoder layers of all networks in a module, and of the other parameters."""
     layers = module.decoder_layers("plan for another base model")
     inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
     rest = [parameter for parameter in module.parameters() if id(parameter) not in inside]
@@ -100,10 +100,10 @@ def layer_groups(module: TrainingModule) -> LayerGroups:
 
 
 def _activations(step: StepMemory, stage: str) -> dict[str, int]:
-    """What does not stay, in two parts."""
-    total = step.peaks[stage][OTHER]
-    kept = min(step.kept, total) if stage in (FORWARD, BACKWARD) else 0
-    return {KEPT: kept, WORKING: total - kept}
+    """Activations in two parts."""
+    total = step.peaks[stage][ACTIVATIONS]
+    saved = min(step.saved, total) if stage in (FORWARD, BACKWARD) else 0
+    return {SAVED: saved, TEMPORARY: total - saved}
 
 
 def _largest(candidates: Iterable[RankMemory]) -> RankMemory:

@@ -47,7 +47,7 @@ def test_a_row_for_every_part_and_a_total(plan: Run) -> None:
     header, *rows = printed.out.partition("\n\n")[2].partition("\n\n")[0].splitlines()
     assert header.split() == ["GB", "on", "each", "of", "2", "GPUs", "replicated", "sharded"]
     numbers = {row[:WIDTH].strip(): [float(number) for number in row[WIDTH:].split()] for row in rows}
-    assert len(numbers["gradient buckets of DDP"]) == len(numbers["layers gathered from all ranks"]) == 1
+    assert len(numbers["DDP gradient buckets"]) == len(numbers["all-gathered layers"]) == 1
     assert printed.out.endswith("Fits         replicated yes, sharded yes (in 90% of 1.0 GB)\n")
     assert "8 windows in each" in printed.out
 
@@ -60,7 +60,7 @@ def test_json_adds_up(plan: Run) -> None:
     assert result["fits"] is None and result["lowered"] == {}
 
 
-def test_what_does_not_fit_is_told_what_would_lower_it(plan: Run) -> None:
+def test_settings_to_lower_are_listed_if_the_step_does_not_fit(plan: Run) -> None:
     result = json.loads(plan("tinyllama", "--json", "--memory", "1MB").out)
     assert result["fits"] == {"replicated": False}
     total = result["bytes"]["replicated"]["total"]
@@ -86,8 +86,8 @@ def test_the_precision_of_the_trainer_counts(plan: Run) -> None:
     ]
     single, half = [entry["bytes"]["replicated"] for entry in plans]
     assert single["trained parameters"] == 2 * half["trained parameters"]
-    kept = "activations kept for the backward pass"
-    assert half[kept] < 0.8 * single[kept]
+    saved = "activations saved for the backward pass"
+    assert half[saved] < 0.8 * single[saved]
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_the_precision_of_the_trainer_counts(plan: Run) -> None:
         (["--data.init_args.batch_size", "0"], "expected data.batch_size >= 1, found 0"),
     ],
 )
-def test_mistakes_are_refused_with_the_reason(plan: Run, args: list[str], reason: str) -> None:
+def test_errors_name_the_option(plan: Run, args: list[str], reason: str) -> None:
     printed = plan("tinyllama", *args)
     assert printed.status == 2
     assert reason in printed.err
@@ -112,7 +112,7 @@ def test_backbones_have_their_numbers_of_parameters(name: str) -> None:
     assert model.num_parameters() == NUM_PARAMETERS[name]
 
 
-def test_a_backbone_takes_the_place_of_a_hub_id_which_is_not_asked(
+def test_a_backbone_replaces_a_hub_id_without_a_download(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(BACKBONES, "7b", SHRUNKEN | {"hidden_size": 48})
@@ -133,8 +133,8 @@ def test_a_backbone_takes_the_place_of_a_hub_id_which_is_not_asked(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_windows", [16, 48])
-def test_a_plan_is_what_a_real_training_takes(num_windows: int) -> None:
-    """Of the embedded model, by the resident memory of Lightning's own steps."""
+def test_a_plan_is_the_memory_of_a_real_training(num_windows: int) -> None:
+    """For the embedded model, compared with the resident memory of a Lightning training."""
     options = ["--config", str(CONFIGS / "gated_lora.yaml"), "--data.init_args.num_windows", str(num_windows)]
 
     def printed_by(*command: str) -> str:

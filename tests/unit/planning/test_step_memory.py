@@ -1,4 +1,4 @@
-"""A step that is measured without memory needs what a real one gets from torch's allocator."""
+"""The memory of a step on fake tensors is that of a real step, by torch's allocator."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from ptp_lightning.models.refiner.refiner import RefinerSettings
 from ptp_lightning.models.slots.objectives import OneHotObjective
 from ptp_lightning.models.students import FullCopyStudent
 from ptp_lightning.planning.command import full_batch
-from ptp_lightning.planning.fake_tensors import building, running
-from ptp_lightning.planning.live_bytes import OTHER
+from ptp_lightning.planning.fake_tensors import fake_execution, meta_modules
+from ptp_lightning.planning.memory_tracker import ACTIVATIONS
 from ptp_lightning.planning.rank_memory import replicated
 from ptp_lightning.planning.step_memory import StepMemory, measure_step
 from ptp_lightning.sampling import SamplingConfig
@@ -26,7 +26,7 @@ from ptp_lightning.training.modules.distillation import DistillationModule
 from ptp_lightning.training.windows.dataset_windows import DatasetWindows
 from tests.helpers.tiny_distillation import make_module
 
-TOLERANCE = 0.05  # kernels may take memory for themselves; to 15 % a plan can be relied on
+TOLERANCE = 0.05  # workspaces of kernels are not counted; the promise for a plan is 15 %
 NETWORK = {
     "model_type": "llama",
     "vocab_size": 2048,
@@ -40,18 +40,18 @@ NETWORK = {
 SIZES = SimpleNamespace(batch_size=2, row_length=64, num_windows=8)
 SETTINGS: dict[str, dict[str, Any]] = {
     "activations": {"objective": OneHotObjective(), "loss": CrossEntropy(), "lora": LoraSettings(rank=16)},
-    # Nearly all of it are weights, gradients and the optimiser's states.
+    # Mostly weights, gradients and optimizer states.
     "weights": {
         "student": FullCopyStudent(),
         "window_length": 2,
         "refiner": RefinerSettings(),
         "loss": KullbackLeibler(chunk_size=16),
     },
-    # Nearly all of it are logits: a vocabulary beside which everything else is small.
+    # Mostly logits: the vocabulary is much larger than everything else.
     "logits": {
         "backbone": NETWORK | {"vocab_size": 32768, "hidden_size": 32, "intermediate_size": 32},
         "source": DatasetWindows(),
-        "sampling": SamplingConfig(),  # under which no token of the data is impossible, and so none masked
+        "sampling": SamplingConfig(),  # gives every token a probability above 0, so that no token is masked
         "refiner": RefinerSettings(),
     },
 }
@@ -64,29 +64,29 @@ def make(settings: dict[str, Any]) -> DistillationModule:
 
 
 def measured(settings: dict[str, Any], **options: bool) -> StepMemory:
-    """Without memory."""
-    with building():
+    """Measure on fake tensors."""
+    with meta_modules():
         module = make(settings)
-    with running(module, on_gpu=False):
+    with fake_execution(module, on_gpu=False):
         return measure_step(module, full_batch(SIZES), **options)
 
 
 def allocated(work: Callable[[], None]) -> int:
-    """The most that torch's allocator has given out at a time, as the profiler records it."""
+    """Peak memory of torch's allocator, from the profiler."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         work()
     assert record.profiler is not None
     events: list[Any] = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = most = 0
+    current = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    return most
+        current += event.nbytes()
+        peak = max(peak, current)
+    return peak
 
 
 @pytest.fixture
 def with_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the steps of a module ask their trainer."""
+    """The attributes of the trainer that a training step reads."""
     trainer: Any = SimpleNamespace(
         estimated_stepping_batches=2, strategy=SimpleNamespace(reduce=lambda tensor, reduce_op: tensor)
     )
@@ -103,7 +103,7 @@ def real_batch() -> PackedBatch:
 def real_steps(module: DistillationModule, *, accumulates: bool = False) -> Callable[[], None]:
     """Two optimiser steps in Lightning's order: gradients are removed between the forward and the backward pass.
 
-    To accumulate, they are not removed.
+    With accumulation they are kept.
     """
     batch = real_batch()
     optimizer: Any = module.configure_optimizers()
@@ -122,7 +122,7 @@ def real_steps(module: DistillationModule, *, accumulates: bool = False) -> Call
 
 @pytest.mark.usefixtures("with_trainer")
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_the_estimate_is_what_a_real_step_takes(settings: dict[str, Any]) -> None:
+def test_the_estimate_is_the_memory_of_a_real_step(settings: dict[str, Any]) -> None:
     expected = replicated(measured(settings), 1).total
     module = make(settings)
     weights = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
@@ -131,7 +131,7 @@ def test_the_estimate_is_what_a_real_step_takes(settings: dict[str, Any]) -> Non
 
 
 @pytest.mark.usefixtures("with_trainer")
-def test_gradients_that_are_added_up_stay_in_the_backward_pass() -> None:
+def test_accumulated_gradients_exist_in_the_backward_pass() -> None:
     settings = SETTINGS["weights"] | {"loss": KullbackLeibler(), "window_length": 4}
     one, several = (measured(settings, accumulates=accumulates) for accumulates in (False, True))
     assert one.peaks["backward"].total() < several.peaks["backward"].total()
@@ -142,9 +142,9 @@ def test_gradients_that_are_added_up_stay_in_the_backward_pass() -> None:
 
 
 @pytest.mark.usefixtures("with_trainer")
-def test_so_is_that_of_a_validation() -> None:
+def test_the_estimate_of_a_validation_step() -> None:
     settings = SETTINGS["activations"] | {"refiner": RefinerSettings(num_layers=1, num_refinement_steps=1)}
-    expected = measured(settings, validates=True).peaks["validation"][OTHER]
+    expected = measured(settings, validates=True).peaks["validation"][ACTIVATIONS]
     module, batch = make(settings).eval(), real_batch()
 
     @torch.no_grad()
