@@ -3,16 +3,23 @@
 import logging
 import sys
 import warnings
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, NoReturn, TypeVar
 
+import lightning
 import torch
-from jsonargparse import set_parsing_settings
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
+from ptp_lightning import __version__
 from ptp_lightning.training.distributed.termination import TerminateTogether
+from ptp_lightning.utils.named_files import find_yaml
+from ptp_lightning.utils.renamed_keys import require_current_names
 from ptp_lightning.utils.user_errors import EXIT_CODE, plain_reason
 
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -63,12 +70,32 @@ class PlainErrorParser(LightningArgumentParser):
         sys.exit(EXIT_CODE)
 
 
+class NamedConfigFile(ActionConfigFile):
+    """The option `--config`, which also takes the name of a configuration that ships with the package."""
+
+    def __call__(self, parser: ArgumentParser, cfg: Namespace, values: Any, option_string: str | None = None) -> None:
+        """Find the file and refuse names of version 0.1 in it, then read it."""
+        path = find_yaml(values, "configs")
+        if path.is_file():
+            with suppress(yaml.YAMLError):  # reported by the parser
+                require_current_names(yaml.safe_load(path.read_text(encoding="utf-8")) or {}, str(path))
+            values = str(path)
+        super().__call__(parser, cfg, values, option_string)
+
+
 class TrainingCLI(LightningCLI):
     """LightningCLI with the defaults of this package.
 
     `checkpoint` holds the arguments of a `ModelCheckpoint`, which is used unless `trainer.callbacks` has one itself or
     `trainer.enable_checkpointing` is false. `--print_config` shows all defaults.
     """
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """As in LightningCLI, but with our `--config`, and our version in what is dumped."""
+        kwargs["dump_header"] = [f"ptp_lightning=={__version__}", f"lightning=={lightning.__version__}"]
+        parser = self.parser_class(**kwargs)
+        parser.add_argument("-c", "--config", action=NamedConfigFile, help="file, or name of one in configs/")
+        return parser
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add `trainer`, `model`, `data` and `checkpoint`."""
@@ -105,7 +132,12 @@ def run(args: list[str] | None = None) -> None:
 def parsed(
     cli_class: type[AnyCLI], parser_class: type[PlainErrorParser], args: list[str] | None, **options: Any
 ) -> AnyCLI:
-    """Parse `args` the way all commands do that read a run's configuration; `options` are further ones of the CLI."""
+    """Parse `args` the way all commands do that read a run's configuration; `options` are further ones of the CLI.
+
+    Raises:
+        ValueError: a name of version 0.1.
+    """
+    require_current_names(options_of(sys.argv[1:] if args is None else args), "command line")
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     silence_library_noise()
     return cli_class(
@@ -122,6 +154,25 @@ def parsed(
         args=args,
         **options,
     )
+
+
+def options_of(args: Sequence[str]) -> dict[str, Any]:
+    """Options with dotted keys and their values, structured ones parsed.
+
+    >>> options_of(["fit", "--model.init_args.seed", "3", "--data={class_path: a.B}"])
+    {'model.init_args.seed': '3', 'data': {'class_path': 'a.B'}}
+    """
+    options: dict[str, Any] = {}
+    for option, following in zip(args, [*args[1:], ""], strict=True):
+        if not option.startswith("--"):
+            continue
+        key, has_value, value = option.removeprefix("--").partition("=")
+        text = value if has_value else following
+        options[key] = text
+        if text.startswith(("{", "[")):
+            with suppress(yaml.YAMLError):
+                options[key] = yaml.safe_load(text)
+    return options
 
 
 def _leave_together() -> None:

@@ -1,0 +1,125 @@
+"""Names of version 0.1 in configurations, and what they are called now: each is an error that says the new name.
+
+The tables are closed. Stored files of version 0.1 are not refused but migrated, see `ptp_lightning.export.migrations`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+RENAMED_KEYS = {
+    "refiner.rounds": "refiner.num_refinement_steps",
+}
+"""Ends of dotted keys (`init_args` left out): before and now."""
+
+RENAMED_MODULES = {
+    "data.completions_datamodule": "data",
+    "data.file_rows": "data",
+    "data.hub_rows": "data",
+    "data.markov": "data",
+    "data.mixture": "data",
+    "data.pickups": "data",
+    "data.series": "data",
+    "data.series_datamodule": "data",
+    "data.streaming": "data",
+    "models.continuous_features": "models",
+    "models.predictor_config": "models",
+    "models.slots": "models",
+    "models.stepped_features": "models",
+    "training.analytic_windows": "training",
+    "training.checkpoint_io": "training.distributed.checkpoint_io",
+    "training.distillation": "training",
+    "training.mixture_windows": "training",
+    "training.pretraining": "training",
+    "training.self_training": "training",
+    "training.strategies": "training",
+    "training.student_windows": "training",
+    "training.termination": "training.distributed.termination",
+    "training.windows": "training",
+}
+"""Modules below `ptp_lightning` with classes that configurations name, and where these classes are now."""
+
+RENAMED_CLASSES: dict[str, str] = {}
+"""Classes below `ptp_lightning` that have another name in their present module."""
+
+PACKAGE = "ptp_lightning."
+
+
+def current_class_path(class_path: str) -> str:
+    """A class path of version 0.1 as it is now; others as they are.
+
+    >>> current_class_path("ptp_lightning.training.pretraining.AutoregressiveModule")
+    'ptp_lightning.training.AutoregressiveModule'
+    >>> current_class_path("ptp_lightning.training.DistillationModule")
+    'ptp_lightning.training.DistillationModule'
+    """
+    module, _, name = class_path.removeprefix(PACKAGE).rpartition(".")
+    if not class_path.startswith(PACKAGE):
+        return class_path
+    moved = f"{RENAMED_MODULES.get(module, module)}.{name}"
+    return PACKAGE + RENAMED_CLASSES.get(moved, moved)
+
+
+def current_key(key: str) -> str:
+    """A dotted key of version 0.1 as it is now; others as they are.
+
+    >>> current_key("model.init_args.predictor.refiner.rounds")
+    'model.init_args.predictor.refiner.num_refinement_steps'
+    """
+    parts = key.split(".")
+    for old, new in RENAMED_KEYS.items():
+        positions = _positions(parts, old.split("."))
+        for position, part in zip(positions, new.split("."), strict=False):
+            parts[position] = part
+    return ".".join(parts)
+
+
+def require_current_names(config: Mapping[str, Any], source: str) -> None:
+    """Refuse keys and class paths of version 0.1.
+
+    Args:
+        config: nested, or with dotted keys, or both.
+        source: a file or a command, for the error.
+
+    Raises:
+        ValueError: all names that are not in use any more, and those that are.
+
+    >>> require_current_names({"refiner": {"rounds": 3}}, "my.yaml")
+    Traceback (most recent call last):
+    ...
+    ValueError: my.yaml: names of version 0.1, rename them
+      refiner.rounds -> refiner.num_refinement_steps
+    """
+    renamed: dict[str, str] = {}
+    for key, value in _entries(config):
+        if (key_now := current_key(key)) != key:
+            renamed[key] = key_now
+        if isinstance(value, str) and (path := current_class_path(value)) != value:
+            renamed[value] = path
+    if renamed:
+        lines = [f"  {old} -> {new}" for old, new in renamed.items()]
+        raise ValueError("\n".join([f"{source}: names of version 0.1, rename them", *lines]))
+
+
+def _entries(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of everything, mappings and items of lists included."""
+    for key, value in config.items():
+        path = f"{prefix}{key}"
+        yield path, value
+        items: Sequence[Any] = value if isinstance(value, list) else [value]
+        for item in items:
+            if isinstance(item, Mapping):
+                yield from _entries(item, f"{path}.")
+            elif item is not value:
+                yield path, item
+
+
+def _positions(parts: Sequence[str], old: Sequence[str]) -> list[int]:
+    """Where the parts of an old name stand in a key, one after the other but for `init_args`; empty if they do not."""
+    named = [k for k, part in enumerate(parts) if part.removesuffix("+") != "init_args"]
+    for first in range(len(named) - len(old) + 1):
+        window = named[first : first + len(old)]
+        if [parts[k] for k in window] == list(old):
+            return window
+    return []
