@@ -6,14 +6,14 @@ TRAINING_COMMANDS = ("fit", "validate", "test")
 
 HELP = """usage: python -m ptp_lightning COMMAND [options]
 
-  fit          train:   --config configs/gated_lora.yaml [--trainer.max_steps 100 ...] [--ckpt_path last.ckpt]
+  fit          train:   --config gated_lora [--trainer.max_steps 100 ...] [--ckpt_path last.ckpt]
   validate     measure a checkpoint on the validation split: --config ... --ckpt_path P
   test         the same on the test split
   plan         say what memory a training step needs: --config ... [--gpus 8] [--memory 80GB] [--backbone 7b] [--json]
   pregenerate  let the teacher complete prompts, to train from: --config ... --output DIR [--num_completions 4 ...]
   generate     continue text: --prompt TEXT | --prompts FILE [--ckpt_path P] [--temperature 0.7 ...] [--json]
   evaluate     compare decoders on a benchmark: --output DIR [--benchmark spec_bench --questions FILE] [--ckpt_path P]
-  sweep        run or report an ablation study: run sweeps/losses.yaml [--full] [--jobs 2]
+  sweep        run or report an ablation study: run losses [--full] [--jobs 2]
   export       write a folder that PEFT opens: --ckpt_path P --output DIR [--dtype bfloat16] [--overwrite]
 
 Each command explains its options with --help."""

@@ -1,1 +1,1 @@
-"""Ablation studies: one YAML a study, many trainings, one table. `ptp_lightning sweep` runs and reports them."""
+"""Ablation studies: a YAML file describes a study, `sweep run` trains its points, `sweep report` compares them."""

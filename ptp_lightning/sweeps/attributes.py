@@ -1,20 +1,20 @@
-"""Names of what a storage keeps beside parameters and values."""
+"""Names of the user attributes that a study and its trials have in an Optuna storage."""
 
-# of a study
+# Of a study.
 DEFINITION = "definition"
 
-# of a trial, while it waits and runs
+# Of a trial that waits or runs.
 POINT = "point"
 SEED = "seed"
 OWNER = "owner"
 HEARTBEAT = "heartbeat"
 
-# of a trial that ended without a result
-TRACEBACK = "traceback"  # it failed
-GIVEN_UP = "given_up"  # it was interrupted or superfluous; its point does not count as trained
-LOST = "lost"  # it was given up because its process had ended
+# Of a trial that ended without a result.
+TRACEBACK = "traceback"  # of the exception
+GIVEN_UP = "given_up"  # why it was abandoned; its point counts as untrained
+LOST = "lost"  # abandoned because its process had died
 
-# of a result
+# Of a result.
 COMMAND = "command"
 METRICS = "metrics"
 ACCURACY = "accuracy_by_position"

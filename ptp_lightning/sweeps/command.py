@@ -1,4 +1,4 @@
-"""`sweep run` and `sweep report`: train the points of a study, and report on them."""
+"""The commands `sweep run` and `sweep report`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ptp_lightning.utils.named_files import find_yaml
 from ptp_lightning.utils.user_errors import refused_options
 
 if TYPE_CHECKING:
@@ -19,35 +20,35 @@ if TYPE_CHECKING:
 STOPPED_EXIT_CODE = 130
 CONFIGURATION_KEYS = ("trainer", "model", "data", "seed_everything")
 
-HELP = """usage: python -m ptp_lightning sweep COMMAND STUDY.yaml [options]
+HELP = """usage: python -m ptp_lightning sweep COMMAND STUDY [options]
 
   run     train the points of a study that are not trained yet, and report:
-          sweeps/gate_rank.yaml [--full] [--trials N] [--jobs K] [--output DIR] [--storage FILE_OR_URL]
-          [--trainer.*, --model.*, --data.* as fit has them, for all trials]
-  report  write the table and the figures of what is trained:
-          sweeps/gate_rank.yaml [--full] [--output DIR] [--storage FILE_OR_URL]
+          gate_rank [--full] [--trials N] [--jobs K] [--output DIR] [--storage FILE_OR_URL]
+          [--trainer.*, --model.*, --data.* as in fit, for all trials]
+  report  write the tables and figures of the trained points:
+          gate_rank [--full] [--output DIR] [--storage FILE_OR_URL]
 
-A study runs in its quick version unless --full is given. Started again, it goes on where it was stopped; started
-several times, the processes share its points. Each command explains its options with --help."""
+STUDY is a file, or the name of one in sweeps/. The quick version of a study runs unless --full is given. The same
+command continues a stopped study, and several processes share one. Each command explains its options with --help."""
 
 
 def main(args: Sequence[str]) -> None:
-    """Run the command that `args[0]` names; Ctrl-C ends it with status 130."""
+    """Run `sweep ARGS`; Ctrl-C ends it with exit status 130."""
     try:
         dispatch(args)
     except KeyboardInterrupt:
         if os.environ.get("PTP_TRACEBACK"):
             raise
-        print("Stopped. The same command goes on.", file=sys.stderr)
+        print("Stopped. The same command continues.", file=sys.stderr)
         sys.exit(STOPPED_EXIT_CODE)
 
 
 def dispatch(args: Sequence[str]) -> None:
-    """Run the command that `args[0]` names; as another rank of a training, that training."""
+    """Run the command `args[0]`; in another rank of a trial, train this trial."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
-        from ptp_lightning.sweeps.training_run import follow
+        from ptp_lightning.sweeps.training_run import run_follower
 
-        follow()
+        run_follower()
         return
     if not args or args[0] in ("-h", "--help"):
         print(HELP)
@@ -62,38 +63,38 @@ def dispatch(args: Sequence[str]) -> None:
 
 
 def run(args: Sequence[str]) -> None:
-    """Train what is not trained yet."""
+    """Train the points of a study that are not trained yet."""
     own, overrides = split_overrides(args)
     parser = _parser("run", "Train the points of a study that are not trained yet, and report.")
-    parser.add_argument("--trials", type=int, help="train at most so many points now; by default all")
-    parser.add_argument("--jobs", type=int, default=1, help="processes that share the study, on this machine")
-    parser.add_argument("--retry_failed", action="store_true", help="train points again whose trials failed")
+    parser.add_argument("--trials", type=int, help="train at most N points now; by default all")
+    parser.add_argument("--jobs", type=int, default=1, help="processes on this machine that share the study")
+    parser.add_argument("--retry_failed", action="store_true", help="train failed points again")
     options = _parsed("run", parser, own)
     for name in ("trials", "jobs"):
         if options[name] is not None and options[name] < 1:
             raise ValueError(f"expected --{name} >= 1, found {options[name]}")
-    from ptp_lightning.sweeps.run import Running
+    from ptp_lightning.sweeps.run import StudyRunner
 
-    running = Running(
-        study_file=Path(options.study),
+    runner = StudyRunner(
+        study_file=find_yaml(options.study, "sweeps"),
         full=options.full,
         output=options.output,
         storage=options.storage,
         overrides=overrides,
         retry_failed=options.retry_failed,
     )
-    running.run(options.trials, options.jobs)
+    runner.run(options.trials, options.jobs)
 
 
 def report(args: Sequence[str]) -> None:
-    """Write the table and the figures of what is trained."""
-    options = _parsed("report", _parser("report", "Write the table and the figures of a study."), args)
+    """Write the tables and figures of the trained points."""
+    options = _parsed("report", _parser("report", "Write the tables and figures of a study."), args)
     from ptp_lightning.sweeps.report import write_report
     from ptp_lightning.sweeps.run import default_output, journal_in
     from ptp_lightning.sweeps.storage import load_stored, open_storage
     from ptp_lightning.sweeps.study import load_study, study_name
 
-    path = Path(options.study)
+    path = find_yaml(options.study, "sweeps")
     study, name = load_study(path, full=options.full), study_name(path, full=options.full)
     output = Path(options.output or default_output(name))
     location = options.storage or journal_in(default_output(name) if options.output is None else output)
@@ -102,10 +103,13 @@ def report(args: Sequence[str]) -> None:
 
 
 def split_overrides(args: Sequence[str]) -> tuple[list[str], Overrides]:
-    """Our own options, and those of the configuration (`--model.init_args.seed 3`, or with `=`) by their paths.
+    """Separate options of this command from overrides of the configuration.
 
     Raises:
         ValueError: an override without a value.
+
+    >>> split_overrides(["losses", "--full", "--model.init_args.seed", "3"])
+    (['losses', '--full'], {'model.init_args.seed': '3'})
     """
     own: list[str] = []
     overrides: Overrides = {}
@@ -133,11 +137,11 @@ def _parser(command: str, description: str) -> ArgumentParser:
         exit_on_error=False,
         allow_abbrev=False,
     )
-    parser.add_argument("study", type=str, help="a file such as sweeps/gate_rank.yaml")
-    parser.add_argument("--full", action="store_true", help="the full version; by default the quick one")
+    parser.add_argument("study", type=str, help="file, or name of one in sweeps/")
+    parser.add_argument("--full", action="store_true", help="the full version instead of the quick one")
     parser.add_argument("--output", type=str, help="folder of the study; by default runs/sweeps/NAME")
     parser.add_argument(
-        "--storage", type=str, help="journal file, or a database by its URL; by default a file in the output folder"
+        "--storage", type=str, help="journal file or database URL; by default a file in the output folder"
     )
     return parser
 

@@ -1,4 +1,4 @@
-"""What a stored study was started with, so that trials of another one are not mixed with its own."""
+"""Definition of a stored study, so that trials of different definitions are not mixed."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ from optuna.distributions import distribution_to_json
 
 from ptp_lightning.sweeps.attributes import DEFINITION
 from ptp_lightning.sweeps.study import Study
+from ptp_lightning.utils.renamed_keys import current_class_path, current_key
 
-# Of the base configuration: where its file lies, what a study sets itself, and what only shows.
+# Keys of the base configuration that do not change results, or that the study sets.
 NOT_COMPARED = (
     "config",
     "checkpoint",
     "trainer.max_steps",
     "trainer.val_check_interval",
+    "trainer.num_sanity_val_steps",
     "trainer.logger",
     "trainer.callbacks",
 )
@@ -26,7 +28,7 @@ MAX_SHOWN = 12
 
 
 def definition_of(study: Study, base: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything that has to stay as it is when a study goes on; more seeds and trials may be added.
+    """Everything that must not change when a study is continued; seeds and trials may be added.
 
     Args:
         study: the study.
@@ -42,27 +44,27 @@ def definition_of(study: Study, base: Mapping[str, Any]) -> dict[str, Any]:
         "objective": asdict(study.objective),
         "budget": asdict(study.budget),
     }
-    return json.loads(json.dumps(definition, default=str))  # as it will be read back
+    return json.loads(json.dumps(definition, default=str))  # as it is read back
 
 
 def require_same(stored: optuna.Study, definition: Mapping[str, Any]) -> None:
-    """Note down the definition of a new study, and compare that of an old one.
+    """Store the definition of a new study, or compare it with the stored one.
 
     Raises:
-        ValueError: the study was started with another definition; shows the difference.
+        ValueError: the stored definition differs; the error lists the differences.
     """
     before = stored.user_attrs.get(DEFINITION)
     if before is None:
         stored.set_user_attr(DEFINITION, dict(definition))
         return
-    different = differences(before, definition)
+    different = differences(with_current_names(before), definition)
     if different:
         more = [] if len(different) <= MAX_SHOWN else [f"and {len(different) - MAX_SHOWN} more"]
         raise ValueError(
             "\n  ".join(
                 [
                     f"expected the study that {stored.study_name!r} was started as, found another one "
-                    "(use another --output or --storage for it):",
+                    "(set another --output or --storage):",
                     *different[:MAX_SHOWN],
                     *more,
                 ]
@@ -70,8 +72,25 @@ def require_same(stored: optuna.Study, definition: Mapping[str, Any]) -> None:
         )
 
 
+def with_current_names(definition: Mapping[str, Any]) -> dict[str, Any]:
+    """A stored definition of any version with the names of today, flattened.
+
+    >>> with_current_names({"base": {"refiner": {"rounds": 3}}})
+    {'base.refiner.num_refinement_steps': 3}
+    """
+    return {
+        current_key(key): current_class_path(value) if isinstance(value, str) else value
+        for key, value in flattened(definition).items()
+        if not _is_below(key, tuple(f"base.{path}" for path in NOT_COMPARED))
+    }
+
+
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """One line for each path at which nested data differ."""
+    """One line for each key at which nested data differ.
+
+    >>> differences({"a": {"b": 1}}, {"a": {"b": 2}})
+    ['a.b: was 1, is 2']
+    """
     old, new = flattened(before), flattened(now)
     missing = "nothing"
     return [
@@ -82,13 +101,19 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def flattened(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted paths; empty ones stay, because they may be choices."""
+    """Nested mappings as one mapping with dotted keys; empty mappings stay, because they may be choices.
+
+    Empty `init_args` are left out: they say nothing.
+
+    >>> flattened({"a": {"b": 1}, "c": {}})
+    {'a.b': 1, 'c': {}}
+    """
     flat: dict[str, Any] = {}
     for key, value in nested.items():
         path = f"{prefix}{key}"
         if isinstance(value, Mapping) and value:
             flat |= flattened(value, f"{path}.")
-        else:
+        elif key != "init_args" or value != {}:
             flat[path] = value
     return flat
 

@@ -1,4 +1,4 @@
-"""The figures of a study: its history, a slice through each parameter, and accuracy by position."""
+"""Figures of a study: its history, the results by each parameter, and accuracy by position."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 from ptp_lightning.sweeps.attributes import ACCURACY
 from ptp_lightning.sweeps.names import describe_parameters
 from ptp_lightning.sweeps.study import Study, short_name
-from ptp_lightning.sweeps.summary import Row, baseline_row, best_row, value_of
+from ptp_lightning.sweeps.summary import Row, baseline_row, best_row, parameters_of, value_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,7 +28,7 @@ DOTS_PER_INCH = 120
 
 
 def write_figures(study: Study, stored: optuna.Study, rows: Sequence[Row], folder: Path) -> list[str]:
-    """Write those figures that there are results for; returns their names."""
+    """Write the figures that have data; returns their file names."""
     complete = stored.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     figures: dict[str, Figure | None] = {
         HISTORY: draw_history(study, stored) if complete else None,
@@ -42,7 +42,7 @@ def write_figures(study: Study, stored: optuna.Study, rows: Sequence[Row], folde
 
 
 def draw_history(study: Study, stored: optuna.Study) -> Figure:
-    """Values by trial number, pruned ones apart, and the best so far."""
+    """Results and pruned trials by trial number, and the best result so far."""
     figure, axes = _figure(7, 3.5)
     complete = stored.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     pruned = stored.get_trials(deepcopy=False, states=(TrialState.PRUNED,))
@@ -61,22 +61,22 @@ def draw_history(study: Study, stored: optuna.Study) -> Figure:
 
 
 def draw_slices(study: Study, complete: Sequence[FrozenTrial]) -> Figure:
-    """One panel a parameter: all results over its values."""
+    """One panel for each parameter: all results over its values."""
     names = list(study.distributions)
     figure, panels = _panels(len(names))
     for name, axes in zip(names, panels, strict=True):
         distribution = study.distributions[name]
         if isinstance(distribution, CategoricalDistribution):
             labels = [str(choice) for choice in distribution.choices]
-            places = [labels.index(str(trial.params[name])) for trial in complete]
+            x_values = [labels.index(str(parameters_of(trial)[name])) for trial in complete]
             axes.set_xticks(range(len(labels)), labels, rotation=30, ha="right")
             axes.set_xlim(-0.5, len(labels) - 0.5)
         else:
-            places = [trial.params[name] for trial in complete]
+            x_values = [parameters_of(trial)[name] for trial in complete]
             assert isinstance(distribution, IntDistribution | FloatDistribution)
             if distribution.log:
                 axes.set_xscale("log")
-        axes.plot(places, [value_of(trial) for trial in complete], "o", alpha=0.6, color="tab:blue")
+        axes.plot(x_values, [value_of(trial) for trial in complete], "o", alpha=0.6, color="tab:blue")
         axes.set(xlabel=short_name(name))
     panels[0].set(ylabel=study.objective.metric)
     return figure

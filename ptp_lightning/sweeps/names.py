@@ -1,4 +1,4 @@
-"""How points are called: in tables, in lines that are printed, and as folders."""
+"""Readable names of points, for tables, log lines and folders."""
 
 from __future__ import annotations
 
@@ -6,25 +6,33 @@ import re
 
 from ptp_lightning.sweeps.study import Parameters, short_name
 
-LONGEST_RUN_NAME = 120
+MAX_RUN_NAME = 120
 
 
 def describe(parameters: Parameters, seed: int) -> str:
-    """A point for people: `loss=kl rank=8 seed=0`."""
+    """A point with its seed.
+
+    >>> describe({"loss": "kl", "model.init_args.predictor.lora.rank": 8}, seed=0)
+    'loss=kl rank=8 seed=0'
+    """
     return f"{describe_parameters(parameters)} seed={seed}"
 
 
 def describe_parameters(parameters: Parameters) -> str:
-    """The same without the seed."""
-    return " ".join(f"{short_name(name)}={shown(value)}" for name, value in parameters.items())
+    """A point without its seed."""
+    return " ".join(f"{short_name(name)}={format_value(value)}" for name, value in parameters.items())
 
 
 def run_name(number: int, parameters: Parameters, seed: int) -> str:
-    """The folder of a trial, which TensorBoard lists it by."""
+    """The folder of a trial, under which TensorBoard lists it.
+
+    >>> run_name(7, {"loss": "kl"}, seed=0)
+    '0007_loss=kl_seed=0'
+    """
     readable = re.sub(r"[^\w.=+-]+", "_", describe(parameters, seed))
-    return f"{number:04d}_{readable}"[:LONGEST_RUN_NAME]
+    return f"{number:04d}_{readable}"[:MAX_RUN_NAME]
 
 
-def shown(value: object) -> str:
-    """A parameter's value."""
+def format_value(value: object) -> str:
+    """A parameter's value, floats with four digits."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,4 +1,4 @@
-"""What a study needs before its first trial, a teacher for instance: made once, whoever starts first."""
+"""Trainings that a study needs before its first trial, of a teacher for instance; several processes train it once."""
 
 from __future__ import annotations
 
@@ -8,51 +8,51 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from ptp_lightning.sweeps.study import Overrides, Preparation, beside
+from ptp_lightning.sweeps.study import Overrides, Preparation, path_from_study
 from ptp_lightning.sweeps.training_run import fit_arguments, fit_command
 from ptp_lightning.utils.file_lock import LOCK_SUFFIX, FileLock
 
 POLL_SECONDS = 0.5
 
 
-def prepare(preparation: Preparation, study_file: Path, overrides: Overrides, say: Callable[[str], None]) -> None:
-    """Train what is not there yet; waits where another process does.
+def prepare(preparation: Preparation, study_file: Path, overrides: Overrides, log: Callable[[str], None]) -> None:
+    """Run the training of a preparation if its output is missing; wait if another process runs it.
 
     Args:
-        preparation: what is needed.
-        study_file: whose preparation it is.
-        overrides: of the study, from which it takes what is passed on.
-        say: is told what happens.
+        preparation: the training and its output.
+        study_file: the study's file.
+        overrides: of the study; those below `forwarded_keys` apply to the preparation too.
+        log: is called with progress messages.
 
     Raises:
-        ValueError: the training failed, or did not make what it should.
+        ValueError: the training failed, or did not write its output.
     """
-    made = Path(preparation.makes)
-    passed_on = {path: value for path, value in overrides.items() if _is_passed_on(path, preparation)}
-    arguments = fit_arguments(beside(study_file, preparation.config), preparation.overrides, passed_on)
-    if made.exists() and not made.with_suffix(LOCK_SUFFIX).exists():
+    output = Path(preparation.output)
+    forwarded = {path: value for path, value in overrides.items() if _is_forwarded(path, preparation)}
+    arguments = fit_arguments(path_from_study(study_file, preparation.config), preparation.overrides, forwarded)
+    if output.exists() and not output.with_suffix(LOCK_SUFFIX).exists():
         return
-    made.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock.try_acquire(made)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock.try_acquire(output)
     if lock is None:
-        say(f"waiting for {made}, which another process makes")
+        log(f"waiting for {output}, which another process trains")
     while lock is None:
         time.sleep(POLL_SECONDS)
-        lock = FileLock.try_acquire(made)
+        lock = FileLock.try_acquire(output)
     try:
-        if not made.exists():
-            _train(made, arguments, lock, say)
+        if not output.exists():
+            _train(output, arguments, lock, log)
     finally:
         lock.release()
 
 
-def _is_passed_on(path: str, preparation: Preparation) -> bool:
-    return any(path == root or path.startswith(f"{root}.") for root in preparation.passed_on)
+def _is_forwarded(path: str, preparation: Preparation) -> bool:
+    return any(path == root or path.startswith(f"{root}.") for root in preparation.forwarded_keys)
 
 
-def _train(made: Path, arguments: list[str], lock: FileLock, say: Callable[[str], None]) -> None:
+def _train(output: Path, arguments: list[str], lock: FileLock, log: Callable[[str], None]) -> None:
     command = fit_command(arguments)
-    say(f"there is no {made} yet; it is made by\n  {command}")
+    log(f"{output} is missing; training it with\n  {command}")
     training = subprocess.Popen([sys.executable, "-m", "ptp_lightning", "fit", *arguments])
     try:
         while training.poll() is None:
@@ -62,7 +62,7 @@ def _train(made: Path, arguments: list[str], lock: FileLock, say: Callable[[str]
         training.terminate()
         training.wait()
         raise
-    if training.returncode != 0 or not made.exists():
+    if training.returncode != 0 or not output.exists():
         raise ValueError(
-            f"expected {made}, which the study reads, to be made by the command below; it was not:\n  {command}"
+            f"expected {output}, which the study needs, from the command below, but it was not written:\n  {command}"
         )

@@ -1,12 +1,13 @@
-"""TrialQueue: the points of a study as waiting trials, of which every process takes the next one.
+"""TrialQueue: the points of a study as waiting trials in a storage, shared by several processes.
 
-Every point is put into the storage before it is trained, so that taking one is a single change of state, which only
-one process can make, whatever the storage. A point is trained once: a trial that ended without a result (Ctrl-C, a
-process that was killed) is given up, and its point put back.
+Every point is enqueued before it is trained. A process takes a trial by one change of its state, which the storage
+grants to one process only. A trial that ends without a result (Ctrl-C, a killed process) is given up and its point is
+enqueued again, so that each point is trained once.
 """
 
 from __future__ import annotations
 
+import json
 import platform
 import time
 from collections import Counter
@@ -22,21 +23,22 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from ptp_lightning.sweeps.attributes import GIVEN_UP, HEARTBEAT, LOST, OWNER, POINT, SEED, TRACEBACK
 from ptp_lightning.sweeps.study import Point, Study
 from ptp_lightning.utils.file_lock import LockOwner
+from ptp_lightning.utils.renamed_keys import current_key
 
-STALE_SECONDS = 900.0  # a trial of another machine that gave no sign of life for so long is given up
-UNNAMED_SECONDS = 30.0  # the same while it has no owner yet: its process was killed over naming it
-MAX_LOST = 2  # a point whose process was killed as often is left alone: it may be what kills
+STALE_SECONDS = 900.0  # without a heartbeat, after which a trial of another machine is given up
+UNNAMED_SECONDS = 30.0  # the same for a trial without an owner, whose process died before it wrote its name
+MAX_LOST = 2  # killed processes, after which a point counts as failed: it may be the cause
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How many points of a study have come to an end, and how.
+    """Number of points of a study by state.
 
     Attributes:
         total: all points.
         complete: with a result.
-        pruned: stopped at a validation.
-        failed: ended with an error, or lost too often.
+        pruned: stopped by the pruner.
+        failed: with an error, or lost `MAX_LOST` times.
         running: being trained now.
     """
 
@@ -48,7 +50,7 @@ class Progress:
 
     @property
     def ended(self) -> int:
-        """Points that nobody has to train any more."""
+        """Points that need no more training."""
         return self.complete + self.pruned + self.failed
 
 
@@ -56,10 +58,10 @@ class TrialQueue:
     """The points of a study in a storage.
 
     Args:
-        study: what is to be trained.
-        stored: the same in the storage.
+        study: the study.
+        stored: the study in the storage.
         storage: the storage.
-        retry_failed: train points that failed once more.
+        retry_failed: enqueue failed points once more.
     """
 
     def __init__(self, study: Study, stored: optuna.Study, storage: BaseStorage, *, retry_failed: bool = False) -> None:
@@ -68,14 +70,14 @@ class TrialQueue:
         self.storage = storage
         self.keys = {point.key for point in study.points()}
         self.study_id = storage.get_study_id_from_name(stored.study_name)
-        # Only what had failed before; a retried point that fails again stays failed.
-        self.forgiven = {trial.number for trial in self._trials() if trial.state == TrialState.FAIL and retry_failed}
+        # Trials that had failed before; a retried point that fails again stays failed.
+        self.retried = {trial.number for trial in self._trials() if trial.state == TrialState.FAIL and retry_failed}
 
     def fill(self) -> None:
-        """Put in the points that no trial holds."""
-        self._give_up_lost_ones()
+        """Enqueue the points that have no trial."""
+        self._give_up_lost_trials()
         trials = self._trials()
-        held = {trial.user_attrs[POINT] for trial in trials if self._holds(trial)}
+        held = {point_of(trial) for trial in trials if self._holds(trial)}
         lost = self._times_lost(trials)
         for point in self.study.points():
             if point.key in held or lost[point.key] >= MAX_LOST:
@@ -84,25 +86,25 @@ class TrialQueue:
             self.stored.enqueue_trial(parameters, user_attrs={POINT: point.key, SEED: point.seed})
 
     def take(self) -> Trial | None:
-        """The next trial, which is this process' own from now on; None if none is waiting."""
+        """The next trial, now owned by this process; None if none is waiting."""
         trial = self._take_waiting()
         if trial is None:
-            self.fill()  # another process may have died meanwhile
+            self.fill()  # a process may have died meanwhile
             trial = self._take_waiting()
         return trial
 
     def give_up(self, trial: Trial, reason: str) -> None:
-        """End a trial without a result; `fill` will put its point back if nobody else holds it."""
+        """End a trial without a result; `fill` enqueues its point again."""
         trial.set_user_attr(GIVEN_UP, reason)
         self.stored.tell(trial, state=TrialState.FAIL)
 
     def progress(self) -> Progress:
-        """Where the study stands."""
+        """Number of points by state."""
         trials = self._trials()
         lost = self._times_lost(trials)
         ends: dict[str, str] = {}
         for trial in trials:
-            key = trial.user_attrs[POINT]
+            key = point_of(trial)
             if trial.state in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING):
                 ends[key] = trial.state.name
             elif _has_failed(trial) or lost[key] >= MAX_LOST:
@@ -112,49 +114,45 @@ class TrialQueue:
 
     def _take_waiting(self) -> Trial | None:
         for waiting in self._trials(TrialState.WAITING):
-            if waiting.user_attrs[POINT] not in self.keys or not self._start(waiting):
+            if point_of(waiting) not in self.keys or not self._start(waiting):
                 continue
             trial = Trial(self.stored, waiting._trial_id)
             for name, value in (HEARTBEAT, time.time()), (OWNER, asdict(LockOwner.current())):
                 trial.set_user_attr(name, value)
-            if not self._is_second(waiting):
+            if not self._is_duplicate(waiting):
                 return trial
             self.give_up(trial, "another trial has this point")
         return None
 
     def _trials(self, *states: TrialState) -> list[FrozenTrial]:
-        """Those that a queue put in, by number; whatever else is in the storage is not ours."""
+        """Trials that a queue enqueued, by number; other trials in the storage are ignored."""
         trials = self.storage.get_all_trials(self.study_id, deepcopy=False, states=states or None)
         return [trial for trial in trials if POINT in trial.user_attrs]
 
     def _times_lost(self, trials: list[FrozenTrial]) -> Counter[str]:
-        """How often the process that trained a point was killed."""
+        """By point, how often the process that trained it was killed."""
         return Counter(
-            trial.user_attrs[POINT]
-            for trial in trials
-            if LOST in trial.user_attrs and trial.number not in self.forgiven
+            point_of(trial) for trial in trials if LOST in trial.user_attrs and trial.number not in self.retried
         )
 
     def _holds(self, trial: FrozenTrial) -> bool:
-        """Whether a trial's point need not be put in."""
-        return trial.state != TrialState.FAIL or (_has_failed(trial) and trial.number not in self.forgiven)
+        """Whether a trial's point need not be enqueued."""
+        return trial.state != TrialState.FAIL or (_has_failed(trial) and trial.number not in self.retried)
 
     def _start(self, waiting: FrozenTrial) -> bool:
         try:
             return self.storage.set_trial_state_values(waiting._trial_id, TrialState.RUNNING)
-        except UpdateFinishedTrialError:  # another process took it and is done with it
+        except UpdateFinishedTrialError:  # another process took and finished it
             return False
 
-    def _is_second(self, taken: FrozenTrial) -> bool:
-        """Whether a trial with a lower number has the same point: two processes may have put it in at once."""
+    def _is_duplicate(self, taken: FrozenTrial) -> bool:
+        """Whether a trial with a lower number has the same point: two processes may have enqueued it at once."""
         return any(
-            trial.number < taken.number
-            and trial.state != TrialState.FAIL
-            and trial.user_attrs[POINT] == taken.user_attrs[POINT]
+            trial.number < taken.number and trial.state != TrialState.FAIL and point_of(trial) == point_of(taken)
             for trial in self._trials()
         )
 
-    def _give_up_lost_ones(self) -> None:
+    def _give_up_lost_trials(self) -> None:
         for trial in self._trials(TrialState.RUNNING):
             if _is_lost(trial):
                 try:
@@ -165,9 +163,15 @@ class TrialQueue:
                     pass
 
     def _chosen_before(self, point: Point, trials: list[FrozenTrial]) -> dict[str, Any]:
-        """What a sampler chose for a point whose trial was given up: the same is trained again."""
-        chosen = [trial.params for trial in trials if trial.user_attrs[POINT] == point.key and trial.params]
+        """Parameters that a sampler chose for an earlier trial of this point, to train the same again."""
+        chosen = [trial.params for trial in trials if point_of(trial) == point.key and trial.params]
         return chosen[-1] if chosen else {}
+
+
+def point_of(trial: FrozenTrial) -> str:
+    """The key of a trial's point, with the parameter names of today."""
+    parameters, seed, ticket = json.loads(trial.user_attrs[POINT])
+    return Point({current_key(name): value for name, value in parameters.items()}, seed, ticket).key
 
 
 def _has_failed(trial: FrozenTrial) -> bool:
@@ -175,7 +179,7 @@ def _has_failed(trial: FrozenTrial) -> bool:
 
 
 def _is_lost(trial: FrozenTrial) -> bool:
-    """Whether nobody trains a running trial any more."""
+    """Whether the process of a running trial has died."""
     if OWNER not in trial.user_attrs:
         started = trial.datetime_start
         return started is not None and (datetime.now() - started).total_seconds() > UNNAMED_SECONDS

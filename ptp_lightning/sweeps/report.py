@@ -1,4 +1,4 @@
-"""The report of a study: a Markdown table and figures, from what is in the storage."""
+"""The report of a study: Markdown tables and figures of the trials in a storage."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from optuna.trial import TrialState
 
 from ptp_lightning.sweeps.attributes import COMMAND, GIVEN_UP, TRACEBACK
 from ptp_lightning.sweeps.figures import write_figures
-from ptp_lightning.sweeps.names import describe_parameters, shown
+from ptp_lightning.sweeps.names import describe_parameters, format_value
 from ptp_lightning.sweeps.study import Study, short_name
 from ptp_lightning.sweeps.summary import Row, best_row, rows_of
 
 REPORT = "report.md"
 NONE = "-"
-LEAST_FOR_IMPORTANCE = 8  # results; of fewer it says little
+MIN_RESULTS_FOR_IMPORTANCE = 8
 
 
 def write_report(study: Study, stored: optuna.Study, folder: Path) -> str:
@@ -50,10 +50,10 @@ def report_text(study: Study, stored: optuna.Study, rows: Sequence[Row]) -> str:
     overheads = sorted(seconds for row in rows for seconds in row.overheads)
     if overheads:
         parts.append(
-            f"Beyond its training a trial takes {median(overheads):.1f} s (median; at most {overheads[-1]:.1f}).\n"
+            f"Overhead per trial outside training: median {median(overheads):.1f} s, at most {overheads[-1]:.1f} s.\n"
         )
-    if study.decode_lengths:
-        parts.append("Right tokens when only the beginning of each window is drafted, means over seeds:\n")
+    if study.draft_lengths:
+        parts.append("Correct tokens if only the first tokens of each window are drafted, means over seeds:\n")
         parts.append(shorter_drafts_table(study, rows))
     if study.published is not None:
         parts.append(f"Published: {study.published.source}.\n")
@@ -63,35 +63,35 @@ def report_text(study: Study, stored: optuna.Study, rows: Sequence[Row]) -> str:
         parts.append(f"Importance of the parameters (fANOVA, shares of 1): {shares}.\n")
     best = best_row(study, rows)
     if best is not None:
-        parts.append(f"Best: {describe_parameters(best.parameters)}. To train it by itself:\n")
+        parts.append(f"Best: {describe_parameters(best.parameters)}. Its training alone:\n")
         parts.append(f"```\n{best.trials[0].user_attrs[COMMAND]}\n```\n")
     parts += failures(stored)
     return "\n".join(parts)
 
 
 def table(study: Study, rows: Sequence[Row]) -> str:
-    """Markdown: a line for each point."""
+    """Markdown table with a row for each point."""
     names = list(study.distributions)
     has_published = any(row.published is not None for row in rows)
-    header = [*(short_name(name) for name in names), "mean", "±", "trials", "pruned", "failed", "seconds a trial"]
-    header += study.also
+    header = [*(short_name(name) for name in names), "mean", "±", "trials", "pruned", "failed", "seconds per trial"]
+    header += study.extra_metrics
     lines = [header + ["published"] * has_published]
     for row in rows:
-        cells = [*(shown(row.parameters.get(name)) for name in names), number(row.mean), number(row.half_width)]
+        cells = [*(format_value(row.parameters.get(name)) for name in names), number(row.mean), number(row.half_width)]
         cells += [str(len(row.trials)), str(row.num_pruned), str(row.num_failed), number(row.seconds, 1)]
-        cells += [number(row.mean_of(tag)) for tag in study.also]
+        cells += [number(row.mean_of(tag)) for tag in study.extra_metrics]
         lines.append(cells + [NONE if row.published is None else f"{row.published:g}"] * has_published)
     return markdown(lines)
 
 
 def shorter_drafts_table(study: Study, rows: Sequence[Row]) -> str:
-    """Markdown: a line for each point, a column for each length of a draft."""
+    """Markdown table with a row for each point and a column for each draft length."""
     names = list(study.distributions)
-    lines = [[*(short_name(name) for name in names), *(f"first {length}" for length in study.decode_lengths)]]
+    lines = [[*(short_name(name) for name in names), *(f"first {length}" for length in study.draft_lengths)]]
     lines += [
         [
-            *(shown(row.parameters.get(name)) for name in names),
-            *(number(row.correct_of_first(length)) for length in study.decode_lengths),
+            *(format_value(row.parameters.get(name)) for name in names),
+            *(number(row.correct_of_first(length)) for length in study.draft_lengths),
         ]
         for row in rows
     ]
@@ -99,25 +99,31 @@ def shorter_drafts_table(study: Study, rows: Sequence[Row]) -> str:
 
 
 def markdown(lines: list[list[str]]) -> str:
-    """A table whose first line is its header."""
+    """A Markdown table; the first line is the header.
+
+    >>> print(markdown([["a", "b"], ["1", "2"]]), end="")
+    | a | b |
+    | --- | --- |
+    | 1 | 2 |
+    """
     header, *others = lines
     return "".join(f"| {' | '.join(line)} |\n" for line in [header, ["---"] * len(header), *others])
 
 
 def parameter_importances(study: Study, stored: optuna.Study) -> dict[str, float]:
-    """Share of each parameter in what makes results differ; empty for a single parameter or too few results.
+    """Share of each parameter in the variance of results (fANOVA); empty for one parameter or too few results.
 
-    Optuna's default looks at the best trials alone, which in a grid says nothing: there every choice is as frequent.
+    Optuna's default evaluator compares the best trials with all trials, which is blind in a grid.
     """
     from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 
     num_results = len(stored.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
-    if len(study.distributions) < 2 or num_results < LEAST_FOR_IMPORTANCE:
+    if len(study.distributions) < 2 or num_results < MIN_RESULTS_FOR_IMPORTANCE:
         return {}
     try:
         evaluator = FanovaImportanceEvaluator(seed=0)
         return get_param_importances(stored, evaluator=evaluator, params=list(study.distributions))
-    except (ValueError, RuntimeError):  # all results are equal, say
+    except (ValueError, RuntimeError):  # for instance, all results are equal
         return {}
 
 
@@ -138,5 +144,9 @@ def failures(stored: optuna.Study) -> list[str]:
 
 
 def number(value: float, digits: int = 3) -> str:
-    """For a cell; `-` for NaN."""
+    """A number for a table; `-` for NaN.
+
+    >>> number(0.12345), number(float("nan"))
+    ('0.123', '-')
+    """
     return NONE if math.isnan(value) else f"{value:.{digits}f}"

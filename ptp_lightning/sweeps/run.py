@@ -1,4 +1,4 @@
-"""Running: a study from its file to its report, every guard before any work."""
+"""StudyRunner: runs a study from its file to its report; all checks come before the first training."""
 
 from __future__ import annotations
 
@@ -22,39 +22,39 @@ from ptp_lightning.sweeps.prepare import prepare
 from ptp_lightning.sweeps.queue import TrialQueue
 from ptp_lightning.sweeps.report import write_report
 from ptp_lightning.sweeps.storage import JOURNAL, open_storage
-from ptp_lightning.sweeps.study import Overrides, Parameters, Study, beside, load_study, study_name
+from ptp_lightning.sweeps.study import Overrides, Parameters, Study, load_study, path_from_study, study_name
 from ptp_lightning.sweeps.training_run import (
     budget_overrides,
     build,
     configured_world_size,
     fit_arguments,
     override_arguments,
-    quiet_training,
     read_configuration,
+    silence_training_logs,
     tokens_per_step,
 )
 from ptp_lightning.sweeps.worker import Worker, trial_arguments
 
 TENSORBOARD = "tensorboard"
 OUTPUTS = "runs/sweeps"
-HELPER = "SWEEPS_HELPER"  # the environment variable of processes that another one started to share its study
+JOB = "SWEEPS_JOB"  # environment variable of the processes that --jobs starts
 
 
 class Terminated(KeyboardInterrupt):
-    """Somebody asked this process alone to end."""
+    """SIGTERM, which unlike Ctrl-C reaches this process alone."""
 
 
 @dataclass(frozen=True)
-class Running:
+class StudyRunner:
     """A study that is run from the command line.
 
     Args:
-        study_file: what the study is.
-        full: its full version, not the quick one.
-        output: its folder; by default `runs/sweeps/NAME`.
+        study_file: the study's file.
+        full: the full version, not the quick one.
+        output: folder of the study; by default `runs/sweeps/NAME`.
         storage: journal file or URL; by default a journal in the folder.
         overrides: of the configuration, for all trials.
-        retry_failed: train points again whose trials failed.
+        retry_failed: train failed points again.
     """
 
     study_file: Path
@@ -65,58 +65,58 @@ class Running:
     retry_failed: bool
 
     def run(self, trials: int | None, jobs: int) -> None:
-        """Train what is not trained yet, at most `trials` points, in `jobs` processes; then report.
+        """Train untrained points, at most `trials`, in `jobs` processes; then write the report.
 
         Raises:
-            ValueError: something does not fit, see the guards; or trials failed, after all others are trained.
+            ValueError: the study is wrong; or trials failed, after all others are trained.
             FileNotFoundError: a file is missing.
-            KeyboardInterrupt: somebody stopped it, and the study is as if the trials that were running had not begun.
+            KeyboardInterrupt: on Ctrl-C or SIGTERM, after the running trials are enqueued again.
         """
         signal.signal(signal.SIGTERM, _stop)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         warnings.filterwarnings("ignore", category=ExperimentalWarning)
-        quiet_training()
+        silence_training_logs()
         study = load_study(self.study_file, full=self.full)
-        base = beside(self.study_file, study.base)
-        is_helper = HELPER in os.environ
+        base = path_from_study(self.study_file, study.base)
+        is_job = JOB in os.environ
         configuration = self._base_configuration(study, base)
-        if not is_helper:
-            require_changes_that_exist(study, base, self.overrides)
+        if not is_job:
+            validate_choices(study, base, self.overrides)
         storage = open_storage(self.location, create=True)
         stored = open_study(study, self.name, storage)
         require_same(stored, definition_of(study, configuration))
-        if not is_helper:
+        if not is_job:
             for preparation in study.prepare:
-                prepare(preparation, self.study_file, study.overrides | self.overrides, say)
+                prepare(preparation, self.study_file, study.overrides | self.overrides, log)
             parameters = study.covering_points()[0]
             build(trial_arguments(study, base, self.overrides, parameters, study.seeds[0]))
-        queue = TrialQueue(study, stored, storage, retry_failed=self.retry_failed and not is_helper)
-        if not is_helper:
+        queue = TrialQueue(study, stored, storage, retry_failed=self.retry_failed and not is_job)
+        if not is_job:
             queue.fill()
             self._greet(study, queue)
         if jobs > 1:
-            self._share(trials, jobs)
+            self._run_jobs(trials, jobs)
         else:
-            draw_anew_if_not_first(study, stored, is_helper=is_helper)
-            Worker(study, queue, base, self.overrides, self.folder / TENSORBOARD, say).work(trials)
-        if not is_helper:
+            reseed_unless_first(study, stored, is_job=is_job)
+            Worker(study, queue, base, self.overrides, self.folder / TENSORBOARD, log).work(trials)
+        if not is_job:
             print(write_report(study, stored, self.folder))
             if failed := queue.progress().failed:
-                raise ValueError(f"expected all trials to end well, found {failed} failed: --retry_failed trains them")
+                raise ValueError(f"expected all trials to succeed, found {failed} failed: --retry_failed repeats them")
 
     @property
     def name(self) -> str:
-        """Of the study in the storage."""
+        """Name of the study in the storage."""
         return study_name(self.study_file, full=self.full)
 
     @property
     def folder(self) -> Path:
-        """Of everything that the study writes."""
+        """Folder of the study's files."""
         return Path(self.output or default_output(self.name))
 
     @property
     def location(self) -> str:
-        """Of the storage."""
+        """Path or URL of the storage."""
         return self.storage or journal_in(self.folder)
 
     def _base_configuration(self, study: Study, base: str) -> dict[str, Any]:
@@ -126,67 +126,67 @@ class Running:
 
     def _greet(self, study: Study, queue: TrialQueue) -> None:
         progress = queue.progress()
-        say(f"{self.name}: {study.title}")
-        say(
+        log(f"{self.name}: {study.title}")
+        log(
             f"  {progress.total} trainings of {study.budget.steps:,} steps, {study.budget.tokens:,} tokens; "
             f"{progress.ended} done, {progress.running} running"
         )
-        say(f"  storage: {self.location}; curves: tensorboard --logdir {self.folder / TENSORBOARD}")
+        log(f"  storage: {self.location}; curves: tensorboard --logdir {self.folder / TENSORBOARD}")
 
-    def _share(self, trials: int | None, jobs: int) -> None:
-        """Let several processes of this command work, each with its share of the cores."""
+    def _run_jobs(self, trials: int | None, jobs: int) -> None:
+        """Start processes of this command that share the study and the cores."""
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        environment = {"OMP_NUM_THREADS": str(max(1, cores // jobs))} | os.environ | {HELPER: "1"}
+        environment = {"OMP_NUM_THREADS": str(max(1, cores // jobs))} | os.environ | {JOB: "1"}
         command = [sys.executable, "-m", "ptp_lightning", "sweep", "run", str(self.study_file)]
         command += ["--output", str(self.folder)]
         command += ["--storage", self.location, *(["--full"] if self.full else [])]
         command += override_arguments(self.overrides)
         shares = [None] * jobs if trials is None else [(trials + k) // jobs for k in range(jobs)]
-        helpers = [
+        processes = [
             subprocess.Popen([*command, *([] if share is None else ["--trials", str(share)])], env=environment)
             for share in shares
             if share != 0
         ]
         try:
-            ends = [helper.wait() for helper in helpers]
-        except KeyboardInterrupt as stop:  # they put their trials back
-            for helper in helpers:
-                if isinstance(stop, Terminated):  # a terminal's Ctrl-C is told to all of them
-                    helper.terminate()
-                helper.wait()
+            ends = [process.wait() for process in processes]
+        except KeyboardInterrupt as stop:  # they enqueue their trials again
+            for process in processes:
+                if isinstance(stop, Terminated):  # a terminal sends Ctrl-C to all of them
+                    process.terminate()
+                process.wait()
             raise
         if any(ends):
-            raise ValueError(f"expected all processes of --jobs to end well, found statuses {ends}: see above")
+            raise ValueError(f"expected all processes of --jobs to succeed, found exit statuses {ends}: see above")
 
 
-def require_changes_that_exist(study: Study, base: str, more: Overrides) -> None:
-    """Read the configuration of every choice of every parameter.
+def validate_choices(study: Study, base: str, overrides: Overrides) -> None:
+    """Parse the configuration of every choice of every parameter.
 
     Raises:
-        ValueError: a path does not exist, a value does not fit, or a choice would spend another budget.
+        ValueError: a key does not exist, a value is refused, or a choice has another budget.
     """
     for parameters in study.covering_points():
-        configuration = _configuration_of(study, base, more, parameters)
+        configuration = _configuration_of(study, base, overrides, parameters)
         steps = configuration["trainer"]["max_steps"]
         tokens = steps * tokens_per_step(configuration, configured_world_size(configuration))
         if (steps, tokens) != (study.budget.steps, study.budget.tokens):
             raise ValueError(
                 f"expected {study.budget.steps:,} steps and {study.budget.tokens:,} tokens of every trial (budget), "
                 f"found {steps:,} and {tokens:,} for {parameters}: set budget, or let the choice change batch_size or "
-                "num_windows, too"
+                "num_windows too"
             )
 
 
 def open_study(study: Study, name: str, storage: BaseStorage) -> optuna.Study:
-    """The study in the storage; a new one if there is none of this name.
+    """The study of this name in the storage, created if it is missing.
 
     Raises:
-        ValueError: the one that is there was started in the other direction.
+        ValueError: the stored study has the other direction.
     """
     stored = optuna.create_study(
         study_name=name,
         storage=storage,
-        sampler=study.sampler or RandomSampler(),  # a grid's points say everything
+        sampler=study.sampler or RandomSampler(),  # unused: a grid's points are complete
         pruner=study.pruner,
         direction=study.objective.direction,
         load_if_exists=True,
@@ -199,35 +199,35 @@ def open_study(study: Study, name: str, storage: BaseStorage) -> optuna.Study:
     return stored
 
 
-def draw_anew_if_not_first(study: Study, stored: optuna.Study, *, is_helper: bool) -> None:
-    """Give a sampler other draws than its seed's, unless this process begins the study: it would begin it again."""
+def reseed_unless_first(study: Study, stored: optuna.Study, *, is_job: bool) -> None:
+    """Reseed the sampler in all processes but the first, which would otherwise repeat its draws."""
     has_begun = any(trial.state != TrialState.WAITING for trial in stored.get_trials(deepcopy=False))
-    if study.sampler is not None and (is_helper or has_begun):
+    if study.sampler is not None and (is_job or has_begun):
         study.sampler.reseed_rng()
 
 
 def default_output(name: str) -> str:
-    """Folder of a study where none is named."""
+    """Default folder of a study."""
     return f"{OUTPUTS}/{name}"
 
 
 def journal_in(folder: str | Path) -> str:
-    """The storage where none is named."""
+    """Default storage of a study."""
     return str(Path(folder) / JOURNAL)
 
 
-def say(line: str) -> None:
-    """Show a line now, also where the output is a file."""
+def log(line: str) -> None:
+    """Print a line without buffering."""
     print(line, flush=True)
 
 
-def _configuration_of(study: Study, base: str, more: Overrides, parameters: Parameters) -> dict[str, Any]:
+def _configuration_of(study: Study, base: str, overrides: Overrides, parameters: Parameters) -> dict[str, Any]:
     try:
-        return read_configuration(trial_arguments(study, base, more, parameters, study.seeds[0]))
+        return read_configuration(trial_arguments(study, base, overrides, parameters, study.seeds[0]))
     except ValueError as error:
-        raise ValueError(f"the choice {parameters} is none of {base}: {error}") from error
+        raise ValueError(f"the choice {parameters} does not fit {base}: {error}") from error
 
 
 def _stop(*_: object) -> NoReturn:
-    """A polite request to end is answered like Ctrl-C, also while Lightning does not listen."""
+    """Handle SIGTERM like Ctrl-C, also outside Lightning's own handlers."""
     raise Terminated

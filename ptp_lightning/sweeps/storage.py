@@ -1,4 +1,4 @@
-"""Where studies are kept: an Optuna journal file, or any database that Optuna knows by its URL."""
+"""Storages of studies: an Optuna journal file, or a database that Optuna opens by its URL."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def open_storage(location: str, *, create: bool) -> BaseStorage:
 
     Args:
         location: URL or path.
-        create: make it if it is not there.
+        create: create a missing journal.
 
     Raises:
-        FileNotFoundError: it is not there and shall not be made.
+        FileNotFoundError: there is no journal, and `create` is false.
         ValueError: it cannot be read or written.
     """
     if "://" in location:
@@ -27,7 +27,7 @@ def open_storage(location: str, *, create: bool) -> BaseStorage:
             return get_storage(location)  # with the cache that studies use
         except Exception as error:  # SQLAlchemy's and its drivers' have no common base
             raise ValueError(f"expected a database that can be opened at --storage {location}: {error}") from error
-    # With a relative path Optuna's lock points nowhere: waiting processes spin, for ever if its holder was killed.
+    # With a relative path Optuna's lock is a dangling link, and waiting processes spin for ever if its holder dies.
     path = Path(location).absolute()
     if not create and not path.exists():
         raise FileNotFoundError(
@@ -47,10 +47,10 @@ def open_storage(location: str, *, create: bool) -> BaseStorage:
 
 
 def load_stored(name: str, storage: BaseStorage) -> optuna.Study:
-    """The study of a name.
+    """A study by its name.
 
     Raises:
-        ValueError: the storage has none of this name; says which it has.
+        ValueError: the storage has no study of this name.
     """
     names = sorted(optuna.get_all_study_names(storage))
     if name not in names:
@@ -59,20 +59,20 @@ def load_stored(name: str, storage: BaseStorage) -> optuna.Study:
 
 
 def drop_torn_line(path: Path) -> None:
-    """Remove the end of a journal that a dying process or a full disk left unfinished; what follows would be lost."""
-    if not path.is_file() or _is_whole(path):
+    """Remove an incomplete last line, left by a killed process or a full disk; lines after it would be lost."""
+    if not path.is_file() or _is_complete(path):
         return
     lock = JournalFileSymlinkLock(str(path))
     lock.acquire()
     try:
-        if not _is_whole(path):  # still: another process may have been writing
+        if not _is_complete(path):  # another process may have completed it
             with path.open("rb+") as file:
                 file.truncate(file.read().rfind(b"\n") + 1)
     finally:
         lock.release()
 
 
-def _is_whole(path: Path) -> bool:
+def _is_complete(path: Path) -> bool:
     with path.open("rb") as file:
         size = file.seek(0, 2)
         file.seek(max(size - 1, 0))

@@ -1,4 +1,4 @@
-"""Study: what a file in sweeps/ says, typed. Optuna's own classes are named by `class_path`."""
+"""Study: the typed content of a YAML file in sweeps/. Optuna's classes are named by `class_path`."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.pruners import BasePruner, NopPruner
 from optuna.samplers import BaseSampler
 
+from ptp_lightning.utils.named_files import shipped_names
+from ptp_lightning.utils.renamed_keys import require_current_names
 from ptp_lightning.utils.user_errors import plain_reason
 
-QUICK = "quick"  # the key of what the quick version has otherwise, and the end of its name
+QUICK = "quick"  # key of what the quick version changes, and suffix of its name
 ENTRY_BY_ENTRY = ("overrides", "variants", "settings")
 MAX_GRID = 1000
 
@@ -30,12 +32,12 @@ Overrides = dict[str, Any]
 
 @dataclass(frozen=True)
 class Budget:
-    """What every trial of a study spends; results are compared at equal budgets only.
+    """Cost of every trial of a study; results are compared at equal budgets only.
 
     Args:
         steps: optimiser steps.
-        tokens: tokens of all windows that are trained on: steps x rows x windows x window length.
-        validations: how often a trial is validated, evenly spread, the last time after the last step.
+        tokens: tokens of all training windows: steps x rows x windows x window length.
+        validations: number of validations, evenly spread, the last one after the last step.
     """
 
     steps: int
@@ -51,12 +53,12 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class Objective:
-    """What is compared.
+class StudyObjective:
+    """The metric that a study compares.
 
     Args:
-        metric: logged at validation; `{name}` in it stands for a parameter's value, by the last part of its path.
-        direction: which values are better.
+        metric: tag of a validation metric; `{name}` in it stands for the value of the parameter whose path ends in it.
+        direction: whether larger or smaller values are better.
     """
 
     metric: str = "val/correct_tokens"
@@ -65,28 +67,28 @@ class Objective:
 
 @dataclass(frozen=True)
 class Preparation:
-    """Something that trials read and a training makes, a teacher for instance; it is made when it is not there.
+    """A training that trials depend on, of a teacher for instance; it runs if its output is missing.
 
     Args:
-        makes: the folder that tells whether it is there.
-        config: of the training, relative to the study's file.
-        overrides: of the configuration, which has to write to `makes`.
-        passed_on: paths whose overrides the preparation shares with the study, where the study has any.
+        output: the folder that the training writes.
+        config: configuration of the training, relative to the study's file.
+        overrides: of this configuration; they must make it write to `output`.
+        forwarded_keys: keys whose overrides in the study apply to this training too.
     """
 
-    makes: str
+    output: str
     config: str
     overrides: Overrides = field(default_factory=dict)
-    passed_on: list[str] = field(default_factory=list)
+    forwarded_keys: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class PublishedValue:
-    """A number of the paper.
+    """A published result.
 
     Args:
-        point: the parameters it was measured with, by their names in the study.
-        value: the number.
+        point: the parameters of the measurement, by their names in the study.
+        value: the result.
     """
 
     point: dict[str, Value]
@@ -95,10 +97,10 @@ class PublishedValue:
 
 @dataclass(frozen=True)
 class Published:
-    """A table of the paper, to print beside one's own.
+    """Published results, for a column of the table.
 
     Args:
-        source: where the numbers stand and what they count.
+        source: reference and meaning of the numbers.
         values: the numbers.
     """
 
@@ -111,9 +113,9 @@ class Point:
     """One training of a study.
 
     Attributes:
-        parameters: chosen before; empty where a sampler chooses them when the training begins.
+        parameters: of a grid's point; empty if a sampler chooses them when the trial starts.
         seed: of weights, data and auxiliaries.
-        ticket: its number among the points that a sampler chooses; None in a grid.
+        ticket: number among the points that a sampler chooses; None in a grid.
     """
 
     parameters: Parameters
@@ -122,33 +124,37 @@ class Point:
 
     @property
     def key(self) -> str:
-        """Its identity in a storage."""
+        """Identity of the point in a storage.
+
+        >>> Point({"rank": 8}, seed=0).key
+        '[{"rank": 8}, 0, null]'
+        """
         return json.dumps([self.parameters, self.seed, self.ticket], sort_keys=True)
 
 
 @dataclass(frozen=True)
 class Study:
-    """A study. Without a sampler it is the grid of all variants and settings, each point once for every seed.
+    """A study. Without a sampler it is the grid of all variants and settings, each point trained once per seed.
 
     Args:
-        title: one line on what is compared.
-        base: the configuration of a run, relative to the study's file.
+        title: the question, in one line.
+        base: configuration of the trials, relative to the study's file.
         budget: of every trial.
-        overrides: path in the configuration to value, for all trials.
-        variants: parameter to its choices, each of which is a name and the overrides that it stands for.
-        settings: parameters that are a single path in the configuration, and what values it may have.
+        overrides: keys of the configuration and their values, for all trials.
+        variants: parameters with named choices; a choice is a set of overrides.
+        settings: parameters that are a single key of the configuration, and the distribution of its values.
         seeds: of the trials of a point.
-        seed_paths: where a seed goes.
-        objective: what is compared.
-        also: further metrics for the table.
-        decode_lengths: also show how many tokens are right when only so many of a window are drafted, which is what a
-            shorter window gives if slots do not see later ones (without a refiner).
-        sampler: chooses the points; by default all of the grid are trained.
-        trials: how many points a sampler chooses.
+        seed_paths: keys of the configuration that are set to the seed.
+        objective: the metric that is compared.
+        extra_metrics: further metrics for the table.
+        draft_lengths: a second table shows correct tokens if only this many tokens of a window are drafted. Without a
+            refiner, slots do not see later slots, so this is the result of a shorter window.
+        sampler: chooses the points; by default the whole grid is trained.
+        trials: number of points that the sampler chooses.
         pruner: stops trials at a validation; by default none.
-        baseline: the point that the figure by position shows beside the best one; by default the worst.
-        published: the paper's numbers.
-        prepare: what trials read.
+        baseline: the point that the figure by position compares with the best one; by default the worst.
+        published: published results.
+        prepare: trainings that run before the first trial.
     """
 
     title: str
@@ -161,9 +167,9 @@ class Study:
     seed_paths: list[str] = field(
         default_factory=lambda: ["seed_everything", "model.init_args.seed", "data.init_args.seed"]
     )
-    objective: Objective = field(default_factory=Objective)
-    also: list[str] = field(default_factory=list)
-    decode_lengths: list[int] = field(default_factory=list)
+    objective: StudyObjective = field(default_factory=StudyObjective)
+    extra_metrics: list[str] = field(default_factory=list)
+    draft_lengths: list[int] = field(default_factory=list)
     sampler: BaseSampler | None = None
     trials: int | None = None
     pruner: BasePruner = field(default_factory=NopPruner)
@@ -172,9 +178,9 @@ class Study:
     prepare: list[Preparation] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        """Refuse a study without a space or with contradictions, before any work."""
+        """Refuse a study without parameters or with contradictions."""
         if not self.variants and not self.settings:
-            raise ValueError("expected parameters to compare, found an empty space: fill variants or settings")
+            raise ValueError("expected parameters to compare, found none: set variants or settings")
         for name, choices in self.variants.items():
             if not choices:
                 raise ValueError(f"expected choices of variants.{name}, found none")
@@ -186,16 +192,16 @@ class Study:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"expected different seeds, at least one, found seeds: {self.seeds}")
         if (self.sampler is None) != (self.trials is None):
-            raise ValueError("expected sampler and trials together: a grid has as many trials as points")
+            raise ValueError("expected sampler and trials together: without a sampler the whole grid is trained")
         if self.sampler is not None and len(self.seeds) > 1:
             raise ValueError(
-                f"expected one seed beside a sampler, which tries every point once, found seeds: {self.seeds}"
+                f"expected a single seed with a sampler, which tries every point once, found seeds: {self.seeds}"
             )
         if self.trials is not None and self.trials < 1:
             raise ValueError(f"expected trials >= 1, found {self.trials}")
         if self.sampler is None:
             for name, distribution in self.settings.items():
-                _choices(name, distribution)  # refuses endless ones
+                _choices(name, distribution)  # raises if there are infinitely many
         published = [] if self.published is None else [entry.point for entry in self.published.values]
         for named in [self.baseline or {}, *published]:
             self._require_known(named)
@@ -209,7 +215,7 @@ class Study:
 
     @property
     def distributions(self) -> dict[str, BaseDistribution]:
-        """All parameters, variants by their names."""
+        """Distributions of all parameters; a variant has those of its choices' names."""
         variants = {name: CategoricalDistribution(list(choices)) for name, choices in self.variants.items()}
         return variants | self.settings
 
@@ -220,20 +226,20 @@ class Study:
         return [Point(parameters, seed) for seed in self.seeds for parameters in self._grid()]
 
     def covering_points(self) -> list[Parameters]:
-        """As few points as have every choice of every parameter; of a range its ends."""
+        """The fewest points that contain every choice of every parameter, and the ends of every range."""
         choices = {name: _some_choices(distribution) for name, distribution in self.distributions.items()}
         count = max(len(values) for values in choices.values())
         return [{name: values[k % len(values)] for name, values in choices.items()} for k in range(count)]
 
     def overrides_of(self, parameters: Mapping[str, Value]) -> Overrides:
-        """What parameters change in the configuration."""
+        """Overrides of the configuration that parameters stand for."""
         changed: Overrides = {}
         for name, value in parameters.items():
             changed |= self.variants[name][str(value)] if name in self.variants else {name: value}
         return changed
 
     def metric_of(self, parameters: Mapping[str, Value]) -> str:
-        """The metric of a point."""
+        """Tag of a point's metric."""
         return self.objective.metric.format(**{short_name(name): value for name, value in parameters.items()})
 
     def _grid(self) -> Iterator[Parameters]:
@@ -251,23 +257,27 @@ class Study:
 
 
 def load_study(path: Path, *, full: bool) -> Study:
-    """The study that a file describes, by default in its quick version.
+    """Read a study's file.
 
-    The keys below `quick` stand in for those of the full version. Of `overrides`, `variants` and `settings` they
-    replace single entries, or remove them (null).
+    Args:
+        path: the file.
+        full: read the full version; otherwise the quick one, in which the keys below `quick` replace those of the full
+            version. Of `overrides`, `variants` and `settings` they replace single entries, or remove them (null).
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: a key or a value of it is wrong.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"expected a study, a file such as sweeps/losses.yaml, at {path}, found none")
+        shipped = ", ".join(shipped_names("sweeps"))
+        raise FileNotFoundError(f"expected a study at {path}, found none: give a file, or one of {shipped}")
     try:
         plain = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: expected YAML, found {error}") from error
     if not isinstance(plain, dict):
         raise ValueError(f"{path}: expected the keys of a study, found {type(plain).__name__}")
+    require_current_names(plain, str(path))
     quick = plain.pop(QUICK, {})
     if not full:
         for key, value in quick.items():
@@ -284,22 +294,34 @@ def load_study(path: Path, *, full: bool) -> Study:
 
 
 def study_name(path: Path, *, full: bool) -> str:
-    """Under which a study is stored: the two versions are two studies."""
+    """Name of a study in its storage; the quick and the full version are two studies.
+
+    >>> study_name(Path("sweeps/losses.yaml"), full=False)
+    'losses_quick'
+    """
     return path.stem if full else f"{path.stem}_{QUICK}"
 
 
 def short_name(parameter: str) -> str:
-    """The last part of a path."""
+    """The last part of a key.
+
+    >>> short_name("model.init_args.predictor.lora.rank")
+    'rank'
+    """
     return parameter.rpartition(".")[2]
 
 
-def beside(study_file: Path, path: str) -> str:
-    """A path that a study's file names, as seen from the current folder."""
+def path_from_study(study_file: Path, path: str) -> str:
+    """A path relative to a study's file, made relative to the current folder.
+
+    >>> path_from_study(Path("sweeps/losses.yaml"), "../configs/gated_lora.yaml")
+    'configs/gated_lora.yaml'
+    """
     return os.path.relpath(study_file.parent / path)
 
 
 def _with_class_paths_as_text(plain: dict[str, Any]) -> dict[str, Any]:
-    """A study whose overrides name classes by a path of their own; as entries jsonargparse would instantiate them."""
+    """A study whose overrides have class paths as text; jsonargparse would instantiate entries with `class_path`."""
     text = dict(plain)
     if isinstance(plain.get("overrides"), dict):
         text["overrides"] = _class_path_as_text(plain["overrides"])
@@ -324,7 +346,7 @@ def _class_path_as_text(overrides: Overrides) -> Overrides:
 
 
 def _choices(name: str, distribution: BaseDistribution) -> list[Value]:
-    """All values of a setting of a grid; raises ValueError if there is no end to them."""
+    """All values of a setting of a grid; raises ValueError if there are infinitely many."""
     if isinstance(distribution, CategoricalDistribution):
         return list(distribution.choices)
     if isinstance(distribution, IntDistribution | FloatDistribution) and distribution.step is not None:

@@ -1,4 +1,4 @@
-"""What the trials of a study came to: means over seeds with their uncertainty, at equal budgets only."""
+"""Results of a study by point: means over seeds with confidence intervals, at equal budgets only."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from optuna.trial import FrozenTrial, TrialState
 
 from ptp_lightning.sweeps.attributes import GIVEN_UP, METRICS, PREFIX_COUNTS, SECONDS, STEPS, TOKENS, TRAINING_SECONDS
 from ptp_lightning.sweeps.study import Parameters, Study
+from ptp_lightning.utils.renamed_keys import current_key
 
 CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
 class Row:
-    """A point of a study.
+    """Results of one point.
 
     Attributes:
-        parameters: which.
-        trials: with a result, one a seed.
-        num_pruned: trials that were stopped at a validation.
-        num_failed: trials that ended with an error.
-        published: the paper's number, if it has one.
+        parameters: of the point.
+        trials: with a result, one per seed.
+        num_pruned: number of trials that the pruner stopped.
+        num_failed: number of trials with an error.
+        published: the published result, if there is one.
     """
 
     parameters: Parameters
@@ -37,31 +38,31 @@ class Row:
 
     @property
     def mean(self) -> float:
-        """Of the results; NaN without any."""
+        """Mean result; NaN without results."""
         return fmean(value_of(trial) for trial in self.trials) if self.trials else math.nan
 
     @property
     def half_width(self) -> float:
-        """Half of the 95 % interval of the mean: Student's t over seeds; NaN below two results."""
+        """Half width of the 95 % confidence interval of the mean (Student's t over seeds); NaN below two results."""
         return half_width([value_of(trial) for trial in self.trials])
 
     @property
     def seconds(self) -> float:
-        """Mean cost of a trial; NaN without any."""
+        """Mean seconds per trial; NaN without results."""
         return fmean(trial.user_attrs[SECONDS] for trial in self.trials) if self.trials else math.nan
 
     @property
     def overheads(self) -> list[float]:
-        """Seconds of each trial beyond its training: for its configuration, its model and its data."""
+        """Seconds of each trial outside its training: configuration, model and data."""
         return [trial.user_attrs[SECONDS] - trial.user_attrs[TRAINING_SECONDS] for trial in self.trials]
 
     def mean_of(self, tag: str) -> float:
-        """Of another metric of the last validation; NaN if it was not logged."""
+        """Mean of another metric of the last validation; NaN if it was not logged."""
         values = [trial.user_attrs[METRICS].get(tag, math.nan) for trial in self.trials]
         return fmean(values) if values else math.nan
 
     def correct_of_first(self, length: int) -> float:
-        """Mean correct tokens if only the first `length` tokens of windows were drafted; NaN for shorter windows."""
+        """Mean correct tokens if only the first `length` tokens of a window are drafted; NaN for shorter windows."""
         counts = [trial.user_attrs[PREFIX_COUNTS] for trial in self.trials]
         if not counts or len(counts[0]) <= length:
             return math.nan
@@ -71,7 +72,11 @@ class Row:
 
 
 def half_width(values: Sequence[float]) -> float:
-    """Half of the 95 % interval of a mean of independent normal values; NaN below two."""
+    """Half width of the 95 % confidence interval of a mean of independent normal values; NaN below two.
+
+    >>> round(half_width([1.0, 2.0, 3.0]), 3)
+    2.484
+    """
     from scipy.stats import t
 
     if len(values) < 2:
@@ -81,7 +86,7 @@ def half_width(values: Sequence[float]) -> float:
 
 
 def rows_of(study: Study, stored: optuna.Study) -> list[Row]:
-    """One for each point with a trial that ended: those of a grid in its order, those of a sampler from the best on.
+    """A row for each point with a finished trial: a grid's in its order, a sampler's sorted from the best on.
 
     Raises:
         ValueError: trials had different budgets.
@@ -91,7 +96,7 @@ def rows_of(study: Study, stored: optuna.Study) -> list[Row]:
         ended = {_key(point.parameters): [] for point in study.points()}
     for trial in stored.get_trials(deepcopy=False):
         if trial.state.is_finished() and GIVEN_UP not in trial.user_attrs:
-            ended.setdefault(_key(trial.params), []).append(trial)
+            ended.setdefault(_key(parameters_of(trial)), []).append(trial)
     require_equal_budgets(study, [trial for trials in ended.values() for trial in trials])
     rows = [_row(study, trials) for trials in ended.values() if trials]
     if study.sampler is not None:
@@ -101,10 +106,10 @@ def rows_of(study: Study, stored: optuna.Study) -> list[Row]:
 
 
 def require_equal_budgets(study: Study, trials: Sequence[FrozenTrial]) -> None:
-    """Refuse results that were paid for differently.
+    """Refuse results of unequal budgets.
 
     Raises:
-        ValueError: which trials, and what they spent.
+        ValueError: a trial trained on other numbers of steps or tokens.
     """
     budget = study.budget
     for trial in trials:
@@ -114,7 +119,7 @@ def require_equal_budgets(study: Study, trials: Sequence[FrozenTrial]) -> None:
                 raise ValueError(
                     f"expected {budget.steps} steps and {budget.tokens} tokens of every trial (budget), found "
                     f"{spent[0]} and {spent[1]} of trial {trial.number}: only equal budgets are compared; set budget, "
-                    "or take the trial out of the storage"
+                    "or remove the trial from the storage"
                 )
 
 
@@ -140,7 +145,7 @@ def _extreme(rows: Sequence[Row], *, largest: bool) -> Row | None:
 
 def _row(study: Study, trials: Sequence[FrozenTrial]) -> Row:
     states = [trial.state for trial in trials]
-    parameters: Parameters = {name: trials[0].params[name] for name in study.distributions}
+    parameters = {name: parameters_of(trials[0])[name] for name in study.distributions}
     published = (
         [entry.value for entry in study.published.values if entry.point == parameters] if study.published else []
     )
@@ -153,11 +158,16 @@ def _row(study: Study, trials: Sequence[FrozenTrial]) -> Row:
     )
 
 
+def parameters_of(trial: FrozenTrial) -> Parameters:
+    """Parameters of a trial of any version, by the names of today."""
+    return {current_key(name): value for name, value in trial.params.items()}
+
+
 def _key(parameters: Parameters) -> str:
     return json.dumps(parameters, sort_keys=True)
 
 
 def value_of(trial: FrozenTrial) -> float:
-    """Of a trial with a result, or its last validation if it was pruned."""
+    """Result of a trial; of a pruned trial its last validation."""
     assert trial.value is not None
     return trial.value

@@ -1,4 +1,4 @@
-"""One training of a study: the configuration that `python -m ptp_lightning fit` would read, run in this process."""
+"""One training of a study: what `python -m ptp_lightning fit` does, in this process."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from ptp_lightning.training.callbacks import RunSummary
 from ptp_lightning.training.cli import PlainErrorParser, TrainingCLI, parsed
 from ptp_lightning.utils.user_errors import plain_reason
 
-# What a person watches or goes on from; a study keeps numbers, and the configuration to make a model of any of them.
+# A study keeps metrics and the commands to repeat its trainings, no checkpoints.
 LEFT_OUT = (Checkpoint, ProgressBar, RunSummary)
-FOLLOWER_ARGUMENTS = "SWEEPS_FOLLOWER_ARGUMENTS"  # the environment variable that tells other ranks what to train
+FOLLOWER_ARGUMENTS = "SWEEPS_FOLLOWER_ARGUMENTS"  # environment variable with the arguments of `fit` for other ranks
 
 
 class RaisingParser(PlainErrorParser):
-    """The parser of `fit`, whose errors are raised, because a study goes on behind them."""
+    """The parser of `fit`, but errors are raised: one trial's error must not end the study."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise what was wrong as a ValueError."""
@@ -42,27 +42,27 @@ class RaisingParser(PlainErrorParser):
 
 
 class TrialCLI(TrainingCLI):
-    """The command line of `fit` without the callbacks that show a single run and keep its checkpoints."""
+    """The command line of `fit` without checkpoints, progress bar and closing summary."""
 
     def before_instantiate_classes(self) -> None:
-        """Take the callbacks out of the configuration, and those that Lightning would put in their place."""
+        """Remove these callbacks from the configuration, and keep Lightning from adding its own."""
         trainer = self.config.trainer
         trainer.callbacks = [one for one in trainer.callbacks or [] if not issubclass(_class(one), LEFT_OUT)]
         trainer.enable_checkpointing = trainer.enable_progress_bar = False
 
 
 class ParsingCLI(TrialCLI):
-    """Only reads a configuration."""
+    """Parses a configuration and builds nothing."""
 
     def instantiate_classes(self) -> None:
-        """Build nothing."""
+        """Do nothing."""
 
 
 class SharedCorpus(Corpus):
-    """Documents that are read once for all trials of a process.
+    """Documents of a corpus, read once for all trials of a process.
 
     Args:
-        corpus: where they come from.
+        corpus: the corpus.
     """
 
     def __init__(self, corpus: Corpus) -> None:
@@ -78,15 +78,15 @@ class SharedCorpus(Corpus):
 
 @dataclass(frozen=True)
 class Result:
-    """What a training came to.
+    """Result of a training.
 
     Attributes:
-        metrics: the last validation's, by tag.
-        accuracy_by_position: of the window's positions; None for a module that predicts no windows.
-        prefix_counts: how many windows have 0, 1, .. right tokens before the first error; None as above.
+        metrics: of the last validation, by tag.
+        accuracy_by_position: over positions of the window; None for a module that predicts no windows.
+        prefix_counts: number of windows with 0, 1, .. correct tokens before the first error; None as above.
         steps: optimiser steps.
-        tokens: tokens of all windows that were trained on.
-        seconds: with reading the configuration and building the model.
+        tokens: tokens of all training windows.
+        seconds: in total, with reading the configuration and building the model.
         training_seconds: from the first step to the end of the last validation.
     """
 
@@ -100,7 +100,7 @@ class Result:
 
 
 class TrainingRuns:
-    """Trains one configuration after the other; what they have in common is read once."""
+    """Trains configurations one after the other; shared corpora are read once."""
 
     def __init__(self) -> None:
         self._corpora: dict[str, Corpus] = {}
@@ -112,14 +112,14 @@ class TrainingRuns:
 
         Args:
             arguments: of `fit`.
-            callbacks: besides those of the configuration.
-            hyperparameters: to be shown with the results.
+            callbacks: in addition to those of the configuration.
+            hyperparameters: shown beside the results in TensorBoard.
 
         Raises:
-            ValueError: the configuration is not one that can be trained.
+            ValueError: the configuration cannot be trained.
         """
         begin = time.monotonic()
-        with followers_know(arguments):
+        with follower_environment(arguments):
             cli = parsed(TrialCLI, RaisingParser, list(arguments), run=False)
             self._share(cli.datamodule)
             clock = TrainingClock()
@@ -146,13 +146,13 @@ class TrainingRuns:
             data.corpus = self._corpora.setdefault(repr(data.corpus), SharedCorpus(data.corpus))
 
 
-def follow() -> None:
-    """Be another rank of the training that the first rank of a trial has just started.
+def run_follower() -> None:
+    """Train a trial as another rank than the first.
 
-    Lightning starts other ranks with the first one's command and environment. They know no storage; what they train is
-    in the environment, and whether to go on they are told.
+    Lightning starts other ranks with the command and the environment of rank 0. They do not open the storage: their
+    arguments are in the environment, and rank 0 broadcasts whether the trial is pruned.
     """
-    quiet_training()
+    silence_training_logs()
     cli = parsed(TrialCLI, RaisingParser, json.loads(os.environ[FOLLOWER_ARGUMENTS]), run=False)
     cli.trainer.callbacks.append(PruneAtValidation())  # pyright: ignore[reportAttributeAccessIssue]
     cli.trainer.fit(cli.model, datamodule=cli.datamodule)
@@ -168,7 +168,7 @@ def read_configuration(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def build(arguments: Sequence[str]) -> None:
-    """Build everything that a training needs, to see whether it is there.
+    """Build model, data and trainer, to find errors before a study starts.
 
     Raises:
         ValueError: parts do not fit each other, or something is missing.
@@ -178,27 +178,31 @@ def build(arguments: Sequence[str]) -> None:
 
 
 def fit_arguments(base: str, *overrides: Overrides) -> list[str]:
-    """What `fit` is told: a configuration and overrides, of which later ones win."""
+    """Arguments of `fit`: a configuration and overrides; later ones win.
+
+    >>> fit_arguments("run.yaml", {"trainer.max_steps": 3}, {"model.init_args.seed": 1})
+    ['--config', 'run.yaml', '--trainer.max_steps=3', '--model.init_args.seed=1']
+    """
     return ["--config", base, *(argument for group in overrides for argument in override_arguments(group))]
 
 
 def override_arguments(overrides: Overrides) -> list[str]:
-    """Overrides as arguments."""
+    """Overrides as arguments of the command line."""
     return [f"--{path}={value if isinstance(value, str) else json.dumps(value)}" for path, value in overrides.items()]
 
 
 def fit_command(arguments: Sequence[str]) -> str:
-    """To type, for the same training by itself."""
+    """The command that repeats a training."""
     return shlex.join(["python", "-m", "ptp_lightning", "fit", *arguments])
 
 
 def budget_overrides(budget: Budget) -> Overrides:
-    """The length of a training and its validations."""
+    """Overrides for the number of steps and validations."""
     return {"trainer.max_steps": budget.steps, "trainer.val_check_interval": budget.steps // budget.validations}
 
 
 def logger_overrides(folder: Path, run: str) -> Overrides:
-    """TensorBoard files in a folder of their own below the study's."""
+    """Overrides that log a trial to its own folder below the study's."""
     arguments = {"save_dir": str(folder), "name": "", "version": run, "default_hp_metric": False}
     return {
         "trainer.logger": {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": arguments},
@@ -209,7 +213,7 @@ def tokens_per_step(configuration: Mapping[str, Any], world_size: int) -> int:
     """Tokens of the windows of one optimiser step, over all ranks.
 
     Raises:
-        ValueError: the configuration is none that trains on windows.
+        ValueError: the configuration does not train on windows.
     """
     try:
         data = configuration["data"]["init_args"]
@@ -217,26 +221,26 @@ def tokens_per_step(configuration: Mapping[str, Any], world_size: int) -> int:
         length = configuration["model"]["init_args"]["predictor"]["window_length"]
     except KeyError as error:
         raise ValueError(
-            f"expected the configuration of a predictor that is trained on windows, found one without {error}: set base"
+            f"expected a configuration that trains on windows, found one without {error}: set base of the study"
         ) from error
     return windows * length * configuration["trainer"]["accumulate_grad_batches"] * world_size
 
 
 def configured_world_size(configuration: Mapping[str, Any]) -> int:
-    """Processes of a training, as far as the configuration says so before it starts."""
+    """Number of processes, as far as the configuration says."""
     devices = configuration["trainer"]["devices"]
     return int(devices) if str(devices).isdigit() else 1
 
 
-def quiet_training() -> None:
-    """Let a study's own lines be seen: what Lightning tells of every training is the same each time."""
+def silence_training_logs() -> None:
+    """Hide Lightning's messages, which are the same for every trial."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
 @contextmanager
-def followers_know(arguments: Sequence[str]) -> Iterator[None]:
-    """Tell other ranks of a training what to train; afterwards forget them, so that the next one can have its own."""
+def follower_environment(arguments: Sequence[str]) -> Iterator[None]:
+    """Pass the arguments to other ranks; afterwards close the process group, so that the next trial starts its own."""
     before = dict(os.environ)
     os.environ[FOLLOWER_ARGUMENTS] = json.dumps(list(arguments))
     try:
@@ -244,12 +248,12 @@ def followers_know(arguments: Sequence[str]) -> Iterator[None]:
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-        for name in os.environ.keys() - before.keys():  # where Lightning notes down its ranks
+        for name in os.environ.keys() - before.keys():  # Lightning's ranks
             del os.environ[name]
-        gc.collect()  # trainer, model and data refer to each other; the next ones shall find their memory free
+        gc.collect()  # trainer, model and data refer to each other; free their memory for the next trial
 
 
 def _class(entry: Any) -> type:
-    """The class that an entry of a configuration names."""
+    """The class of an entry of a configuration."""
     module, _, name = entry.class_path.rpartition(".")
     return getattr(import_module(module), name)

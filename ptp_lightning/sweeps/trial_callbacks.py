@@ -1,4 +1,4 @@
-"""Callbacks of a trial: how long it trains, that it is alive, and whether it is worth going on."""
+"""Callbacks of a trial: training time, heartbeat and pruning."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ HEARTBEAT_SECONDS = 60.0
 
 
 class TrainingClock(Callback):
-    """Measures a training from its first step to the end of its last validation.
+    """Measures the wall-clock time from the first step to the end of the last validation.
 
     Attributes:
-        seconds: of wall-clock time.
+        seconds: the time.
     """
 
     seconds = 0.0
@@ -32,7 +32,7 @@ class TrainingClock(Callback):
 
 
 class Heartbeat(Callback):
-    """Notes down at times that a trial is alive, for processes on other machines.
+    """Writes the time to the trial once a minute, so that other machines see that its process lives.
 
     Args:
         trial: the trial.
@@ -57,16 +57,16 @@ class Heartbeat(Callback):
 
 
 class PruneAtValidation(Callback):
-    """Reports every validation to the study, whose pruner may end the training; all ranks then stop together.
+    """Reports every validation to the study, whose pruner may stop the training, on all ranks at once.
 
-    The last validation is reported, but ends nothing: what is finished is a result.
+    The last validation never prunes: a finished training is a result.
 
     Args:
-        metric: what is reported.
-        trial: to whom; by default nobody is told, as on other ranks than the first, which only obey.
+        metric: tag of the reported metric.
+        trial: receives the reports on rank 0; None on other ranks, which follow its decision.
 
     Attributes:
-        pruned: whether the training was ended.
+        pruned: whether the training was stopped.
     """
 
     def __init__(self, metric: str = "", trial: Trial | None = None) -> None:
@@ -75,10 +75,10 @@ class PruneAtValidation(Callback):
         self.pruned = False
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Report, decide on the first rank, and tell the others.
+        """Report and decide on rank 0, and broadcast the decision.
 
         Raises:
-            ValueError: nothing of the metric's name was logged.
+            ValueError: the metric was not logged.
         """
         if trainer.sanity_checking:
             return

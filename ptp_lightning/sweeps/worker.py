@@ -1,4 +1,4 @@
-"""Worker: takes one trial after the other, trains it, and writes down what came of it."""
+"""Worker: takes trials from the queue, trains them and records their results."""
 
 from __future__ import annotations
 
@@ -43,30 +43,36 @@ class Worker:
     """Trains trials of a study in this process.
 
     Args:
-        study: what is to be trained.
+        study: the study.
         queue: its points.
-        base: the base configuration.
-        more: overrides of all trials, from the command line.
-        logs: folder of TensorBoard files.
-        say: is told a line at the beginning and at the end of every trial.
+        base: file of the base configuration.
+        overrides: of all trials, from the command line.
+        tensorboard: folder of TensorBoard files.
+        log: is called with a line at the start and at the end of every trial.
     """
 
     def __init__(
-        self, study: Study, queue: TrialQueue, base: str, more: Overrides, logs: Path, say: Callable[[str], None]
+        self,
+        study: Study,
+        queue: TrialQueue,
+        base: str,
+        overrides: Overrides,
+        tensorboard: Path,
+        log: Callable[[str], None],
     ) -> None:
         self.study = study
         self.queue = queue
         self.base = base
-        self.more = more
-        self.logs = logs
-        self.say = say
+        self.overrides = overrides
+        self.tensorboard = tensorboard
+        self.log = log
         self.runs = TrainingRuns()
 
     def work(self, limit: int | None) -> int:
-        """Train until no point is left, or `limit` trials; returns how many trials there were.
+        """Train until no point is left, or at most `limit` trials; returns the number of trials.
 
         Raises:
-            KeyboardInterrupt: somebody stopped it; the trial that was running is put back.
+            KeyboardInterrupt: on Ctrl-C or SIGTERM, after the running trial is enqueued again.
         """
         done = 0
         while limit is None or done < limit:
@@ -78,8 +84,8 @@ class Worker:
         return done
 
     def arguments(self, parameters: Parameters, seed: int) -> list[str]:
-        """What `fit` is told for a point."""
-        return trial_arguments(self.study, self.base, self.more, parameters, seed)
+        """Arguments of `fit` for a point."""
+        return trial_arguments(self.study, self.base, self.overrides, parameters, seed)
 
     def _train(self, trial: Trial) -> None:
         parameters: Parameters = {
@@ -87,34 +93,34 @@ class Worker:
         }
         seed = trial.user_attrs[SEED]
         label = describe(parameters, seed)
-        self.say(f"trial {trial.number} starts: {label}")
+        self.log(f"trial {trial.number} starts: {label}")
         arguments = self.arguments(parameters, seed)
         run = run_name(trial.number, parameters, seed)
         trial.set_user_attr(COMMAND, fit_command(arguments))
-        trial.set_user_attr(LOG_DIR, str(self.logs / run))
+        trial.set_user_attr(LOG_DIR, str(self.tensorboard / run))
         pruning = PruneAtValidation(self.study.metric_of(parameters), trial)
         hyperparameters = {short_name(name): value for name, value in parameters.items()} | {SEED: seed}
         try:
             try:
                 result = self.runs.run(
-                    [*arguments, *override_arguments(logger_overrides(self.logs, run))],
+                    [*arguments, *override_arguments(logger_overrides(self.tensorboard, run))],
                     [pruning, Heartbeat(trial)],
                     hyperparameters,
                 )
-                self.say(f"{self._record(trial, result, pruning)}: {label} ({result.seconds:.0f} s)")
+                self.log(f"{self._record(trial, result, pruning)}: {label} ({result.seconds:.0f} s)")
             except (KeyboardInterrupt, SystemExit) as stop:  # Lightning turns Ctrl-C and SIGTERM into an exit
                 self.queue.give_up(trial, "stopped")
                 self.queue.fill()
-                self.say(f"trial {trial.number} stopped and put back: {label}")
+                self.log(f"trial {trial.number} stopped and enqueued again: {label}")
                 raise KeyboardInterrupt from stop
             except UpdateFinishedTrialError:
                 raise
-            except Exception as error:  # whatever went wrong in one trial, the next one may be right
+            except Exception as error:  # of one trial; the next one may succeed
                 trial.set_user_attr(TRACEBACK, traceback.format_exc())
                 self.queue.stored.tell(trial, state=TrialState.FAIL)
-                self.say(f"trial {trial.number} failed: {label}: {type(error).__name__}: {error}")
+                self.log(f"trial {trial.number} failed: {label}: {type(error).__name__}: {error}")
         except UpdateFinishedTrialError:
-            self.say(f"trial {trial.number} was given up by another process, which took it for dead: {label}")
+            self.log(f"trial {trial.number} was given up by another process, which took this one for dead: {label}")
 
     def _record(self, trial: Trial, result: Result, pruning: PruneAtValidation) -> str:
         metric = pruning.metric
@@ -141,16 +147,16 @@ class Worker:
         return f"[{progress.ended}/{progress.total}] trial {trial.number} {ended}"
 
 
-def trial_arguments(study: Study, base: str, more: Overrides, parameters: Parameters, seed: int) -> list[str]:
-    """What `fit` is told for a point: the budget and the parameters outrank the command line's overrides."""
+def trial_arguments(study: Study, base: str, overrides: Overrides, parameters: Parameters, seed: int) -> list[str]:
+    """Arguments of `fit` for a point; budget, seed and parameters outrank the overrides of the command line."""
     seeds = dict.fromkeys(study.seed_paths, seed)
     return fit_arguments(
-        base, study.overrides, more, budget_overrides(study.budget), seeds, study.overrides_of(parameters)
+        base, study.overrides, overrides, budget_overrides(study.budget), seeds, study.overrides_of(parameters)
     )
 
 
 def suggest(trial: Trial, name: str, distribution: BaseDistribution) -> bool | int | float | str | None:
-    """The value of a parameter: what its point says, or what the sampler chooses."""
+    """The value of a parameter: that of the enqueued point, or the sampler's choice."""
     match distribution:
         case CategoricalDistribution():
             return trial.suggest_categorical(name, distribution.choices)

@@ -50,5 +50,5 @@ def find_yaml(name: str, kind: Kind) -> Path:
     if given.is_file() or given.is_absolute():
         return given
     inner = given.relative_to(kind) if given.parts[:1] == (kind,) else given
-    shipped = shipped_folder(kind) / inner.with_name(inner.name.removesuffix(SUFFIX) + SUFFIX)
-    return shipped if inner.name and ".." not in inner.parts and shipped.is_file() else given
+    shipped = shipped_folder(kind) / f"{inner.as_posix().removesuffix(SUFFIX)}{SUFFIX}"
+    return shipped if ".." not in inner.parts and shipped.is_file() else given

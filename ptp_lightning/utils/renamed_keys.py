@@ -9,9 +9,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 RENAMED_KEYS = {
+    # configurations of runs
     "refiner.rounds": "refiner.num_refinement_steps",
+    # studies
+    "also": "extra_metrics",
+    "decode_lengths": "draft_lengths",
+    "prepare.makes": "prepare.output",
+    "prepare.passed_on": "prepare.forwarded_keys",
 }
-"""Ends of dotted keys (`init_args` left out): before and now."""
+"""Parts of dotted keys, `init_args` left out: before and now."""
 
 RENAMED_MODULES = {
     "data.completions_datamodule": "data",

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from ptp_lightning.sweeps.run import require_changes_that_exist
-from ptp_lightning.sweeps.study import beside, load_study
+from ptp_lightning.sweeps.run import validate_choices
+from ptp_lightning.sweeps.study import load_study, path_from_study
 from ptp_lightning.sweeps.training_run import build, fit_arguments, override_arguments, read_configuration
 from ptp_lightning.sweeps.worker import trial_arguments
 from tests.helpers.tiny_configs import SHRUNKEN
@@ -38,10 +38,10 @@ def test_there_is_a_study_for_each_question() -> None:
 def test_every_path_of_a_study_exists(path: Path, full: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     study = load_study(path, full=full)
-    require_changes_that_exist(study, beside(path, study.base), {})
+    validate_choices(study, path_from_study(path, study.base), {})
     for preparation in study.prepare:
-        written = read_configuration(fit_arguments(beside(path, preparation.config), preparation.overrides))
-        assert written["model"]["init_args"]["output"] == preparation.makes
+        written = read_configuration(fit_arguments(path_from_study(path, preparation.config), preparation.overrides))
+        assert written["model"]["init_args"]["output"] == preparation.output
 
 
 @pytest.mark.slow
@@ -53,7 +53,7 @@ def test_every_choice_of_a_study_can_be_built(path: Path, tmp_path: Path, monkey
     network = SHRUNKEN if "gated_lora" in study.base else MARKOV
     small = {"model.init_args.predictor.backbone": {"path": "embedded", "from_config": network}}
     for parameters in study.covering_points():
-        arguments = trial_arguments(study, beside(path, study.base), {}, parameters, 0)
+        arguments = trial_arguments(study, path_from_study(path, study.base), {}, parameters, 0)
         kept = [argument for argument in arguments if ".backbone." not in argument]
         build([*kept, *override_arguments(small), f"--trainer.logger.init_args.save_dir={tmp_path}"])
 

@@ -125,8 +125,8 @@ def test_a_stopped_study_puts_its_trial_back_and_goes_on(sent: signal.Signals, t
     finally:
         run.kill()
     assert run.returncode == 130, output
-    assert "stopped and put back" in output
-    assert "Stopped. The same command goes on." in output
+    assert "stopped and enqueued again" in output
+    assert "Stopped. The same command continues." in output
     states = Counter(trial.state.name for trial in trials(tmp_path))
     assert states["RUNNING"] == 0
     assert states["FAIL"] == 1

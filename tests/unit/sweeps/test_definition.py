@@ -1,4 +1,4 @@
-"""A study that is gone on with is the one that was started."""
+"""A continued study is the one that was started."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 from optuna.distributions import CategoricalDistribution
 
-from ptp_lightning.sweeps.definition import MAX_SHOWN, definition_of, differences, require_same
+from ptp_lightning.sweeps.attributes import DEFINITION
+from ptp_lightning.sweeps.definition import MAX_SHOWN, definition_of, differences, flattened, require_same
 from ptp_lightning.sweeps.run import open_study
 from ptp_lightning.sweeps.storage import open_storage
 from ptp_lightning.sweeps.study import Study
@@ -24,7 +25,7 @@ def start(tmp_path: Path, study: Study, base: dict[str, Any]) -> None:
     require_same(stored, definition_of(study, base))
 
 
-def test_the_same_study_goes_on_with_more_seeds_and_other_logs(tmp_path: Path) -> None:
+def test_the_same_study_continues_with_more_seeds_and_other_logs(tmp_path: Path) -> None:
     start(tmp_path, letters(), BASE)
     start(tmp_path, letters(seeds=(0, 1)), BASE)
     start(tmp_path, letters(), BASE | {"trainer": {"max_steps": 9, "logger": None}, "seed_everything": 3})
@@ -49,9 +50,29 @@ def test_another_one_is_refused_with_the_difference(
     study: Study, base: dict[str, Any], difference: str, tmp_path: Path
 ) -> None:
     start(tmp_path, letters(), BASE)
-    with pytest.raises(ValueError, match="use another --output or --storage") as refused:
+    with pytest.raises(ValueError, match="set another --output or --storage") as refused:
         start(tmp_path, study, base)
     assert difference in str(refused.value)
+
+
+def test_a_study_of_version_0_1_continues(tmp_path: Path) -> None:
+    """Its storage has the old names, and keys that are not compared any more."""
+    stored = open_study(letters(), "letters", open_storage(str(tmp_path / "study.journal"), create=True))
+    now = {"predictor": {"refiner": {"num_refinement_steps": 3}}, "loss": {"class_path": "ptp_lightning.losses.KL"}}
+    before = {
+        "predictor": {"refiner": {"rounds": 3}, "student": {"init_args": {}}},
+        "loss": {"class_path": "ptp_lightning.losses.KL"},
+    }
+    definition = definition_of(letters(), {"model": now, "source": "ptp_lightning.training.TeacherWindows"})
+    old_base = flattened({"model": before}) | {
+        "trainer.num_sanity_val_steps": 2,
+        "source": "ptp_lightning.training.windows.TeacherWindows",
+    }
+    stored.set_user_attr(DEFINITION, definition | {"base": old_base})
+    require_same(stored, definition)
+    stored.set_user_attr(DEFINITION, definition | {"base": old_base | {"model.predictor.refiner.rounds": 4}})
+    with pytest.raises(ValueError, match="base.model.predictor.refiner.num_refinement_steps: was 4, is 3"):
+        require_same(stored, definition)
 
 
 def test_a_long_difference_is_cut(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a study needs is made once, by the command that is shown."""
+"""A preparation is trained once, by the command that is shown."""
 
 import subprocess
 import sys
@@ -30,16 +30,16 @@ def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
     return commands
 
 
-def test_it_is_trained_with_what_is_passed_on(started: list[list[str]]) -> None:
-    said: list[str] = []
-    preparation = Preparation("teacher", "../configs/t.yaml", {"trainer.max_steps": 3}, passed_on=["data.series"])
+def test_it_is_trained_with_forwarded_overrides(started: list[list[str]]) -> None:
+    messages: list[str] = []
+    preparation = Preparation("teacher", "../configs/t.yaml", {"trainer.max_steps": 3}, forwarded_keys=["data.series"])
     study_overrides = {"data.series": "S", "data.series.init_args.path": "p.csv", "data.seriesly": 1, "model.a": 2}
-    prepare(preparation, STUDY, study_overrides, said.append)
+    prepare(preparation, STUDY, study_overrides, messages.append)
     arguments = ["--trainer.max_steps=3", "--data.series=S", "--data.series.init_args.path=p.csv"]
     assert started == [[sys.executable, "-m", "ptp_lightning", "fit", "--config", "configs/t.yaml", *arguments]]
-    assert f"python -m ptp_lightning fit --config configs/t.yaml {' '.join(arguments)}" in said[0]
+    assert f"python -m ptp_lightning fit --config configs/t.yaml {' '.join(arguments)}" in messages[0]
     assert not list(Path().glob("*.lock"))
-    prepare(preparation, STUDY, study_overrides, said.append)
+    prepare(preparation, STUDY, study_overrides, messages.append)
     assert len(started) == 1  # it is there
 
 
@@ -48,19 +48,19 @@ def test_it_is_waited_for_while_another_process_makes_it(
 ) -> None:
     lock = FileLock.try_acquire(Path("teacher"))
     assert lock is not None
-    said: list[str] = []
+    messages: list[str] = []
     Path("teacher").touch()  # half of it is there
 
     def release(_: float) -> None:
         lock.release()
 
     monkeypatch.setattr(preparing.time, "sleep", release)
-    prepare(Preparation("teacher", "t.yaml"), STUDY, {}, said.append)
-    assert said == ["waiting for teacher, which another process makes"]
+    prepare(Preparation("teacher", "t.yaml"), STUDY, {}, messages.append)
+    assert messages == ["waiting for teacher, which another process trains"]
     assert started == []
 
 
 def test_a_training_that_does_not_make_it_is_an_error_with_its_command(started: list[list[str]]) -> None:
-    with pytest.raises(ValueError, match="expected other, which the study reads, .*\n.*fit --config sweeps/t.yaml"):
+    with pytest.raises(ValueError, match="expected other, which the study needs, .*\n.*fit --config sweeps/t.yaml"):
         prepare(Preparation("other", "t.yaml"), STUDY, {}, lambda _: None)
     assert not list(Path().glob("*.lock"))

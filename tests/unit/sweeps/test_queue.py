@@ -9,7 +9,7 @@ from typing import Any
 
 import psutil
 import pytest
-from optuna.distributions import FloatDistribution
+from optuna.distributions import FloatDistribution, IntDistribution
 from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
 
@@ -39,7 +39,7 @@ def queue_at(location: str, study: Study, **options: Any) -> TrialQueue:
 
 
 def take(queue: TrialQueue) -> str:
-    """Take a trial; returns what it shall train."""
+    """Take a trial; returns its point."""
     trial = queue.take()
     assert trial is not None
     return trial.suggest_categorical("x", ["a", "b"])
@@ -58,7 +58,7 @@ def dead() -> LockOwner:
     return LockOwner(LockOwner.current().host, ended.pid, started)
 
 
-def test_points_are_put_in_once(location: str) -> None:
+def test_points_are_enqueued_once(location: str) -> None:
     first, second = queue_at(location, letters()), queue_at(location, letters())
     first.fill()
     second.fill()
@@ -75,7 +75,7 @@ def test_processes_take_different_points_and_no_more_than_there_are(any_location
 
 
 def test_of_two_trials_of_a_point_the_first_counts(location: str) -> None:
-    """Two processes that put in what is missing at the same moment."""
+    """Two processes that enqueue the missing points at the same moment."""
     queue = queue_at(location, letters())
     queue.fill()
     again = queue.study.points()[0]
@@ -94,8 +94,8 @@ def abandon(queue: TrialQueue, owner: LockOwner, heartbeat: float = 0.0) -> None
     trial.set_user_attr(HEARTBEAT, heartbeat)
 
 
-def test_what_a_killed_process_trained_is_put_back_once(any_location: str, dead: LockOwner) -> None:
-    """A point that is lost again may be what kills, and is left alone until somebody asks for it."""
+def test_what_a_killed_process_trained_is_enqueued_again_once(any_location: str, dead: LockOwner) -> None:
+    """A point that is lost again may be the cause, and is not trained until somebody asks for it."""
     queue = queue_at(any_location, letters(seeds=(0,)))
     queue.fill()
     abandon(queue, dead)
@@ -128,7 +128,7 @@ def test_other_machines_processes_are_given_up_when_silent(location: str, silent
     assert states(queue)[0] == state
 
 
-def test_a_trial_that_was_stopped_is_put_back(location: str) -> None:
+def test_a_trial_that_was_stopped_is_enqueued_again(location: str) -> None:
     queue = queue_at(location, letters())
     queue.fill()
     trial = queue.take()
@@ -156,6 +156,18 @@ def test_what_ended_is_not_trained_again_but_failures_on_demand(location: str) -
     queue_at(location, letters(seeds=(0, 1)), retry_failed=True).fill()
     assert states(again) == ["COMPLETE", "PRUNED", "FAIL", "WAITING", "WAITING"]
     assert again.stored.trials[4].user_attrs[POINT] == again.stored.trials[2].user_attrs[POINT]
+
+
+def test_points_of_version_0_1_are_recognised(location: str) -> None:
+    """Their parameters have the names of that version."""
+    settings = {"predictor.refiner.num_refinement_steps": IntDistribution(1, 2, step=1)}
+    queue = queue_at(location, letters(settings=settings))
+    queue.stored.enqueue_trial(
+        {"predictor.refiner.rounds": 1}, user_attrs={POINT: '[{"predictor.refiner.rounds": 1}, 0, null]', SEED: 0}
+    )
+    queue.fill()
+    assert states(queue) == ["WAITING", "WAITING"]
+    assert queue.stored.trials[1].system_attrs["fixed_params"] == {"predictor.refiner.num_refinement_steps": 2}
 
 
 def test_more_seeds_add_their_points_alone(location: str) -> None:

@@ -25,7 +25,7 @@ from ptp_lightning.sweeps.attributes import (
 )
 from ptp_lightning.sweeps.figures import HISTORY, POSITIONS, SLICES
 from ptp_lightning.sweeps.report import write_report
-from ptp_lightning.sweeps.study import Objective, Published, PublishedValue, Study
+from ptp_lightning.sweeps.study import Published, PublishedValue, Study, StudyObjective
 from ptp_lightning.sweeps.summary import baseline_row, best_row, half_width, rows_of
 from tests.helpers.tiny_study import letters
 
@@ -79,11 +79,11 @@ def test_the_interval_is_students_t_over_seeds() -> None:
     assert math.isnan(half_width([1.0]))
 
 
-def test_the_table_beside_the_papers_values(tmp_path: Path) -> None:
+def test_the_table_with_published_values(tmp_path: Path) -> None:
     study = letters(
         seeds=(0, 1, 2),
-        also=["val/other", "val/none"],
-        decode_lengths=[2, 4],
+        extra_metrics=["val/other", "val/none"],
+        draft_lengths=[2, 4],
         published=Published("a paper, its table", [PublishedValue({"x": "b"}, 45.4)]),
     )
     stored = trained(study)
@@ -93,13 +93,13 @@ def test_the_table_beside_the_papers_values(tmp_path: Path) -> None:
     write_report(study, stored, tmp_path)
     text = (tmp_path / "report.md").read_text()
     assert (
-        "| x | mean | ± | trials | pruned | failed | seconds a trial | val/other | val/none | published |\n"
+        "| x | mean | ± | trials | pruned | failed | seconds per trial | val/other | val/none | published |\n"
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n"
         "| a | 2.000 | 2.484 | 3 | 0 | 1 | 20.0 | 4.000 | - | - |\n"
         "| b | 5.000 | 4.303 | 3 | 1 | 0 | 20.0 | 10.000 | - | 45.4 |\n"
     ) in text
     assert "| a | 1.750 | - |\n" in text  # of 4 windows 1 has one right token, 3 two or more; none has four positions
-    assert "Beyond its training a trial takes 1.0 s (median; at most 1.5)." in text
+    assert "Overhead per trial outside training: median 1.0 s, at most 1.5 s." in text
     assert "Published: a paper, its table." in text
     assert "Best: x=b." in text
     assert "fit --seed 0" in text
@@ -121,7 +121,7 @@ def test_other_budgets_are_refused(spent: dict[str, Any], tmp_path: Path) -> Non
 
 
 def test_smaller_may_be_better() -> None:
-    study = letters(objective=Objective("val/loss", "minimize"))
+    study = letters(objective=StudyObjective("val/loss", "minimize"))
     rows = rows_of(study, trained(study))
     best, worst = best_row(study, rows), baseline_row(study, rows)
     assert best is not None

@@ -49,7 +49,7 @@ def choices(*values: object) -> dict[str, Any]:
         ({"variants": {"size": {"one": {}, "two": {"data.init_args.batch_size": 8}}}}, "4 and 256 for {'size': 'two'}"),
         ({"variants": {"s": {"usual": {}, "short": {"trainer.max_steps": 2}}}}, "found 2 and 64 for {'s': 'short'}"),
         ({"base": "none.yaml"}, "the configuration of a run at none.yaml"),
-        ({"variants": {}}, "an empty space"),
+        ({"variants": {}}, "expected parameters to compare, found none"),
     ],
     ids=str,
 )
@@ -102,7 +102,7 @@ def test_a_study_goes_on_only_as_what_it_was(
         (["run", "tiny.yaml", "--jobs", "0"], "expected --jobs >= 1, found 0"),
         (["run", "tiny.yaml", "--quick"], "--quick"),
         (["run"], "study"),
-        (["run", "none.yaml"], "expected a study, a file such as sweeps/losses.yaml, at none.yaml"),
+        (["run", "none.yaml"], "expected a study at none.yaml, found none: give a file, or one of auxiliary_sampling"),
         (["run", "tiny.yaml", "--storage", "."], "an Optuna journal that can be read and written at --storage"),
         (["run", "tiny.yaml", "--model.init_args.seed"], "a value after --model.init_args.seed"),
         (["report", "tiny.yaml"], "start one with run"),
@@ -121,12 +121,12 @@ def test_refused_command_lines(
     assert message in refused(monkeypatch, capsys, *arguments)
 
 
-def test_failed_trials_are_told_of_at_the_end(
+def test_failed_trials_are_reported_at_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = write_study(tmp_path, variants={"loss": {"usual": {}, "unsound": UNSOUND}})
     message = refused(monkeypatch, capsys, "run", path.name, "--full")
-    assert "expected all trials to end well, found 1 failed: --retry_failed" in message
+    assert "expected all trials to succeed, found 1 failed: --retry_failed" in message
     assert "| unsound | - | - | 0 | 0 | 1 |" in (tmp_path / "runs/sweeps/tiny/report.md").read_text()
 
 
@@ -134,12 +134,12 @@ def test_a_missing_file_of_the_data_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Classes are built once before the first trial."""
-    places = {
+    series = {
         "data.init_args.series": "ptp_lightning.data.PickUps",
         "model.init_args.val_source": "ptp_lightning.training.TeacherWindows",
         "model.init_args.source": "ptp_lightning.training.TeacherWindows",
     }
-    path = write_study(tmp_path, overrides=places | {"data.init_args.batch_size": 4, "data.init_args.num_windows": 2})
+    path = write_study(tmp_path, overrides=series | {"data.init_args.batch_size": 4, "data.init_args.num_windows": 2})
     message = refused(monkeypatch, capsys, "run", path.name)
     assert "expected a CSV file with latitudes and longitudes, found no path" in message
     stored = load_stored("tiny_quick", open_storage("runs/sweeps/tiny_quick/study.journal", create=False))
@@ -147,10 +147,10 @@ def test_a_missing_file_of_the_data_is_named(
 
 
 @pytest.mark.parametrize(
-    ("is_helper", "num_trained", "is_seeds_own"), [(False, 0, True), (True, 0, False), (False, 1, False)]
+    ("is_job", "num_trained", "is_seeds_own"), [(False, 0, True), (True, 0, False), (False, 1, False)]
 )
 def test_a_samplers_seed_decides_in_the_process_that_begins_the_study(
-    is_helper: bool, num_trained: int, is_seeds_own: bool
+    is_job: bool, num_trained: int, is_seeds_own: bool
 ) -> None:
     space = {"lr": FloatDistribution(0.0, 1.0)}
     study = letters(settings=space, sampler=RandomSampler(seed=0), trials=2)
@@ -158,12 +158,12 @@ def test_a_samplers_seed_decides_in_the_process_that_begins_the_study(
     for _ in range(num_trained):
         stored.tell(stored.ask(), 1.0)
     stored.enqueue_trial({})
-    running.draw_anew_if_not_first(study, stored, is_helper=is_helper)
+    running.reseed_unless_first(study, stored, is_job=is_job)
     drawn = stored.ask(space).params
     assert (drawn == optuna.create_study(sampler=RandomSampler(seed=0)).ask(space).params) == is_seeds_own
 
 
-def test_overrides_are_told_from_options() -> None:
+def test_overrides_are_separated_from_options() -> None:
     arguments = ["run.yaml", "--full", "--model.a", "1", "--data.b=x=y", "--trials", "3", "--trainer.c", "[1, 2]"]
     assert split_overrides(arguments) == (
         ["run.yaml", "--full", "--trials", "3"],
@@ -173,4 +173,4 @@ def test_overrides_are_told_from_options() -> None:
 
 def test_help_loads_nothing_heavy(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     command(monkeypatch, "--help")
-    assert "A study runs in its quick version" in capsys.readouterr().out
+    assert "The quick version of a study runs" in capsys.readouterr().out

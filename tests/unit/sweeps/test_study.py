@@ -11,13 +11,13 @@ from optuna.samplers import RandomSampler
 
 from ptp_lightning.sweeps.study import (
     Budget,
-    Objective,
     Point,
     Published,
     PublishedValue,
     Study,
-    beside,
+    StudyObjective,
     load_study,
+    path_from_study,
     study_name,
 )
 from tests.helpers.tiny_study import INDEPENDENT, letters, plain_study, write_study
@@ -49,7 +49,7 @@ def test_parameters_as_overrides() -> None:
 
 
 def test_a_metric_may_name_a_parameter() -> None:
-    study = letters(settings={"m.n": IntDistribution(4, 5)}, objective=Objective("val/best_of_{n}"))
+    study = letters(settings={"m.n": IntDistribution(4, 5)}, objective=StudyObjective("val/best_of_{n}"))
     assert study.metric_of({"m.n": 4}) == "val/best_of_4"
 
 
@@ -76,7 +76,7 @@ def test_classes_in_overrides_stay_names(tmp_path: Path) -> None:
 
 
 def test_files_are_named_as_seen_from_the_study() -> None:
-    assert beside(Path("sweeps/losses.yaml"), "../configs/x.yaml") == "configs/x.yaml"
+    assert path_from_study(Path("sweeps/losses.yaml"), "../configs/x.yaml") == "configs/x.yaml"
 
 
 CATEGORIES = {"class_path": "optuna.distributions.CategoricalDistribution", "init_args": {"choices": [1, 2]}}
@@ -87,7 +87,7 @@ SAMPLER = {"class_path": "optuna.samplers.RandomSampler"}
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"variants": {}}, "an empty space: fill variants or settings"),
+        ({"variants": {}}, "expected parameters to compare, found none: set variants or settings"),
         ({"variants": {"v": {}}}, "choices of variants.v, found none"),
         ({"variants": {"v": None}}, "choices of variants.v, found none"),
         ({"variants": {"n": {"a": {}}}, "settings": {"n": CATEGORIES}}, "each parameter once"),
@@ -99,7 +99,7 @@ SAMPLER = {"class_path": "optuna.samplers.RandomSampler"}
         ({"sampler": SAMPLER}, "sampler and trials together"),
         ({"trials": 3}, "sampler and trials together"),
         ({"sampler": SAMPLER, "trials": 0}, "trials >= 1, found 0"),
-        ({"sampler": SAMPLER, "trials": 3, "seeds": [0, 1]}, "one seed beside a sampler"),
+        ({"sampler": SAMPLER, "trials": 3, "seeds": [0, 1]}, "expected a single seed with a sampler"),
         ({"budget": {"steps": 5, "tokens": 1, "validations": 2}}, "a multiple of budget.validations"),
         ({"budget": {"steps": 4}}, "tokens"),
         ({"baseline": {"objectiv": "independent"}}, "one of the parameters ['objective'], found 'objectiv'"),

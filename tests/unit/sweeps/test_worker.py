@@ -37,12 +37,12 @@ from tests.helpers.tiny_study import TOKENS as BUDGET_TOKENS
 METRIC = "val/correct_tokens"
 
 
-def worker_for(folder: Path, said: list[str], **changes: Any) -> Worker:
+def worker_for(folder: Path, messages: list[str], **changes: Any) -> Worker:
     study = load_study(write_study(folder, **changes), full=True)
     storage = open_storage(str(folder / "study.journal"), create=True)
     queue = TrialQueue(study, open_study(study, "tiny", storage), storage)
     queue.fill()
-    return Worker(study, queue, str(CONFIG), {}, folder / "tensorboard", said.append)
+    return Worker(study, queue, str(CONFIG), {}, folder / "tensorboard", messages.append)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def test_a_trial_has_its_budget_and_its_curves(trained: Worker) -> None:
 
 
 def test_tensorboard_has_a_run_a_trial_with_parameters_and_results(trained: Worker) -> None:
-    names = [path.name for path in sorted(trained.logs.iterdir())]
+    names = [path.name for path in sorted(trained.tensorboard.iterdir())]
     assert names == ["0000_objective=categorical_seed=0", "0001_objective=independent_seed=0"]
     for trial in trained.queue.stored.trials:
         events = EventAccumulator(trial.user_attrs[LOG_DIR]).Reload()
@@ -98,14 +98,14 @@ def test_tensorboard_has_a_run_a_trial_with_parameters_and_results(trained: Work
 
 
 def test_a_trial_that_fails_says_why_and_the_next_one_is_trained(tmp_path: Path) -> None:
-    said: list[str] = []
-    worker = worker_for(tmp_path, said, variants={"loss": {"unsound": UNSOUND, "usual": {}}})
+    messages: list[str] = []
+    worker = worker_for(tmp_path, messages, variants={"loss": {"unsound": UNSOUND, "usual": {}}})
     assert worker.work(None) == 2
     failed, complete = worker.queue.stored.trials
     assert (failed.state, complete.state) == (TrialState.FAIL, TrialState.COMPLETE)
     assert "in require_sound" in failed.user_attrs[TRACEBACK]
     assert "BinaryCrossEntropy" in failed.user_attrs[TRACEBACK].splitlines()[-1]
-    assert said[1].startswith("trial 0 failed: loss=unsound seed=0: ValueError: ")
+    assert messages[1].startswith("trial 0 failed: loss=unsound seed=0: ValueError: ")
     assert worker.queue.progress() == Progress(total=2, complete=1, pruned=0, failed=1, running=0)
 
 
@@ -135,7 +135,7 @@ def test_a_metric_that_is_not_logged_is_a_failure_that_names_others(tmp_path: Pa
     assert METRIC in reason
 
 
-def test_a_stopped_trial_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_trial_is_enqueued_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lightning answers Ctrl-C with an exit."""
     worker = worker_for(tmp_path, [])
 
@@ -154,8 +154,8 @@ def test_a_stopped_trial_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_trial_that_another_process_took_for_dead_has_no_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    said: list[str] = []
-    worker = worker_for(tmp_path, said, variants={"one": {"only": {}}})
+    messages: list[str] = []
+    worker = worker_for(tmp_path, messages, variants={"one": {"only": {}}})
 
     def sleep_too_long(*_: object) -> None:
         worker.queue.stored.tell(0, state=TrialState.FAIL)
@@ -163,7 +163,7 @@ def test_a_trial_that_another_process_took_for_dead_has_no_result(
 
     monkeypatch.setattr(worker.runs, "run", sleep_too_long)
     assert worker.work(1) == 1
-    assert "given up by another process" in said[-1]
+    assert "given up by another process" in messages[-1]
 
 
 def test_no_more_trials_than_asked_for(tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ def test_no_more_trials_than_asked_for(tmp_path: Path) -> None:
 def test_the_parameters_outrank_the_command_line(tmp_path: Path) -> None:
     choices = {"class_path": "optuna.distributions.CategoricalDistribution", "init_args": {"choices": [0.5]}}
     worker = worker_for(tmp_path, [], variants={}, settings={ENTROPY: choices})
-    worker.more = {ENTROPY: "1.25", "data.init_args.seed": "7", "data.init_args.eval_rows": "8"}
+    worker.overrides = {ENTROPY: "1.25", "data.init_args.seed": "7", "data.init_args.eval_rows": "8"}
     arguments = worker.arguments({ENTROPY: 0.5}, seed=3)
     last = {path: value for path, _, value in (argument.removeprefix("--").partition("=") for argument in arguments)}
     assert (last[ENTROPY], last["data.init_args.seed"], last["data.init_args.eval_rows"]) == ("0.5", "3", "8")
