@@ -1,7 +1,7 @@
-"""The backbone: any Hugging Face causal language model, which is both the teacher and the frozen base of the student.
+"""The backbone: any Hugging Face causal language model, both the teacher and the frozen base of the student.
 
-It comes from the embedded default, a hub id, a local folder, a GGUF file, or as fresh random weights from a
-configuration (the start of a small teacher's own training).
+It is loaded from the package, the hub, a local folder or a GGUF file, or built with random weights from a configuration
+(to train a small teacher).
 """
 
 import hashlib
@@ -20,22 +20,22 @@ if TYPE_CHECKING:
 
 FROM_CONFIG_KEY = "predictor.backbone.from_config"
 FINGERPRINT_SAMPLES_PER_TENSOR = 2048
-# older names that transformers still translates, so not to be reported as misspelt
+# older names that transformers still translates; not reported as misspelt
 LEGACY_CONFIG_KEYS = frozenset({"rope_theta", "rope_scaling", "partial_rotary_factor", "rotary_pct", "torch_dtype"})
 
 
 @dataclass(frozen=True)
 class BackboneSettings:
-    """Which causal language model stands behind the predictor.
+    """Where the base model of a predictor comes from, and its dtype.
 
     Args:
         path: "embedded" (the small teacher shipped with the package), a local folder with `config.json` and weights, a
             `.gguf` file, or a model id of the Hugging Face hub. The tokenizer comes from here as well.
-        dtype: Number format of the weights.
+        dtype: Of the weights.
         revision: Branch, tag or commit of a hub id.
         from_config: Build a fresh model with random weights from this transformers configuration instead of loading
             one, e.g. {"model_type": "llama", "hidden_size": 192}; `path` then only gives the tokenizer.
-        random_weights: Take the configuration found at `path` but random weights.
+        random_weights: Use the configuration at `path` with random weights.
 
     Raises:
         ValueError: A value is outside its range, or `from_config` has no `model_type`.
@@ -57,7 +57,7 @@ class BackboneSettings:
 
 
 def load_backbone(settings: BackboneSettings) -> "PreTrainedModel":
-    """The model in eval mode with sdpa attention, every parameter still trainable.
+    """Load or build the model, in eval mode with SDPA attention and every parameter trainable.
 
     Args:
         settings: Where it comes from. Local paths never touch the network.
@@ -88,7 +88,7 @@ def load_backbone(settings: BackboneSettings) -> "PreTrainedModel":
     if report["missing_keys"]:
         raise ValueError(f"{PATH_KEY}={settings.path}: weights are missing for {few(report['missing_keys'])}")
     if report["unexpected_keys"]:
-        warnings.warn(f"{settings.path}: weights without use: {few(report['unexpected_keys'])}", stacklevel=2)
+        warnings.warn(f"{settings.path}: unused weights: {few(report['unexpected_keys'])}", stacklevel=2)
     return _dequantized(model, dtype) if "gguf_file" in source else model.eval()
 
 
@@ -106,7 +106,7 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def architecture_fingerprint(model: nn.Module) -> str:
-    """Identity of a model but for the values of its weights; otherwise like `fingerprint`."""
+    """As `fingerprint`, without the values of the weights: the identity of an architecture."""
     return _digest(model, weights=False)
 
 
@@ -154,14 +154,14 @@ def _config_from_dict(entries: dict[str, Any]) -> "PreTrainedConfig":
 
 
 def random_model(config: "PreTrainedConfig", dtype: torch.dtype) -> "PreTrainedModel":
-    """A fresh model in eval mode with sdpa attention."""
+    """A model with random weights, in eval mode with SDPA attention."""
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
 
 
 def _dequantized(model: "PreTrainedModel", dtype: torch.dtype) -> "PreTrainedModel":
-    """An ordinary model with the weights of one read from GGUF, which claims to be quantized and cannot be saved."""
+    """A plain copy of a model read from GGUF, whose configuration says quantized, so that it cannot be saved."""
     _drop_quantization(model.config)
     plain = random_model(model.config, dtype)
     plain.load_state_dict(model.state_dict())

@@ -9,18 +9,18 @@ from torch import Tensor, nn
 
 from ptp_lightning.batch import PackedBatch
 from ptp_lightning.models.attention.choice import AttentionChoice
-from ptp_lightning.models.attention.dispatch import run_layers, use_window_attention
+from ptp_lightning.models.attention.dispatch import run_layers
 from ptp_lightning.models.attention.interface import IncrementalReader, WindowAttention, WindowKeys
 from ptp_lightning.models.attention.masks import context_mask
 from ptp_lightning.models.backbone import architecture_fingerprint, fingerprint, load_backbone
 from ptp_lightning.models.config import PredictorConfig
 from ptp_lightning.models.context import Context
-from ptp_lightning.models.layers.memory_efficient import make_lean
 from ptp_lightning.models.refiner.lower_layers import LowerLayers
 from ptp_lightning.models.refiner.refiner import Refiner, RefinerContext
 from ptp_lightning.models.slots.sampling_range import SettingsEmbedding
 from ptp_lightning.models.slots.slot_encoder import SlotEncoder
 from ptp_lightning.models.token_order import require_permutation, similar_tokens_together
+from ptp_lightning.models.training_changes import prepare_for_training
 from ptp_lightning.sampling import Sampler, SamplingConfig
 
 TOKEN_RANKS = "slot_encoder.token_ranks"
@@ -56,9 +56,6 @@ class PredictorNetwork(nn.Module):
         backbone = load_backbone(config.backbone) if backbone is None else backbone
         # Weights that are trained themselves do not identify anything.
         self.base_fingerprint = (architecture_fingerprint if config.student.trains_base else fingerprint)(backbone)
-        if use_window_attention(backbone):
-            make_lean(backbone)
-        self.attention = AttentionChoice(backbone)
         table: Tensor = backbone.get_input_embeddings().weight  # pyright: ignore[reportAssignmentType]
         _require_plain_head(backbone)
         self.slot_encoder = SlotEncoder(config.objective, config.features, config.head, table)
@@ -72,7 +69,8 @@ class PredictorNetwork(nn.Module):
             ranks = similar_tokens_together(table) if token_ranks is None else token_ranks.clone()
             require_permutation(ranks, len(table))
             self.slot_encoder.token_ranks = ranks
-        self.language_model, self.gate, self.student_copy = config.student.attach(backbone, config.lora)
+        self.language_model, self.gate, self.student_copy = prepare_for_training(backbone, config.student, config.lora)
+        self.attention = AttentionChoice(backbone)
         # PEFT changes the layers of this very model, in place. The tuple keeps torch from taking it for a second part.
         self._base_model = (backbone,)
         depth = config.refiner.base_layers

@@ -1,6 +1,6 @@
 """Students: which network runs the slots, and which of its weights are trained.
 
-A new student is one frozen dataclass with `attach`, plus one `class_path` line of YAML.
+A new student is a frozen dataclass with `attach`, and one `class_path` line of YAML.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ class AttachedStudent(NamedTuple):
     """The networks of a predictor.
 
     Attributes:
-        language_model: the base model, which is the teacher; carries the adapter where there is one.
-        gate: lets the adapter act; nothing hangs on it where there is none.
-        copy: the network that runs the slots if it is not the base model.
+        language_model: the base model, which is the teacher, with the adapter if the student is one.
+        gate: of the adapter; without an adapter it controls nothing.
+        copy: the network that runs the slots, None if the base model does.
     """
 
     language_model: PreTrainedModel | PeftModel
@@ -34,7 +34,7 @@ class AttachedStudent(NamedTuple):
 
 @dataclass(frozen=True)
 class Student(ABC):
-    """How the network that runs the slots comes from the base model."""
+    """How the network that runs the slots is made from the base model."""
 
     name: ClassVar[str]
     trains_base: ClassVar[bool]
@@ -42,14 +42,19 @@ class Student(ABC):
 
     @abstractmethod
     def attach(self, base: PreTrainedModel, lora: LoraSettings) -> AttachedStudent:
-        """Make the networks, in eval mode, and mark what is trained by `requires_grad`; `base` is changed in place."""
+        """Make the networks, in eval mode, and set `requires_grad` on what is trained.
+
+        Args:
+            base: the base model, changed in place.
+            lora: size of the adapter; not read by students without one.
+        """
 
 
 @dataclass(frozen=True)
 class GatedLoraStudent(Student):
-    """The frozen base model with low-rank adapters that act on slots alone; their size is `predictor.lora`.
+    """The frozen base model with low-rank adapters that act on slots only; their size is `predictor.lora`.
 
-    Slots attend to the base model's own keys and values: one call runs teacher and student.
+    Slots attend to the base model's own keys and values, so one call runs teacher and student.
     """
 
     name: ClassVar[str] = "gated_lora"
@@ -65,8 +70,8 @@ class GatedLoraStudent(Student):
 class FullCopyStudent(Student):
     """A copy of the whole base model, all of it trained, that encodes the context itself (the paper's NYC students).
 
-    It starts from the base model's weights, in float32 also where those are bfloat16; tied weights stay tied. The base
-    model stays the frozen teacher. Decoding runs both, each with its own keys and values. `predictor.lora` is not read.
+    It starts from the base model's weights, in float32 even if those are bfloat16; tied weights stay tied. The base
+    model stays the frozen teacher. Decoding runs both, each with its own KV cache. `predictor.lora` is not read.
     """
 
     name: ClassVar[str] = "full_copy"
@@ -80,10 +85,10 @@ class FullCopyStudent(Student):
 
 @dataclass(frozen=True)
 class SharedStudent(Student):
-    """One network, trained as a whole, for context and slots: there is no teacher beside it (teacher-free training).
+    """One network for context and slots, all of it trained, without a separate teacher (teacher-free training).
 
-    It is trained in float32 and without dropout, also where its configuration has some: the auxiliaries of a token are
-    defined by what the network says, so what it says must not be blurred. `predictor.lora` is not read.
+    It is trained in float32 and without dropout, even if its configuration has some: the auxiliaries of a token are
+    defined by the network's own distributions, which dropout would randomise. `predictor.lora` is not read.
     """
 
     name: ClassVar[str] = "shared"

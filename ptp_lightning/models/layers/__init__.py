@@ -1,1 +1,1 @@
-"""Layers of the base model as this package runs them."""
+"""Decoder layers: memory-efficient ones, activation checkpointing, compilation."""

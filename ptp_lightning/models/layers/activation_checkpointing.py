@@ -1,10 +1,10 @@
-"""Activation checkpointing of decoder layers that append to a cache of keys and values, and that may be gated."""
+"""Activation checkpointing of decoder layers that append to a KV cache and may carry gated adapters."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -13,32 +13,29 @@ from torch.utils.checkpoint import checkpoint
 from ptp_lightning.models.attention.caches import same_tensors
 from ptp_lightning.models.lora.gate import Gate
 
-if TYPE_CHECKING:
-    pass
-
 
 def checkpoint_layers(layers: Iterable[nn.Module], gate: Gate) -> None:
-    """Let layers forget what they computed and compute it again in the backward pass; changed in place.
+    """Let layers drop their activations and recompute them in the backward pass; changed in place.
 
-    That of transformers does without a cache and only in train mode, so neither for slots behind a context nor for a
-    base model that stays in eval mode.
+    The checkpointing of transformers works without a cache and in train mode only, so neither for slots after a context
+    nor for a base model that stays in eval mode.
 
     Args:
-        layers: decoder layers that are called with a `Cache` or without; it is as after the first computation when they
-            have computed again.
-        gate: of their adapters, which stays as it was for the layer.
+        layers: decoder layers, called with a `Cache` or without. The recomputation gets the cache as it was, and leaves
+            the caller's cache alone.
+        gate: of their adapters; the recomputation sees it in the state of the first computation.
     """
     for layer in layers:
-        # Of this object alone, so that a module's hooks, with which FSDP gathers its weights, run once.
+        # The object's forward, not its call: hooks, with which FSDP gathers the weights, must run once.
         cast(Any, layer).forward = partial(_run, layer.forward, gate)
 
 
 def _run(forward: Callable[..., Any], gate: Gate, *args: Any, **kwargs: Any) -> Any:
-    """Run a layer, or take note of how to run it again."""
+    """Run a layer, and save what is needed to run it again if gradients are wanted."""
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    before = [_as_it_stands(argument) for argument in args]
-    named_before = {name: _as_it_stands(argument) for name, argument in kwargs.items()}
+    saved_args = [_snapshot(argument) for argument in args]
+    saved_kwargs = {name: _snapshot(argument) for name, argument in kwargs.items()}
     is_first = True
 
     def compute() -> Any:
@@ -46,15 +43,14 @@ def _run(forward: Callable[..., Any], gate: Gate, *args: Any, **kwargs: Any) -> 
         if is_first:
             is_first = False
             return forward(*args, **kwargs)
-        # Copies once more: the backward pass may be run several times.
-        named = {name: _as_it_stands(argument) for name, argument in named_before.items()}
-        return forward(*map(_as_it_stands, before), **named)
+        # Snapshots of the snapshots: the backward pass may run several times.
+        return forward(*map(_snapshot, saved_args), **{name: _snapshot(value) for name, value in saved_kwargs.items()})
 
     return checkpoint(compute, use_reentrant=False, context_fn=gate.checkpoint_contexts)
 
 
-def _as_it_stands(argument: Any) -> Any:
-    """Of a cache, what goes its own way when that one goes on; anything else as it is."""
+def _snapshot(argument: Any) -> Any:
+    """A cache that keeps its present length, with the same tensors; anything else as it is."""
     from transformers import Cache
 
     return same_tensors(argument) if isinstance(argument, Cache) else argument

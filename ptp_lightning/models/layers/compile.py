@@ -1,4 +1,4 @@
-"""Decoder layers compiled by torch for training: fewer kernels, and fewer of them that wait for Python."""
+"""Decoder layers compiled by torch for training: fewer kernels, and fewer of them wait for Python."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from torch import nn
 def compile_layers(layers: Iterable[nn.Module], backend: str | Callable[..., Any] = "inductor") -> None:
     """Let layers run compiled where gradients are wanted; changed in place.
 
-    What reads without gradients, contexts and decoders, runs as before, bit for bit the base model. Attention is left
-    out, so that nothing compiled depends on the number of a layer: all layers of one kind share what is compiled, once
-    for each shape. Where layers are checkpointed too, compile them first.
+    Without gradients (contexts, decoding) they run as before, bit for bit the base model. Attention is not compiled, so
+    that no compiled code depends on a layer's index: all layers of one kind share it, once for each shape. Compile
+    layers before `checkpoint_layers`.
 
     Args:
         layers: decoder layers.
         backend: of `torch.compile`.
     """
     for layer in layers:
-        # Of this object alone, so that a module's hooks, with which FSDP gathers its weights, stay outside.
+        # The object's forward, not its call: hooks, with which FSDP gathers the weights, are not compiled.
         compiled = torch.compile(layer.forward, backend=backend, dynamic=False)
         cast(Any, layer).forward = partial(_run, compiled, layer.forward)
 

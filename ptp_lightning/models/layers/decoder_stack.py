@@ -1,4 +1,4 @@
-"""Where a causal LM keeps its decoder layers."""
+"""The decoder layers of a causal LM."""
 
 from __future__ import annotations
 
@@ -12,24 +12,30 @@ if TYPE_CHECKING:
 
 
 class DecoderStack(NamedTuple):
-    """Attributes: the module that runs the layers, its name for their list, and the layers, first to last."""
+    """The decoder layers and the module that runs them.
+
+    Attributes:
+        decoder: the module.
+        name: of the list of layers in it.
+        layers: first to last.
+    """
 
     decoder: nn.Module
     name: str
     layers: nn.ModuleList
 
 
-def decoder_stack(model: PreTrainedModel, num_layers: int, key: str, instead: str) -> DecoderStack:
-    """Find the layers of which some are wanted.
+def decoder_stack(model: PreTrainedModel, num_layers: int, key: str, hint: str) -> DecoderStack:
+    """Find the decoder layers of a model.
 
     Args:
         model: a causal LM.
-        num_layers: how many are wanted.
-        key: of the configuration that asks for them, for errors.
-        instead: what to do where the layers are not found, likewise.
+        num_layers: how many of them the caller needs.
+        key: configuration key of `num_layers`, for errors.
+        hint: what to set if the layers are not found, for errors.
 
     Raises:
-        ValueError: the model has fewer, or keeps them in a way that is not known.
+        ValueError: the model has fewer layers, or no single list of them.
     """
     decoder: nn.Module = getattr(model, model.base_model_prefix)
     depth = cast(int, model.config.num_hidden_layers)
@@ -42,12 +48,12 @@ def decoder_stack(model: PreTrainedModel, num_layers: int, key: str, instead: st
     ]
     if len(stacks) != 1:
         raise ValueError(
-            f"expected one list of {depth} layers in {type(decoder).__name__}, found {len(stacks)}: {instead}"
+            f"expected one list of {depth} layers in {type(decoder).__name__}, found {len(stacks)}: {hint}"
         )
     return DecoderStack(decoder, *stacks[0])
 
 
-def decoder_layers(models: Iterable[PreTrainedModel], instead: str) -> list[nn.Module]:
-    """All layers of some models; `instead` and errors as in `decoder_stack`."""
-    stacks = [decoder_stack(model, model.config.num_hidden_layers, "num_hidden_layers", instead) for model in models]
+def decoder_layers(models: Iterable[PreTrainedModel], hint: str) -> list[nn.Module]:
+    """All decoder layers of some models; `hint` and errors as in `decoder_stack`."""
+    stacks = [decoder_stack(model, model.config.num_hidden_layers, "num_hidden_layers", hint) for model in models]
     return [layer for stack in stacks for layer in stack.layers]

@@ -1,8 +1,8 @@
 """Replacing single modules of a library's model by ours: the one mechanism by which layers are changed.
 
-A replacement takes over the submodules and parameters of the module that it replaces under their names, so that weights,
-adapters and checkpoints fit as before. It is an ordinary class: it can be copied and pickled, and code that torch
-compiles is the same for all layers. A patched `forward` of an object or a changed `__class__` are none of that.
+A replacement takes over the parameters and submodules of the original under their names, so that checkpoints, adapters
+and sharding rules fit as before. It is an object of an ordinary class: it can be copied and pickled, and torch compiles
+its code once for all layers. Neither holds for a patched `forward` of each object or a changed `__class__`.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from torch import nn
 
 from ptp_lightning.models.attention.dispatch import register_attention
 from ptp_lightning.models.layers.decoder_stack import decoder_stack
+from ptp_lightning.models.layers.memory_efficient import use_memory_efficient_layers
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -69,7 +70,10 @@ def last_layers(model: PreTrainedModel, num_layers: int) -> tuple[list[nn.Module
     copies: list[nn.Module] = [copy.deepcopy(layer) for layer in list(layers)[-num_layers:]]
     for index, layer in enumerate(copies):
         layer.float().requires_grad_(True)
+        use_memory_efficient_layers(layer)
         for part in layer.modules():
+            if hasattr(part, "config"):  # the layer's own copy
+                cast(Any, part).config._attn_implementation = register_attention()
             if hasattr(part, "layer_idx"):
                 cast(Any, part).layer_idx = index  # where a cache holds its keys and values
     return copies, copy.deepcopy(rotary)

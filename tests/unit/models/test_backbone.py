@@ -145,7 +145,7 @@ class TestBadInput:
 
     def test_weights_without_use_are_mentioned_in_one_line(self, folder: Path, transformers_log: io.StringIO) -> None:
         tiny_llama(num_layers=1).config.save_pretrained(folder)
-        with pytest.warns(UserWarning, match=r"weights without use: model\.layers\.1"):
+        with pytest.warns(UserWarning, match=r"unused weights: model\.layers\.1"):
             load_backbone(settings_for(folder))
         assert transformers_log.getvalue() == ""
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, apply_rotary_pos_emb
 
 from ptp_lightning.models import LoraSettings, PredictorConfig, PredictorNetwork
-from ptp_lightning.models.attention.dispatch import attend_by_windows, register
+from ptp_lightning.models.attention.dispatch import register_attention, use_window_attention
 from ptp_lightning.models.layers import row_parts
 from ptp_lightning.models.layers.memory_efficient import use_memory_efficient_layers
 from ptp_lightning.models.layers.rms_norm import SUPPORTED_NORMS, MemoryEfficientRMSNorm, rms_norm
@@ -23,7 +23,7 @@ from ptp_lightning.models.layers.rotary_attention import (
     MemoryEfficientAttention,
     rotate_in_place,
 )
-from tests.helpers.tiny_models import TINY_MODELS, cast_weights, tiny_llama
+from tests.helpers.tiny_models import TINY_MODELS, tiny_llama
 from tests.helpers.tiny_predictors import STUDENTS
 from tests.helpers.tiny_shared_students import make_batch
 
@@ -153,9 +153,7 @@ def test_supported_norms(name: str) -> None:
 class AddedUp:
     """Stands for the keys of windows: adds up queries, keys and values, so that each of them shows."""
 
-    def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, sees_context: Tensor, scale: float
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         shared = query.shape[1] // key.shape[1]
         others = (2 * key + 3 * value).repeat_interleave(shared, dim=1)
         return ((query + others) * scale).transpose(1, 2).contiguous()
@@ -171,7 +169,7 @@ def test_supported_attention_layers(name: str) -> None:
         num_key_value_heads=2,
         head_dim=4,
         num_hidden_layers=1,
-        attn_implementation=register(),
+        attn_implementation=register_attention(),
     )
     attention = kind(config, layer_idx=0).double()
     assert set(attention._modules) == {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -181,7 +179,11 @@ def test_supported_attention_layers(name: str) -> None:
     expected, _ = attention(x, **arguments)
     efficient = MemoryEfficientAttention(attention)
     found, _ = efficient(x, **arguments)
-    assert "_RotationBackward" in names_of_graph(found) and "_RotationBackward" not in names_of_graph(expected)
+    in_place = {
+        "_RotationBackward",
+        "torch::autograd::CopySlices",
+    }  # the second if a projection returns a view, as with a bias
+    assert in_place & names_of_graph(found) and not in_place & names_of_graph(expected)
     torch.testing.assert_close(found, expected)
     with torch.no_grad():
         assert torch.equal(efficient(x, **arguments)[0], attention(x, **arguments)[0])
@@ -246,7 +248,7 @@ def test_states_and_gradients_are_the_same_under_autocast(monkeypatch: pytest.Mo
 def test_without_training_models_are_unchanged(family: str) -> None:
     """Bit for bit."""
     plain, model = TINY_MODELS[family](), TINY_MODELS[family]()
-    attend_by_windows(model)
+    use_window_attention(model)
     use_memory_efficient_layers(model)
     tokens = torch.arange(1, 9).view(1, 8)
     with torch.no_grad():
