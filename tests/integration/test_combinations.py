@@ -32,6 +32,7 @@ LOSSES: dict[str, list[str]] = {
     "OneHotObjective": ["CrossEntropy", "BinaryCrossEntropy"],
     "CategoricalObjective": [
         *("KullbackLeibler", "ReverseKullbackLeibler", "JensenShannon", "TotalVariation", "CrossEntropy"),
+        *("NegativeLogOverlap", "MixedLoss"),
     ],
     "IndependentObjective": ["KullbackLeibler", "CrossEntropy"],
     "SequentialObjective": ["KullbackLeibler", "CrossEntropy"],
@@ -55,6 +56,12 @@ WEIGHTS: list[Choice] = [("UniformWeights", {}), ("GeometricWeights", {"decay": 
 def as_yaml(package: str, choice: Choice) -> dict[str, Any]:
     name, arguments = choice
     return {"class_path": f"ptp_lightning.{package}.{name}", "init_args": arguments}
+
+
+MIXTURE = [
+    {"weight": 0.1, "loss": as_yaml("losses", ("CrossEntropy", {}))},
+    {"weight": 0.9, "loss": as_yaml("losses", ("TotalVariation", {}))},
+]
 
 
 def sources() -> list[dict[str, Any]]:
@@ -89,7 +96,7 @@ def combinations() -> list[dict[str, Any]]:
                 "sampling": {"temperature": 0.7, "top_k": 50, "top_p": 0.9, "order": order},
                 "sampling_range": RANGE if index // 3 % 2 else None,
             },
-            "loss": as_yaml("losses", (loss, {})),
+            "loss": as_yaml("losses", (loss, {"terms": MIXTURE} if loss == "MixedLoss" else {})),
             "source": source,
             "position_weights": as_yaml("losses", weights),
             "num_proposals": 1 + index // 4 % 2,

@@ -123,6 +123,6 @@ def test_a_series_needs_a_path(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     config = str(ROOT / "configs" / "nyc_teacher.yaml")
     path = "--data.init_args.series.init_args.path"
     assert run_main(monkeypatch, "fit", "--config", config) == 2
-    assert f"found no path: set data.series.path, on the command line {path} FILE" in capsys.readouterr().err
+    assert f"found no path: set data.series.path (on the command line {path} FILE)" in capsys.readouterr().err
     assert run_main(monkeypatch, "fit", "--config", config, path, "nowhere.csv") == 2
     assert "at nowhere.csv, found none: set data.series.path" in capsys.readouterr().err
