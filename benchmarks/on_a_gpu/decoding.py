@@ -33,7 +33,7 @@ from ptp_lightning.decoding import (
     decode_speculatively,
 )
 from ptp_lightning.decoding.slot_budget import measured_budget
-from ptp_lightning.evaluation.near_ties import explains, first_difference
+from ptp_lightning.evaluation.near_ties import first_difference, is_explained_by_rounding
 from ptp_lightning.export.checkpoint import load_network
 from ptp_lightning.models import PredictorNetwork
 from ptp_lightning.models.backbone import load_backbone
@@ -313,7 +313,7 @@ def _checked(
         place = first_difference(found, reference)
         if place is None:
             continue
-        if place >= min(len(found), len(reference)) or not explains(
+        if place >= min(len(found), len(reference)) or not is_explained_by_rounding(
             subject.predictor, subject.prompt, reference, place, found[place], settings
         ):
             raise ValueError(f"expected the text of one token a call, found another one from token {place} on")

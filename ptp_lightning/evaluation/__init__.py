@@ -1,5 +1,5 @@
-"""Evaluation: how many tokens a call yields, how fast that is, and whether the text is the base model's own."""
+"""Evaluation: tokens per call, speed, and whether texts are identical to those of the base model."""
 
-from ptp_lightning.evaluation.benchmarks import BENCHMARKS, Question, read_questions
+from ptp_lightning.evaluation.questions import BENCHMARKS, Question, read_questions
 
 __all__ = ["BENCHMARKS", "Question", "read_questions"]

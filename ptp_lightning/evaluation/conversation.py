@@ -1,4 +1,4 @@
-"""From a conversation to the tokens that the model continues."""
+"""Prompts: the tokens of a conversation, for the model to continue."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-BETWEEN_TURNS = "\n\n"
+SEPARATOR = "\n\n"
 
 
 class Prompt(NamedTuple):
     """Tokens to continue.
 
     Attributes:
-        token_ids: at most as many as there is room for, the latest ones.
-        num_cut: how many were left out at the beginning.
+        token_ids: the last tokens that fit.
+        num_truncated: number of tokens removed from the start.
     """
 
     token_ids: list[int]
-    num_cut: int
+    num_truncated: int
 
 
 def make_prompt(
-    tokenizer: PreTrainedTokenizerBase, history: Sequence[tuple[str, str]], turn: str, room: int | None
+    tokenizer: PreTrainedTokenizerBase, history: Sequence[tuple[str, str]], turn: str, max_tokens: int | None
 ) -> Prompt:
-    """What is said so far, in the tokenizer's chat template, or one after another where it has none.
+    """The conversation in the tokenizer's chat template, or joined by blank lines if it has none.
 
     Args:
         tokenizer: of the model.
-        history: earlier turns, with their answers.
-        turn: to be answered now.
-        room: the most tokens that fit in; None for no limit.
+        history: earlier turns with their answers.
+        turn: the message to answer.
+        max_tokens: longest prompt; None for no limit.
     """
     if tokenizer.chat_template is not None:
         messages = [
@@ -45,7 +45,7 @@ def make_prompt(
         )
         token_ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)  # pyright: ignore[reportArgumentType]
     else:
-        said = [part for pair in history for part in pair]
-        token_ids = tokenizer.encode(BETWEEN_TURNS.join([*said, turn]), verbose=False)
-    num_cut = 0 if room is None else max(0, len(token_ids) - room)
-    return Prompt(token_ids[num_cut:], num_cut)
+        earlier = [part for pair in history for part in pair]
+        token_ids = tokenizer.encode(SEPARATOR.join([*earlier, turn]), verbose=False)
+    num_truncated = 0 if max_tokens is None else max(0, len(token_ids) - max_tokens)
+    return Prompt(token_ids[num_truncated:], num_truncated)

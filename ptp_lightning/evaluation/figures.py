@@ -1,4 +1,4 @@
-"""Pictures of an evaluation: how long drafts are right, what speed that buys, and what is lost before decoding."""
+"""Figures of an evaluation: correct tokens of drafts, speed, and the acceptance gap."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ptp_lightning.evaluation.contenders import name_of_budget
+from ptp_lightning.evaluation.acceptance_gap import AcceptanceGap
+from ptp_lightning.evaluation.decoders import budget_name
 from ptp_lightning.evaluation.records import Record
-from ptp_lightning.evaluation.summary import OVERALL, Gap, Score
+from ptp_lightning.evaluation.summary import OVERALL, Score
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -19,17 +20,21 @@ if TYPE_CHECKING:
 ACCEPTANCE, SPEED, GAP = "acceptance.png", "speed.png", "gap.png"
 
 
-def draw(
-    records: Iterable[Record], scores: Sequence[Score], gaps: Sequence[Gap], budgets: Sequence[int], folder: Path
+def save_figures(
+    records: Iterable[Record],
+    scores: Sequence[Score],
+    gaps: Sequence[AcceptanceGap],
+    budgets: Sequence[int],
+    folder: Path,
 ) -> list[str]:
-    """Write the pictures; returns the names of those that there is something to see in."""
-    drawn = {
+    """Write the figures; returns the names of those for which there are data."""
+    figures = {
         ACCEPTANCE: _acceptance(list(records)),
         SPEED: _speed([score for score in scores if score.category == OVERALL], sorted(budgets)),
         GAP: _gap(gaps),
     }
     names = []
-    for name, figure in drawn.items():
+    for name, figure in figures.items():
         if figure is not None:
             figure.savefig(folder / name, dpi=120)
             names.append(name)
@@ -37,18 +42,18 @@ def draw(
 
 
 def _figure(num_panels: int) -> Figure:
-    # Not pyplot, which keeps figures and picks a window system.
+    # Not pyplot, which keeps references to figures and selects a GUI backend.
     from matplotlib.figure import Figure
 
     return Figure(figsize=(6.0 * num_panels, 4.0), layout="constrained")
 
 
 def _acceptance(records: list[Record]) -> Figure | None:
-    """How many drafts had 1, 2, .. tokens right."""
+    """Histogram of the correct tokens of drafts."""
     drafts: dict[str, Counter[int]] = {}
     for record in records:
         if record.drafted_per_cycle:
-            drafts.setdefault(record.contender, Counter()).update(record.correct_per_cycle)
+            drafts.setdefault(record.decoder, Counter()).update(record.correct_per_cycle)
     if not drafts:
         return None
     figure = _figure(1)
@@ -56,24 +61,24 @@ def _acceptance(records: list[Record]) -> Figure | None:
     longest = max(max(counts) for counts in drafts.values())
     width = 0.8 / len(drafts)
     for number, (name, counts) in enumerate(sorted(drafts.items())):
-        shares = [counts[length] / counts.total() for length in range(1, longest + 1)]
-        axes.bar(np.arange(1, longest + 1) + (number - (len(drafts) - 1) / 2) * width, shares, width, label=name)
-    axes.set(xlabel="correct tokens of a draft (the first is exact)", ylabel="share of drafts")
+        fractions = [counts[length] / counts.total() for length in range(1, longest + 1)]
+        axes.bar(np.arange(1, longest + 1) + (number - (len(drafts) - 1) / 2) * width, fractions, width, label=name)
+    axes.set(xlabel="correct tokens of a draft (the first is exact)", ylabel="fraction of drafts")
     axes.legend()
     return figure
 
 
 def _speed(scores: Sequence[Score], budgets: Sequence[int]) -> Figure:
-    """Tokens a call against what a call costs: above the diagonal is faster than one token a call; and by slots."""
+    """Tokens per call against cost per call (above the diagonal is faster), and speed by slot budget."""
     several = len(budgets) > 1
     figure = _figure(1 + several)
     axes = figure.subplots(1, 2)[0] if several else figure.subplots()
-    most = 1.1 * max(max(score.call_cost, score.tokens_per_call) for score in scores)
-    axes.plot([0, most], [0, most], color="grey", linestyle="--", label="break-even")
+    limit = 1.1 * max(max(score.call_cost, score.tokens_per_call) for score in scores)
+    axes.plot([0, limit], [0, limit], color="grey", linestyle="--", label="break-even")
     for score in scores:
         axes.plot(score.call_cost, score.tokens_per_call, "o")
         axes.annotate(
-            f"{score.contender}, T {score.temperature:g}: {score.speed.value:.2f}x",
+            f"{score.decoder}, T {score.temperature:g}: {score.speed.value:.2f}x",
             (score.call_cost, score.tokens_per_call),
             textcoords="offset points",
             xytext=(5, 5),
@@ -82,44 +87,44 @@ def _speed(scores: Sequence[Score], budgets: Sequence[int]) -> Figure:
     axes.set(
         xlabel="time of a call, in steps of the autoregressive decoder",
         ylabel="tokens per call",
-        xlim=(0, most),
-        ylim=(0, most),
+        xlim=(0, limit),
+        ylim=(0, limit),
     )
     axes.legend(loc="lower right")
     if several:
         by_budget = figure.axes[1]
         for temperature in sorted({score.temperature for score in scores}):
-            speed = {score.contender: score.speed for score in scores if score.temperature == temperature}
-            mine = [speed[name_of_budget(budget)] for budget in budgets]
-            errors = [[one.value - one.low for one in mine], [one.high - one.value for one in mine]]
-            values = [one.value for one in mine]
+            speed = {score.decoder: score.speed for score in scores if score.temperature == temperature}
+            speeds = [speed[budget_name(budget)] for budget in budgets]
+            errors = [[one.value - one.low for one in speeds], [one.high - one.value for one in speeds]]
+            values = [one.value for one in speeds]
             by_budget.errorbar(budgets, values, errors, marker="o", capsize=3, label=f"temperature {temperature:g}")
         by_budget.axhline(1.0, color="grey", linestyle="--")
-        by_budget.set(xlabel="slots of a call", ylabel="speed over one token a call")
+        by_budget.set(xlabel="slots per call", ylabel="speed relative to autoregressive decoding")
         by_budget.set_ylim(bottom=0)
         by_budget.legend()
     return figure
 
 
-def _gap(gaps: Sequence[Gap]) -> Figure | None:
+def _gap(gaps: Sequence[AcceptanceGap]) -> Figure | None:
     if not gaps:
         return None
     figure = _figure(len(gaps))
     for axes, gap in zip(np.atleast_1d(figure.subplots(1, len(gaps))), gaps, strict=True):
         curves = {
             "validation": gap.validation,
-            "every place of these texts": gap.everywhere,
-            "where drafts were made": gap.landed,
+            "all positions of these texts": gap.all_positions,
+            "positions of drafts": gap.draft_positions,
         }
         for number, (name, curve) in enumerate(curves.items()):
             if curve is not None:
                 axes.plot(np.arange(1, len(curve) + 1), curve, marker="o", color=f"C{number}", label=name)
         axes.set(
             xlabel="tokens of a draft",
-            ylabel="probability that all are right",
+            ylabel="probability that all are correct",
             title=f"temperature {gap.temperature:g}",
             ylim=(0, 1.02),
-            xticks=range(1, len(gap.everywhere) + 1),
+            xticks=range(1, len(gap.all_positions) + 1),
         )
         axes.legend()
     return figure

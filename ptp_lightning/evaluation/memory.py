@@ -1,4 +1,4 @@
-"""The most memory that a piece of work has in use."""
+"""PeakMemory: the peak memory of a block of code."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ SAMPLE_SECONDS = 0.02
 
 
 class PeakMemory:
-    """Measures inside a `with` block: memory allocated on a GPU, else the resident memory of this process.
+    """Measures inside a `with` block the memory allocated on a GPU, or else the resident memory of this process.
 
-    Resident memory is looked at every 20 ms, so that short peaks can be missed.
+    Resident memory is sampled every 20 ms, so short peaks can be missed.
 
     Args:
-        device: where the network is.
+        device: of the network.
 
     Attributes:
-        peak_bytes: the most that was in use, once the block has ended.
+        peak_bytes: peak memory, after the block.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -36,7 +36,7 @@ class PeakMemory:
             return self
         self.peak_bytes = self._process.memory_info().rss
         self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread = threading.Thread(target=self._sample_repeatedly, daemon=True)
         self._thread.start()
         return self
 
@@ -48,11 +48,11 @@ class PeakMemory:
             return
         self._done.set()
         self._thread.join()
-        self._look()
+        self._sample()
 
-    def _watch(self) -> None:
+    def _sample_repeatedly(self) -> None:
         while not self._done.wait(SAMPLE_SECONDS):
-            self._look()
+            self._sample()
 
-    def _look(self) -> None:
+    def _sample(self) -> None:
         self.peak_bytes = max(self.peak_bytes, self._process.memory_info().rss)

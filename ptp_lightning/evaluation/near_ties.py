@@ -1,6 +1,7 @@
-"""Near-ties: whether rounding explains why a text departs from the reference.
+"""Near-ties: whether rounding explains a difference between a text and the reference.
 
-Calls of other shapes may round their logits otherwise, and where u lies next to the border of two tokens, that decides.
+Calls of different shapes may round logits differently. If u is near the boundary of the intervals of two tokens, the
+rounding determines the token.
 """
 
 from __future__ import annotations
@@ -18,61 +19,65 @@ from ptp_lightning.models.network import PredictorNetwork
 from ptp_lightning.sampling import Sampler
 
 NUM_RANDOM_CHANGES = 256
-NUM_STEPS = 2  # of the dtype, by which logits of calls of other shapes may always differ
-SMALLEST_ROUNDING = 1e-4  # of float32 logits, whose sums over layers differ by more than a step
-SPREAD_FACTOR = 2.0  # by how much more than calls that were tried others may differ
+NUM_EPSILONS = 2  # of the dtype, by which logits of calls of different shapes may always differ
+MIN_ROUNDING = 1e-4  # of float32 logits, in which rounding errors of many layers add up
+SAFETY_FACTOR = 2.0  # other calls may differ by more than the measured ones
 
 
 @dataclass(frozen=True)
 class Deviation:
-    """Where an answer departs from the autoregressive decoder's.
+    """The first difference between an answer and that of the autoregressive decoder.
 
     Attributes:
-        contender: whose answer it is.
+        decoder: name of the decoder.
         question_id: of the question.
-        turn: of it.
-        seed: of the auxiliaries.
+        turn: of the question.
+        seed: of the auxiliary variables.
         temperature: of the sampling.
-        place: number of the first token that differs.
-        near_tie: rounding explains it.
+        position: index of the first token that differs.
+        near_tie: whether rounding explains it.
     """
 
-    contender: str
+    decoder: str
     question_id: str
     turn: int
     seed: int
     temperature: float
-    place: int
+    position: int
     near_tie: bool
 
 
 def first_difference(text: Sequence[int], reference: Sequence[int]) -> int | None:
-    """Place of the first token in which two texts differ; None if they are the same."""
+    """Index of the first token in which two texts differ; None if they are equal.
+
+    >>> first_difference([5, 6, 7], [5, 8, 7])
+    1
+    """
     if list(text) == list(reference):
         return None
     pairs = zip(text, reference, strict=False)
-    return next((place for place, (own, other) in enumerate(pairs) if own != other), min(len(text), len(reference)))
+    return next((index for index, (own, other) in enumerate(pairs) if own != other), min(len(text), len(reference)))
 
 
 @torch.inference_mode()
-def explains(
+def is_explained_by_rounding(
     predictor: PredictorNetwork,
     prompt: Sequence[int],
     reference: Sequence[int],
-    place: int,
+    position: int,
     token_id: int,
     settings: GenerationSettings,
 ) -> bool:
-    """Whether rounding explains that `token_id` stands at `place`, instead of the reference's token."""
-    token_ids = [*prompt, *reference[:place]]
+    """Whether rounding explains `token_id` at `position`, instead of the reference's token."""
+    token_ids = [*prompt, *reference[:position]]
     shapes = ((0, 0), (len(token_ids) - 1, 0), (0, settings.window_length - 1))
     logits, *others = (_logits(predictor, token_ids, settings, *shape) for shape in shapes)
     rounding = max(
-        NUM_STEPS * torch.finfo(logits.dtype).eps * float(logits.abs().max()),
-        SPREAD_FACTOR * max(float((other - logits).abs().max()) for other in others),
-        SMALLEST_ROUNDING,
+        NUM_EPSILONS * torch.finfo(logits.dtype).eps * float(logits.abs().max()),
+        SAFETY_FACTOR * max(float((other - logits).abs().max()) for other in others),
+        MIN_ROUNDING,
     )
-    u = settings.auxiliaries(1, logits.device)[0, place]
+    u = settings.auxiliaries(1, logits.device)[0, position]
     return is_near_tie(logits, u, token_id, predictor.sampler(settings.sampling), rounding)
 
 
@@ -83,7 +88,7 @@ def _logits(
     num_read_before: int,
     num_fillers: int,
 ) -> Tensor:
-    """`[V]`, what follows the tokens; some are read in a call before, and fillers stand behind the last."""
+    """Logits `[V]` after the tokens; a first call reads some of them, and filler tokens follow the last one."""
     context, _, _, _ = begin(predictor, [token_ids], replace(settings, max_new_tokens=1), None, None)
     tokens = torch.tensor([[*token_ids, *[token_ids[-1]] * num_fillers]], device=context.device)
     if num_read_before:
@@ -94,26 +99,26 @@ def _logits(
 
 
 def is_near_tie(logits: Tensor, u: Tensor, token_id: int, sampling: Sampler, rounding: float) -> bool:
-    """Whether changing no logit by more than `rounding` can make u pick a token.
+    """Whether u can pick a token after changes of the logits by at most `rounding`.
 
-    It is tried out, with changes that move the token's interval or the cut of top-k and top-p as far as possible, and
-    with random ones; so "no" may be wrong, "yes" is not.
+    The function tries changes that move the token's interval or the thresholds of top-k and top-p as far as possible,
+    and random changes. So True is certain, and False is not.
 
     Args:
         logits: `[V]`.
-        u: scalar, the auxiliary.
+        u: scalar, the auxiliary variable.
         token_id: the token.
-        sampling: settings and order.
-        rounding: the largest change.
+        sampling: settings and token order.
+        rounding: largest change of a logit.
     """
     vocabulary = logits.shape[-1]
     device = logits.device
     logits = logits.float()
-    rank = logits.argsort(descending=True).argsort()
-    places = torch.arange(vocabulary, device=device) if sampling.token_ranks is None else sampling.token_ranks
+    probability_rank = logits.argsort(descending=True).argsort()
+    cdf_rank = torch.arange(vocabulary, device=device) if sampling.token_ranks is None else sampling.token_ranks
     tilts = [
         torch.where(by <= by[token_id] + shift, 1.0, -1.0) * sign
-        for by in (places, rank)
+        for by in (cdf_rank, probability_rank)
         for shift in (-1, 0)
         for sign in (1.0, -1.0)
     ]

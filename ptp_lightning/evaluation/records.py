@@ -1,4 +1,4 @@
-"""Records: what each run of an evaluation gave, one JSON line a run, so that a killed evaluation goes on."""
+"""Records: the result of each answer of an evaluation, one JSON line each, so that a killed evaluation continues."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 RUN_FILE, RECORDS_FILE = "run.json", "records.jsonl"
+ALL_POSITIONS = "all_positions"  # instead of a decoder's name, in records of `correct_tokens_at_all_positions`
 
 
 class RunKey(NamedTuple):
-    """Which run it is: what is asked, how tokens are sampled, and who answers."""
+    """What identifies an answer."""
 
     question_id: str
     turn: int
     seed: int
     temperature: float
-    contender: str
+    decoder: str
 
 
 @dataclass(frozen=True)
@@ -29,16 +30,16 @@ class Record:
         question_id: of the question.
         category: of the question.
         turn: 0 for the first.
-        seed: of the auxiliaries.
+        seed: of the auxiliary variables.
         temperature: of the sampling.
-        contender: who answered.
-        num_prompt_tokens: that were read.
-        num_cut: tokens left out at the prompt's beginning, for lack of room.
+        decoder: name of the decoder.
+        num_prompt_tokens: length of the prompt.
+        num_truncated: number of tokens removed from the start of the prompt.
         token_ids: the answer.
         num_calls: forward passes.
         seconds: wall-clock time.
-        phases: seconds of each phase; empty for libraries, which do not tell.
-        peak_bytes: most memory in use, of the GPU where there is one, else resident.
+        phases: seconds by phase; empty for `transformers`.
+        peak_bytes: peak memory, allocated on the GPU or else resident.
         correct_per_cycle: see `Decoded`.
         drafted_per_cycle: see `Decoded`.
     """
@@ -48,9 +49,9 @@ class Record:
     turn: int
     seed: int
     temperature: float
-    contender: str
+    decoder: str
     num_prompt_tokens: int
-    num_cut: int
+    num_truncated: int
     token_ids: list[int]
     num_calls: int
     seconds: float
@@ -62,21 +63,21 @@ class Record:
     @property
     def key(self) -> RunKey:
         """See `RunKey`."""
-        return RunKey(self.question_id, self.turn, self.seed, self.temperature, self.contender)
+        return RunKey(self.question_id, self.turn, self.seed, self.temperature, self.decoder)
 
 
 class RecordFile:
-    """The records of a folder; finished runs are found again when the evaluation starts anew.
+    """The records of a folder, which a repeated evaluation reads and completes.
 
     Args:
-        folder: is made if it is not there.
-        run: what was asked for; a folder of another run is refused.
+        folder: created if it does not exist.
+        run: description of the evaluation, which must match that of an existing folder.
 
     Attributes:
-        records: of all finished runs.
+        records: all finished records.
 
     Raises:
-        ValueError: the folder holds records of another run, or a file that is none of them.
+        ValueError: the folder contains another evaluation, or an invalid file.
     """
 
     def __init__(self, folder: str | Path, run: dict[str, Any]) -> None:
@@ -93,7 +94,7 @@ class RecordFile:
         self.records = {record.key: record for record in self._read()}
 
     def append(self, record: Record) -> None:
-        """Write a finished run at once."""
+        """Write a record immediately."""
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(record)) + "\n")
         self.records[record.key] = record
@@ -103,21 +104,23 @@ class RecordFile:
             return
         text = self._path.read_bytes()
         whole = text.rfind(b"\n") + 1
-        if whole < len(text):  # killed while writing: that run has to be done again
+        if whole < len(text):  # killed while writing: this record has to be repeated
             with self._path.open("r+b") as file:
                 file.truncate(whole)
         names = {field.name for field in fields(Record)}
         for number, line in enumerate(text[:whole].splitlines(), start=1):
             row = json.loads(line)
             if row.keys() != names:
-                raise ValueError(f"{self._path}, line {number}: expected a record, found {sorted(row)}")
+                raise ValueError(
+                    f"{self._path}, line {number}: expected a record, found {sorted(row)}: choose another --output"
+                )
             yield Record(**row)
 
 
-def _require_same(stored: dict[str, Any], asked: dict[str, Any], folder: Path) -> None:
-    for name in sorted(stored.keys() | asked.keys()):
-        if stored.get(name) != asked.get(name):
+def _require_same(stored: dict[str, Any], given: dict[str, Any], folder: Path) -> None:
+    for name in sorted(stored.keys() | given.keys()):
+        if stored.get(name) != given.get(name):
             raise ValueError(
-                f"expected the evaluation that {folder} was begun with, {name} {stored.get(name)!r}, found "
-                f"{asked.get(name)!r}: choose another --output"
+                f"expected the evaluation with which {folder} was created, {name} {stored.get(name)!r}, found "
+                f"{given.get(name)!r}: choose another --output"
             )

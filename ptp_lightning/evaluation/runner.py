@@ -1,4 +1,4 @@
-"""The run of an evaluation: all contenders answer each turn one after another, in one process."""
+"""Runs an evaluation: all decoders answer each turn, one after another in one process."""
 
 from __future__ import annotations
 
@@ -7,30 +7,29 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ptp_lightning.decoding import GenerationSettings
-from ptp_lightning.evaluation.benchmarks import Question
-from ptp_lightning.evaluation.contenders import AUTOREGRESSIVE, Answer, Contender
+from ptp_lightning.evaluation.acceptance_gap import correct_tokens_at_all_positions
 from ptp_lightning.evaluation.conversation import Prompt, make_prompt
-from ptp_lightning.evaluation.landing import correct_everywhere
+from ptp_lightning.evaluation.decoders import AUTOREGRESSIVE, Answer, Decoder
 from ptp_lightning.evaluation.memory import PeakMemory
-from ptp_lightning.evaluation.records import Record, RecordFile, RunKey
+from ptp_lightning.evaluation.questions import Question
+from ptp_lightning.evaluation.records import ALL_POSITIONS, Record, RecordFile, RunKey
 from ptp_lightning.models.network import PredictorNetwork
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-EVERYWHERE = "everywhere"  # stands in records of `correct_everywhere`, which answers nothing
 WARM_UP_TOKENS = 8
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is to be run.
+class EvaluationPlan:
+    """What to evaluate.
 
     Attributes:
         questions: in this order.
-        seeds: of the auxiliaries.
+        seeds: of the auxiliary variables.
         temperatures: of the sampling.
-        settings: all else.
+        settings: all other settings.
     """
 
     questions: Sequence[Question]
@@ -38,35 +37,34 @@ class Plan:
     temperatures: Sequence[float]
     settings: GenerationSettings
 
-    def num_runs(self, num_contenders: int) -> int:
-        """How many records there will be, those of `EVERYWHERE` included."""
+    def num_records(self, num_decoders: int) -> int:
+        """Number of records, including those of `ALL_POSITIONS`."""
         turns = sum(len(question.turns) for question in self.questions) * len(self.temperatures)
-        return turns * (len(self.seeds) * num_contenders + 1)
+        return turns * (len(self.seeds) * num_decoders + 1)
 
 
 def run(
-    plan: Plan,
-    contenders: Sequence[Contender],
+    plan: EvaluationPlan,
+    decoders: Sequence[Decoder],
     predictor: PredictorNetwork,
     tokenizer: PreTrainedTokenizerBase,
     file: RecordFile,
     on_record: Callable[[Record], None],
 ) -> None:
-    """Answer what the file does not hold yet.
+    """Produce the records that the file does not contain yet.
 
-    The contenders take turns at each prompt, in an order that moves on from one prompt to the next, so that what slows
-    the machine down slows them all down. A later turn continues the answer of the autoregressive decoder, whoever
-    answers now.
+    All decoders answer a prompt before the next one, and their order rotates from prompt to prompt, so that changes of
+    the machine's speed affect all of them. Later turns continue the autoregressive decoder's answer for all decoders.
 
     Args:
-        plan: what to ask.
-        contenders: the autoregressive decoder among them.
+        plan: what to evaluate.
+        decoders: including the autoregressive decoder.
         predictor: in eval mode.
-        tokenizer: of its base model.
-        file: gets every record as soon as it is there.
-        on_record: is called for every record, those that were there already included.
+        tokenizer: of the base model.
+        file: to which each record is appended immediately.
+        on_record: called for each record, including existing ones.
     """
-    _warm_up(plan, contenders, tokenizer)
+    _warm_up(plan, decoders, tokenizer)
     num_prompts = 0
     for temperature in plan.temperatures:
         for question in plan.questions:
@@ -76,18 +74,18 @@ def run(
                 for turn in range(len(question.turns)):
                     reference = RunKey(question.question_id, turn, seed, temperature, AUTOREGRESSIVE)
                     prompt = prompt_of(question, reference, plan, predictor, tokenizer, file)
-                    first = num_prompts % len(contenders)
+                    first = num_prompts % len(decoders)
                     num_prompts += 1
-                    for contender in (*contenders[first:], *contenders[:first]):
-                        key = reference._replace(contender=contender.name)
+                    for decoder in (*decoders[first:], *decoders[:first]):
+                        key = reference._replace(decoder=decoder.name)
                         if key not in file.records:
-                            file.append(_record(question, key, prompt, contender, settings, predictor))
+                            file.append(_record(question, key, prompt, decoder, settings, predictor))
                         on_record(file.records[key])
                     if seed == plan.seeds[0]:
-                        key = reference._replace(contender=EVERYWHERE)
+                        key = reference._replace(decoder=ALL_POSITIONS)
                         if key not in file.records:
                             text = file.records[reference].token_ids
-                            correct = correct_everywhere(predictor, prompt.token_ids, text, settings)
+                            correct = correct_tokens_at_all_positions(predictor, prompt.token_ids, text, settings)
                             file.append(
                                 _as_record(question, key, prompt, Answer([], 0, 0.0, {}, correct, []), peak_bytes=0)
                             )
@@ -97,37 +95,37 @@ def run(
 def prompt_of(
     question: Question,
     key: RunKey,
-    plan: Plan,
+    plan: EvaluationPlan,
     predictor: PredictorNetwork,
     tokenizer: PreTrainedTokenizerBase,
     file: RecordFile,
 ) -> Prompt:
-    """What is continued in a run: the turn, after earlier turns and the autoregressive decoder's answers to them."""
-    earlier = [key._replace(turn=turn, contender=AUTOREGRESSIVE) for turn in range(key.turn)]
+    """The prompt of a turn: the earlier turns with the autoregressive decoder's answers, and the turn itself."""
+    earlier = [key._replace(turn=turn, decoder=AUTOREGRESSIVE) for turn in range(key.turn)]
     answers = [str(tokenizer.decode(file.records[own].token_ids, skip_special_tokens=True)) for own in earlier]
     history = list(zip(question.turns, answers, strict=False))
     limit = predictor.max_positions
-    room = None if limit is None else limit - plan.settings.max_new_tokens
-    return make_prompt(tokenizer, history, question.turns[key.turn], room)
+    max_tokens = None if limit is None else limit - plan.settings.max_new_tokens
+    return make_prompt(tokenizer, history, question.turns[key.turn], max_tokens)
 
 
-def _warm_up(plan: Plan, contenders: Sequence[Contender], tokenizer: PreTrainedTokenizerBase) -> None:
-    """First calls allocate memory and choose kernels."""
-    prompt = make_prompt(tokenizer, [], plan.questions[0].turns[0], room=WARM_UP_TOKENS)
-    for contender in contenders:
-        contender.answer(prompt.token_ids, replace(plan.settings, max_new_tokens=WARM_UP_TOKENS, seed=0))
+def _warm_up(plan: EvaluationPlan, decoders: Sequence[Decoder], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let each decoder allocate memory and select kernels."""
+    prompt = make_prompt(tokenizer, [], plan.questions[0].turns[0], max_tokens=WARM_UP_TOKENS)
+    for decoder in decoders:
+        decoder.answer(prompt.token_ids, replace(plan.settings, max_new_tokens=WARM_UP_TOKENS, seed=0))
 
 
 def _record(
     question: Question,
     key: RunKey,
     prompt: Prompt,
-    contender: Contender,
+    decoder: Decoder,
     settings: GenerationSettings,
     predictor: PredictorNetwork,
 ) -> Record:
     with PeakMemory(predictor.base_model.device) as memory:
-        answer = contender.answer(prompt.token_ids, settings)
+        answer = decoder.answer(prompt.token_ids, settings)
     return _as_record(question, key, prompt, answer, memory.peak_bytes)
 
 
@@ -138,9 +136,9 @@ def _as_record(question: Question, key: RunKey, prompt: Prompt, answer: Answer, 
         turn=key.turn,
         seed=key.seed,
         temperature=key.temperature,
-        contender=key.contender,
+        decoder=key.decoder,
         num_prompt_tokens=len(prompt.token_ids),
-        num_cut=prompt.num_cut,
+        num_truncated=prompt.num_truncated,
         token_ids=answer.token_ids,
         num_calls=answer.num_calls,
         seconds=answer.seconds,

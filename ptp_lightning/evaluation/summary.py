@@ -1,28 +1,24 @@
-"""From records to numbers: tokens per call, speed with its uncertainty, exactness, and where acceptance is lost."""
+"""Scores of decoders, from their records: tokens per call, speed with confidence intervals, and exactness."""
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
 
-from ptp_lightning.evaluation.contenders import AUTOREGRESSIVE, SPECULATIVE, TRANSFORMERS
-from ptp_lightning.evaluation.records import Record
-from ptp_lightning.evaluation.runner import EVERYWHERE
+from ptp_lightning.evaluation.decoders import AUTOREGRESSIVE, TRANSFORMERS
+from ptp_lightning.evaluation.records import ALL_POSITIONS, Record
 
 NUM_RESAMPLES = 2000
-MILLISECONDS = 1000  # in a second
+MILLISECONDS_PER_SECOND = 1000
 OVERALL = "overall"
-CONTEXT_BORDERS = (0, 32, 64, 128, 256, 512, 1024, 2048)
 
 
-class Interval(NamedTuple):
-    """A ratio and its 95 % bootstrap interval; questions are what is drawn again."""
+class ConfidenceInterval(NamedTuple):
+    """A ratio and its 95 % bootstrap interval over questions."""
 
     value: float
     low: float
@@ -31,30 +27,31 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True)
 class Score:
-    """How one contender did at one temperature, on the questions of one category or on all.
+    """The results of a decoder at one temperature, for the questions of one category or all questions.
 
     Attributes:
-        contender: who answered.
+        decoder: name of the decoder.
         temperature: of the sampling.
         category: of the questions, or `OVERALL`.
-        num_answers: answers to turns, all seeds.
-        num_tokens: in them.
-        tokens_per_call: all tokens over all forward passes, those that read prompts included.
-        tokens_per_cycle: what a draft and its verification commit: correct tokens, and the base model's pick after
+        num_answers: number of answers, of all turns and seeds.
+        num_tokens: total length of the answers.
+        tokens_per_call: tokens per forward pass, including those that read prompts.
+        tokens_per_cycle: tokens committed per draft: the correct tokens, and the token that the base model picks after
             them (the "+1"); None without drafts.
-        correct_per_cycle: correct tokens of a draft, the exact first token counted, without the "+1".
+        correct_per_cycle: correct tokens of a draft, including the exact first token, without the "+1".
         milliseconds_per_token: median over answers.
-        speed: tokens per second over those of the autoregressive decoder.
-        library_speed: the same over those of `transformers.generate`, if it ran.
-        call_cost: time of a forward pass, with all that belongs to it, in steps of the autoregressive decoder; a
-            contender has to get more tokens from a call than this to be faster.
-        phases: share of the time.
-        peak_bytes: the most memory in use.
-        num_identical: answers that are the autoregressive decoder's; None for contenders that sample otherwise.
-        accuracy_given_prefix: of the tokens 1, 2, .. of drafts, where those before were right and the draft went on.
+        speed: tokens per second, relative to the autoregressive decoder.
+        transformers_speed: tokens per second, relative to `transformers.generate`; None if it was not run.
+        call_cost: time per forward pass, including everything else, in steps of the autoregressive decoder; a decoder
+            is faster if its tokens per call exceed this number.
+        phases: fraction of the time by phase.
+        peak_bytes: peak memory.
+        num_identical: number of answers identical to the autoregressive decoder's; None for decoders that sample in
+            another way.
+        accuracy_given_prefix: of tokens 1, 2, .. of drafts, given that the tokens before them are correct.
     """
 
-    contender: str
+    decoder: str
     temperature: float
     category: str
     num_answers: int
@@ -63,8 +60,8 @@ class Score:
     tokens_per_cycle: float | None
     correct_per_cycle: float | None
     milliseconds_per_token: float
-    speed: Interval
-    library_speed: Interval | None
+    speed: ConfidenceInterval
+    transformers_speed: ConfidenceInterval | None
     call_cost: float
     phases: dict[str, float]
     peak_bytes: int
@@ -72,78 +69,48 @@ class Score:
     accuracy_given_prefix: list[float]
 
 
-@dataclass(frozen=True)
-class ContextBin:
-    """Mean correct tokens of drafts that follow `first` to `last` tokens (or more); None where there were none."""
-
-    first: int
-    last: int | None
-    everywhere: float | None
-    landed: float | None
-
-
-@dataclass(frozen=True)
-class Gap:
-    """From validation to decoding, at one temperature: how likely at least 1, 2, .. L tokens of a draft are right.
-
-    Attributes:
-        temperature: of the sampling.
-        validation: of held-out windows, as stored with the predictor; None if it has none, or was trained for another
-            temperature alone.
-        everywhere: at every place of the decoded texts.
-        landed: where speculative decoding asked for a whole draft; None if it did not run.
-        by_context: by tokens before the draft.
-    """
-
-    temperature: float
-    validation: list[float] | None
-    everywhere: list[float]
-    landed: list[float] | None
-    by_context: list[ContextBin]
-
-
-def scores(records: Iterable[Record], contenders: Sequence[str], exact: Sequence[str]) -> list[Score]:
-    """One for each contender and temperature, overall and by category.
+def scores(records: Iterable[Record], decoders: Sequence[str], exact: Sequence[str]) -> list[Score]:
+    """The score of each decoder and temperature, overall and by category.
 
     Args:
-        records: of all contenders; those of `EVERYWHERE` are left out.
-        contenders: their names, in the order of the report.
-        exact: names of contenders whose text has to be the autoregressive decoder's.
+        records: of all decoders; those of `ALL_POSITIONS` are skipped.
+        decoders: their names, in the order of the report.
+        exact: names of decoders whose text must be identical to the autoregressive decoder's.
     """
     groups: dict[tuple[float, str, str], list[Record]] = defaultdict(list)
     for record in records:
-        if record.contender != EVERYWHERE:
+        if record.decoder != ALL_POSITIONS:
             for category in (OVERALL, record.category):
-                groups[record.temperature, category, record.contender].append(record)
+                groups[record.temperature, category, record.decoder].append(record)
     found = []
-    for (temperature, category, contender), group in groups.items():
+    for (temperature, category, decoder), group in groups.items():
         reference = groups[temperature, category, AUTOREGRESSIVE]
-        library = groups.get((temperature, category, TRANSFORMERS))
-        found.append(_score(contender, temperature, category, group, reference, library, contender in exact))
-    places = {name: place for place, name in enumerate(contenders)}
+        baseline = groups.get((temperature, category, TRANSFORMERS))
+        found.append(_score(decoder, temperature, category, group, reference, baseline, decoder in exact))
+    order = {name: index for index, name in enumerate(decoders)}
 
     def rank(score: Score) -> tuple[float, bool, str, int]:
-        return score.temperature, score.category != OVERALL, score.category, places[score.contender]
+        return score.temperature, score.category != OVERALL, score.category, order[score.decoder]
 
     return sorted(found, key=rank)
 
 
 def _score(
-    contender: str,
+    decoder: str,
     temperature: float,
     category: str,
     group: list[Record],
     reference: list[Record],
-    library: list[Record] | None,
+    baseline: list[Record] | None,
     is_exact: bool,
 ) -> Score:
     tokens = sum(len(record.token_ids) for record in group)
     calls = sum(record.num_calls for record in group)
     seconds = sum(record.seconds for record in group)
     correct = [number for record in group for number in record.correct_per_cycle]
-    texts = {record.key._replace(contender=""): record.token_ids for record in reference}
+    texts = {record.key._replace(decoder=""): record.token_ids for record in reference}
     return Score(
-        contender=contender,
+        decoder=decoder,
         temperature=temperature,
         category=category,
         num_answers=len(group),
@@ -152,22 +119,22 @@ def _score(
         tokens_per_cycle=tokens / len(correct) if correct else None,
         correct_per_cycle=float(np.mean(correct)) if correct else None,
         milliseconds_per_token=float(
-            np.median([MILLISECONDS * record.seconds / max(1, len(record.token_ids)) for record in group])
+            np.median([MILLISECONDS_PER_SECOND * record.seconds / max(1, len(record.token_ids)) for record in group])
         ),
         speed=speed_ratio(group, reference),
-        library_speed=None if library is None else speed_ratio(group, library),
+        transformers_speed=None if baseline is None else speed_ratio(group, baseline),
         call_cost=seconds / calls / _seconds_per_token(reference),
         phases=_phases(group),
         peak_bytes=max(record.peak_bytes for record in group),
-        num_identical=sum(texts[record.key._replace(contender="")] == record.token_ids for record in group)
+        num_identical=sum(texts[record.key._replace(decoder="")] == record.token_ids for record in group)
         if is_exact
         else None,
         accuracy_given_prefix=accuracy_given_prefix(group),
     )
 
 
-def speed_ratio(group: Sequence[Record], reference: Sequence[Record]) -> Interval:
-    """Tokens per second of `group` over those of `reference`."""
+def speed_ratio(group: Sequence[Record], reference: Sequence[Record]) -> ConfidenceInterval:
+    """Tokens per second of `group`, relative to `reference`."""
     cost, reference_cost = (_by_question(records) for records in (group, reference))
     names = sorted(cost.keys() & reference_cost.keys())
     own, other = (np.array([costs[name] for name in names]) for costs in (cost, reference_cost))
@@ -180,90 +147,29 @@ def speed_ratio(group: Sequence[Record], reference: Sequence[Record]) -> Interva
         return (tokens / seconds) / (other_tokens / other_seconds)
 
     low, high = np.quantile(ratio(draws), [0.025, 0.975])
-    return Interval(float(ratio(np.arange(len(names)))), float(low), float(high))
+    return ConfidenceInterval(float(ratio(np.arange(len(names)))), float(low), float(high))
 
 
 def accuracy_given_prefix(group: Iterable[Record]) -> list[float]:
-    """Of drafts that have a token 1, 2, .. and all tokens before it right: how often it is right too.
+    """Accuracy of tokens 1, 2, .. of drafts, given that all tokens before them are correct.
 
-    Token 0 is exact. A text that ends inside a draft, right as it is, tells nothing of what would have followed.
+    Token 0 is exact. If a text ends within a correct draft, its next token is unknown and is not counted.
     """
     reached: dict[int, int] = defaultdict(int)
-    right: dict[int, int] = defaultdict(int)
+    num_correct: dict[int, int] = defaultdict(int)
     for record in group:
         pairs = list(zip(record.correct_per_cycle, record.drafted_per_cycle, strict=True))
-        for place, (correct, drafted) in enumerate(pairs):
+        for cycle, (correct, drafted) in enumerate(pairs):
             for position in range(1, min(correct, drafted)):
                 reached[position] += 1
-                right[position] += 1
-            if correct < drafted and place < len(pairs) - 1:
+                num_correct[position] += 1
+            if correct < drafted and cycle < len(pairs) - 1:
                 reached[correct] += 1
-    return [right[position] / reached[position] for position in range(1, max(reached, default=0) + 1)]
-
-
-def gaps(
-    records: Iterable[Record],
-    window_length: int,
-    prefix_counts: Sequence[int] | None,
-    trained_temperature: float | None,
-) -> list[Gap]:
-    """One for each temperature.
-
-    Args:
-        records: those of `EVERYWHERE` among them.
-        window_length: L, of whole drafts.
-        prefix_counts: see `PredictorNetwork`.
-        trained_temperature: that they hold for; None for all.
-    """
-    everywhere: dict[float, list[tuple[int, int]]] = defaultdict(list)
-    landed: dict[float, list[tuple[int, int]]] = defaultdict(list)
-    for record in records:
-        if record.contender == EVERYWHERE:
-            everywhere[record.temperature] += enumerate(record.correct_per_cycle, start=record.num_prompt_tokens)
-        elif record.contender == SPECULATIVE:
-            landed[record.temperature] += _whole_drafts(record, window_length)
-    return [
-        Gap(
-            temperature,
-            None
-            if prefix_counts is None or trained_temperature not in (None, temperature)
-            else _survival(np.repeat(np.arange(len(prefix_counts)), prefix_counts), window_length),
-            _survival(np.array([correct for _, correct in drafts]), window_length),
-            _survival(np.array([correct for _, correct in landed[temperature]]), window_length)
-            if landed[temperature]
-            else None,
-            _by_context(drafts, landed[temperature]),
-        )
-        for temperature, drafts in sorted(everywhere.items())
-        if drafts
-    ]
-
-
-def _whole_drafts(record: Record, window_length: int) -> list[tuple[int, int]]:
-    """Tokens before each draft of full length, and how many of it were right."""
-    starts = accumulate((correct + 1 for correct in record.correct_per_cycle), initial=record.num_prompt_tokens)
-    drafts = zip(starts, record.correct_per_cycle, record.drafted_per_cycle, strict=False)
-    return [(start, correct) for start, correct, drafted in drafts if drafted == window_length]
-
-
-def _survival(correct: np.ndarray, window_length: int) -> list[float]:
-    return [float((correct >= position).mean()) for position in range(1, window_length + 1)]
-
-
-def _by_context(everywhere: Sequence[tuple[int, int]], landed: Sequence[tuple[int, int]]) -> list[ContextBin]:
-    bins = []
-    for first, end in zip(CONTEXT_BORDERS, (*CONTEXT_BORDERS[1:], math.inf), strict=True):
-        means = [
-            float(np.mean(inside)) if (inside := [c for start, c in drafts if first <= start < end]) else None
-            for drafts in (everywhere, landed)
-        ]
-        if means != [None, None]:
-            bins.append(ContextBin(first, None if end == math.inf else int(end) - 1, *means))
-    return bins
+    return [num_correct[position] / reached[position] for position in range(1, max(reached, default=0) + 1)]
 
 
 def _by_question(records: Iterable[Record]) -> dict[str, tuple[float, int]]:
-    """Seconds and tokens of each question, all its turns and seeds together."""
+    """Seconds and tokens of each question, summed over turns and seeds."""
     costs: dict[str, tuple[float, int]] = {}
     for record in records:
         seconds, tokens = costs.get(record.question_id, (0.0, 0))

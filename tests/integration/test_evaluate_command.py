@@ -1,4 +1,4 @@
-"""`python -m ptp_lightning evaluate`: exact counts, a report, and an evaluation that goes on after a kill."""
+"""`python -m ptp_lightning evaluate`: exact counts, a report, and continuation after a kill."""
 
 import json
 import sys
@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from ptp_lightning import cli
 from ptp_lightning.decoding import Decoded, decode_speculatively
-from ptp_lightning.evaluation import command, contenders, runner
+from ptp_lightning.evaluation import command, decoders, runner
 from ptp_lightning.sampling import SamplingConfig
 from tests.helpers.byte_tokenizer import byte_tokenizer
 from tests.helpers.tiny_models import tiny_llama
@@ -73,14 +73,12 @@ def evaluation(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
     return Evaluation(monkeypatch, capsys, tmp_path)
 
 
-def test_reports_every_contender_and_exact_texts(evaluation: Evaluation) -> None:
+def test_reports_every_decoder_and_exact_texts(evaluation: Evaluation) -> None:
     status, out, err = evaluation("--seeds", "2", "--temperatures", "0.7", "0")
     assert status == 0, err
     report = evaluation.report
     overall = {
-        (score["temperature"], score["contender"]): score
-        for score in report["scores"]
-        if score["category"] == "overall"
+        (score["temperature"], score["decoder"]): score for score in report["scores"] if score["category"] == "overall"
     }
     assert {name for _, name in overall} == {*EXACT, "transformers", "prompt_lookup"}
     for (_, name), score in overall.items():
@@ -93,30 +91,30 @@ def test_reports_every_contender_and_exact_texts(evaluation: Evaluation) -> None
         *("records.jsonl", "run.json", "report.json", "report.md", "acceptance.png", "speed.png", "gap.png")
     }
     markdown = (evaluation.output / "report.md").read_text()
-    assert "| speculative |" in markdown and "6 of 6" in markdown and "None: every answer" in markdown
+    assert "| speculative |" in markdown and "6 of 6" in markdown and "None: all answers" in markdown
     assert "T 0.7 speculative" in out and str(evaluation.output / "report.md") in out
 
 
-def test_greedy_texts_of_the_library_are_ours(evaluation: Evaluation) -> None:
-    """So the baselines run the same model with the same settings."""
+def test_greedy_texts_of_transformers_are_identical(evaluation: Evaluation) -> None:
+    """The baselines run the same model with the same settings."""
     assert evaluation("--temperatures", "0")[0] == 0
     texts: dict[tuple[str, int], set[tuple[int, ...]]] = {}
     for record in evaluation.records:
-        if record["contender"] != runner.EVERYWHERE:
+        if record["decoder"] != runner.ALL_POSITIONS:
             texts.setdefault((record["question_id"], record["turn"]), set()).add(tuple(record["token_ids"]))
     assert [len(found) for found in texts.values()] == [1, 1, 1]
 
 
-def test_a_later_turn_follows_what_the_base_model_answered(evaluation: Evaluation) -> None:
+def test_a_later_turn_follows_the_base_models_answer(evaluation: Evaluation) -> None:
     assert evaluation()[0] == 0
-    by_key = {(record["question_id"], record["turn"], record["contender"]): record for record in evaluation.records}
+    by_key = {(record["question_id"], record["turn"], record["decoder"]): record for record in evaluation.records}
     answer = TOKENIZER.decode(by_key["1", 0, "autoregressive"]["token_ids"], skip_special_tokens=True)
     expected = len(TOKENIZER.encode(f"def f\n\n{answer}\n\nshorter"))
     assert {by_key["1", 1, name]["num_prompt_tokens"] for name in (*EXACT, "transformers")} == {expected}
 
 
 @pytest.mark.parametrize("finished", [0, 4, 11])
-def test_goes_on_after_a_kill(finished: int, evaluation: Evaluation) -> None:
+def test_continues_after_a_kill(finished: int, evaluation: Evaluation) -> None:
     append, answered = runner.RecordFile.append, []
 
     def killed(file: runner.RecordFile, record: runner.Record) -> None:
@@ -139,39 +137,39 @@ def test_goes_on_after_a_kill(finished: int, evaluation: Evaluation) -> None:
     evaluation.monkeypatch.setattr(runner.RecordFile, "append", counted)
     assert evaluation()[0] == 0
     assert evaluation.records[:finished] == before
-    assert len(answered) == 3 * 6 - finished  # five contenders and `everywhere`, three turns
-    keys = [tuple(record[name] for name in ("question_id", "turn", "contender")) for record in evaluation.records]
+    assert len(answered) == 3 * 6 - finished  # five decoders and all positions, three turns
+    keys = [tuple(record[name] for name in ("question_id", "turn", "decoder")) for record in evaluation.records]
     assert len(set(keys)) == len(keys) == 18
     answered.clear()
     assert evaluation()[0] == 0
     assert answered == []
 
 
-def test_a_wrong_text_is_listed_and_not_explained(evaluation: Evaluation) -> None:
+def test_a_wrong_text_is_listed_as_not_explained(evaluation: Evaluation) -> None:
     def off_by_one(*args: Any, **options: Any) -> list[Decoded]:
         (decoded,) = decode_speculatively(*args, **options)
         decoded.token_ids[0] = (decoded.token_ids[0] + 100) % VOCABULARY
         return [decoded]
 
-    evaluation.monkeypatch.setitem(contenders.DECODERS, "speculative", off_by_one)
+    evaluation.monkeypatch.setitem(decoders.DECODERS, "speculative", off_by_one)
     assert evaluation("--decoders", "speculative")[0] == 0
     report = evaluation.report
     assert len(report["deviations"]) == 3
     for deviation in report["deviations"]:
-        assert (deviation["contender"], deviation["place"], deviation["near_tie"]) == ("speculative", 0, False)
+        assert (deviation["decoder"], deviation["position"], deviation["near_tie"]) == ("speculative", 0, False)
     assert "**not explained**" in (evaluation.output / "report.md").read_text()
-    identical = {score["num_identical"] for score in report["scores"] if score["contender"] == "speculative"}
+    identical = {score["num_identical"] for score in report["scores"] if score["decoder"] == "speculative"}
     assert identical == {0}
 
 
-def test_long_prompts_lose_their_beginning(evaluation: Evaluation) -> None:
+def test_long_prompts_are_truncated(evaluation: Evaluation) -> None:
     limit = PREDICTOR.max_positions
     assert limit is not None
     row = {"question_id": 1, "category": "code", "turns": ["x" * limit]}
     evaluation.questions.write_text(json.dumps(row) + "\n")
     assert evaluation("--decoders", "autoregressive")[0] == 0
     assert {record["num_prompt_tokens"] for record in evaluation.records} == {limit - 9}
-    assert {record["num_cut"] for record in evaluation.records} == {9}
+    assert {record["num_truncated"] for record in evaluation.records} == {9}
     assert "1 prompts were too long" in (evaluation.output / "report.md").read_text()
 
 
@@ -188,14 +186,14 @@ def test_long_prompts_lose_their_beginning(evaluation: Evaluation) -> None:
         (["--benchmark", "mmlu"], "--benchmark"),
     ],
 )
-def test_refusals_come_before_the_first_answer(args: list[str], reason: str, evaluation: Evaluation) -> None:
+def test_errors_are_raised_before_the_first_answer(args: list[str], reason: str, evaluation: Evaluation) -> None:
     status, _, err = evaluation(*args)
     assert status == 2
     assert reason in err
     assert not (evaluation.output / "records.jsonl").exists()
 
 
-def test_a_folder_of_another_evaluation_is_refused(evaluation: Evaluation) -> None:
+def test_a_folder_of_another_evaluation_is_rejected(evaluation: Evaluation) -> None:
     assert evaluation("--decoders", "autoregressive")[0] == 0
     before = evaluation.records
     status, _, err = evaluation("--decoders", "autoregressive", "--max_new_tokens", "8")

@@ -14,7 +14,7 @@ from ptp_lightning.decoding import (
     decode_speculatively,
 )
 from ptp_lightning.decoding.timing import PHASES, PhaseTimer
-from ptp_lightning.evaluation.landing import correct_everywhere
+from ptp_lightning.evaluation.acceptance_gap import correct_tokens_at_all_positions
 from tests.helpers.tiny_decoding import PROMPT, Decode, decode_one
 from tests.helpers.tiny_predictors import tiny_predictor
 
@@ -68,17 +68,17 @@ def test_speculative_drafts_are_whole_until_the_text_ends() -> None:
     assert drafted[:-4] == [5] * (len(drafted) - 4) and drafted == sorted(drafted, reverse=True)
 
 
-def test_a_decoder_finds_what_is_correct_everywhere_at_the_places_where_it_lands() -> None:
-    """Few tokens, so that some drafts are right for longer than others."""
+def test_correct_tokens_at_all_positions_match_those_of_a_decoder() -> None:
+    """A small vocabulary, so that drafts have different numbers of correct tokens."""
     predictor = tiny_predictor(vocab_size=4)
     prompt = [token_id % 4 for token_id in PROMPT]
     settings = replace(SETTINGS, max_new_tokens=60)
     decoded = decode_one(decode_speculatively, predictor, settings, prompt)
-    everywhere = correct_everywhere(predictor, prompt, decoded.token_ids, settings)
-    assert len(everywhere) == 60 - 5 + 1
+    at_all = correct_tokens_at_all_positions(predictor, prompt, decoded.token_ids, settings)
+    assert len(at_all) == 60 - 5 + 1
     starts = accumulate((correct + 1 for correct in decoded.correct_per_cycle), initial=0)
     cycles = zip(starts, decoded.correct_per_cycle, decoded.drafted_per_cycle, strict=False)
-    landed = [(start, correct) for start, correct, drafted in cycles if drafted == 5 and start < len(everywhere)]
-    assert len({correct for _, correct in landed}) >= 3
-    assert [everywhere[start] for start, _ in landed] == [correct for _, correct in landed]
-    assert correct_everywhere(predictor, prompt, decoded.token_ids[:4], settings) == []
+    at_drafts = [(start, correct) for start, correct, drafted in cycles if drafted == 5 and start < len(at_all)]
+    assert len({correct for _, correct in at_drafts}) >= 3
+    assert [at_all[start] for start, _ in at_drafts] == [correct for _, correct in at_drafts]
+    assert correct_tokens_at_all_positions(predictor, prompt, decoded.token_ids[:4], settings) == []

@@ -1,4 +1,4 @@
-"""The peak is of the block, not of what is left at its end."""
+"""PeakMemory measures the peak in a block, not the memory at its end."""
 
 import time
 
@@ -10,11 +10,11 @@ from ptp_lightning.evaluation.memory import SAMPLE_SECONDS, PeakMemory
 MEGABYTE = 2**20
 
 
-def test_memory_that_is_given_back_counts() -> None:
+def test_freed_memory_counts() -> None:
     with PeakMemory(torch.device("cpu")) as idle:
         pass
     with PeakMemory(torch.device("cpu")) as busy:
-        taken = np.ones(256 * MEGABYTE, dtype=np.uint8)
+        allocated = np.ones(256 * MEGABYTE, dtype=np.uint8)
         time.sleep(5 * SAMPLE_SECONDS)
-        del taken
+        del allocated
     assert busy.peak_bytes - idle.peak_bytes > 200 * MEGABYTE

@@ -1,4 +1,4 @@
-"""Near-ties are told from wrong tokens."""
+"""Near-ties are distinguished from wrong tokens."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ import torch
 from ptp_lightning.auxiliary import pick
 from ptp_lightning.decoding import GenerationSettings
 from ptp_lightning.evaluation import near_ties
-from ptp_lightning.evaluation.near_ties import explains, first_difference, is_near_tie
+from ptp_lightning.evaluation.near_ties import first_difference, is_explained_by_rounding, is_near_tie
 from ptp_lightning.sampling import Sampler, SamplingConfig
 from tests.helpers.tiny_decoding import PROMPT, reference
 from tests.helpers.tiny_predictors import tiny_predictor
@@ -18,11 +18,11 @@ ROUNDING = 1e-3
 
 
 @pytest.mark.parametrize(
-    ("text", "other", "place"),
+    ("text", "other", "position"),
     [([1, 2, 3], [1, 2, 3], None), ([1, 9, 3], [1, 2, 3], 1), ([1, 2], [1, 2, 3], 2), ([], [1], 0), ([], [], None)],
 )
-def test_first_difference(text: list[int], other: list[int], place: int | None) -> None:
-    assert first_difference(text, other) == place
+def test_first_difference(text: list[int], other: list[int], position: int | None) -> None:
+    assert first_difference(text, other) == position
 
 
 @pytest.mark.parametrize(
@@ -30,8 +30,8 @@ def test_first_difference(text: list[int], other: list[int], place: int | None) 
     [SamplingConfig(), SamplingConfig(0.7, top_k=5, top_p=0.9), SamplingConfig(order="descending")],
     ids=["plain", "cut", "descending"],
 )
-def test_tokens_that_a_small_change_picks_are_near_ties_and_others_are_not(sampling: SamplingConfig) -> None:
-    """u is moved over a border of the inverse CDF by a little, and by too much."""
+def test_only_tokens_that_a_small_change_picks_are_near_ties(sampling: SamplingConfig) -> None:
+    """Logits are changed by less and by more than the rounding."""
     generator = torch.Generator().manual_seed(3)
     sampler = Sampler(sampling, None)
     near = far = 0
@@ -48,7 +48,7 @@ def test_tokens_that_a_small_change_picks_are_near_ties_and_others_are_not(sampl
     assert far <= 2
 
 
-def test_a_border_between_two_tokens_is_a_near_tie_for_both() -> None:
+def test_a_boundary_between_two_tokens_is_a_near_tie_for_both() -> None:
     logits = torch.log(torch.tensor([0.25, 0.25, 0.5]))
     u = torch.tensor(0.25 + 1e-6, dtype=torch.float64)
     sampler = Sampler(SamplingConfig(), None)
@@ -56,7 +56,7 @@ def test_a_border_between_two_tokens_is_a_near_tie_for_both() -> None:
     assert [is_near_tie(logits, u, token_id, sampler, 1e-7) for token_id in range(3)] == [False, True, False]
 
 
-def test_the_cut_of_top_k_can_be_a_near_tie() -> None:
+def test_the_threshold_of_top_k_can_be_a_near_tie() -> None:
     logits = torch.tensor([0.0, 3.0, 0.00001, 2.0])
     sampler = Sampler(SamplingConfig(top_k=3), None)
     u = torch.tensor(0.001, dtype=torch.float64)
@@ -65,18 +65,18 @@ def test_the_cut_of_top_k_can_be_a_near_tie() -> None:
     assert not is_near_tie(logits, u, 0, sampler, 1e-6)
 
 
-def test_the_reference_explains_itself_and_no_other_token() -> None:
+def test_rounding_explains_the_reference_and_no_other_token() -> None:
     predictor = tiny_predictor(vocab_size=VOCABULARY)
     settings = GenerationSettings(max_new_tokens=8)
     text = reference(predictor, settings)
-    for place, token_id in enumerate(text):
-        assert explains(predictor, PROMPT, text, place, token_id, settings)
+    for position, token_id in enumerate(text):
+        assert is_explained_by_rounding(predictor, PROMPT, text, position, token_id, settings)
         other = (token_id + 16) % VOCABULARY
-        assert not explains(predictor, PROMPT, text, place, other, settings)
+        assert not is_explained_by_rounding(predictor, PROMPT, text, position, other, settings)
 
 
-def test_what_calls_of_other_shapes_differ_by_counts_as_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a device that sums in another order where a token is read alone: by how much is measured."""
+def test_differences_between_calls_of_different_shapes_are_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Simulates a device that sums in a different order if a token is read alone."""
     predictor = tiny_predictor(vocab_size=VOCABULARY)
     settings = GenerationSettings(max_new_tokens=8)
     text = reference(predictor, settings)
@@ -89,7 +89,10 @@ def test_what_calls_of_other_shapes_differ_by_counts_as_rounding(monkeypatch: py
 
         monkeypatch.setattr(near_ties, "_logits", logits)
         others = [(token_id + 1) % VOCABULARY for token_id in text]
-        return [explains(predictor, PROMPT, text, place, other, settings) for place, other in enumerate(others)]
+        return [
+            is_explained_by_rounding(predictor, PROMPT, text, position, other, settings)
+            for position, other in enumerate(others)
+        ]
 
     assert not any(explained(0.0))
     assert all(explained(1.0))

@@ -1,4 +1,4 @@
-"""Records survive a kill, and belong to one evaluation."""
+"""Records are read after a kill, and belong to one evaluation."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +11,9 @@ RUN = {"seeds": 2, "temperatures": [0.7, 1.0]}
 RECORD = Record("q1", "math", 0, 0, 0.7, "speculative", 9, 0, [4, 5], 3, 0.5, {"forward": 0.4}, 100, [2], [4])
 
 
-def test_what_is_written_is_found_again(tmp_path: Path) -> None:
+def test_written_records_are_read(tmp_path: Path) -> None:
     file = RecordFile(tmp_path / "new", RUN)
-    records = [RECORD, replace(RECORD, seed=1), replace(RECORD, contender="transformers", phases={})]
+    records = [RECORD, replace(RECORD, seed=1), replace(RECORD, decoder="transformers", phases={})]
     for record in records:
         file.append(record)
     again = RecordFile(tmp_path / "new", RUN)
@@ -22,7 +22,7 @@ def test_what_is_written_is_found_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kept", [0, 1, 30])
-def test_a_half_written_line_is_cut_off(kept: int, tmp_path: Path) -> None:
+def test_an_incomplete_line_is_truncated(kept: int, tmp_path: Path) -> None:
     file = RecordFile(tmp_path, RUN)
     file.append(RECORD)
     file.append(replace(RECORD, seed=1))
@@ -35,7 +35,7 @@ def test_a_half_written_line_is_cut_off(kept: int, tmp_path: Path) -> None:
     assert path.read_bytes() == first + second
 
 
-def test_another_evaluation_is_refused(tmp_path: Path) -> None:
+def test_another_evaluation_is_rejected(tmp_path: Path) -> None:
     RecordFile(tmp_path, RUN)
     with pytest.raises(ValueError, match=r"seeds 2, found 3: choose another --output"):
         RecordFile(tmp_path, RUN | {"seeds": 3})
@@ -43,7 +43,7 @@ def test_another_evaluation_is_refused(tmp_path: Path) -> None:
         RecordFile(tmp_path, RUN | {"top_k": 5})
 
 
-def test_other_files_are_refused(tmp_path: Path) -> None:
+def test_invalid_files_are_rejected(tmp_path: Path) -> None:
     RecordFile(tmp_path, RUN)
     (tmp_path / RECORDS_FILE).write_text('{"a": 1}\n')
     with pytest.raises(ValueError, match="line 1: expected a record"):

@@ -1,17 +1,18 @@
-"""Numbers of an evaluation, from records small enough to count by hand."""
+"""Scores and acceptance gaps from records that can be counted by hand."""
 
 import math
 
 import pytest
 
+from ptp_lightning.evaluation.acceptance_gap import ContextBin, acceptance_gaps
 from ptp_lightning.evaluation.records import Record
-from ptp_lightning.evaluation.summary import ContextBin, accuracy_given_prefix, gaps, scores, speed_ratio
+from ptp_lightning.evaluation.summary import accuracy_given_prefix, scores, speed_ratio
 
 NAMES = ["autoregressive", "transformers", "speculative"]
 
 
 def record(
-    contender: str,
+    decoder: str,
     question: str = "q1",
     tokens: int = 10,
     calls: int = 10,
@@ -26,9 +27,9 @@ def record(
         "turn": 0,
         "seed": 0,
         "temperature": 0.7,
-        "contender": contender,
+        "decoder": decoder,
         "num_prompt_tokens": 30,
-        "num_cut": 0,
+        "num_truncated": 0,
         "token_ids": list(range(tokens)),
         "num_calls": calls,
         "seconds": seconds,
@@ -40,7 +41,7 @@ def record(
     return Record(**(fields | changes))  # pyright: ignore[reportArgumentType]
 
 
-def test_scores_count_what_they_say() -> None:
+def test_scores() -> None:
     records = [
         record("autoregressive"),
         record("autoregressive", "q2", tokens=10, calls=10, seconds=3.0, category="code"),
@@ -50,7 +51,7 @@ def test_scores_count_what_they_say() -> None:
         record("transformers", "q2", seconds=2.0, category="code"),
     ]
     found = {
-        (score.category, score.contender): score for score in scores(records, NAMES, ["autoregressive", "speculative"])
+        (score.category, score.decoder): score for score in scores(records, NAMES, ["autoregressive", "speculative"])
     }
     assert [name for category, name in found if category == "overall"] == NAMES
     assert len(found) == 9
@@ -61,7 +62,7 @@ def test_scores_count_what_they_say() -> None:
     assert score.correct_per_cycle == (3 + 4 + 3) / 5
     assert score.milliseconds_per_token == pytest.approx((50 + 150) / 2)
     assert score.speed.value == pytest.approx(2.0)
-    assert score.library_speed is not None and score.library_speed.value == pytest.approx(2.0)
+    assert score.transformers_speed is not None and score.transformers_speed.value == pytest.approx(2.0)
     assert score.call_cost == pytest.approx((2.0 / 10) / (4.0 / 20))
     assert score.num_identical == 1
     assert score.phases == pytest.approx({"forward": 0.75, "drafting": 0.25})
@@ -73,18 +74,18 @@ def test_scores_count_what_they_say() -> None:
 def test_break_even_is_where_tokens_per_call_meet_the_cost() -> None:
     records = [record("autoregressive"), record("speculative", calls=5, seconds=0.8, cycles=[(1, 2)])]
     (score,) = (
-        score for score in scores(records, NAMES, []) if (score.contender, score.category) == ("speculative", "overall")
+        score for score in scores(records, NAMES, []) if (score.decoder, score.category) == ("speculative", "overall")
     )
     assert score.speed.value == pytest.approx(score.tokens_per_call / score.call_cost)
 
 
 class TestSpeedRatio:
-    def test_equal_questions_leave_no_doubt(self) -> None:
+    def test_equal_questions_give_a_zero_interval(self) -> None:
         own = [record("a", f"q{n}", seconds=1.0) for n in range(5)]
         other = [record("b", f"q{n}", seconds=3.0) for n in range(5)]
         assert speed_ratio(own, other) == pytest.approx((3.0, 3.0, 3.0))
 
-    def test_the_interval_holds_the_spread_of_questions(self) -> None:
+    def test_the_interval_is_the_spread_over_questions(self) -> None:
         own = [record("a", f"q{n}", seconds=1.0) for n in range(40)]
         other = [record("b", f"q{n}", seconds=1.0 + n % 3) for n in range(40)]
         value, low, high = speed_ratio(own, other)
@@ -96,31 +97,31 @@ class TestSpeedRatio:
         assert speed_ratio([record("a", tokens=20)], [record("b", tokens=10)]).value == pytest.approx(2.0)
 
 
-def test_accuracy_is_of_drafts_that_came_so_far() -> None:
-    # Of 4 drafts, 3 reach token 1 (the second has none): right, right, wrong. Two reach token 2: right, wrong.
+def test_accuracy_given_prefix() -> None:
+    # Of 4 drafts, 3 reach token 1 (the second has none): correct, correct, wrong. Two reach token 2: correct, wrong.
     cycles = [(3, 3), (1, 1), (2, 3), (1, 2), (2, 4)]
-    # The last draft ended with its text: its token 1 was right, of its token 2 nothing is known.
+    # The last draft ended with its text: its token 1 is correct, its token 2 unknown.
     assert accuracy_given_prefix([record("a", cycles=cycles)]) == pytest.approx([3 / 4, 1 / 2])
 
 
 class TestGaps:
     RECORDS = (
         # Drafts after 30, 31 .. tokens; then a decoder that starts at 30, 34 and 36, where its draft is short.
-        record("everywhere", tokens=0, cycles=[(4, 4), (1, 4), (2, 4), (1, 4)]),
+        record("all_positions", tokens=0, cycles=[(4, 4), (1, 4), (2, 4), (1, 4)]),
         record("speculative", cycles=[(3, 4), (1, 4), (2, 2)]),
     )
 
     def test_survival_by_position(self) -> None:
-        (gap,) = gaps(self.RECORDS, 4, prefix_counts=[0, 1, 1, 0, 2], trained_temperature=0.7)
-        assert gap.everywhere == [1.0, 0.5, 0.25, 0.25]
-        assert gap.landed == [1.0, 0.5, 0.5, 0.0]
+        (gap,) = acceptance_gaps(self.RECORDS, 4, prefix_counts=[0, 1, 1, 0, 2], trained_temperature=0.7)
+        assert gap.all_positions == [1.0, 0.5, 0.25, 0.25]
+        assert gap.draft_positions == [1.0, 0.5, 0.5, 0.0]
         assert gap.validation == [1.0, 0.75, 0.5, 0.5]
 
     def test_by_context(self) -> None:
-        (gap,) = gaps(self.RECORDS, 4, prefix_counts=None, trained_temperature=0.7)
+        (gap,) = acceptance_gaps(self.RECORDS, 4, prefix_counts=None, trained_temperature=0.7)
         assert gap.by_context == [ContextBin(0, 31, 2.5, 3.0), ContextBin(32, 63, 1.5, 1.0)]
         assert gap.validation is None
 
     def test_validation_at_another_temperature_is_not_shown(self) -> None:
-        assert gaps(self.RECORDS, 4, [0, 1, 1, 0, 2], trained_temperature=1.0)[0].validation is None
-        assert gaps(self.RECORDS, 4, [0, 1, 1, 0, 2], trained_temperature=None)[0].validation is not None
+        assert acceptance_gaps(self.RECORDS, 4, [0, 1, 1, 0, 2], trained_temperature=1.0)[0].validation is None
+        assert acceptance_gaps(self.RECORDS, 4, [0, 1, 1, 0, 2], trained_temperature=None)[0].validation is not None

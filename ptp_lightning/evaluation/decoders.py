@@ -1,4 +1,4 @@
-"""Contenders: everything that answers in an evaluation, our decoders and the library's, behind one call."""
+"""The decoders of an evaluation behind one interface: this package's decoders, and the baselines of `transformers`."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ if TYPE_CHECKING:
 
 AUTOREGRESSIVE, SPECULATIVE, PARTIAL_QUADRATIC = "autoregressive", "speculative", "partial_quadratic"
 TRANSFORMERS, PROMPT_LOOKUP = "transformers", "prompt_lookup"
-CONTENDERS = (AUTOREGRESSIVE, TRANSFORMERS, PROMPT_LOOKUP, SPECULATIVE, PARTIAL_QUADRATIC)
-NUM_LOOKED_UP = 10
+DECODER_NAMES = (AUTOREGRESSIVE, TRANSFORMERS, PROMPT_LOOKUP, SPECULATIVE, PARTIAL_QUADRATIC)
+PROMPT_LOOKUP_TOKENS = 10
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a contender gives.
+    """The continuation of a prompt, and what it cost.
 
     Attributes:
         token_ids: the new tokens.
         num_calls: forward passes of the base model, and of a student's copy.
         seconds: wall-clock time from the tokenised prompt to the last token.
-        phases: seconds of each phase, where the contender tells.
+        phases: seconds by phase, if the decoder measures them.
         correct_per_cycle: see `Decoded`.
         drafted_per_cycle: see `Decoded`.
     """
@@ -46,37 +46,41 @@ class Answer:
     drafted_per_cycle: list[int] = field(default_factory=list)
 
 
-class Contender(ABC):
-    """Continues a prompt."""
+class Decoder(ABC):
+    """Continues prompts.
+
+    Attributes:
+        name: in reports.
+        is_exact: whether the same seed gives the text of this package's autoregressive decoder.
+    """
 
     name: str
-    exact: bool
-    """Whether the same seed gives the text of our autoregressive decoder."""
+    is_exact: bool
 
     @abstractmethod
     def answer(self, prompt: Sequence[int], settings: GenerationSettings) -> Answer:
-        """The continuation of a prompt's token ids."""
+        """Continue the token ids of a prompt."""
 
 
-class OurDecoder(Contender):
+class PredictorDecoder(Decoder):
     """One of `DECODERS`.
 
     Args:
-        name: of the decoder.
+        name: key in `DECODERS`.
         predictor: in eval mode.
-        slot_budget: of partial quadratic decoding; part of the contender's name.
+        slot_budget: of partial quadratic decoding; part of the name in reports.
     """
 
-    exact = True
+    is_exact = True
 
     def __init__(self, name: str, predictor: PredictorNetwork, slot_budget: int | None = None) -> None:
-        self.name = name if slot_budget is None else name_of_budget(slot_budget)
+        self.name = name if slot_budget is None else budget_name(slot_budget)
         self._decode = DECODERS[name]
         self._predictor = predictor
         self._changes = {} if slot_budget is None else {"slot_budget": slot_budget}
 
     def answer(self, prompt: Sequence[int], settings: GenerationSettings) -> Answer:
-        """See `Contender.answer`."""
+        """See `Decoder.answer`."""
         settings = replace(settings, **self._changes)
         begin = perf_counter()
         timer = PhaseTimer(device=self._predictor.base_model.device)
@@ -92,16 +96,16 @@ class OurDecoder(Contender):
         )
 
 
-class LibraryGenerate(Contender):
-    """`transformers.generate` of the plain base model, which knows neither adapter nor auxiliaries.
+class TransformersDecoder(Decoder):
+    """`transformers.generate` of the base model without adapter and auxiliary variables.
 
     Args:
-        name: of the contender.
+        name: in reports.
         model: the base model.
         options: of `generate`.
     """
 
-    exact = False
+    is_exact = False
 
     def __init__(self, name: str, model: PreTrainedModel, **options: Any) -> None:
         self.name = name
@@ -110,54 +114,58 @@ class LibraryGenerate(Contender):
 
     @torch.inference_mode()
     def answer(self, prompt: Sequence[int], settings: GenerationSettings) -> Answer:
-        """See `Contender.answer`."""
+        """See `Decoder.answer`."""
         assert isinstance(settings.seed, int)
         torch.manual_seed(settings.seed)
         input_ids = torch.tensor([list(prompt)], device=self._model.device)
-        with _counted_calls(self._model) as calls, warnings.catch_warnings():
+        with _count_calls(self._model) as calls, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about generation settings that the arguments replace
             begin = perf_counter()
             output = self._model.generate(  # pyright: ignore[reportCallIssue]
-                input_ids, attention_mask=torch.ones_like(input_ids), **_as_arguments(settings), **self._options
+                input_ids, attention_mask=torch.ones_like(input_ids), **_generate_arguments(settings), **self._options
             )
             token_ids = output[0, len(prompt) :].tolist()
             seconds = perf_counter() - begin
         return Answer(token_ids, calls[0], seconds)
 
 
-def name_of_budget(slot_budget: int) -> str:
-    """Of partial quadratic decoding with so many slots a call."""
+def budget_name(slot_budget: int) -> str:
+    """The name of partial quadratic decoding with this number of slots per call.
+
+    >>> budget_name(16)
+    'partial_quadratic_16'
+    """
     return f"{PARTIAL_QUADRATIC}_{slot_budget}"
 
 
-def make_contenders(
-    names: Sequence[str], predictor: PredictorNetwork, plain: PreTrainedModel | None, budgets: Sequence[int]
-) -> list[Contender]:
-    """The contenders of these names, the autoregressive decoder first.
+def make_decoders(
+    names: Sequence[str], predictor: PredictorNetwork, base_model: PreTrainedModel | None, budgets: Sequence[int]
+) -> list[Decoder]:
+    """The decoders of these names, the autoregressive decoder first.
 
     Args:
-        names: among `CONTENDERS`.
+        names: among `DECODER_NAMES`.
         predictor: in eval mode.
-        plain: the base model without an adapter, if one of the library's is asked for.
-        budgets: slots of partial quadratic decoding; each is a contender of its own.
+        base_model: without an adapter; needed for the baselines of `transformers`.
+        budgets: slot budgets of partial quadratic decoding, each of which is a decoder.
     """
-    contenders: list[Contender] = [OurDecoder(AUTOREGRESSIVE, predictor)]
+    decoders: list[Decoder] = [PredictorDecoder(AUTOREGRESSIVE, predictor)]
     for name in names:
         if name == PARTIAL_QUADRATIC:
-            contenders += [OurDecoder(name, predictor, budget) for budget in budgets]
+            decoders += [PredictorDecoder(name, predictor, budget) for budget in budgets]
         elif name == TRANSFORMERS:
-            assert plain is not None
-            contenders.append(LibraryGenerate(name, plain))
+            assert base_model is not None
+            decoders.append(TransformersDecoder(name, base_model))
         elif name == PROMPT_LOOKUP:
-            assert plain is not None
-            contenders.append(LibraryGenerate(name, plain, prompt_lookup_num_tokens=NUM_LOOKED_UP))
+            assert base_model is not None
+            decoders.append(TransformersDecoder(name, base_model, prompt_lookup_num_tokens=PROMPT_LOOKUP_TOKENS))
         elif name != AUTOREGRESSIVE:
-            contenders.append(OurDecoder(name, predictor))
-    return contenders
+            decoders.append(PredictorDecoder(name, predictor))
+    return decoders
 
 
-def _as_arguments(settings: GenerationSettings) -> dict[str, Any]:
-    """The settings in the words of `transformers`; its order is temperature, top-k, top-p too."""
+def _generate_arguments(settings: GenerationSettings) -> dict[str, Any]:
+    """The settings as arguments of `generate`, which also applies temperature, top-k and top-p in this order."""
     sampling = settings.sampling
     chosen: dict[str, Any] = {"do_sample": sampling.temperature > 0}
     if sampling.temperature > 0:
@@ -172,7 +180,7 @@ def _as_arguments(settings: GenerationSettings) -> dict[str, Any]:
 
 
 @contextmanager
-def _counted_calls(model: PreTrainedModel) -> Iterator[list[int]]:
+def _count_calls(model: PreTrainedModel) -> Iterator[list[int]]:
     calls = [0]
 
     def count(*_: object) -> None:

@@ -1,4 +1,4 @@
-"""Questions as their authors publish them, and what is said about files that hold none."""
+"""Questions in published formats, and errors for invalid files."""
 
 import json
 from pathlib import Path
@@ -45,7 +45,7 @@ def test_prompts_are_lines(tmp_path: Path) -> None:
     ]
 
 
-def test_a_limit_takes_from_all_categories(tmp_path: Path) -> None:
+def test_a_limit_selects_from_all_categories(tmp_path: Path) -> None:
     rows = [
         {"question_id": number, "category": category, "turns": ["x"]}
         for number, category in enumerate(["a", "a", "a", "b", "b", "c"])
@@ -60,12 +60,12 @@ def test_held_out_code_needs_no_file() -> None:
     assert len(questions) == 5 and len(read_questions("held_out_code")) > 20
     names = {document.name: document.text for document in StandardLibrary().documents("test")}
     for question in questions:
-        (piece,) = question.turns
-        assert 0 < len(piece) <= 600 and "\n" + piece in names[question.question_id]
+        (excerpt,) = question.turns
+        assert 0 < len(excerpt) <= 600 and "\n" + excerpt in names[question.question_id]
 
 
-class TestRefusals:
-    def test_file_where_none_is_needed_and_none_where_one_is(self, tmp_path: Path) -> None:
+class TestErrors:
+    def test_unneeded_and_missing_path(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="expected no --questions"):
             read_questions("held_out_code", tmp_path / "q.jsonl")
         with pytest.raises(ValueError, match="expected --questions with --benchmark gsm8k"):
@@ -90,7 +90,7 @@ class TestRefusals:
             ("[]", "line 2: expected a question of spec_bench"),
         ],
     )
-    def test_a_line_that_is_no_question(self, line: str, reason: str, tmp_path: Path) -> None:
+    def test_an_invalid_line(self, line: str, reason: str, tmp_path: Path) -> None:
         path = write(tmp_path / "q.jsonl", {"question_id": 0, "category": "a", "turns": ["x"]})
         path.write_text(path.read_text() + line + "\n")
         with pytest.raises(ValueError, match=reason):

@@ -1,6 +1,6 @@
-"""Benchmarks: files of questions in the formats that their authors publish, read as one kind of question.
+"""Questions of public benchmarks, read from files in the formats that their authors publish.
 
-A new benchmark is one function from a JSON object to a `Question`, and its line in `BENCHMARKS`.
+A new benchmark is one function from a JSON object to a `Question`, and one line in `BENCHMARKS`.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from ptp_lightning.data.corpus import StandardLibrary
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked.
+    """One conversation.
 
     Attributes:
         question_id: unique in its file.
-        category: questions of one category are reported together.
-        turns: what the user says, one after another; each is answered before the next.
+        category: questions of a category are reported together.
+        turns: messages of the user; each is answered before the next.
     """
 
     question_id: str
@@ -35,17 +35,17 @@ def spec_bench(row: dict[str, Any], number: int) -> Question:
 
 
 def humaneval(row: dict[str, Any], number: int) -> Question:
-    """HumanEval (Chen et al., 2021): the beginning of a function, to be continued."""
+    """HumanEval (Chen et al., 2021): the start of a function, to be continued."""
     return Question(str(row["task_id"]), "humaneval", (row["prompt"],))
 
 
 def gsm8k(row: dict[str, Any], number: int) -> Question:
-    """GSM8K (Cobbe et al., 2021): a problem in words."""
+    """GSM8K (Cobbe et al., 2021): a mathematical word problem."""
     return Question(str(number), "gsm8k", (row["question"],))
 
 
 def mbpp(row: dict[str, Any], number: int) -> Question:
-    """MBPP (Austin et al., 2021): a task in words, and the tests that its solution has to pass."""
+    """MBPP (Austin et al., 2021): a task in words, and the tests of its solution."""
     tests = "\n".join(row["test_list"])
     return Question(str(row.get("task_id", number)), "mbpp", (f"{row['text']}\n\n{tests}\n\n",))
 
@@ -58,29 +58,29 @@ BENCHMARKS: dict[str, Callable[[dict[str, Any], int], Question] | None] = {
     "mbpp": mbpp,
     "prompts": None,
 }
-"""By name. `held_out_code` needs no file, see `held_out_code`; `prompts` is a text file with one prompt per line."""
+"""Parsers by name. `held_out_code` needs no file, see `held_out_code`; `prompts` is a text file, a prompt a line."""
 
 HELD_OUT_CODE, PROMPTS = "held_out_code", "prompts"
 NUM_CHARACTERS = 600
 
 
 def held_out_code() -> list[Question]:
-    """A piece of every file of the standard library that the embedded models were not trained on, to be continued."""
+    """An excerpt of each file of Python's standard library that the embedded models were not trained on."""
     questions = []
     for document in StandardLibrary().documents("test"):
         begin = document.text.find("\n", len(document.text) // 4) + 1
-        piece = document.text[begin : begin + NUM_CHARACTERS]
-        if piece.strip():
-            questions.append(Question(document.name, HELD_OUT_CODE, (piece,)))
+        excerpt = document.text[begin : begin + NUM_CHARACTERS]
+        if excerpt.strip():
+            questions.append(Question(document.name, HELD_OUT_CODE, (excerpt,)))
     return questions
 
 
 def read_questions(benchmark: str, path: str | Path | None = None, limit: int | None = None) -> list[Question]:
-    """The questions of a file, those of all categories in turn, so that a limit does not leave out the last ones.
+    """The questions of a file. Categories are interleaved, so that a limit selects from all of them.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: there is no such benchmark, or a line is none of its questions; names file and line.
+        FileNotFoundError: the file does not exist.
+        ValueError: the benchmark is unknown, or a line is invalid; the message names file and line.
     """
     if benchmark not in BENCHMARKS:
         raise ValueError(f"expected --benchmark to be one of {', '.join(BENCHMARKS)}, found {benchmark!r}")
@@ -99,9 +99,11 @@ def read_questions(benchmark: str, path: str | Path | None = None, limit: int | 
     seen: set[str] = set()
     for question in questions:
         if question.question_id in seen:
-            raise ValueError(f"expected every question once, found {question.question_id!r} twice in {path}")
+            raise ValueError(
+                f"expected unique question ids, found {question.question_id!r} twice in {path}: set --questions"
+            )
         seen.add(question.question_id)
-    return _in_turn(questions)[:limit]
+    return _interleave_categories(questions)[:limit]
 
 
 def _questions(benchmark: str, path: Path) -> Iterator[Question]:
@@ -126,11 +128,11 @@ def _questions(benchmark: str, path: Path) -> Iterator[Question]:
         yield question
 
 
-def _in_turn(questions: list[Question]) -> list[Question]:
-    """One of each category, then the next of each, in the order of the file."""
+def _interleave_categories(questions: list[Question]) -> list[Question]:
+    """The first question of each category, then the second of each, and so on, in the order of the file."""
     count: dict[str, int] = {}
     rank = []
     for question in questions:
         rank.append(count.setdefault(question.category, 0))
         count[question.category] += 1
-    return [questions[place] for place in sorted(range(len(questions)), key=lambda place: rank[place])]
+    return [questions[index] for index in sorted(range(len(questions)), key=lambda index: rank[index])]
