@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import optuna
@@ -68,7 +68,7 @@ def draw_slices(study: Study, complete: Sequence[FrozenTrial]) -> Figure:
         distribution = study.distributions[name]
         if isinstance(distribution, CategoricalDistribution):
             labels = [str(choice) for choice in distribution.choices]
-            x_values = [labels.index(str(parameters_of(trial)[name])) for trial in complete]
+            x_values: list[Any] = [labels.index(str(parameters_of(trial)[name])) for trial in complete]
             axes.set_xticks(range(len(labels)), labels, rotation=30, ha="right")
             axes.set_xlim(-0.5, len(labels) - 0.5)
         else:

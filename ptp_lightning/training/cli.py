@@ -5,18 +5,17 @@ import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
+from os.path import isfile
 from typing import Any, NoReturn, TypeVar
 
-import lightning
 import torch
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import set_parsing_settings
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
-from ptp_lightning import __version__
 from ptp_lightning.training.distributed.termination import TerminateTogether
 from ptp_lightning.utils.named_files import find_yaml
 from ptp_lightning.utils.renamed_keys import require_current_names
@@ -45,6 +44,8 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 }
 """Of the keys below `trainer`. `callbacks` in a configuration replaces the list, `callbacks+` adds to it."""
 
+CONFIG_OPTIONS = ("-c", "--config")
+
 CHECKPOINT_DEFAULTS: dict[str, Any] = {
     "save_last": True,
     "save_top_k": 0,
@@ -70,32 +71,12 @@ class PlainErrorParser(LightningArgumentParser):
         sys.exit(EXIT_CODE)
 
 
-class NamedConfigFile(ActionConfigFile):
-    """The option `--config`, which also takes the name of a configuration that ships with the package."""
-
-    def __call__(self, parser: ArgumentParser, cfg: Namespace, values: Any, option_string: str | None = None) -> None:
-        """Find the file and refuse names of version 0.1 in it, then read it."""
-        path = find_yaml(values, "configs")
-        if path.is_file():
-            with suppress(yaml.YAMLError):  # reported by the parser
-                require_current_names(yaml.safe_load(path.read_text(encoding="utf-8")) or {}, str(path))
-            values = str(path)
-        super().__call__(parser, cfg, values, option_string)
-
-
 class TrainingCLI(LightningCLI):
     """LightningCLI with the defaults of this package.
 
     `checkpoint` holds the arguments of a `ModelCheckpoint`, which is used unless `trainer.callbacks` has one itself or
     `trainer.enable_checkpointing` is false. `--print_config` shows all defaults.
     """
-
-    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        """As in LightningCLI, but with our `--config`, and our version in what is dumped."""
-        kwargs["dump_header"] = [f"ptp_lightning=={__version__}", f"lightning=={lightning.__version__}"]
-        parser = self.parser_class(**kwargs)
-        parser.add_argument("-c", "--config", action=NamedConfigFile, help="file, or name of one in configs/")
-        return parser
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add `trainer`, `model`, `data` and `checkpoint`."""
@@ -137,7 +118,8 @@ def parsed(
     Raises:
         ValueError: a name of version 0.1.
     """
-    require_current_names(options_of(sys.argv[1:] if args is None else args), "command line")
+    args = [*sys.argv[1:]] if args is None else args
+    require_current_names(options_of(args), "command line")
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     silence_library_noise()
     return cli_class(
@@ -151,9 +133,31 @@ def parsed(
         parser_kwargs={"parser_mode": "omegaconf+"},
         parser_class=parser_class,
         save_config_kwargs={"overwrite": True},
-        args=args,
+        args=with_found_configs(args),
         **options,
     )
+
+
+def with_found_configs(args: Sequence[str]) -> list[str]:
+    """Arguments whose `--config NAME` are the paths of files; see `find_yaml`.
+
+    Raises:
+        ValueError: a file has names of version 0.1.
+    """
+    found = list(args)
+    for k, argument in enumerate(args):
+        option, has_value, value = argument.partition("=")
+        if option not in CONFIG_OPTIONS or not (has_value or k + 1 < len(args)):
+            continue
+        path = find_yaml(value if has_value else args[k + 1], "configs")
+        if isfile(path):
+            with suppress(yaml.YAMLError):  # reported by the parser
+                require_current_names(yaml.safe_load(path.read_text(encoding="utf-8")) or {}, str(path))
+            if has_value:
+                found[k] = f"{option}={path}"
+            else:
+                found[k + 1] = str(path)
+    return found
 
 
 def options_of(args: Sequence[str]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import resources
+from os.path import isfile  # unlike Path.is_file it accepts any text, a configuration in YAML for instance
 from pathlib import Path
 from typing import Literal
 
@@ -47,8 +48,8 @@ def find_yaml(name: str, kind: Kind) -> Path:
     'losses.yaml'
     """
     given = Path(name)
-    if given.is_file() or given.is_absolute():
+    if isfile(name) or given.is_absolute():
         return given
     inner = given.relative_to(kind) if given.parts[:1] == (kind,) else given
     shipped = shipped_folder(kind) / f"{inner.as_posix().removesuffix(SUFFIX)}{SUFFIX}"
-    return shipped if ".." not in inner.parts and shipped.is_file() else given
+    return shipped if ".." not in inner.parts and isfile(shipped) else given
