@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ptp_lightning.training.modules.distillation import DistillationModule
     from ptp_lightning.training.modules.inverse_autoregressive import InverseAutoregressiveModule
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AutoregressiveModule",

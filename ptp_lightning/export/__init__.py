@@ -1,1 +1,1 @@
-"""Files of a predictor: checkpoints, adapter folders, whole-model folders and their model cards."""
+"""Files of a predictor: checkpoints, adapter folders, folders with the base model, model cards, and migrations."""

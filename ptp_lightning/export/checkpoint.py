@@ -1,4 +1,4 @@
-"""Predictors on disk: Lightning checkpoints and exported folders, and the checks before their weights are used.
+"""Predictors on disk: Lightning checkpoints and exported folders, and checks before their weights are loaded.
 
 An exported folder is a standard PEFT adapter with two more files: the slot encoder's weights, and `predictor.json`,
 which holds all settings and the base model's fingerprint. Base weights are in neither.
@@ -19,7 +19,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ptp_lightning.export.migrations import FORMAT_VERSION, migrated_config, migrated_state
+from ptp_lightning.export.migrations import (
+    CHECKPOINT_KEY,
+    FORMAT_VERSION,
+    migrate_checkpoint,
+    migrated_config,
+    migrated_state,
+    require_known_format,
+)
 from ptp_lightning.export.model_card import model_card
 from ptp_lightning.models.backbone import BackboneSettings
 from ptp_lightning.models.config import PredictorConfig
@@ -31,7 +38,6 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-CHECKPOINT_KEY = "ckpt_path"
 EMBEDDED_ADAPTER = "embedded_adapter"
 ADAPTER_NAME = "default"
 PREDICTOR_FOLDER = "predictor"  # of an export that brings its base model
@@ -47,15 +53,14 @@ SLOT_ENCODER_PREFIX = "slot_encoder."
 
 
 class StoredPredictor(NamedTuple):
-    """What a checkpoint or an exported folder says, before any network is built.
+    """Content of a checkpoint or an exported folder, before a network is built.
 
     Attributes:
-        path: where it was read.
+        path: of the file or folder.
         config: plain data of a `PredictorConfig`.
-        base_fingerprint: of the base model it was trained on.
+        base_fingerprint: of its base model.
         state: names and values as in `PredictorNetwork.trainable_state`.
-        training: what is known of its training: `steps`; `prefix_counts` as in `PredictorNetwork`; and measured
-            numbers by tag.
+        training: facts about the training: `steps`, `prefix_counts` as in `PredictorNetwork`, and metrics by tag.
     """
 
     path: Path
@@ -71,7 +76,7 @@ def load_network(path: str | Path | None = None, *, backbone: BackboneSettings |
     Args:
         path: a Lightning checkpoint of a module that trains a predictor, an exported folder, or None for the adapter
             that ships with the package.
-        backbone: where the base model is now, if it has moved since or is wanted in another dtype.
+        backbone: replaces the stored settings, if the base model has moved or another dtype is wanted.
 
     Raises:
         FileNotFoundError: a file of the predictor or of its base model is missing.
@@ -82,26 +87,26 @@ def load_network(path: str | Path | None = None, *, backbone: BackboneSettings |
 
 def read_predictor(path: str | Path | None = None) -> StoredPredictor:
     """Read what `load_network` needs; arguments and errors as there, without those about the base model."""
-    place = embedded_folder(EMBEDDED_ADAPTER) if path is None else Path(path).expanduser()
-    if (place / PREDICTOR_FOLDER / SETTINGS_FILE).is_file():
-        stored = _read_folder(place / PREDICTOR_FOLDER)
-        backbone = {"path": str(place), "dtype": stored.config["backbone"]["dtype"]}
+    target = embedded_folder(EMBEDDED_ADAPTER) if path is None else Path(path).expanduser()
+    if (target / PREDICTOR_FOLDER / SETTINGS_FILE).is_file():
+        stored = _read_folder(target / PREDICTOR_FOLDER)
+        backbone = {"path": str(target), "dtype": stored.config["backbone"]["dtype"]}
         return stored._replace(config={**stored.config, "backbone": backbone})
-    if place.is_dir():
-        return _read_folder(place)
-    if place.is_file():
-        return _read_checkpoint(place)
+    if target.is_dir():
+        return _read_folder(target)
+    if target.is_file():
+        return _read_checkpoint(target)
     raise FileNotFoundError(
-        f"expected a Lightning checkpoint or an exported folder at {place}, found nothing: set {CHECKPOINT_KEY}"
+        f"expected a Lightning checkpoint or an exported folder at {target}, found nothing: set {CHECKPOINT_KEY}"
     )
 
 
 def build_network(
     stored: StoredPredictor, backbone: BackboneSettings | None = None, model: PreTrainedModel | None = None
 ) -> PredictorNetwork:
-    """The predictor that was stored; `backbone` and errors as in `load_network`.
+    """Build the network of a stored predictor; `backbone` and errors as in `load_network`.
 
-    A base model that is loaded already is taken over: its linear layers get the adapter.
+    A `model` that is already loaded is used as the base model: its linear layers get the adapter.
     """
     try:
         config = PredictorConfig.from_dict(stored.config)
@@ -131,17 +136,17 @@ def save_network(
     overwrite: bool = False,
     training: dict[str, Any] | None = None,
 ) -> None:
-    """Write the adapter, the slot encoder, all settings and a model card; the folder appears complete or not at all.
+    """Write adapter, slot encoder, settings and model card; the folder appears complete or not at all.
 
     Args:
-        predictor: what to write.
-        folder: is created.
-        dtype: number format of the weights on disk, by default their own; they become float32 again when loaded.
+        predictor: the network.
+        folder: the folder to create.
+        dtype: of the weights on disk, by default their own; they are converted to float32 when loaded.
         overwrite: replace an earlier export.
-        training: for `predictor.json` and the model card, see `StoredPredictor`.
+        training: facts for `predictor.json` and the model card, see `StoredPredictor`.
 
     Raises:
-        ValueError: the folder is taken, see `require_free_folder`, or the student is no adapter.
+        ValueError: the folder is not free, see `require_free_folder`, or the student has no adapter.
     """
     _require_adapter(predictor.config)
     target = require_free_folder(folder, overwrite=overwrite)
@@ -167,10 +172,10 @@ def save_network(
 
 
 def require_free_folder(folder: str | Path, *, overwrite: bool = False) -> Path:
-    """The absolute path, if an export may be written there: nothing, an empty folder, or an export to be replaced.
+    """The absolute path of a folder that is new, empty, or an earlier export that may be overwritten.
 
     Raises:
-        ValueError: something else is there, or an export that `overwrite` does not allow to replace.
+        ValueError: something else is there, or an earlier export and `overwrite` is false.
     """
     target = Path(folder).expanduser().resolve()
     if not target.exists():
@@ -180,7 +185,7 @@ def require_free_folder(folder: str | Path, *, overwrite: bool = False) -> Path:
     found = {entry.name for entry in target.iterdir()}
     if found and not overwrite:
         raise ValueError(f"expected {target} to be new or empty, found {listing(target)}: set output or set overwrite")
-    if found - set(EXPORTED_FILES):  # what is replaced is deleted, so nothing that we did not write
+    if found - set(EXPORTED_FILES):  # an overwritten folder is deleted, so it must hold nothing else
         raise ValueError(f"expected nothing but an earlier export in {target}, found {listing(target)}: set output")
     return target
 
@@ -189,38 +194,34 @@ def require_same_predictor(checkpoint: dict[str, Any], predictor: PredictorNetwo
     """Refuse weights that were trained for another base model or other sampling settings.
 
     Args:
-        checkpoint: holds `predictor` with `config` and `base_fingerprint`.
-        predictor: that is to take the weights.
+        checkpoint: of this version, see `migrate_checkpoint`; has the entry `predictor`.
+        predictor: the network that is to take the weights.
 
     Raises:
-        ValueError: what differs, and the key that mends it.
+        ValueError: what differs, and the key to set.
     """
-    if "predictor" not in checkpoint:
-        raise ValueError(
-            f"expected a checkpoint of a distillation run, found one without a predictor: set {CHECKPOINT_KEY}"
-        )
     stored = checkpoint["predictor"]
     if stored["base_fingerprint"] != predictor.base_fingerprint:
         raise ValueError(
             f"expected a checkpoint for the base model {predictor.config.backbone.path!r}, found one trained on other "
             f"base weights ({stored['config']['backbone']['path']!r}): set {PATH_KEY} or {CHECKPOINT_KEY}"
         )
-    own, trained = predictor.config, PredictorConfig.from_dict(migrated_config(stored["config"]))
-    if type(trained.objective) is not type(own.objective):  # how it proposes may change after training
+    own, trained = predictor.config, PredictorConfig.from_dict(stored["config"])
+    if type(trained.objective) is not type(own.objective):  # settings of its drafts may change after training
         raise ValueError(
             f"expected predictor.objective as configured, {own.objective}, found a checkpoint trained with "
-            f"{trained.objective}: change predictor.objective to the checkpoint's, or train anew"
+            f"{trained.objective}: change predictor.objective to the checkpoint's, or train again"
         )
     for key in ("student", "sampling", "features"):
         if getattr(trained, key) != getattr(own, key):
             raise ValueError(
                 f"expected predictor.{key} as configured, {getattr(own, key)}, found a checkpoint trained with "
-                f"{getattr(trained, key)}: change predictor.{key} to the checkpoint's, or train anew"
+                f"{getattr(trained, key)}: change predictor.{key} to the checkpoint's, or train again"
             )
-    if trained.refiner.base_layers != own.refiner.base_layers:  # it has no weights that would tell
+    if trained.refiner.base_layers != own.refiner.base_layers:  # no weight depends on it
         raise ValueError(
             f"expected predictor.refiner.base_layers as configured, {own.refiner.base_layers}, found a checkpoint "
-            f"trained with {trained.refiner.base_layers}: change it to the checkpoint's, or train anew"
+            f"trained with {trained.refiner.base_layers}: change it to the checkpoint's, or train again"
         )
 
 
@@ -236,17 +237,13 @@ def _require_adapter(config: PredictorConfig) -> None:
 def _read_checkpoint(file: Path) -> StoredPredictor:
     with clear_errors(file, CHECKPOINT_KEY):
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-    if not isinstance(checkpoint, dict) or "predictor" not in checkpoint:
-        raise ValueError(
-            f"expected a checkpoint of a distillation run, found that {file} holds no predictor: set {CHECKPOINT_KEY}"
-        )
+    migrate_checkpoint(checkpoint, str(file))
     about = checkpoint["predictor"]
     state = _with_prefix(checkpoint["state_dict"], "predictor.")
     training: dict[str, Any] = {"steps": checkpoint["global_step"]}
     if "prefix_counts" in about:  # it has been validated
         training["prefix_counts"] = about["prefix_counts"]
-    config = migrated_config(about["config"])
-    return StoredPredictor(file, config, about["base_fingerprint"], migrated_state(state), training)
+    return StoredPredictor(file, about["config"], about["base_fingerprint"], state, training)
 
 
 def _read_folder(folder: Path) -> StoredPredictor:
@@ -255,12 +252,8 @@ def _read_folder(folder: Path) -> StoredPredictor:
             raise FileNotFoundError(f"expected {name} in {folder}, found {listing(folder)}: set {CHECKPOINT_KEY}")
     with clear_errors(folder / SETTINGS_FILE, CHECKPOINT_KEY):
         about: Any = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
-    found = about.get("format_version") if isinstance(about, dict) else None
-    if not isinstance(found, int) or not 1 <= found <= FORMAT_VERSION:
-        raise ValueError(
-            f"expected format_version 1 to {FORMAT_VERSION} in {folder / SETTINGS_FILE}, found {found}: "
-            "export it again with this version of ptp_lightning"
-        )
+    version = about.get("format_version") if isinstance(about, dict) else None
+    require_known_format(version, str(folder / SETTINGS_FILE))
     if missing := {"config", "base_fingerprint", "training"} - about.keys():
         raise ValueError(f"expected {few(missing)} in {folder / SETTINGS_FILE}, found {few(about)}: export it again")
     state: dict[str, Tensor] = {}
@@ -278,7 +271,7 @@ def _adapter_name(stored: str) -> str:
 
 
 def _stored_order(stored: StoredPredictor, config: PredictorConfig) -> Tensor | None:
-    """Places in the order "embedding", so that they are not computed again."""
+    """Ranks of the tokens in the order "embedding", which are stored because they are costly to compute."""
     if config.sampling.order != "embedding":
         return None
     if TOKEN_RANKS not in stored.state:
@@ -299,7 +292,7 @@ def _save_adapter(predictor: PredictorNetwork, state: dict[str, Tensor], folder:
 
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """An empty folder beside `target` that takes its place at the end of the block, or vanishes on any error."""
+    """An empty folder that replaces `target` at the end of the block, or is removed on any error."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
         draft, old = Path(scratch) / "new", Path(scratch) / "old"
@@ -316,7 +309,7 @@ def replacing(target: Path) -> Iterator[Path]:
 
 
 def _with_prefix(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The weights whose names begin with `prefix`, without it."""
+    """Weights whose names begin with `prefix`, without the prefix."""
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 

@@ -1,4 +1,4 @@
-"""The command `export`: a checkpoint in, a folder with adapter, slot encoder, settings and model card out."""
+"""The command `export`: writes a checkpoint as a folder of adapter, slot encoder, settings and model card."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ BYTES_PER_KILOBYTE = 1000
 
 
 def run(args: Sequence[str]) -> None:
-    """Write the folder and say what is in it and what to type next.
+    """Write the folder, and print its files and the next command.
 
     Raises:
-        ValueError: an option is unknown or out of range, the folder is taken, or the checkpoint does not fit its base
-            model; nothing is written.
-        FileNotFoundError: the checkpoint or its base model is not there.
+        ValueError: an option is unknown or out of range, the folder is not free, or the checkpoint does not fit its
+            base model; nothing is written.
+        FileNotFoundError: the checkpoint or its base model is missing.
     """
     try:
         options = _parser().parse_args(list(args))
@@ -61,15 +61,15 @@ def _parser() -> ArgumentParser:
 
     parser = ArgumentParser(
         prog="python -m ptp_lightning export",
-        description="Write a trained predictor as a folder that PEFT and ptp_lightning open; no base weights.",
+        description="Write a trained predictor, without base weights, as a folder that PEFT and ptp_lightning open.",
         exit_on_error=False,
         allow_abbrev=False,
     )
     add = parser.add_argument
     add("--ckpt_path", type=str, required=True, help="Lightning checkpoint, or an earlier export")
     add("--output", type=str, required=True, help="folder to write")
-    add("--dtype", type=Literal["float32", "bfloat16"], help="of the weights on disk; by default as in the checkpoint")
-    add("--with_base_model", action="store_true", help="a whole model folder, which transformers opens by itself")
+    add("--dtype", type=Literal["float32", "bfloat16"], help="of the weights on disk; by default the checkpoint's")
+    add("--with_base_model", action="store_true", help="write a model folder that transformers opens by itself")
     add("--overwrite", action="store_true", help="replace an earlier export in that folder")
     return parser
 

@@ -1,7 +1,11 @@
-"""Stored files of earlier versions: what was renamed since, in one table.
+"""Stored files of earlier versions: migrated to the names of today when they are read.
 
-Files of version 0.1 (exported folders, Lightning checkpoints) hold the old names; `migrated_config` and
-`migrated_state` give them today's. The table is closed: a name that is not in it stays as it is.
+| file | version 0.1 | version 0.2 |
+|---|---|---|
+| `predictor.json` of an exported folder | `format_version` 1 | 2 |
+| Lightning checkpoint, entry `predictor` | no `format_version` | 2 |
+
+Renamed settings are those of `ptp_lightning.utils.renamed_keys`; renamed weights are below. Both tables are closed.
 """
 
 from __future__ import annotations
@@ -10,30 +14,66 @@ from typing import Any
 
 from torch import Tensor
 
-FORMAT_VERSION = 2
-"""Of what this version writes. 1: version 0.1."""
+from ptp_lightning.utils.renamed_keys import with_current_names
 
-RENAMED_SETTINGS = {"refiner": {"rounds": "num_refinement_steps"}}
-"""Of a `PredictorConfig` as plain data: by its key, names of settings before and now."""
+CHECKPOINT_KEY = "ckpt_path"
+"""The option that names files of predictors."""
+
+FORMAT_VERSION = 2
+"""The format that this version writes."""
+
+FIRST_FORMAT_VERSION = 1
+"""That of version 0.1, also of checkpoints without an entry."""
 
 RENAMED_WEIGHTS = {"slot_encoder.token_places": "slot_encoder.token_ranks"}
-"""Of `PredictorNetwork.trainable_state`: names before and now."""
+"""Names in `PredictorNetwork.trainable_state`: before and now."""
+
+
+def require_known_format(version: object, source: str) -> None:
+    """Refuse files of later versions.
+
+    Args:
+        version: the file's `format_version`.
+        source: the file, for the error.
+
+    Raises:
+        ValueError: the version is unknown.
+    """
+    if not isinstance(version, int) or not FIRST_FORMAT_VERSION <= version <= FORMAT_VERSION:
+        raise ValueError(
+            f"expected format_version {FIRST_FORMAT_VERSION} to {FORMAT_VERSION} in {source}, found {version}: "
+            "update ptp_lightning, or export it again with this version"
+        )
 
 
 def migrated_config(config: dict[str, Any]) -> dict[str, Any]:
-    """Plain data of a predictor's configuration, whichever version wrote it, with today's names.
+    """Plain data of a predictor's configuration of any version, with the names of today.
 
     >>> migrated_config({"refiner": {"num_layers": 1, "rounds": 3}})
     {'refiner': {'num_layers': 1, 'num_refinement_steps': 3}}
     """
-    renamed = dict(config)
-    for key, names in RENAMED_SETTINGS.items():
-        if isinstance(renamed.get(key), dict):
-            renamed[key] = {names.get(name, name): value for name, value in renamed[key].items()}
-    return renamed
+    return with_current_names(config)
 
 
 def migrated_state(state: dict[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
-    """Weights by name, whichever version wrote them, with today's names, which begin with `prefix`."""
+    """Weights of any version by the names of today, which all begin with `prefix`."""
     names = {prefix + old: prefix + new for old, new in RENAMED_WEIGHTS.items()}
     return {names.get(name, name): value for name, value in state.items()}
+
+
+def migrate_checkpoint(checkpoint: dict[str, Any], source: str) -> None:
+    """Bring a Lightning checkpoint of a predictor of any version up to date, in place.
+
+    Args:
+        checkpoint: with the entries `predictor` and `state_dict`, see `PredictorModule.on_save_checkpoint`.
+        source: the file, for errors.
+
+    Raises:
+        ValueError: it holds no predictor, or a later version wrote it.
+    """
+    if not isinstance(checkpoint, dict) or "predictor" not in checkpoint:
+        raise ValueError(f"expected a checkpoint with a predictor, found {source} without one: set {CHECKPOINT_KEY}")
+    about = checkpoint["predictor"]
+    require_known_format(about.get("format_version", FIRST_FORMAT_VERSION), source)
+    checkpoint["predictor"] = about | {"format_version": FORMAT_VERSION, "config": migrated_config(about["config"])}
+    checkpoint["state_dict"] = migrated_state(checkpoint["state_dict"], "predictor.")

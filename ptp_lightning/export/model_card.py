@@ -1,4 +1,4 @@
-"""The README.md of an exported predictor: what it is, what it belongs to, how to load it, what was measured."""
+"""Model card of an exported predictor: method, base model, use and metrics."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 from ptp_lightning.models.config import PredictorConfig
 
 TITLES = {
-    "categorical": "categorical (C-PTP): a slot predicts a distribution, and the token's auxiliary picks from it",
-    "one_hot": "one-hot (O-PTP): a slot also sees its token's auxiliary, and proposes its most likely token",
-    "independent": "independent (MTP baseline): slots carry no auxiliaries, so they only know marginals",
-    "sequential": "sequential (baseline): slots carry no auxiliaries, the refiner is told the draft",
+    "categorical": "categorical (C-PTP): a slot predicts a distribution, from which the token's auxiliary picks",
+    "one_hot": "one-hot (O-PTP): a slot also carries its token's auxiliary, and its most likely token is drafted",
+    "independent": "independent (MTP baseline): slots carry no auxiliaries and predict marginals",
+    "sequential": "sequential (baseline): slots carry no auxiliaries, the refiner is conditioned on the draft",
 }
 
 TEMPLATE = """\
@@ -25,9 +25,9 @@ tags:
 
 # {name}
 
-An adapter that lets its base model predict {window_length} dependent tokens in one call: Parallel Token Prediction
-(Draxler et al., ICLR 2026, arXiv:2512.21323). It acts on auxiliary slots only. The base model's own distributions are
-left as they are and verify every token, so the text is what the base model alone would have sampled.
+An adapter with which its base model predicts {window_length} dependent tokens per call: Parallel Token Prediction
+(Draxler et al., ICLR 2026, arXiv:2512.21323). The adapter acts on auxiliary slots only. The unchanged distributions of
+the base model verify every token, so the text is what the base model alone would have sampled.
 
 | | |
 |---|---|
@@ -46,8 +46,8 @@ print(predictor.generate("def ").text)
 python -m ptp_lightning generate --ckpt_path {shell_folder} --prompt "def "
 ```
 
-`adapter_model.safetensors` is a LoRA that PEFT opens. Without the slots and the gate of `ptp_lightning` it would act on
-every token, which it was not trained for.
+PEFT opens `adapter_model.safetensors` as an ordinary LoRA. Without the slots and the gate of `ptp_lightning` it would
+act on every token, for which it was not trained.
 """
 
 
@@ -58,7 +58,7 @@ def model_card(config: PredictorConfig, base_fingerprint: str, name: str, traini
         config: of the predictor.
         base_fingerprint: of its base model.
         name: of the folder.
-        training: `steps`, and measured numbers by tag; what is not known is left out, and so are lists.
+        training: `steps` and metrics by tag; lists are left out.
     """
     sampling = config.sampling
     facts = {
@@ -68,7 +68,7 @@ def model_card(config: PredictorConfig, base_fingerprint: str, name: str, traini
         "Window length": f"{config.window_length} tokens, the first exact, {config.window_length - 1} from slots",
         "Sampling": f"temperature {sampling.temperature}, top-k {sampling.top_k or 'off'}, top-p {sampling.top_p}, "
         f"{sampling.order} order",
-        "Trained for": "these settings alone" if config.sampling_range is None else f"`{config.sampling_range}`",
+        "Trained for": "these settings only" if config.sampling_range is None else f"`{config.sampling_range}`",
         "Refiner": _refiner(config),
         "LoRA": f"rank {config.lora.rank}, alpha {config.lora.alpha}, on `{config.lora.target_modules}`",
     } | {_label(tag): _number(value) for tag, value in training.items() if not isinstance(value, list)}
@@ -85,10 +85,9 @@ def model_card(config: PredictorConfig, base_fingerprint: str, name: str, traini
 def _refiner(config: PredictorConfig) -> str:
     if config.refiner.num_layers == 0:
         return "none"
-    told = "told the draft" if config.objective.conditions_on_draft else "not told the draft"
-    return (
-        f"{config.refiner.num_layers} layer(s) after the stack, {told}, {config.refiner.num_refinement_steps} round(s)"
-    )
+    conditioned = "conditioned on the draft" if config.objective.conditions_on_draft else "not conditioned on the draft"
+    refiner = config.refiner
+    return f"layers {refiner.num_layers}, refinement steps {refiner.num_refinement_steps}, {conditioned}"
 
 
 def _label(tag: str) -> str:

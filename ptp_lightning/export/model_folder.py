@@ -1,8 +1,8 @@
-"""A predictor with its base model in one folder, which transformers opens by itself.
+"""A predictor with its base model in one folder that transformers opens by itself.
 
-The folder is an ordinary model folder: configuration, weights and tokenizer of the base model, as they were. Beside
-them lie the predictor, in a folder of its own, and `custom_generate/generate.py`, which transformers runs in place of
-its `generate` if it is trusted to.
+It is an ordinary model folder with the unchanged configuration, weights and tokenizer of the base model. In addition it
+holds the predictor in a folder of its own, and `custom_generate/generate.py`, which transformers runs in place of its
+`generate` if remote code is trusted.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from ptp_lightning.utils.pretrained import PATH_KEY, load_tokenizer
 
 GENERATE_FILE, REQUIREMENTS_FILE = "custom_generate/generate.py", "custom_generate/requirements.txt"
 
+# Folders that were written once import this function: it keeps its name.
 GENERATE = '''\
-"""What transformers runs in place of `model.generate`: several verified tokens a call (pip install ptp_lightning)."""
+"""Runs in place of `model.generate`: several verified tokens per call (pip install ptp_lightning)."""
 
 
 def generate(inputs=None, *, model, **options):
@@ -40,9 +41,9 @@ tags:
 
 # {name}
 
-The language model `{base}` with its weights as they were, and beside it, in `{predictor}/`, a predictor of several
-tokens a call: Parallel Token Prediction (Draxler et al., ICLR 2026, arXiv:2512.21323). The model verifies every token,
-so the text is what it alone would have sampled.
+The unchanged language model `{base}`, and in `{predictor}/` an adapter that predicts several tokens per call: Parallel
+Token Prediction (Draxler et al., ICLR 2026, arXiv:2512.21323). The model verifies every token, so the text is what the
+model alone would have sampled.
 
 ```bash
 pip install ptp_lightning
@@ -57,7 +58,7 @@ inputs = tokenizer("def ", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64, do_sample=True)[0]))
 ```
 
-How it was trained and what it reaches: `{predictor}/{card_file}`.
+Training and metrics: `{predictor}/{card_file}`.
 """
 
 
@@ -72,7 +73,7 @@ def save_with_base_model(
     target = require_free_folder(folder)
     backbone = predictor.config.backbone
     with replacing(target) as draft:
-        load_backbone(backbone).save_pretrained(str(draft))  # anew, because the predictor's carries the adapter
+        load_backbone(backbone).save_pretrained(str(draft))  # again, because the predictor's base model has the adapter
         load_tokenizer(backbone.path, revision=backbone.revision, key=PATH_KEY).save_pretrained(str(draft))
         save_network(predictor, draft / PREDICTOR_FOLDER, dtype=dtype, training=training)
         card = CARD.format(

@@ -11,7 +11,7 @@ import optuna
 from optuna.distributions import distribution_to_json
 
 from ptp_lightning.sweeps.attributes import DEFINITION
-from ptp_lightning.sweeps.study import Study
+from ptp_lightning.sweeps.study import Study, short_name
 from ptp_lightning.utils.renamed_keys import current_class_path, current_key
 
 # Keys of the base configuration that do not change results, or that the study sets.
@@ -103,7 +103,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 def flattened(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested mappings as one mapping with dotted keys; empty mappings stay, because they may be choices.
 
-    Empty `init_args` are left out: they say nothing.
+    Empty `init_args` are left out: they hold no setting.
 
     >>> flattened({"a": {"b": 1}, "c": {}})
     {'a.b': 1, 'c': {}}
@@ -113,7 +113,7 @@ def flattened(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         path = f"{prefix}{key}"
         if isinstance(value, Mapping) and value:
             flat |= flattened(value, f"{path}.")
-        elif key != "init_args" or value != {}:
+        elif short_name(path) != "init_args" or value != {}:
             flat[path] = value
     return flat
 

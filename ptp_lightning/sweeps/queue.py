@@ -22,6 +22,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from ptp_lightning.sweeps.attributes import GIVEN_UP, HEARTBEAT, LOST, OWNER, POINT, SEED, TRACEBACK
 from ptp_lightning.sweeps.study import Point, Study
+from ptp_lightning.sweeps.summary import parameters_of
 from ptp_lightning.utils.file_lock import LockOwner
 from ptp_lightning.utils.renamed_keys import current_key
 
@@ -125,9 +126,9 @@ class TrialQueue:
         return None
 
     def _trials(self, *states: TrialState) -> list[FrozenTrial]:
-        """Trials that a queue enqueued, by number; other trials in the storage are ignored."""
+        """Trials that a queue of this version enqueued or that ended, by number; others in the storage are ignored."""
         trials = self.storage.get_all_trials(self.study_id, deepcopy=False, states=states or None)
-        return [trial for trial in trials if POINT in trial.user_attrs]
+        return [trial for trial in trials if POINT in trial.user_attrs and not _is_outdated(trial)]
 
     def _times_lost(self, trials: list[FrozenTrial]) -> Counter[str]:
         """By point, how often the process that trained it was killed."""
@@ -164,7 +165,7 @@ class TrialQueue:
 
     def _chosen_before(self, point: Point, trials: list[FrozenTrial]) -> dict[str, Any]:
         """Parameters that a sampler chose for an earlier trial of this point, to train the same again."""
-        chosen = [trial.params for trial in trials if point_of(trial) == point.key and trial.params]
+        chosen = [parameters_of(trial) for trial in trials if point_of(trial) == point.key and trial.params]
         return chosen[-1] if chosen else {}
 
 
@@ -172,6 +173,11 @@ def point_of(trial: FrozenTrial) -> str:
     """The key of a trial's point, with the parameter names of today."""
     parameters, seed, ticket = json.loads(trial.user_attrs[POINT])
     return Point({current_key(name): value for name, value in parameters.items()}, seed, ticket).key
+
+
+def _is_outdated(trial: FrozenTrial) -> bool:
+    """Whether a trial waits with parameter names of version 0.1: its values would not be found under those of today."""
+    return trial.state == TrialState.WAITING and point_of(trial) != trial.user_attrs[POINT]
 
 
 def _has_failed(trial: FrozenTrial) -> bool:

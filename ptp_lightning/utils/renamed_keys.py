@@ -90,6 +90,24 @@ def current_key(key: str) -> str:
     return ".".join(parts)
 
 
+def with_current_names(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested data with the keys and class paths of today; lists stay as they are.
+
+    >>> with_current_names({"refiner": {"rounds": 3}})
+    {'refiner': {'num_refinement_steps': 3}}
+    """
+    renamed: dict[str, Any] = {}
+    for key, value in config.items():
+        path = f"{prefix}{key}"
+        now = current_key(path).split(".")[prefix.count(".") :]
+        if isinstance(value, Mapping):
+            value = with_current_names(value, f"{path}.")
+        elif isinstance(value, str):
+            value = current_class_path(value)
+        renamed[".".join(now)] = value
+    return renamed
+
+
 def require_current_names(config: Mapping[str, Any], source: str) -> None:
     """Refuse keys and class paths of version 0.1.
 

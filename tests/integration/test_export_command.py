@@ -170,7 +170,7 @@ def test_checkpoint_of_pretraining_is_told_apart(export, tmp_path: Path, capsys:
     fit(AutoregressiveModule(BackboneSettings(path=str(tmp_path / "base")), OptimizerSettings()), tmp_path)
     with pytest.raises(SystemExit, match="2"):
         export("--ckpt_path", tmp_path / "last.ckpt", "--output", "out")
-    assert "expected a checkpoint of a distillation run" in capsys.readouterr().err
+    assert "expected a checkpoint with a predictor" in capsys.readouterr().err
 
 
 def test_help(export, capsys: pytest.CaptureFixture[str]) -> None:

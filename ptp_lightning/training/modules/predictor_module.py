@@ -15,6 +15,8 @@ from ptp_lightning.batch import PackedBatch
 from ptp_lightning.data.completions.completions import FOLDER_KEY, CompletionSettings
 from ptp_lightning.data.completions.completions_datamodule import CompletionsDataModule
 from ptp_lightning.data.packed_datamodule import PackedDataModule
+from ptp_lightning.export.checkpoint import require_same_predictor
+from ptp_lightning.export.migrations import FORMAT_VERSION, migrate_checkpoint
 from ptp_lightning.metrics import WindowSummary, as_tags
 from ptp_lightning.models.config import PredictorConfig
 from ptp_lightning.models.context import Context
@@ -115,6 +117,7 @@ class PredictorModule(TrainingModule):
             f"predictor.{name}": value for name, value in self.predictor.trainable_state().items()
         }
         checkpoint["predictor"] = {
+            "format_version": FORMAT_VERSION,
             "config": self.predictor.config.to_dict(),
             "base_fingerprint": self.predictor.base_fingerprint,
         }
@@ -122,13 +125,12 @@ class PredictorModule(TrainingModule):
             checkpoint["predictor"]["prefix_counts"] = self.val_summary.prefix_counts.tolist()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another base model, of other sampling settings or of another adapter.
+        """Migrate a checkpoint of an earlier version; refuse another base model, sampling settings or adapter.
 
         Raises:
-            ValueError: what differs, and the key that mends it.
+            ValueError: what differs, and the key to set.
         """
-        from ptp_lightning.export.checkpoint import require_same_predictor
-
+        migrate_checkpoint(checkpoint, "the checkpoint")
         require_same_predictor(checkpoint, self.predictor)
         state: dict[str, Tensor] = checkpoint["state_dict"]
         self.predictor.require_trainable_state({name.removeprefix("predictor."): state[name] for name in state})

@@ -134,7 +134,7 @@ class TestRoundTrip:
         assert card.startswith(f'---\nlibrary_name: peft\nbase_model: "{base}"\n')
         assert "temperature 0.7, top-k 5, top-p 0.9, vocabulary order" in card
         assert "4 tokens, the first exact, 3 from slots" in card
-        assert "| Refiner | 2 layer(s) after the stack, told the draft, 2 round(s) |" in card
+        assert "| Refiner | layers 2, refinement steps 2, conditioned on the draft |" in card
         assert '--ckpt_path "export"' in card
 
     def test_without_a_path_the_shipped_one(self, exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,7 +227,7 @@ class TestCheckpointFile:
     @pytest.mark.parametrize("content", [{"state_dict": {}}, [1, 2], 7])
     def test_of_another_module(self, tmp_path: Path, content: object) -> None:
         torch.save(content, tmp_path / "last.ckpt")
-        with pytest.raises(ValueError, match=r"of a distillation run, found that .*last\.ckpt holds no predictor"):
+        with pytest.raises(ValueError, match=r"checkpoint with a predictor, found .*last\.ckpt without one"):
             load_network(tmp_path / "last.ckpt")
 
     def test_code_is_not_run(self, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The queue: every point is trained once, whoever starts, stops, or is killed."""
 
+import json
 import subprocess
 import sys
 import time
@@ -159,15 +160,21 @@ def test_what_ended_is_not_trained_again_but_failures_on_demand(location: str) -
 
 
 def test_points_of_version_0_1_are_recognised(location: str) -> None:
-    """Their parameters have the names of that version."""
+    """A finished one holds its point; a waiting one is replaced, because its parameters have other names."""
     settings = {"predictor.refiner.num_refinement_steps": IntDistribution(1, 2, step=1)}
     queue = queue_at(location, letters(settings=settings))
-    queue.stored.enqueue_trial(
-        {"predictor.refiner.rounds": 1}, user_attrs={POINT: '[{"predictor.refiner.rounds": 1}, 0, null]', SEED: 0}
-    )
+    for number in (1, 2):
+        point = json.dumps([{"predictor.refiner.rounds": number}, 0, None])
+        queue.stored.enqueue_trial({"predictor.refiner.rounds": number}, user_attrs={POINT: point, SEED: 0})
+    queue.storage.set_trial_state_values(0, TrialState.RUNNING)
+    queue.stored.tell(0, 1.0)
     queue.fill()
-    assert states(queue) == ["WAITING", "WAITING"]
-    assert queue.stored.trials[1].system_attrs["fixed_params"] == {"predictor.refiner.num_refinement_steps": 2}
+    assert states(queue) == ["COMPLETE", "WAITING", "WAITING"]
+    trial = queue.take()
+    assert trial is not None
+    assert trial.number == 2
+    assert trial.suggest_int("predictor.refiner.num_refinement_steps", 1, 2) == 2
+    assert queue.take() is None
 
 
 def test_more_seeds_add_their_points_alone(location: str) -> None:

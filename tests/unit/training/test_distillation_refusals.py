@@ -111,5 +111,5 @@ class TestCheckpoint:
         content = torch.load(checkpoint, weights_only=True)
         del content["predictor"]
         torch.save(content, checkpoint)
-        with pytest.raises(ValueError, match="without a predictor.*ckpt_path"):
+        with pytest.raises(ValueError, match="expected a checkpoint with a predictor.*ckpt_path"):
             make_trainer(tmp_path, max_steps=4).fit(make_module(), datamodule=tiny_data(), ckpt_path=checkpoint)
