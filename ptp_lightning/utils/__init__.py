@@ -1,1 +1,1 @@
-"""Utilities that know nothing of the method: files, locks, errors, seeds, pretrained folders."""
+"""Utilities without any knowledge of the method: files, locks, errors, seeds, names, pretrained folders."""

@@ -1,4 +1,4 @@
-"""Where pretrained things are (the embedded default, a hub id, a folder, a GGUF file), and how they are opened."""
+"""Locations of pretrained models (embedded, packaged, hub id, folder, GGUF file), and how they are opened."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ def embedded_folder(name: str = "embedded_teacher") -> Path:
 
 
 def locate(path: str, *, revision: str | None = None, key: str = PATH_KEY) -> dict[str, Any]:
-    """Keyword arguments that make a `from_pretrained` open `path`; what is local never touches the network.
+    """Keyword arguments with which `from_pretrained` opens `path`; local files are opened without the network.
 
     Args:
         path: "embedded", the name of a packaged model ("smollm2"), a folder, a GGUF file, or a hub id.
         revision: branch, tag or commit of a hub id.
-        key: the configuration key that errors name.
+        key: configuration key for error messages.
 
     Raises:
-        FileNotFoundError: `path` is meant as a local path and nothing is there.
-        ValueError: a file is there that is not GGUF.
+        FileNotFoundError: `path` looks like a local path, but nothing is there.
+        ValueError: it is a file of another format than GGUF.
         ImportError: a GGUF file needs the package `gguf`.
     """
     if path in PACKAGED_MODELS:
@@ -61,8 +61,8 @@ def load_tokenizer(path: str, *, revision: str | None = None, key: str = TOKENIZ
     """The tokenizer of the model at `path` (arguments as in `locate`); it need not have an end-of-text token.
 
     Raises:
-        FileNotFoundError: nothing is at a local path, or a folder without a tokenizer.
-        ValueError: what is there cannot be read.
+        FileNotFoundError: nothing is at a local path, or its folder has no tokenizer.
+        ValueError: the tokenizer cannot be read.
         ImportError: a GGUF file needs the package `gguf`.
     """
     from transformers import AutoTokenizer
@@ -79,19 +79,19 @@ def load_tokenizer(path: str, *, revision: str | None = None, key: str = TOKENIZ
 
 @contextmanager
 def clear_errors(path: str | Path, key: str) -> Iterator[None]:
-    """Turns what the readers of foreign files raise into one ValueError that names the path and the key."""
+    """Turns any error of a file reader into a ValueError that names the path and the key."""
     try:
         yield
-    except ImportError:  # says itself what to install
+    except ImportError:  # its message says what to install
         raise
-    except Exception as error:  # each reader has its own: struct.error, SafetensorError, OSError, RuntimeError, ...
+    except Exception as error:  # readers raise struct.error, SafetensorError, OSError, RuntimeError, ...
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"{key}={path} cannot be read: {type(error).__name__}: {reason}") from error
 
 
 @contextmanager
 def quiet_transformers(progress_bar: bool) -> Iterator[None]:
-    """Keeps loading reports off the screen (we check them ourselves), and bars unless something is downloaded."""
+    """Hides the loading reports of transformers, which we check ourselves, and progress bars without a download."""
     from transformers.utils import logging
 
     verbosity, had_progress_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -107,13 +107,17 @@ def quiet_transformers(progress_bar: bool) -> Iterator[None]:
 
 
 def few(names: Iterable[object], limit: int = 4) -> str:
-    """The first names in alphabetical order and how many there are besides."""
+    """The first names in alphabetical order and the number of others.
+
+    >>> few("edcba", limit=2)
+    'a, b and 3 more'
+    """
     ordered = sorted(str(name) for name in names)
     return ", ".join(ordered[:limit]) + (f" and {len(ordered) - limit} more" if len(ordered) > limit else "")
 
 
 def listing(folder: Path) -> str:
-    """What is in a folder, for an error message."""
+    """Contents of a folder, for an error message."""
     return few(entry.name for entry in folder.iterdir()) or "an empty folder"
 
 

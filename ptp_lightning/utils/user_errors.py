@@ -1,4 +1,4 @@
-"""What a user reads when something they typed is wrong."""
+"""Errors of users: one plain message and exit status 2, without a traceback."""
 
 import os
 import re
@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 EXIT_CODE = 2
 
-# Lines with which jsonargparse explains its search through type unions, and its dump of the whole value: they bury
-# the one line about the misspelt or refused key.
+# Lines in which jsonargparse reports its search through type unions and dumps the whole value. They hide the one line
+# about the misspelt or refused key.
 _NOISE = re.compile(
     r"^\s*(Does not validate against any of the Union subtypes|Subtypes: .*|Errors:|- Expected a <class 'NoneType'>"
     r"|Given value type: .*|Given value: .*)$"
@@ -19,8 +19,8 @@ _NOISE = re.compile(
 def run_plainly(dispatch: Callable[[list[str]], None]) -> None:
     """Run a command on the arguments of the command line.
 
-    What a user can set (ValueError, a missing file, a full disk, a missing package) ends as one message and status 2.
-    Set PTP_TRACEBACK=1 to see where it was raised.
+    Errors that a user can fix (ValueError, a missing file, a full disk, a missing package) end with one message and
+    exit status 2. With PTP_TRACEBACK=1 in the environment they are raised.
     """
     args = sys.argv[1:]
     if os.environ.get("PTP_TRACEBACK"):
@@ -34,12 +34,20 @@ def run_plainly(dispatch: Callable[[list[str]], None]) -> None:
 
 
 def refused_options(command: str, error: ArgumentError) -> ValueError:
-    """What to raise where jsonargparse refuses options: it speaks of parser keys, over several lines."""
+    """The ValueError for options that jsonargparse refuses, in one line and by the names of the options.
+
+    >>> refused_options("export", ArgumentError(None, 'Parser key "dtype":\\n  expected float32'))
+    ValueError('export: --dtype: expected float32 (--help lists the options)')
+    """
     reason = re.sub(r'Parser key "(\w+)"([^:]*):', r"--\1\2:", " ".join(str(error).split()))
     return ValueError(f"{command}: {reason} (--help lists the options)")
 
 
 def plain_reason(message: str) -> str:
-    """The lines of an error message that say what to set."""
+    """An error message without the lines that say nothing to users.
+
+    >>> plain_reason("Errors:\\n  - Expected a <class 'NoneType'>\\n  - expected rank > 0, found 0")
+    'expected rank > 0, found 0'
+    """
     lines = [line for line in message.splitlines() if line.strip() and not _NOISE.match(line)]
     return "\n".join(line.strip().removeprefix("- ") for line in lines)
