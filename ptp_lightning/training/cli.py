@@ -56,16 +56,16 @@ CHECKPOINT_DEFAULTS: dict[str, Any] = {
 
 
 class PlainErrorParser(LightningArgumentParser):
-    """A parser whose errors are the reason alone, not the list of all options.
+    """A parser that reports errors without the list of all options.
 
     Attributes:
-        command: whose help lists the options.
+        command: the command whose --help lists the options.
     """
 
     command = "fit"
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print what was wrong and where help is, and exit with status 2."""
+        """Print the reason and the command for help, and exit with status 2."""
         print(f"error: {plain_reason(message)}", file=sys.stderr)
         print(f"tip: python -m ptp_lightning {self.command} --help lists the options", file=sys.stderr)
         sys.exit(EXIT_CODE)
@@ -86,9 +86,10 @@ class TrainingCLI(LightningCLI):
         parser.set_defaults({f"checkpoint.{name}": value for name, value in CHECKPOINT_DEFAULTS.items()})
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Add the `ModelCheckpoint`, and leave out a progress bar that `trainer.enable_progress_bar` forbids."""
+        """Add the `ModelCheckpoint`; remove the progress bar if `trainer.enable_progress_bar` is false."""
         trainer: Any = self._get(self.config_init, "trainer")
-        callbacks = list(trainer.callbacks or [])
+        callbacks = trainer.callbacks or []
+        callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
         if trainer.enable_progress_bar is False:
             callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
         if trainer.enable_checkpointing is not False and not any(isinstance(one, Checkpoint) for one in callbacks):
@@ -96,14 +97,14 @@ class TrainingCLI(LightningCLI):
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
     def _parse_ckpt_path(self) -> None:
-        """Keep what the user typed: Lightning would let the checkpoint's hyperparameters override it."""
+        """Do nothing; in Lightning the checkpoint's hyperparameters override the command line."""
 
 
 AnyCLI = TypeVar("AnyCLI", bound=TrainingCLI)
 
 
 def run(args: list[str] | None = None) -> None:
-    """Parse `args`, by default the command line (`fit --config ...`), and run them."""
+    """Run `fit`, `validate` or `test`; `args` are by default those of the command line."""
     show_own_messages()
     parsed(TrainingCLI, PlainErrorParser, args)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -113,10 +114,16 @@ def run(args: list[str] | None = None) -> None:
 def parsed(
     cli_class: type[AnyCLI], parser_class: type[PlainErrorParser], args: list[str] | None, **options: Any
 ) -> AnyCLI:
-    """Parse `args` the way all commands do that read a run's configuration; `options` are further ones of the CLI.
+    """Parse the arguments of a command that reads the configuration of a run.
+
+    Args:
+        cli_class: the CLI of the command.
+        parser_class: its parser.
+        args: by default those of the command line.
+        **options: further options of the CLI.
 
     Raises:
-        ValueError: a name of version 0.1.
+        ValueError: a key or a class path of version 0.1.
     """
     args = [*sys.argv[1:]] if args is None else args
     require_current_names(options_of(args), "command line")
@@ -152,7 +159,8 @@ def with_found_configs(args: Sequence[str]) -> list[str]:
         path = find_yaml(value if has_value else args[k + 1], "configs")
         if isfile(path):
             with suppress(yaml.YAMLError):  # reported by the parser
-                require_current_names(yaml.safe_load(path.read_text(encoding="utf-8")) or {}, str(path))
+                config = yaml.safe_load(path.read_text(encoding="utf-8"))
+                require_current_names(config if isinstance(config, dict) else {}, str(path))
             if has_value:
                 found[k] = f"{option}={path}"
             else:
@@ -180,9 +188,9 @@ def options_of(args: Sequence[str]) -> dict[str, Any]:
 
 
 def _leave_together() -> None:
-    """Close gloo's connections on all processes: one that loses its peer's while it ends may be aborted.
+    """Close gloo's connections on all processes together: a process that loses a connection at its end may be aborted.
 
-    Those of nccl are closed by Lightning.
+    Lightning closes those of nccl.
     """
     if torch.distributed.get_backend() == "gloo":
         torch.distributed.barrier()
