@@ -128,7 +128,7 @@ def test_layers_are_compiled_once_and_last(monkeypatch: pytest.MonkeyPatch) -> N
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_a_part_that_fails_is_told_of_and_the_next_one_has_its_turn(
+def test_a_part_that_fails_is_reported_and_the_next_one_runs(
     failing: Any, reason: str | None, kept: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     status, report = run(tmp_path, part(failing), part(sound))

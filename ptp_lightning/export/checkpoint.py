@@ -166,7 +166,7 @@ def save_network(
         save_file(_with_prefix(state, SLOT_ENCODER_PREFIX), draft / SLOT_ENCODER_FILE)
         (draft / SETTINGS_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
         card = model_card(predictor.config, predictor.base_fingerprint, target.name, training or {})
-        (draft / CARD_FILE).write_text(card, encoding="utf-8")  # in place of PEFT's
+        (draft / CARD_FILE).write_text(card, encoding="utf-8")  # instead of PEFT's
         for file in draft.iterdir():  # safetensors writes files that nobody else may read
             file.chmod((draft / SETTINGS_FILE).stat().st_mode)
 

@@ -227,7 +227,7 @@ def tokens_per_step(configuration: Mapping[str, Any], world_size: int) -> int:
 
 
 def configured_world_size(configuration: Mapping[str, Any]) -> int:
-    """Number of processes, as far as the configuration says."""
+    """Number of processes, if the configuration sets it; 1 otherwise."""
     devices = configuration["trainer"]["devices"]
     return int(devices) if str(devices).isdigit() else 1
 

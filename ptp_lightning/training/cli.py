@@ -1,4 +1,4 @@
-"""The LightningCLI behind fit, validate and test, and behind commands that read the same configurations."""
+"""The LightningCLI of fit, validate and test, and of other commands that read the same configurations."""
 
 import logging
 import sys
@@ -204,7 +204,7 @@ def silence_library_noise() -> None:
         r"The '\w+_dataloader' does not have many workers",  # the stream costs far less than a step
         r"LightningCLI's args parameter is intended",  # the command's name is not one of its arguments
         r"Trying to infer the `batch_size` from an ambiguous collection",
-        r"It is recommended to use `self.log\('(val|test)/",  # the metrics have been added up over all processes
+        r"It is recommended to use `self.log\('(val|test)/",  # metrics are already summed over all processes
     ):
         warnings.filterwarnings("ignore", message=message)
     # Lightning's tips go through this logger; a filter that is there already is not added again.

@@ -1,4 +1,4 @@
-"""Names of version 0.1 in configurations, and what they are called now: each is an error that says the new name.
+"""Names of version 0.1 in configurations and their names of today: an old name is an error that states the new one.
 
 The tables are closed. Stored files of version 0.1 are not refused but migrated, see `ptp_lightning.export.migrations`.
 """

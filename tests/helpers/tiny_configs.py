@@ -68,9 +68,9 @@ def shrink(path: Path, corpus: Path, folder: Path) -> Path:
     elif "parts" in data:
         localize(data, folder)
     elif "PickUps" in data["series"]["class_path"]:
-        places = folder / "places.csv"
-        places.write_text("latitude,longitude\n" + "".join(f"{n % 7},{n % 11}\n" for n in range(4000)))
-        data["series"]["init_args"] |= {"path": str(places), "block_length": 40, "cache_dir": str(folder)}
+        pickups = folder / "pickups.csv"
+        pickups.write_text("latitude,longitude\n" + "".join(f"{n % 7},{n % 11}\n" for n in range(4000)))
+        data["series"]["init_args"] |= {"path": str(pickups), "block_length": 40, "cache_dir": str(folder)}
     data |= {
         "row_length": 32,
         "batch_size": 2,

@@ -16,7 +16,7 @@ ENTROPY = "data.init_args.series.init_args.entropy"
 
 
 def plain_study(**changes: Any) -> dict[str, Any]:
-    """What a study's file says: two objectives, one seed, four steps."""
+    """Content of a study's file: two objectives, one seed, four steps."""
     return {
         "title": "tiny",
         "base": str(CONFIG),

@@ -43,7 +43,7 @@ def corpus(tmp_path: Path) -> Path:
 def test_every_configuration_trains_and_validates(
     path: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Classes, arguments and pairings of the file are right, whatever the size of the network behind it."""
+    """Classes, arguments and pairings of the file are correct, whatever the size of the network."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["ptp_lightning", "fit", "--config", str(shrink(path, corpus, tmp_path))])
     main()
@@ -71,10 +71,10 @@ def test_rows_and_windows_have_room_in_the_models() -> None:
 
 
 @pytest.mark.parametrize("text", data_configurations().values(), ids=data_configurations().keys())
-def test_every_data_configuration_goes_behind_another(
+def test_every_data_configuration_follows_another(
     text: str, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With local files of the same shape in place of the hub's."""
+    """With local files of the same shape instead of the hub's."""
     config = yaml.safe_load(text)
     data = config["data"]["init_args"]
     localize(data, tmp_path)
@@ -87,7 +87,7 @@ def test_every_data_configuration_goes_behind_another(
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp2"])
-def test_strategies_go_behind_another(
+def test_strategies_follow_another_configuration(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What processes do together is tested in tests/distributed."""
@@ -109,7 +109,7 @@ def test_strategies_go_behind_another(
         ("compile", "ptp_lightning.models.layers.compile.torch.compile"),
     ],
 )
-def test_ways_to_run_layers_go_behind_another(
+def test_options_of_layers_follow_another_configuration(
     name: str, called: str, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs: list[bool] = []
@@ -133,7 +133,7 @@ def test_ways_to_run_layers_go_behind_another(
 def test_checkpoints_appear_complete_or_not_at_all(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever a configuration says."""
+    """In every configuration."""
     found: list[object] = []
     monkeypatch.setattr(
         DistillationModule, "on_train_end", lambda module: found.append(module.trainer.strategy.checkpoint_io)
@@ -145,8 +145,8 @@ def test_checkpoints_appear_complete_or_not_at_all(
     assert [type(io) for io in found] == [AtomicCheckpointIO]
 
 
-def test_vicuna_hears_the_words_that_it_was_trained_with() -> None:
-    """The format of FastChat's `vicuna_v1.1`; what the assistant says is learned, with the end of its turn."""
+def test_vicuna_gets_the_template_of_its_training() -> None:
+    """The format of FastChat's `vicuna_v1.1`; the loss covers the assistant's turns with their ends."""
     config = yaml.safe_load((ROOT / "configs" / "vicuna.yaml").read_text())
     (part,) = config["data"]["init_args"]["parts"]
     said = [("user", "Hi?"), ("assistant", "Yo."), ("user", "So?"), ("assistant", "No.")]

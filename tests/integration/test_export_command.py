@@ -165,7 +165,9 @@ def test_place_that_cannot_be_written(run: Run, export, capsys: pytest.CaptureFi
     assert "cannot write file/out" in capsys.readouterr().err
 
 
-def test_checkpoint_of_pretraining_is_told_apart(export, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_checkpoint_without_a_predictor_is_refused(
+    export, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     tiny_llama().save_pretrained(tmp_path / "base")
     fit(AutoregressiveModule(BackboneSettings(path=str(tmp_path / "base")), OptimizerSettings()), tmp_path)
     with pytest.raises(SystemExit, match="2"):

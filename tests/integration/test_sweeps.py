@@ -1,4 +1,4 @@
-"""Every study of the repository can be run: in both versions its classes, paths and budgets are right."""
+"""Every study of the repository can be run: classes, paths and budgets of both versions are correct."""
 
 from pathlib import Path
 

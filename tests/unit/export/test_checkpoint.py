@@ -1,4 +1,4 @@
-"""Predictors on disk: what comes back is what was written, or one clear error; nothing half-written stays behind."""
+"""Predictors on disk: a round trip is exact, or there is one clear error; nothing incomplete is left."""
 
 from __future__ import annotations
 

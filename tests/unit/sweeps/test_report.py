@@ -98,7 +98,7 @@ def test_the_table_with_published_values(tmp_path: Path) -> None:
         "| a | 2.000 | 2.484 | 3 | 0 | 1 | 20.0 | 4.000 | - | - |\n"
         "| b | 5.000 | 4.303 | 3 | 1 | 0 | 20.0 | 10.000 | - | 45.4 |\n"
     ) in text
-    assert "| a | 1.750 | - |\n" in text  # of 4 windows 1 has one right token, 3 two or more; none has four positions
+    assert "| a | 1.750 | - |\n" in text  # of 4 windows 1 has one correct token, 3 two or more; none has four positions
     assert "Overhead per trial outside training: median 1.0 s, at most 1.5 s." in text
     assert "Published: a paper, its table." in text
     assert "Best: x=b." in text

@@ -23,7 +23,7 @@ def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
 
 
 def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """What a command that ends with an error says."""
+    """The error message of a command that ends with status 2."""
     with pytest.raises(SystemExit) as ended:
         command(monkeypatch, *arguments)
     assert ended.value.code == 2

@@ -1,4 +1,4 @@
-"""Storages that cannot be read are refused with their name, and torn ones are mended."""
+"""Storages that cannot be read are refused with their name, and torn ones are repaired."""
 
 import os
 import signal

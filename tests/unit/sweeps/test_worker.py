@@ -49,9 +49,9 @@ def worker_for(folder: Path, messages: list[str], **changes: Any) -> Worker:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Worker:
     """Both points of the tiny study."""
     worker = worker_for(tmp_path_factory.mktemp("study"), [])
-    hears_ctrl_c = signal.getsignal(signal.SIGINT)
+    handler = signal.getsignal(signal.SIGINT)
     assert worker.work(None) == 2
-    assert signal.getsignal(signal.SIGINT) is hears_ctrl_c  # a trainer that is interrupted ignores it from then on
+    assert signal.getsignal(signal.SIGINT) is handler  # an interrupted trainer ignores Ctrl-C
     return worker
 
 
