@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom, and what they compute is right; in git they hold no results."""
+"""The notebooks run from top to bottom, and their results are correct; in git they have no outputs."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def run(name: str, kernel: KernelManager, parameters: dict[str, Any], expression
     Args:
         name: of its file.
         kernel: runs it.
-        parameters: are set anew behind the cell that is tagged `parameters`, which has to know their names.
-        expressions: are looked at behind the last cell.
+        parameters: are assigned after the cell with the tag `parameters`, which must assign the same names.
+        expressions: are evaluated after the last cell.
 
     Returns:
         Their values, as JSON gives them back.
@@ -73,14 +73,14 @@ def test_no_results_in_git(name: str) -> None:
 
 def test_the_method(kernel: KernelManager) -> None:
     """The theorems hold by counting, and networks come nearer to them in one call than any independent prediction."""
-    expressions = ["num_lost", "theorem_1_deviation", "theorem_2_deviation", "list(right.values())"]
+    expressions = ["num_lost", "theorem_1_deviation", "theorem_2_deviation", "list(correct.values())"]
     expressions += ["measured['categorical']", "measured['independent']", "floor[1:].tolist()"]
-    num_lost, theorem_1, theorem_2, right, categorical, independent, floor = run(
+    num_lost, theorem_1, theorem_2, correct, categorical, independent, floor = run(
         "1_the_method", kernel, {"NUM_STEPS": 60, "RESOLUTION": 30}, expressions
     )
     assert (num_lost, theorem_1) == (0, 0.0)
     assert theorem_2 < 0.015  # four standard errors of a share among 20 000
-    autoregressive, c_ptp, o_ptp, mtp = right
+    autoregressive, c_ptp, o_ptp, mtp = correct
     assert autoregressive == 1.0
     assert min(c_ptp, o_ptp) > 0.65 > mtp  # after few steps: 0.75 and 0.86 against 0.56
     assert independent == pytest.approx(floor, abs=0.08)
