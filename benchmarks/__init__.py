@@ -1,1 +1,1 @@
-"""Benchmarks: commands that print figures, not timed tests."""
+"""Benchmarks: commands that measure and print figures; they are not tests."""

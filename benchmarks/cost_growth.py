@@ -1,12 +1,12 @@
-"""How the cost of a training step grows with the number and length of windows, the row, the vocabulary and the width.
+"""Growth of the cost of a training step with the number and length of windows, row length, vocabulary and width.
 
     python -m benchmarks.cost_growth --output runs/cost_growth                              one thread of a CPU
     python -m benchmarks.cost_growth --output runs/cost_growth --device cuda --windows 64 128 256 512 ...
 
-While one of them grows, the others stay at the second of their values. The table has the slopes in double logarithmic
-scale: 1 is linear, and what does not grow at all pulls slopes below their limit. Times are CPU seconds of one thread or
-seconds of the device; memory is the peak of all tensors beside the weights, on a GPU the allocator's. The GEMM rate of
-the same process stands beside them, because machines differ. Writes `cost_growth.png` and `cost_growth.json`.
+One size grows while the others have the second of their values. The table shows slopes on a double logarithmic scale:
+1 is linear, and constant costs lower a slope. Times are CPU seconds of one thread, or wall-clock seconds of the device.
+Memory is the peak without the weights: of all tensors on a CPU, of the allocator on a GPU. The GEMM rate of the same
+process is printed, because machines differ. Writes `cost_growth.png` and `cost_growth.json`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.training_step import MEGABYTE, NUM_WARM_UP, clock, gemm_rate, make_module, name_of, random_batch
+from benchmarks.training_step import MEGABYTE, NUM_WARM_UP, clock, device_name, gemm_rate, make_module, random_batch
 from ptp_lightning.evaluation.memory import PeakMemory
 from ptp_lightning.planning.rank_memory import replicated
 from ptp_lightning.planning.step_memory import FROZEN, TRAINED, measure_step, silent_trainer
@@ -35,12 +35,12 @@ AXES = {
     "width": ("H", [64, 128, 256, 512]),
 }
 HEAD_SIZE = 32
-LINEAR = 0.1  # as far from 1 a slope may be and is called linear
+LINEAR_TOLERANCE = 0.1  # of a slope from 1
 DOTS_PER_INCH = 120
 
 
 class Cost(NamedTuple):
-    """Of one training step."""
+    """Cost of one training step."""
 
     seconds: float
     megabytes: float
@@ -49,7 +49,7 @@ class Cost(NamedTuple):
 def main() -> None:
     """Measure, print the table, write both files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="a folder")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the files")
     for axis, (symbol, values) in AXES.items():
         parser.add_argument(f"--{axis}", type=int, nargs="+", default=values, help=symbol)
     parser.add_argument("--rows", type=int, default=2, help="B")
@@ -61,29 +61,29 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     device = torch.device(options.device)
-    options.output.mkdir(parents=True, exist_ok=True)  # fails before the work, not after it
+    options.output.mkdir(parents=True, exist_ok=True)  # fails before the measurements, not after them
     rate = gemm_rate(device, getattr(torch, options.dtype))
-    title = f"{name_of(device)}, {options.dtype}; {rate:.0f} GFLOP/s in a square product"
+    title = f"{device_name(device)}, {options.dtype}; {rate:.0f} GFLOP/s in a square GEMM"
     print(title)
     base = {axis: getattr(options, axis)[1] for axis in AXES}
-    print("beside what grows: " + ", ".join(f"{AXES[axis][0]} {value}" for axis, value in base.items()))
+    print("fixed sizes: " + ", ".join(f"{AXES[axis][0]} {value}" for axis, value in base.items()))
     costs: dict[str, list[Cost]] = {}
     for axis, (symbol, _) in AXES.items():
         values: list[int] = getattr(options, axis)
         costs[axis] = [measure(options, base | {axis: value}, device) for value in values]
         times, sizes = (slope(values, numbers) for numbers in zip(*costs[axis], strict=True))
         print(
-            f"{symbol} {values[0]:>5} .. {values[-1]:>5}   time {times:5.2f} {word(times):<8}"
-            f"memory {sizes:5.2f} {word(sizes):<8}"
+            f"{symbol} {values[0]:>5} .. {values[-1]:>5}   time {times:5.2f} {classify(times):<8}"
+            f"memory {sizes:5.2f} {classify(sizes):<8}"
             f"{costs[axis][-1].seconds:8.3f} s {costs[axis][-1].megabytes:8.0f} MB at the end",
             flush=True,
         )
-    (options.output / "cost_growth.json").write_text(json.dumps(described(options, rate, base, costs), default=str))
-    draw(options, title, costs, options.output / "cost_growth.png")
+    (options.output / "cost_growth.json").write_text(json.dumps(describe(options, rate, base, costs), default=str))
+    plot(options, title, costs, options.output / "cost_growth.png")
 
 
 def measure(options: argparse.Namespace, sizes: dict[str, int], device: torch.device) -> Cost:
-    """Median seconds of a step, and what it needs beside the weights."""
+    """Median seconds of a step, and its memory without the weights."""
     torch.manual_seed(0)
     options = argparse.Namespace(**vars(options) | sizes)
     module = make_module(network_of(options), options).to(device)
@@ -103,7 +103,7 @@ def measure(options: argparse.Namespace, sizes: dict[str, int], device: torch.de
             optimizer.step()
             seconds.append(clock(device) - begin)
     num_bytes = memory.peak_bytes - before
-    if device.type == "cpu":  # resident memory keeps what was freed, so that it says little about the next step
+    if device.type == "cpu":  # resident memory does not shrink, so it does not measure the next step
         del loss, optimizer, configured
         module.zero_grad()
         parts = replicated(measure_step(module, batch), 1).parts
@@ -112,7 +112,7 @@ def measure(options: argparse.Namespace, sizes: dict[str, int], device: torch.de
 
 
 def network_of(options: argparse.Namespace) -> dict[str, Any]:
-    """A Llama of this width."""
+    """Configuration of a Llama of these sizes."""
     return {
         "model_type": "llama",
         "vocab_size": options.vocab,
@@ -125,36 +125,40 @@ def network_of(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def slope(values: Sequence[int], numbers: Sequence[float]) -> float:
-    """Of the line through the logarithms: k where the numbers grow like the k-th power of the values."""
+    """Slope of the regression line of the logarithms: k if the numbers are proportional to values ** k."""
     return linear_regression([math.log(value) for value in values], [math.log(number) for number in numbers]).slope
 
 
-def word(slope: float) -> str:
-    """What a slope says."""
-    if abs(slope - 1) <= LINEAR:
+def classify(slope: float) -> str:
+    """A slope in words.
+
+    >>> classify(1.05), classify(0.5)
+    ('linear', 'less')
+    """
+    if abs(slope - 1) <= LINEAR_TOLERANCE:
         return "linear"
     return "less" if slope < 1 else "more"
 
 
-def described(
+def describe(
     options: argparse.Namespace, rate: float, base: dict[str, int], costs: dict[str, list[Cost]]
 ) -> dict[str, Any]:
     """All figures."""
     growth = {}
     for axis, measured in costs.items():
         values: list[int] = getattr(options, axis)
-        of_time, of_memory = (slope(values, numbers) for numbers in zip(*measured, strict=True))
+        time_slope, memory_slope = (slope(values, numbers) for numbers in zip(*measured, strict=True))
         growth[axis] = {
             "values": values,
             "costs": [cost._asdict() for cost in measured],
-            "time_slope": of_time,
-            "memory_slope": of_memory,
+            "time_slope": time_slope,
+            "memory_slope": memory_slope,
         }
     return {"options": vars(options), "gemm_gflops": rate, "base": base, "growth": growth}
 
 
-def draw(options: argparse.Namespace, title: str, costs: dict[str, list[Cost]], path: Path) -> None:
-    """A column for each thing that grows: seconds above, megabytes below, with lines of linear growth."""
+def plot(options: argparse.Namespace, title: str, costs: dict[str, list[Cost]], path: Path) -> None:
+    """A column per size: seconds above, megabytes below, with dotted lines of linear growth."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(3 * len(costs), 6), layout="constrained")
@@ -170,7 +174,7 @@ def draw(options: argparse.Namespace, title: str, costs: dict[str, list[Cost]], 
             panel.set(xlabel=f"{axis} ({AXES[axis][0]})")
             panel.legend()
     for panel, name in zip(panels[:, 0], Cost._fields, strict=True):
-        panel.set(ylabel=f"{name} a step")
+        panel.set(ylabel=f"{name} per step")
     figure.savefig(path, dpi=DOTS_PER_INCH)
 
 

@@ -1,9 +1,9 @@
-"""What a call of partial quadratic decoding costs, in steps of the autoregressive loop over the same model.
+"""Cost of a call of partial quadratic decoding, in steps of autoregressive decoding of the same model.
 
     python -m benchmarks.decoding_calls [--budgets 16 64] [--context 256] [--draft 3]
 
-CPU time of one thread, the least of many repetitions. The model is a Llama with random weights, its LoRA on all linear
-layers. A call reads the newest token and a draft, looks ahead with slots, picks, and proposes the next draft.
+CPU time of one thread, the minimum of many repetitions. The model is a Llama with random weights and LoRA on all linear
+layers. A call reads the last token, a draft and the slots, picks tokens, and makes the next draft.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MODEL = {
     "max_position_embeddings": 4096,
 }
 WINDOW_LENGTH = 16
-RIGHT = 0.7  # share of right tokens that slots are divided by
+ACCEPTANCE_RATE = 0.7  # assumed when slots are allocated
 NUM_REPETITIONS = 40
 NUM_CONSECUTIVE = 8
 
@@ -42,7 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--budgets", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--context", type=int, default=256)
-    parser.add_argument("--draft", type=int, default=3, help="tokens that a call verifies")
+    parser.add_argument("--draft", type=int, default=3, help="draft tokens verified by a call")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the base model")
     options = parser.parse_args()
@@ -59,18 +59,18 @@ def main() -> None:
     calls = {budget: Call(predictor, sampling, options, budget) for budget in (None, *options.budgets)}
     fastest = dict.fromkeys(calls, float("inf"))
     for _ in range(NUM_REPETITIONS):
-        for budget, call in calls.items():  # in turn, so that what slows the machine down slows all down
-            for _ in range(NUM_CONSECUTIVE):  # as in decoding, where the weights are still near from the call before
+        for budget, call in calls.items():  # in turn, so that changes of the machine's speed affect all of them
+            for _ in range(NUM_CONSECUTIVE):  # as in decoding, where the previous call left the weights in the caches
                 fastest[budget] = min(fastest[budget], call.seconds())
     step = fastest[None]
-    print(f"autoregressive step: {1000 * step:.2f} ms; {gemm_rate():.0f} GFLOP/s in a 1024^3 float32 product")
+    print(f"autoregressive step: {1000 * step:.2f} ms; {gemm_rate():.0f} GFLOP/s in a 1024^3 float32 GEMM")
     for budget in options.budgets:
-        print(f"{budget} slots, {options.draft} drafted tokens: {1000 * fastest[budget]:.2f} ms, ", end="")
+        print(f"{budget} slots, {options.draft} draft tokens: {1000 * fastest[budget]:.2f} ms, ", end="")
         print(f"{fastest[budget] / step:.2f} steps")
 
 
 class Call:
-    """A call behind a context, again and again; without a budget, a step of the autoregressive loop."""
+    """A repeatable call after a context; without a budget, a step of autoregressive decoding."""
 
     def __init__(
         self,
@@ -84,7 +84,7 @@ class Call:
         self.budget = budget
         self.num_drafted = options.draft if budget else 0
         self.tokens = torch.zeros(1, 1 + self.num_drafted, dtype=torch.long)
-        self.lengths = CorrectLengths.geometric(RIGHT, WINDOW_LENGTH - 1)
+        self.lengths = CorrectLengths.geometric(ACCEPTANCE_RATE, WINDOW_LENGTH - 1)
         with torch.inference_mode():
             self.context = BatchContext(predictor, settings, [options.context])
             self.context.read(torch.zeros(1, options.context, dtype=torch.long))
@@ -93,7 +93,7 @@ class Call:
 
     @torch.inference_mode()
     def seconds(self) -> float:
-        """CPU seconds; the context is as long as before."""
+        """CPU seconds of a call, which leaves the context unchanged."""
         context, budget, slots = self.context, self.budget, None
         begin = thread_time()
         if budget is not None:
@@ -110,7 +110,7 @@ class Call:
 
 
 def gemm_rate() -> float:
-    """GFLOP/s of this process."""
+    """GFLOP/s of a square matrix product in this process."""
     a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
     fastest = float("inf")
     for _ in range(10):

@@ -1,10 +1,9 @@
-"""What share of a product's rate a plain step reaches, the yardstick for that of `training_step`.
+"""Fraction of the GEMM rate that a step of an unmodified model reaches, as a reference for `training_step`.
 
     python -m benchmarks.plain_step [--model small small-512 small-1024] [--windows 16 64]     one thread of a CPU
 
-A frozen Llama, as transformers makes it, reads whole rows, forward, and backward by its input embeddings, as many rows
-as have the tokens and slots of a step of `training_step`. No window, adapter or optimiser: all that it computes is
-needed.
+A frozen Llama of transformers runs forward, and backward to its input embeddings, on as many tokens as a step of
+`training_step` has tokens and slots. There are no windows, adapters or optimizer, so all operations are required.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch.nn.functional import cross_entropy
 
-from benchmarks.training_step import GIGA, MODELS, gemm_rate, linear_sizes, parsed, timed
+from benchmarks.training_step import GIGA, MODELS, gemm_rate, linear_sizes, parse_options, time_steps
 from ptp_lightning.models import BackboneSettings
 from ptp_lightning.models.backbone import load_backbone
 from ptp_lightning.planning.command import LLAMA
@@ -26,7 +25,7 @@ CPU = torch.device("cpu")
 
 
 def main() -> None:
-    """Measure and print a row for each model and number of windows."""
+    """Measure, and print a row for each model and number of windows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=list(MODELS), nargs="+", default=["small"])
     parser.add_argument("--vocab", type=int, default=2048)
@@ -34,23 +33,23 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    of_windows = parsed([])
-    length = of_windows.row_length
+    defaults = parse_options([])
+    length = defaults.row_length
     for model, windows in itertools.product(options.model, options.windows):
-        rows = math.ceil(of_windows.rows * (length + windows * (of_windows.window_length - 1)) / length)
+        rows = math.ceil(defaults.rows * (length + windows * (defaults.window_length - 1)) / length)
         step = make_step(model, options.vocab, rows, length)
-        timing = timed(step, options.steps, CPU, lambda: gemm_rate(CPU, torch.float32))
+        timing = time_steps(step, options.steps, CPU, lambda: gemm_rate(CPU, torch.float32))
         operations = sum(operations_of_step(model, options.vocab, rows, length))
-        share = operations / GIGA / timing["products"]
+        fraction = operations / GIGA / timing["possible_gigaflop"]
         print(
-            f"{model:>10}  {rows:>3} rows  {timing['seconds']:8.3f} s a step  {share:4.0%} of the product's rate, "
+            f"{model:>10}  {rows:>3} rows  {timing['seconds']:8.3f} s per step  {fraction:4.0%} of the GEMM rate, "
             f"{timing['gemm_gflops']:.0f} GFLOP/s",
             flush=True,
         )
 
 
 def make_step(model: str, vocab: int, rows: int, length: int) -> Callable[[int], None]:
-    """Forward and backward through a frozen model of `training_step`."""
+    """A forward and backward pass through a frozen model of `training_step`."""
     torch.manual_seed(0)
     backbone = load_backbone(BackboneSettings(from_config=LLAMA | MODELS[model] | {"vocab_size": vocab}))
     backbone.requires_grad_(False)
@@ -65,9 +64,9 @@ def make_step(model: str, vocab: int, rows: int, length: int) -> Callable[[int],
 
 
 def operations_of_step(model: str, vocab: int, rows: int, length: int) -> tuple[float, float]:
-    """Floating point operations of a step's linear layers and of attention, where a token sees those up to itself.
+    """Floating point operations of a step: of its linear layers, and of causal attention.
 
-    Counted as by `training_step.needed_operations`: forward, and backward by activations alone.
+    Counted as in `training_step.required_operations`: forward, and backward to activations only.
     """
     width, depth = MODELS[model]["hidden_size"], MODELS[model]["num_hidden_layers"]
     weights = depth * sum(a * b for a, b in linear_sizes(model)) + width * vocab

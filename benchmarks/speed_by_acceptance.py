@@ -1,10 +1,10 @@
-"""How fast partial quadratic decoding would be if drafts were right more often.
+"""Speed of partial quadratic decoding for simulated acceptance rates.
 
-    python -m benchmarks.speed_by_acceptance [--right 0.6 0.7 0.8 0.9 1.0] [--windows 4 8 16]
+    python -m benchmarks.speed_by_acceptance [--acceptance_rates 0.6 0.7 0.8 0.9 1.0] [--windows 4 8 16]
 
-The shipped adapter does all its work; then its draft is thrown away for one whose tokens are right with a given
-probability each. Slots are divided, and their number is chosen, for that probability. CPU time of one thread, against
-the autoregressive loop over the same texts.
+The shipped adapter runs completely; then its draft is replaced by one whose tokens are correct with a given probability
+each (the acceptance rate). The number and allocation of slots are chosen for that rate. CPU time of one thread,
+relative to autoregressive decoding of the same texts.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ NUM_REPETITIONS = 3
 
 
 class ReplacedDraft:
-    """Lets the predictor propose, and proposes something else.
+    """Runs the predictor's drafter, and returns another draft.
 
     Args:
-        own: what the predictor proposes.
-        forced: what is proposed instead.
+        own: drafter of the predictor.
+        forced: returns the draft.
     """
 
     def __init__(self, own: StudentDrafter, forced: ForcedDraft) -> None:
@@ -57,21 +57,21 @@ class ReplacedDraft:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--right", type=float, nargs="+", default=[0.6, 0.7, 0.8, 0.9, 1.0])
+    parser.add_argument("--acceptance_rates", type=float, nargs="+", default=[0.6, 0.7, 0.8, 0.9, 1.0])
     parser.add_argument("--windows", type=int, nargs="+", default=[4, 8, 16])
     options = parser.parse_args()
     torch.set_num_threads(1)
     predictor = load_network()
     prompts = held_out_prompts(predictor)
     for window in options.windows:
-        for right in options.right:
-            slots, tokens_per_call, speed = measure(predictor, prompts, window, right)
-            print(f"window {window:>2}  right {right:.2f}  slots {slots:>3}  ", end="")
-            print(f"{tokens_per_call:5.2f} tokens a call  x {speed:.2f}")
+        for rate in options.acceptance_rates:
+            slots, tokens_per_call, speed = measure(predictor, prompts, window, rate)
+            print(f"window {window:>2}  acceptance rate {rate:.2f}  slots {slots:>3}  ", end="")
+            print(f"{tokens_per_call:5.2f} tokens per call  x {speed:.2f}")
 
 
 def held_out_prompts(predictor: PredictorNetwork) -> list[list[int]]:
-    """Beginnings of files that nothing was trained on."""
+    """First tokens of held-out files."""
     tokenizer = tokenizer_of(predictor)
     documents = (tokenizer.encode(document.text) for document in StandardLibrary().documents("val"))
     long_enough = [token_ids[:PROMPT_TOKENS] for token_ids in documents if len(token_ids) > PROMPT_TOKENS]
@@ -79,12 +79,12 @@ def held_out_prompts(predictor: PredictorNetwork) -> list[list[int]]:
 
 
 def measure(
-    predictor: PredictorNetwork, prompts: list[list[int]], window: int, right: float
+    predictor: PredictorNetwork, prompts: list[list[int]], window: int, acceptance_rate: float
 ) -> tuple[int, float, float]:
-    """Slots of a call, tokens that a call commits, and how much faster than the autoregressive loop it is."""
+    """Slots per call, tokens committed per call, and speed relative to autoregressive decoding."""
     sampling = predictor.config.sampling
     settings = GenerationSettings(sampling, NEW_TOKENS, window_length=window)
-    lengths = CorrectLengths.geometric(right, window - 1)
+    lengths = CorrectLengths.geometric(acceptance_rate, window - 1)
     slots = best_budget(lengths, measure_costs(predictor, settings, lengths, clock=thread_time))
     settings = GenerationSettings(sampling, NEW_TOKENS, window_length=window, slot_budget=slots)
     own = StudentDrafter(predictor.config.objective, predictor.sampler())
@@ -95,7 +95,7 @@ def measure(
             begin = thread_time()
             (reference,) = decode_autoregressively(predictor, [prompt], settings)
             middle = thread_time()
-            forced = ForcedDraft([reference.token_ids], right, predictor.base_model.config.vocab_size)
+            forced = ForcedDraft([reference.token_ids], acceptance_rate, predictor.base_model.config.vocab_size)
             drafter = ReplacedDraft(own, forced)
             (decoded,) = decode_partially_quadratically(predictor, [prompt], settings, drafter=drafter, lengths=lengths)
             end = thread_time()

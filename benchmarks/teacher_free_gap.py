@@ -1,10 +1,11 @@
-"""Perplexity of slots without a teacher, by position, against an autoregressive model that was trained by itself.
+"""Perplexity by position of slots trained without a teacher, compared with a separate autoregressive model.
 
     python -m benchmarks.teacher_free_gap --data PICKUPS.csv.gz --teacher runs/nyc_teacher/model CHECKPOINT ...
 
-All held-out rows, validation and test, with 16 windows a row; auxiliaries are inferred anew `--draws` times. For each
-checkpoint, in per cent: slots over the network's own reading of the tokens, slots over the separate model, and the
-network's own reading over the separate model. Standard errors are those of positions 2 and 16, over windows.
+Uses all held-out rows (validation and test) with 16 windows per row; auxiliary variables are inferred `--draws` times.
+For each checkpoint, in per cent: the perplexity of slots above the network's own autoregressive perplexity, that of
+slots above the separate model, and the network's own autoregressive perplexity above the separate model. Standard
+errors are those of positions 2 and 16, over windows.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from ptp_lightning.auxiliary_strategies import UniformInInterval
 from ptp_lightning.data import PackedBatch, PickUps, SeriesDataModule
 from ptp_lightning.export.checkpoint import load_network
 from ptp_lightning.models.network import PredictorNetwork
-from ptp_lightning.training.modules.inversion import followed_by_nothing, invert
+from ptp_lightning.training.modules.inversion import append_unused_auxiliary, invert
 from ptp_lightning.training.windows.dataset_windows import hidden_before_tokens, window_tokens
 
 LENGTH = 16
-SHOWN = (1, 2, 3, 4, 8, 16)
+PRINTED_POSITIONS = (1, 2, 3, 4, 8, 16)
 
 
 def main() -> None:
@@ -48,20 +49,20 @@ def main() -> None:
         slots, own, separate = (torch.cat(parts) for parts in zip(*nats, strict=True))
         print(f"{path}: {len(slots)} windows")
         for name, difference in {
-            "slots over own reading": slots - own,
-            "slots over separate model": slots - separate,
-            "own reading over separate model": own - separate,
+            "slots / own autoregressive": slots - own,
+            "slots / separate model": slots - separate,
+            "own autoregressive / separate model": own - separate,
         }.items():
-            shown = "  ".join(f"{percent(difference[:, k - 1].mean()):5.2f}" for k in SHOWN)
+            values = "  ".join(f"{percent(difference[:, k - 1].mean()):5.2f}" for k in PRINTED_POSITIONS)
             errors = [percent(difference[:, k - 1].std() / len(difference) ** 0.5) for k in (2, LENGTH)]
             mean = percent(difference[:, 1:].mean())
             print(
-                f"  {name:<32}{shown}   mean of 2 to 16 {mean:.2f}   standard errors {errors[0]:.2f}, {errors[1]:.2f}"
+                f"  {name:<36}{values}   mean of 2 to 16 {mean:.2f}   standard errors {errors[0]:.2f}, {errors[1]:.2f}"
             )
 
 
 def percent(nats: Tensor) -> float:
-    """Of a perplexity that is so many nats higher."""
+    """Increase of the perplexity in per cent, for a difference in nats."""
     return 100 * math.expm1(float(nats))
 
 
@@ -73,7 +74,7 @@ def nats_of(
     num_draws: int,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Nats `[windows, L]` of the windows' tokens: by slots, by the network's own reading, by the separate model."""
+    """Nats `[windows, L]` of tokens: by slots, by the network autoregressively, and by the separate model."""
     context = predictor.encode(batch)
     token_ids, mask = window_tokens(batch, LENGTH)
     whole = mask.all(-1)
@@ -85,13 +86,13 @@ def nats_of(
     by_slots = torch.zeros(int(whole.sum()), LENGTH)
     for _ in range(num_draws):
         auxiliaries = invert(predictor, context, token_ids, UniformInInterval(), generator)
-        hidden = predictor.slot_hidden(context, followed_by_nothing(auxiliaries.values))
+        hidden = predictor.slot_hidden(context, append_unused_auxiliary(auxiliaries.values))
         hidden = torch.cat([context.first_hidden.unsqueeze(2), hidden], dim=2)
         by_slots += of(predictor.slot_logits(hidden)) / num_draws
     own = of(predictor.logits(hidden_before_tokens(context, LENGTH)))
-    places = batch.window_starts.unsqueeze(-1) + torch.arange(LENGTH) - 1
+    positions = batch.window_starts.unsqueeze(-1) + torch.arange(LENGTH) - 1
     logits = teacher(batch.input_ids).logits
-    separate = of(torch.stack([row[at] for row, at in zip(logits, places, strict=True)]))
+    separate = of(torch.stack([row[at] for row, at in zip(logits, positions, strict=True)]))
     return by_slots, own, separate
 
 

@@ -1,11 +1,11 @@
-"""What a training step costs: forward, backward and AdamW of a Llama with gated LoRA on all linear layers.
+"""Cost of a training step: forward, backward and AdamW of a Llama with gated LoRA on all linear layers.
 
     python -m benchmarks.training_step [--vocab 2048 32000] [--windows 16 64]              one thread of a CPU
     python -m benchmarks.training_step --device cuda --dtype bfloat16 --model 1.1b
 
-On a CPU times are CPU seconds of one thread and memory is the peak of resident memory above the start; on a GPU they
-are seconds of the device and its own peak. The GEMM rate of the same process stands beside them, because machines
-differ, and the share of it that the operations reach which a step cannot do without (`needed_operations`).
+On a CPU, times are CPU seconds of one thread, and memory is the peak of resident memory above the start. On a GPU, they
+are wall-clock seconds and the peak of the allocator. Also printed are the GEMM rate of the same process, because
+machines differ, and the fraction of it that the required operations of a step reach (`required_operations`).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from ptp_lightning.utils.randomness import keyed_generator
 
 
 def four_layers(width: int) -> dict[str, Any]:
-    """With heads of 64."""
+    """A Llama of four layers with heads of size 64."""
     return {
         "hidden_size": width,
         "intermediate_size": 4 * width,
@@ -74,11 +74,11 @@ GIGA = 1e9
 PRODUCTS = {"aten::mm": 0, "aten::bmm": 0} | dict.fromkeys(
     ("aten::addmm", "aten::addmm_", "aten::baddbmm", "aten::baddbmm_"), 1
 )
-"""Which of its arguments is the left factor."""
+"""Matrix products, and the index of the argument that is the left factor."""
 
 
-def parsed(args: list[str] | None = None) -> argparse.Namespace:
-    """Options, by default of the command line."""
+def parse_options(args: list[str] | None = None) -> argparse.Namespace:
+    """Options, by default from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=list(MODELS), default="small")
     parser.add_argument("--vocab", type=int, nargs="+", default=[2048, 32000])
@@ -90,16 +90,18 @@ def parsed(args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the base model")
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--dense", action="store_true", help="attend through one mask of all windows of a row")
+    parser.add_argument(
+        "--dense", action="store_true", help="use dense attention with one mask for all windows of a row"
+    )
     parser.add_argument("--compile", action="store_true", help="see configs/strategy/compile.yaml")
-    parser.add_argument("--profile", action="store_true", help="print what takes the time instead, by torch's profiler")
-    parser.add_argument("--json", type=Path, help="a file for the figures")
+    parser.add_argument("--profile", action="store_true", help="print a profile of the operations instead")
+    parser.add_argument("--json", type=Path, help="file for the figures")
     return parser.parse_args(args)
 
 
 def main() -> None:
-    """Measure and print a row for each vocabulary and number of windows."""
-    options = parsed()
+    """Measure, and print a row for each vocabulary and number of windows."""
+    options = parse_options()
     torch.set_num_threads(1)
     device = torch.device(options.device)
     if options.profile:
@@ -107,18 +109,18 @@ def main() -> None:
             profile(options, vocab, windows, device)
         return
     rate = gemm_rate(device, getattr(torch, options.dtype))
-    print(f"{options.model} on {name_of(device)}, {options.dtype}; {rate:.0f} GFLOP/s in a square product")
+    print(f"{options.model} on {device_name(device)}, {options.dtype}; {rate:.0f} GFLOP/s in a square GEMM")
     rows = []
-    # Each in a process of its own: a heap that has grown once has room for what comes next.
-    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as alone:
+    # Each in a new process, because the heap of a process does not shrink.
+    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as executor:
         for vocab, windows in itertools.product(options.vocab, options.windows):
             row = {"vocab": vocab, "windows": windows}
-            row |= alone.submit(measure, options, vocab, windows, device).result()
-            row["share"] = needed_operations(options, vocab, windows) / GIGA / row["products"]
+            row |= executor.submit(measure, options, vocab, windows, device).result()
+            row["fraction"] = required_operations(options, vocab, windows) / GIGA / row["possible_gigaflop"]
             rows.append(row)
             print(
-                "V {vocab:>6}  N {windows:>3}  {seconds:8.3f} s a step  {megabytes:8.0f} MB  "
-                "{share:4.0%} of the product's rate, {gemm_gflops:.0f} GFLOP/s".format(**row),
+                "V {vocab:>6}  N {windows:>3}  {seconds:8.3f} s per step  {megabytes:8.0f} MB  "
+                "{fraction:4.0%} of the GEMM rate, {gemm_gflops:.0f} GFLOP/s".format(**row),
                 flush=True,
             )
     if options.json is not None:
@@ -132,16 +134,21 @@ def measure(
     device: torch.device,
     module: DistillationModule | None = None,
 ) -> dict[str, float]:
-    """What a step takes.
+    """Time and memory of a step.
 
-    The model is one that `build` has made for these options before, or made now.
+    Args:
+        options: see `parse_options`.
+        vocab: V.
+        windows: N.
+        device: of the model.
+        module: created by `build` for these options; by default a new one.
 
     Returns:
-        seconds: the median.
-        megabytes: without those of the model that is there before.
-        gemm_gflops: the product's rate, on a CPU the median of those before each step: machines slow down and recover.
-        products: the median of a step's seconds times the rate before it, the 10^9 operations that products could have
-            made.
+        seconds: median per step.
+        megabytes: peak memory above that before the steps.
+        gemm_gflops: GEMM rate in GFLOP/s; on a CPU the median of the rates before each step, because the speed of a
+            machine changes.
+        possible_gigaflop: median of a step's seconds times the GEMM rate before it.
     """
     module = build(options, vocab, device) if module is None else module
     attention = module.predictor.attention
@@ -150,22 +157,22 @@ def measure(
     step = make_step(module, options, vocab, windows, device)
     torch.set_num_threads(1)
     dtype = getattr(torch, options.dtype)
-    before_all = gemm_rate(device, dtype)
+    rate_before = gemm_rate(device, dtype)
     gc.collect()
     before = torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
     with PeakMemory(device) as memory:
-        # On a GPU the product's matrices would count as the step's memory.
-        timing = timed(
-            step, options.steps, device, lambda: gemm_rate(device, dtype) if device.type == "cpu" else before_all
+        # On a GPU the matrices of the GEMM would count as memory of the step.
+        timing = time_steps(
+            step, options.steps, device, lambda: gemm_rate(device, dtype) if device.type == "cpu" else rate_before
         )
     module.predictor.attention = attention
     return timing | {"megabytes": (memory.peak_bytes - before) / MEGABYTE}
 
 
-def timed(
+def time_steps(
     step: Callable[[int], None], num_steps: int, device: torch.device, gemm_rate_now: Callable[[], float]
 ) -> dict[str, float]:
-    """What `measure` says of the time of steps, once it has warmed up."""
+    """The entries of `measure` about time, after warm-up steps."""
     seconds, rates = [], []
     for number in range(NUM_WARM_UP + num_steps):
         rates.append(gemm_rate_now())
@@ -176,14 +183,14 @@ def timed(
     return {
         "seconds": median(seconds),
         "gemm_gflops": median(rates),
-        "products": median(second * rate for second, rate in zip(seconds, rates, strict=True)),
+        "possible_gigaflop": median(second * rate for second, rate in zip(seconds, rates, strict=True)),
     }
 
 
 def make_step(
     module: DistillationModule, options: argparse.Namespace, vocab: int, windows: int, device: torch.device
 ) -> Callable[[int], None]:
-    """A step of training, which gets its number."""
+    """A training step, called with its number."""
     trained = [parameter for parameter in module.predictor.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=device.type == "cuda")
     torch.manual_seed(1)
@@ -203,7 +210,7 @@ def make_step(
 
 
 def profile(options: argparse.Namespace, vocab: int, windows: int, device: torch.device) -> None:
-    """Print which operations of a step take the time of a CPU, and how fast and how needed matrix products are."""
+    """Print the CPU time of the operations of a step, and the rate and the required fraction of matrix products."""
     torch.set_num_threads(1)
     step = make_step(build(options, vocab, device), options, vocab, windows, device)
     for number in range(NUM_WARM_UP):
@@ -212,28 +219,32 @@ def profile(options: argparse.Namespace, vocab: int, windows: int, device: torch
         step(NUM_WARM_UP)
     operations = profiled.key_averages()
     print(operations.table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=40))
-    products = [one for one in profiled.key_averages(group_by_input_shape=True) if one.key in PRODUCTS]
-    # A product that another one is made of does the work, and is listed, too.
-    products = [one for one in products if one.self_cpu_time_total > one.cpu_time_total / 2]
-    micros = sum(one.self_cpu_time_total for one in products)
-    share = micros / sum(one.self_cpu_time_total for one in operations)
-    made = sum(one.count * operations_of(one.input_shapes[PRODUCTS[one.key] :]) for one in products)
-    needed, rate = needed_operations(options, vocab, windows), gemm_rate(device, getattr(torch, options.dtype))
+    products = [event for event in profiled.key_averages(group_by_input_shape=True) if event.key in PRODUCTS]
+    # Products that only call another listed product are skipped.
+    products = [event for event in products if event.self_cpu_time_total > event.cpu_time_total / 2]
+    micros = sum(event.self_cpu_time_total for event in products)
+    fraction = micros / sum(event.self_cpu_time_total for event in operations)
+    executed = sum(event.count * operations_of(event.input_shapes[PRODUCTS[event.key] :]) for event in products)
+    required, rate = required_operations(options, vocab, windows), gemm_rate(device, getattr(torch, options.dtype))
     print(
-        f"V {vocab}  N {windows}: products take {share:.0%} of the time at "
-        f"{made / micros * MICROSECONDS_PER_SECOND / GIGA / rate:.0%} of the square product's rate; "
-        f"{needed / made:.0%} of them are needed"
+        f"V {vocab}  N {windows}: products take {fraction:.0%} of the time, at "
+        f"{executed / micros * MICROSECONDS_PER_SECOND / GIGA / rate:.0%} of the GEMM rate; "
+        f"{required / executed:.0%} of their operations are required"
     )
 
 
 def operations_of(shapes: Sequence[Sequence[int]]) -> int:
-    """Of a product of `[..., m, k]` and `[..., k, n]`."""
+    """Floating point operations of a product of `[..., m, k]` and `[..., k, n]`.
+
+    >>> operations_of([[2, 3], [3, 4]])
+    48
+    """
     left, right = shapes[:2]
     return 2 * math.prod(left) * right[-1]
 
 
 def build(options: argparse.Namespace, vocab: int, device: torch.device) -> DistillationModule:
-    """The model of the options."""
+    """Create the model of the options."""
     torch.manual_seed(0)
     module = make_module(LLAMA | MODELS[options.model] | {"vocab_size": vocab}, options).to(device)
     if options.compile:
@@ -242,7 +253,7 @@ def build(options: argparse.Namespace, vocab: int, device: torch.device) -> Dist
 
 
 def make_module(network: dict[str, Any], options: argparse.Namespace) -> DistillationModule:
-    """Gated LoRA on all linear layers of a model of this configuration, trained on the rows' own tokens."""
+    """Gated LoRA on all linear layers of a model of this configuration, trained on the tokens of the rows."""
     config = PredictorConfig(
         BackboneSettings(from_config=network, dtype=options.dtype),
         objective=OneHotObjective(),
@@ -254,7 +265,7 @@ def make_module(network: dict[str, Any], options: argparse.Namespace) -> Distill
 
 
 def random_batch(options: argparse.Namespace, vocab: int, windows: int) -> PackedBatch:
-    """Rows of one document each, windows anywhere in them."""
+    """Rows of one document each, with windows at random positions."""
     shape = (options.rows, options.row_length)
     starts = torch.randint(1, options.row_length - options.window_length, (options.rows, windows))
     return PackedBatch(
@@ -266,12 +277,12 @@ def random_batch(options: argparse.Namespace, vocab: int, windows: int) -> Packe
     )
 
 
-def needed_operations(options: argparse.Namespace, vocab: int, windows: int) -> float:
-    """Floating point operations of a step's matrix products, each where it is needed and once.
+def required_operations(options: argparse.Namespace, vocab: int, windows: int) -> float:
+    """Floating point operations of the matrix products that a step requires.
 
-    The context forward without gradient; the teacher's head at tokens of windows; slots forward, and backward by
-    activations and adapters alone; a slot's attention over its own context and window, whose gradients by the context's
-    keys and values are not needed; the head forward and backward for every slot.
+    These are: the context forward, without gradient; the teacher's head at tokens of windows; slots forward, and
+    backward to activations and adapters; attention of slots to their context and window, without gradients of the
+    context's keys and values; and the head forward and backward for all slots.
     """
     width, depth = MODELS[options.model]["hidden_size"], MODELS[options.model]["num_hidden_layers"]
     sizes = linear_sizes(options.model)
@@ -284,22 +295,22 @@ def needed_operations(options: argparse.Namespace, vocab: int, windows: int) -> 
     pairs_in_context = tokens * (options.row_length + 1) / 2
     pairs_with_context = int(starts.sum()) * (length - 1)
     pairs_in_windows = slots * length / 2
-    of_stack = 2 * tokens * weights + slots * (4 * weights + 6 * adapters)
-    of_attention = 4 * width * (pairs_in_context + 2 * pairs_with_context + 3 * pairs_in_windows)
-    return depth * (of_stack + of_attention) + 2 * width * vocab * (tokens_of_windows + 2 * slots)
+    layers = 2 * tokens * weights + slots * (4 * weights + 6 * adapters)
+    attention = 4 * width * (pairs_in_context + 2 * pairs_with_context + 3 * pairs_in_windows)
+    return depth * (layers + attention) + 2 * width * vocab * (tokens_of_windows + 2 * slots)
 
 
 def linear_sizes(model: str) -> list[tuple[int, int]]:
-    """Features in and out of each linear layer of a decoder layer."""
+    """(input, output) features of each linear layer of a decoder layer."""
     network = MODELS[model]
     width, inner, heads = network["hidden_size"], network["intermediate_size"], network["num_attention_heads"]
-    of_keys = width * network.get("num_key_value_heads", heads) // heads
-    attention = [(width, width), (width, of_keys), (width, of_keys), (width, width)]
+    key_width = width * network.get("num_key_value_heads", heads) // heads
+    attention = [(width, width), (width, key_width), (width, key_width), (width, width)]
     return [*attention, (width, inner), (width, inner), (inner, width)]
 
 
 def clock(device: torch.device) -> float:
-    """Seconds: of this thread's CPU time, or of the wall clock once the device has done its work."""
+    """Seconds: CPU time of this thread, or wall-clock time after the device has finished."""
     if device.type == "cpu":
         return thread_time()
     torch.cuda.synchronize(device)
@@ -318,8 +329,8 @@ def gemm_rate(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / fastest / GIGA
 
 
-def name_of(device: torch.device) -> str:
-    """What runs it."""
+def device_name(device: torch.device) -> str:
+    """Name of the device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "one CPU thread"
 
 

@@ -1,1 +1,1 @@
-"""Everything that needs a GPU, in one command: the tests marked `gpu`, and what training and decoding take."""
+"""All checks that need a GPU in one command: the tests marked `gpu`, and benchmarks of training and decoding."""

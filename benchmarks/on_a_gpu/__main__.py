@@ -1,12 +1,12 @@
-"""Everything that needs a GPU, in one command of less than ten minutes, without a network.
+"""All checks that need a GPU in one command, in less than ten minutes and without a network.
 
     python -m benchmarks.on_a_gpu --output runs/on_a_gpu
-    python -m benchmarks.on_a_gpu --output runs/on_a_gpu --device cpu      the same parts, tiny, in a minute
+    python -m benchmarks.on_a_gpu --output runs/on_a_gpu --device cpu      the same parts with tiny models, in a minute
 
-Runs the tests marked `gpu`, steps of training with windows by blocks and with one dense mask, and decoding against
-`transformers.generate`, with CUDA graphs for both. Each part has a process and a share of the time: if it crashes or
-takes too long, the report says so and the next one has its turn. `report.json` and `report.md` are written anew after
-each part, tables are printed as they come, and the exit status is 0 if nothing failed.
+Runs the tests marked `gpu`, training steps with block attention and with dense attention, and decoding compared with
+`transformers.generate`, with and without CUDA graphs. Each part runs in its own process with a time limit. If it
+crashes or exceeds the limit, the report says so, and the next part runs. `report.json` and `report.md` are updated
+after each part, tables are printed, and the exit status is 0 if nothing failed.
 """
 
 from __future__ import annotations
@@ -24,33 +24,33 @@ from benchmarks.on_a_gpu.parts import PARTS
 from benchmarks.on_a_gpu.process import ROOT, Part, run_part
 from benchmarks.on_a_gpu.report import Report, as_text
 
-MINUTES = 9.5  # with what Python needs to end, less than ten
+MINUTES = 9.5  # less than ten with the start and end of Python
 SECONDS_PER_MINUTE = 60
 
 
-def main(words: Sequence[str] | None = None) -> int:
-    """Measure, print and write; returns the exit status."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run all parts; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.on_a_gpu",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--output", type=Path, required=True, help="folder of the reports and of what parts print")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the reports and of the output of parts")
     parser.add_argument("--device", choices=list(PARTS), default="cuda")
-    parser.add_argument("--minutes", type=float, default=MINUTES, help="after which the last part is stopped")
-    words = sys.argv[1:] if words is None else words
-    options = parser.parse_args(words)
-    return run(PARTS[options.device], options.output, options.minutes, shlex.join([*parser.prog.split(), *words]))
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="time limit of all parts")
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = parser.parse_args(arguments)
+    return run(PARTS[options.device], options.output, options.minutes, shlex.join([*parser.prog.split(), *arguments]))
 
 
 def run(parts: Sequence[Part], folder: Path, minutes: float, command: str) -> int:
-    """Run the parts one after the other; what one leaves of its time is shared among those that follow.
+    """Run the parts one after another; unused time of a part is divided among the following parts.
 
     Args:
-        parts: what to run.
-        folder: gets the reports.
-        minutes: for all.
-        command: that was typed.
+        parts: to run.
+        folder: of the reports.
+        minutes: time limit of all parts.
+        command: the command line, for the report.
 
     Returns:
         0 if nothing failed, else 1.
@@ -59,8 +59,8 @@ def run(parts: Sequence[Part], folder: Path, minutes: float, command: str) -> in
     begin = monotonic()
     report = Report(datetime.now().astimezone().isoformat(timespec="seconds"), commit(), command)
     for number, part in enumerate(parts):
-        left = max(0.0, minutes * SECONDS_PER_MINUTE - (monotonic() - begin))
-        limit = left * part.share / sum(one.share for one in parts[number:])
+        remaining = max(0.0, minutes * SECONDS_PER_MINUTE - (monotonic() - begin))
+        limit = remaining * part.weight / sum(other.weight for other in parts[number:])
         report.parts.append(run_part(part, limit, folder))
         report.seconds = monotonic() - begin
         report.write(folder)
@@ -73,14 +73,14 @@ def run(parts: Sequence[Part], folder: Path, minutes: float, command: str) -> in
 
 
 def commit() -> str:
-    """Of the repository, and whether files differ from it."""
+    """The commit of the repository, marked as dirty if files differ from it."""
     try:
-        said = subprocess.run(
+        result = subprocess.run(
             ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=True
         )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return said.stdout.strip()
+    return result.stdout.strip()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How slots are divided among branches, and what a call with them commits in the long run."""
+"""Allocation of slots to branches, and the expected number of tokens that a call commits."""
 
 from __future__ import annotations
 
@@ -11,62 +11,70 @@ import numpy as np
 from ptp_lightning.decoding import CorrectLengths
 from ptp_lightning.decoding.slot_allocation import allocate
 
-SMALLEST_GAIN = 1e-4  # of tokens and rates
+TOLERANCE = 1e-4  # of expected tokens and of acceptance rates
 NUM_DOUBLINGS = 12
 
 
 @cache
-def best_branches(longest: int, num_slots: int, right: float) -> tuple[int, ...]:
-    """The division of slots among branches that commits most tokens, as far as moving single slots finds it.
+def best_branches(longest: int, num_slots: int, acceptance_rate: float) -> tuple[int, ...]:
+    """The allocation of slots that commits most tokens, found by moving single slots between branches.
 
     Args:
-        longest: D, most slots of a branch.
-        num_slots: at most D * (D + 1), which is all that branches can hold.
-        right: see `expected_tokens`.
+        longest: D, maximum number of slots of a branch.
+        num_slots: at most D * (D + 1), the capacity of all branches.
+        acceptance_rate: see `expected_tokens`.
     """
-    branches = list(allocate(CorrectLengths.geometric(right, longest), longest, num_slots))
-    best = expected_tokens(branches, right)
+    branches = list(allocate(CorrectLengths.geometric(acceptance_rate, longest), longest, num_slots))
+    best = expected_tokens(branches, acceptance_rate)
     moves = list(permutations(range(longest + 1), 2))
     improved = True
     while improved:
         improved = False
-        for giver, taker in moves:
-            if branches[giver] == 0 or branches[taker] == longest:
+        for source, target in moves:
+            if branches[source] == 0 or branches[target] == longest:
                 continue
             changed = list(branches)
-            changed[giver], changed[taker] = changed[giver] - 1, changed[taker] + 1
-            expected = expected_tokens(changed, right)
-            if expected > best + SMALLEST_GAIN:
+            changed[source], changed[target] = changed[source] - 1, changed[target] + 1
+            expected = expected_tokens(changed, acceptance_rate)
+            if expected > best + TOLERANCE:
                 branches, best, improved = changed, expected, True
     return tuple(branches)
 
 
-def break_even(branches: Sequence[int], steps: float) -> float | None:
-    """The rate of right tokens with which a call of so many steps commits as many tokens; None if none is enough."""
-    if expected_tokens(branches, 1.0) < steps:
+def break_even_acceptance_rate(branches: Sequence[int], call_cost: float) -> float | None:
+    """The acceptance rate at which a call commits `call_cost` tokens; None if no rate suffices.
+
+    Args:
+        branches: see `expected_tokens`.
+        call_cost: of a call, in steps of autoregressive decoding.
+    """
+    if expected_tokens(branches, 1.0) < call_cost:
         return None
     below, above = 0.0, 1.0
-    while above - below > SMALLEST_GAIN:
+    while above - below > TOLERANCE:
         middle = (below + above) / 2
-        below, above = (below, middle) if expected_tokens(branches, middle) >= steps else (middle, above)
+        below, above = (below, middle) if expected_tokens(branches, middle) >= call_cost else (middle, above)
     return above
 
 
-def expected_tokens(branches: Sequence[int], right: float) -> float:
-    """Tokens that a call commits in the long run, whose branches are the same however long its draft is.
+def expected_tokens(branches: Sequence[int], acceptance_rate: float) -> float:
+    """Mean number of tokens that a call commits, if all calls have the same branches.
 
     Args:
-        branches: slots after 0, 1, .. D correct tokens.
-        right: probability of each token of a draft, if those before it are right.
+        branches: slots after 0, 1, .. D correct tokens of a draft.
+        acceptance_rate: probability that a token of a draft is correct, given that those before it are.
+
+    >>> expected_tokens((2, 2, 2), acceptance_rate=0.0)
+    1.0
     """
     longest = len(branches) - 1
-    survival = right ** np.arange(longest + 1.0)
+    survival = acceptance_rate ** np.arange(longest + 1.0)
     committed = survival.cumsum()  # by a draft of 0, 1, .. D tokens
-    moves = np.zeros((longest + 1, longest + 1))  # from the length of a draft to that of the next
+    moves = np.zeros((longest + 1, longest + 1))  # transition matrix of the length of a draft
     for length in range(longest + 1):
         np.add.at(moves[length], list(branches[: length + 1]), -np.diff([*survival[: length + 1], 0.0]))
-    shares = np.eye(longest + 1)[0]  # the first draft has no token
-    for _ in range(NUM_DOUBLINGS):  # the mean over 2, 4, 8 .. calls: perfect drafts go round in circles
-        shares = (shares + shares @ moves) / 2
+    distribution = np.eye(longest + 1)[0]  # the first draft is empty
+    for _ in range(NUM_DOUBLINGS):  # mean over 2, 4, 8, .. calls, because the lengths of correct drafts are periodic
+        distribution = (distribution + distribution @ moves) / 2
         moves = moves @ moves
-    return float(shares @ committed)
+    return float(distribution @ committed)

@@ -1,4 +1,4 @@
-"""The machine and the libraries. How fast products of matrices are stands beside the figures that depend on it."""
+"""The machine and the versions of libraries."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ GIGABYTE = 1e9
 
 
 def rows(record: Record, *, device: str) -> None:
-    """What it is.
+    """Record the machine.
 
     Raises:
-        RuntimeError: the device is not there.
+        RuntimeError: the device does not exist.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise RuntimeError("expected a CUDA device for --device cuda, found none: use --device cpu")
@@ -44,7 +44,7 @@ def description(device: torch.device) -> dict[str, Figure]:
 
 
 def _driver() -> str:
-    """Its version, if the driver's own tool is there to say it."""
+    """Version of the NVIDIA driver, if nvidia-smi is installed."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.split()[0]

@@ -1,18 +1,17 @@
-"""Tests as rows: each is recorded as soon as it is done."""
+"""Runs tests and records each as a row as soon as it has finished."""
 
 from __future__ import annotations
 
 import pytest
 
-from benchmarks.on_a_gpu.rows import LONGEST_REASON, Record, Row
+from benchmarks.on_a_gpu.rows import MAX_REASON_LENGTH, Record, Row
 
 
 def rows(record: Record, *, options: list[str]) -> None:
-    """Run pytest, in this process unless the options say otherwise. What tests print is captured, but for what their
-    own processes print.
+    """Run pytest, by default in this process. The output of tests is captured, except that of their child processes.
 
     Raises:
-        RuntimeError: it could not run the tests, or found none.
+        RuntimeError: pytest could not run the tests, or found none.
     """
     status = pytest.main(
         ["-n", "0", "--capture", "sys", "-p", "no:cacheprovider", *options], plugins=[_Recorder(record)]
@@ -22,38 +21,38 @@ def rows(record: Record, *, options: list[str]) -> None:
 
 
 class _Recorder:
-    """A plugin of pytest.
+    """A pytest plugin.
 
     Args:
-        record: takes the rows.
+        record: receives the rows.
     """
 
     def __init__(self, record: Record) -> None:
         self._record = record
         self._seconds: dict[str, float] = {}
-        self._said: dict[str, pytest.TestReport] = {}
+        self._reports: dict[str, pytest.TestReport] = {}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Of set-up, the test itself and tear-down, in turn."""
+        """Called for set-up, call and tear-down of each test."""
         test = report.nodeid
         self._seconds[test] = self._seconds.get(test, 0.0) + report.duration
-        if test not in self._said or report.failed or (not self._said[test].failed and report.when == "call"):
-            self._said[test] = report
+        if test not in self._reports or report.failed or (not self._reports[test].failed and report.when == "call"):
+            self._reports[test] = report
         if report.when == "teardown":
-            said = self._said.pop(test)
-            reason = _last_line(said) if said.failed else None
-            printed = said.capstdout.strip().splitlines()[-1:]
-            figures = {"outcome": said.outcome, "seconds": self._seconds.pop(test), "printed": "".join(printed)}
+            outcome = self._reports.pop(test)
+            reason = _failure_line(outcome) if outcome.failed else None
+            printed = outcome.capstdout.strip().splitlines()[-1:]
+            figures = {"outcome": outcome.outcome, "seconds": self._seconds.pop(test), "printed": "".join(printed)}
             self._record(Row(test.removeprefix("tests/"), figures, reason))
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
-        """Of a file that cannot even be read."""
+        """Called for each collected file."""
         if report.failed:
-            self._record(Row(report.nodeid, {"outcome": "failed"}, _last_line(report)))
+            self._record(Row(report.nodeid, {"outcome": "failed"}, _failure_line(report)))
 
 
-def _last_line(report: pytest.TestReport | pytest.CollectReport) -> str:
-    """What pytest says of a failure: the first line that it marks with E, else the last of all."""
+def _failure_line(report: pytest.TestReport | pytest.CollectReport) -> str:
+    """The first line of a failure that pytest marks with E, or else the last line."""
     lines = [line for line in report.longreprtext.splitlines() if line.strip()]
     marked = [line.removeprefix("E").strip() for line in lines if line.startswith("E ")]
-    return (marked or lines[-1:] or ["no reason was given"])[0][:LONGEST_REASON]
+    return (marked or lines[-1:] or ["no reason given"])[0][:MAX_REASON_LENGTH]

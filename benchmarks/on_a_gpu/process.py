@@ -1,8 +1,8 @@
-"""A part of the run in a process of its own: it may crash, hang or poison its CUDA context, and the others go on.
+"""Runs a part in its own process, so that a crash, a hang or a CUDA error does not affect other parts.
 
     python -m benchmarks.on_a_gpu.process MODULE:FUNCTION ARGUMENTS_JSON ROWS_FILE
 
-calls the function with a recorder and the arguments. A row is in the file as soon as it has been recorded.
+calls the function with a recorder and the arguments. Each row is written to the file immediately.
 """
 
 from __future__ import annotations
@@ -19,46 +19,46 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from benchmarks.on_a_gpu.rows import Row, in_short
+from benchmarks.on_a_gpu.rows import Row, summarize
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
-    "OMP_NUM_THREADS": "1",  # threads of the host only wait for each other while a GPU works
+    "OMP_NUM_THREADS": "1",  # more host threads do not help while a GPU computes
     "PYTHONUNBUFFERED": "1",
 }
 
 
 @dataclass(frozen=True)
 class Part:
-    """Something to measure.
+    """A part of a run.
 
     Args:
-        name: of it, in the report.
-        function: `module:function`, which gets a recorder of rows first, then `arguments` by name.
-        arguments: plain data.
-        share: of the time that is left, in comparison with the parts that follow.
-        is_required: whether none can follow if it fails.
+        name: in the report.
+        function: `module:function`, called with a recorder of rows and with `arguments` by name.
+        arguments: JSON data.
+        weight: the remaining time is divided among the remaining parts in proportion to their weights.
+        is_required: whether the run ends if this part fails.
     """
 
     name: str
     function: str
     arguments: Mapping[str, Any]
-    share: float
+    weight: float
     is_required: bool = False
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a part.
+    """The outcome of a part.
 
     Attributes:
         name: of the part.
-        rows: as many as were recorded.
-        seconds: that it took.
-        limit_seconds: that it had.
-        reason: why it ended early; None if it did not.
+        rows: recorded.
+        seconds: duration.
+        limit_seconds: time limit.
+        reason: why the process failed or was stopped; None if it succeeded.
     """
 
     name: str
@@ -69,17 +69,17 @@ class Outcome:
 
     @property
     def passed(self) -> bool:
-        """Whether it recorded something, and no failure."""
+        """Whether there are rows, and no failure."""
         return bool(self.rows) and self.reason is None and all(row.reason is None for row in self.rows)
 
 
 def run_part(part: Part, limit_seconds: float, folder: Path) -> Outcome:
-    """Run it until it ends or its time is over.
+    """Run a part until it ends or exceeds its time limit.
 
     Args:
-        part: what to run.
-        limit_seconds: after which the process and all that it has started are killed.
-        folder: gets `NAME.rows.jsonl` and what the process prints, `NAME.log`.
+        part: to run.
+        limit_seconds: after which the process and its children are killed.
+        folder: of the rows, `NAME.rows.jsonl`, and of the output, `NAME.log`.
     """
     stem = part.name.replace(" ", "_")
     rows, log = folder / f"{stem}.rows.jsonl", folder / f"{stem}.log"
@@ -94,7 +94,7 @@ def run_part(part: Part, limit_seconds: float, folder: Path) -> Outcome:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # so that what it starts can be ended with it
+            start_new_session=True,  # so that its children can be killed with it
         )
         try:
             status: int | None = process.wait(limit_seconds)
@@ -108,7 +108,7 @@ def run_part(part: Part, limit_seconds: float, folder: Path) -> Outcome:
 
 
 def _read(file: Path) -> list[Row]:
-    """Rows that were written whole."""
+    """All completely written rows."""
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
     return [Row(**json.loads(line)) for line in lines if line.endswith("\n")]
 
@@ -118,13 +118,13 @@ def _reason(status: int | None, limit_seconds: float, log: Path) -> str | None:
         return None
     if status is None:
         return f"stopped after its {limit_seconds:.0f} s"
-    said = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    how = f"ended by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
-    return f"{how}: {said[-1].strip()}" if said else how
+    output = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    status_text = f"ended by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+    return f"{status_text}: {output[-1].strip()}" if output else status_text
 
 
 def main(function: str, arguments: str, file: str) -> None:
-    """What the process does."""
+    """Entry point of the process."""
     with Path(file).open("a", encoding="utf-8") as rows:
 
         def record(row: Row) -> None:
@@ -135,7 +135,7 @@ def main(function: str, arguments: str, file: str) -> None:
         try:
             pkgutil.resolve_name(function)(record, **json.loads(arguments))
         except Exception as error:
-            print(in_short(error), file=sys.stderr)  # behind the traceback, so that it is the last line
+            print(summarize(error), file=sys.stderr)  # after the traceback, so that it is the last line
             raise SystemExit(1) from error
 
 

@@ -1,4 +1,4 @@
-"""The report of a run: `report.json` for programs, `report.md` to be pasted into RESULTS.md, and a table to look at."""
+"""The report of a run: `report.json` for programs, `report.md` for RESULTS.md, and printed tables."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ from pathlib import Path
 
 from benchmarks.on_a_gpu.process import Outcome
 from benchmarks.on_a_gpu.rows import Figure, Row
+from ptp_lightning.utils.atomic_files import write_atomically
 
-SMALL_ENOUGH = 10_000  # for numbers with three digits that count
+MAX_ROUNDED = 10_000  # smaller numbers are shown with three significant digits
 
 
 @dataclass
 class Report:
-    """All of it, so far.
+    """The content of a report.
 
     Attributes:
-        date: of the start, ISO.
+        date: of the start, in ISO format.
         commit: of the repository.
-        command: that was typed.
-        parts: that have ended.
-        seconds: so far.
+        command: the command line.
+        parts: finished parts.
+        seconds: since the start.
     """
 
     date: str
@@ -34,17 +35,15 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """Whether every part did."""
+        """Whether all parts passed."""
         return bool(self.parts) and all(part.passed for part in self.parts)
 
     def write(self, folder: Path) -> None:
-        """Write both files, each at once: whoever reads, or stops the run, never meets half of one."""
+        """Write both files atomically."""
         content = asdict(self) | {"passed": self.passed}
         texts = {"report.json": json.dumps(content, indent=2) + "\n", "report.md": self.as_markdown()}
         for name, text in texts.items():
-            unfinished = folder / f"{name}.part"
-            unfinished.write_text(text, encoding="utf-8")
-            unfinished.replace(folder / name)
+            write_atomically(folder / name, text.encode())
 
     def as_markdown(self) -> str:
         """A section of RESULTS.md."""
@@ -59,28 +58,28 @@ class Report:
 
 
 def as_text(part: Outcome) -> str:
-    """A part as tables of aligned columns, and what went wrong."""
-    said = [f"== {part.name}: {part.seconds:.0f} s of at most {part.limit_seconds:.0f} s"]
+    """A part as tables with aligned columns, and its failures."""
+    lines = [f"== {part.name}: {part.seconds:.0f} s of at most {part.limit_seconds:.0f} s"]
     labels = max((len(row.label) for row in part.rows), default=0)
     for table in tables(part.rows):
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         for label, *figures in table:
             aligned = [figure.rjust(width) for figure, width in zip(figures, widths[1:], strict=True)]
-            said.append("  ".join([label.ljust(labels), *aligned]).rstrip())
-    return "\n".join([*said, *(f"failed: {reason}" for reason in reasons(part))]) + "\n"
+            lines.append("  ".join([label.ljust(labels), *aligned]).rstrip())
+    return "\n".join([*lines, *(f"failed: {reason}" for reason in reasons(part))]) + "\n"
 
 
 def tables(rows: Sequence[Row]) -> list[list[list[str]]]:
-    """Rows that follow each other with the same figures, with these names above them; failures are not among them."""
+    """Tables of consecutive rows with the same figures, each with a header; failed rows are skipped."""
     found = []
-    for names, alike in groupby((row for row in rows if row.reason is None), lambda row: tuple(row.figures)):
+    for names, group in groupby((row for row in rows if row.reason is None), lambda row: tuple(row.figures)):
         head = ["", *(name.replace("_", " ") for name in names)]
-        found.append([head, *([row.label, *map(_shown, row.figures.values())] for row in alike)])
+        found.append([head, *([row.label, *map(_format, row.figures.values())] for row in group)])
     return found
 
 
 def reasons(part: Outcome) -> list[str]:
-    """Of all failures in a part."""
+    """Messages of all failures in a part."""
     found = [f"{row.label}: {row.reason}" for row in part.rows if row.reason is not None]
     if part.reason is not None:
         found.append(f"{part.name}: {part.reason}")
@@ -89,9 +88,9 @@ def reasons(part: Outcome) -> list[str]:
     return found
 
 
-def _shown(figure: Figure) -> str:
+def _format(figure: Figure) -> str:
     if figure is None:
         return ""
     if isinstance(figure, float):
-        return f"{figure:,.0f}" if abs(figure) >= SMALL_ENOUGH else f"{figure:#.3g}".rstrip(".")
+        return f"{figure:,.0f}" if abs(figure) >= MAX_ROUNDED else f"{figure:#.3g}".rstrip(".")
     return str(figure)

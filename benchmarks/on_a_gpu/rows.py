@@ -1,4 +1,4 @@
-"""Rows: what the parts of a run on a GPU find, one line of the report each."""
+"""Rows: measurements of the parts of a run, one line of the report each."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 Figure: TypeAlias = float | int | str | None
-LONGEST_REASON = 300  # characters
+MAX_REASON_LENGTH = 300  # characters
 
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement, or why there is none.
+    """A measurement, or the reason of its failure.
 
     Args:
         label: what was measured.
-        figures: by name, units in the names.
-        reason: of a failure; None if there was none.
+        figures: by name; names contain units.
+        reason: of a failure, or None.
     """
 
     label: str
@@ -29,21 +29,25 @@ Record: TypeAlias = Callable[[Row], None]
 
 
 def attempt(record: Record, label: str, measure: Callable[[], dict[str, Figure]]) -> dict[str, Figure] | None:
-    """Record what a measurement returns, or the reason why it raised, so that the next one has its turn.
+    """Record the result of a measurement, or the error that it raises.
 
     Returns:
-        Its figures; None if it raised.
+        The figures; None if it raised an error.
     """
     try:
         figures = measure()
     except Exception as error:
-        record(Row(label, reason=in_short(error)))
+        record(Row(label, reason=summarize(error)))
         return None
     record(Row(label, figures))
     return figures
 
 
-def in_short(error: BaseException) -> str:
-    """Kind of an error and the first line of what it says."""
+def summarize(error: BaseException) -> str:
+    """Type of an error and the first line of its message.
+
+    >>> summarize(ValueError("wrong\\nmore"))
+    'ValueError: wrong'
+    """
     lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"[:LONGEST_REASON].removesuffix(": ")
+    return f"{type(error).__name__}: {lines[0]}"[:MAX_REASON_LENGTH].removesuffix(": ")

@@ -1,4 +1,4 @@
-"""The benchmark of growth: slopes are exponents, and a run leaves its figures and its picture."""
+"""The benchmark of growth: slopes are exponents, and a run writes both files."""
 
 import json
 import sys
@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.cost_growth import main, slope, word
+from benchmarks.cost_growth import classify, main, slope
 
 
 @pytest.mark.parametrize(("exponent", "expected"), [(0, "less"), (0.95, "linear"), (1, "linear"), (1.2, "more")])
 def test_slopes_are_exponents(exponent: float, expected: str) -> None:
     found = slope([2, 4, 8, 16], [3 * value**exponent for value in (2, 4, 8, 16)])
     assert found == pytest.approx(exponent)
-    assert word(found) == expected
+    assert classify(found) == expected
 
 
 def test_a_run_prints_slopes_and_writes_both_files(
@@ -33,7 +33,7 @@ def test_a_run_prints_slopes_and_writes_both_files(
     result = json.loads((tmp_path / "growth" / "cost_growth.json").read_text())
     assert (tmp_path / "growth" / "cost_growth.png").read_bytes().startswith(b"\x89PNG")
     assert result["base"] == {axis: pair[1] for axis, pair in sizes.items()}
-    # Nearly all of a step is what N (L - 1) slots keep, of which twice as many take twice as much.
+    # Most memory of a step is saved for N (L - 1) slots, so it is proportional to N.
     growth = {axis: entry["memory_slope"] for axis, entry in result["growth"].items()}
     assert growth["windows"] == pytest.approx(1, abs=0.1)
     assert growth["vocab"] < 0.1

@@ -1,4 +1,4 @@
-"""The one command for a GPU: its parts on a CPU, and what becomes of parts that fail."""
+"""The command for a GPU: its parts on a CPU, and parts that fail."""
 
 import json
 import math
@@ -18,11 +18,11 @@ from benchmarks.on_a_gpu.rows import Record, Row, attempt
 COMMAND = "python -m benchmarks.on_a_gpu"
 
 
-def sound(record: Record) -> None:
+def passing(record: Record) -> None:
     record(Row("first", {"seconds": 2.5}))
 
 
-def broken(record: Record) -> None:
+def failing(record: Record) -> None:
     record(Row("before", {"seconds": 1.0}))
     raise RuntimeError("CUDA error: no kernel image\nis available")
 
@@ -45,8 +45,8 @@ def with_a_failing_row(record: Record) -> None:
     attempt(record, "small", lambda: {"seconds": 3})
 
 
-def part(function: Any, share: float = 1.0) -> Part:
-    return Part(function.__name__, f"{__name__}:{function.__name__}", {}, share)
+def part(function: Any, weight: float = 1.0) -> Part:
+    return Part(function.__name__, f"{__name__}:{function.__name__}", {}, weight)
 
 
 def run(folder: Path, *parts: Part, minutes: float = 1.0) -> tuple[int, dict[str, Any]]:
@@ -75,11 +75,11 @@ def test_every_part_has_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert all(row["tokens_per_s"] > 0 and row["same_tokens"] == "12 of 12" for row in timed.values())
         assert timed["partial quadratic, graphs" if part == "decoding small" else "speculative"]["tokens_per_call"] > 1
         assert timed["transformers.generate"]["x_transformers"] == 1
-        assert rows[part]["square product"]["tflops"] > 0
-    assert rows["decoding small"]["a call, 3 tokens, 4 slots, graphs"]["steps"] > 1
+        assert rows[part]["square GEMM"]["tflops"] > 0
+    assert rows["decoding small"]["call of 3 tokens and 4 slots, graphs"]["steps"] > 1
     assert rows["training small"]["blocks = dense"]["difference_gradients"] > 0
-    ways = ("blocks", "dense", "dense / blocks")
-    blocks, dense, ratio = (rows["training small"][f"1 x 32 tokens, N 2: {way}"] for way in ways)
+    variants = ("blocks", "dense", "dense / blocks")
+    blocks, dense, ratio = (rows["training small"][f"1 x 32 tokens, N 2: {variant}"] for variant in variants)
     assert ratio["times_seconds"] == dense["seconds"] / blocks["seconds"]
     assert {row["outcome"] for row in rows["tests"].values()} == {"passed"}
     text = (tmp_path / "report.md").read_text()
@@ -94,8 +94,8 @@ def test_parts_of_both_devices_are_the_same() -> None:
 
 
 def test_layers_are_compiled_once_and_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One module for all ways and batches, which layers cannot be taken back from."""
-    from benchmarks.on_a_gpu import training  # here, because parts import this file and have little time
+    """One module is used for all variants and batches, and compilation cannot be undone."""
+    from benchmarks.on_a_gpu import training  # imported here, because the processes of parts import this file
 
     compiled: list[bool] = []
     measured: list[tuple[str, bool]] = []
@@ -113,57 +113,57 @@ def test_layers_are_compiled_once_and_last(monkeypatch: pytest.MonkeyPatch) -> N
     assert compiled == [True]
     assert measured == [
         ("blocks = dense", False),
-        *((f"{name}: {way}", False) for way in ("blocks", "dense") for name in names),
+        *((f"{name}: {variant}", False) for variant in ("blocks", "dense") for name in names),
         *((f"{name}: compiled blocks", True) for name in names),
-        *((f"{name}: dense / {way}", True) for name in names for way in ("blocks", "compiled blocks")),
+        *((f"{name}: dense / {variant}", True) for name in names for variant in ("blocks", "compiled blocks")),
     ]
 
 
 @pytest.mark.parametrize(
-    ("failing", "reason", "kept"),
+    ("function", "reason", "labels"),
     [
-        (broken, "exit status 1: RuntimeError: CUDA error: no kernel image", ["before"]),
+        (failing, "exit status 1: RuntimeError: CUDA error: no kernel image", ["before"]),
         (crashing, "ended by SIGSEGV", []),
         (silent, None, []),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_a_part_that_fails_is_reported_and_the_next_one_runs(
-    failing: Any, reason: str | None, kept: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_failed_part_is_reported_and_the_next_one_runs(
+    function: Any, reason: str | None, labels: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    status, report = run(tmp_path, part(failing), part(sound))
+    status, report = run(tmp_path, part(function), part(passing))
     assert status == 1
     assert not report["passed"]
-    outcome = report["parts"][failing.__name__]
+    outcome = report["parts"][function.__name__]
     assert outcome["reason"] == reason
-    assert [row["label"] for row in outcome["rows"]] == kept
-    assert report["parts"]["sound"]["rows"] == [{"label": "first", "figures": {"seconds": 2.5}, "reason": None}]
-    said = f"failed: {failing.__name__}: {reason or 'nothing was recorded'}"
-    assert said in capsys.readouterr().out
-    assert f"* **{said}**" in (tmp_path / "report.md").read_text()
+    assert [row["label"] for row in outcome["rows"]] == labels
+    assert report["parts"]["passing"]["rows"] == [{"label": "first", "figures": {"seconds": 2.5}, "reason": None}]
+    message = f"failed: {function.__name__}: {reason or 'nothing was recorded'}"
+    assert message in capsys.readouterr().out
+    assert f"* **{message}**" in (tmp_path / "report.md").read_text()
 
 
-def test_nothing_is_tried_without_a_device(tmp_path: Path) -> None:
+def test_no_part_runs_without_a_device(tmp_path: Path) -> None:
     machine = Part("machine", "benchmarks.on_a_gpu.machine:rows", {"device": "cuda"}, 1.0, is_required=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
-        status, report = run(tmp_path, machine, part(sound))
+        status, report = run(tmp_path, machine, part(passing))
     assert status == 1
     assert list(report["parts"]) == ["machine"]
     assert "expected a CUDA device for --device cuda, found none" in report["parts"]["machine"]["reason"]
 
 
-def test_a_part_that_hangs_is_stopped_and_keeps_its_rows(tmp_path: Path) -> None:
+def test_a_hanging_part_is_stopped_and_its_rows_are_kept(tmp_path: Path) -> None:
     begin = time.monotonic()
-    status, report = run(tmp_path, part(hanging, share=1.0), part(sound, share=4.0), minutes=0.25)
+    status, report = run(tmp_path, part(hanging, weight=1.0), part(passing, weight=4.0), minutes=0.25)
     assert time.monotonic() - begin < 15
     assert status == 1
     assert report["parts"]["hanging"]["reason"] == "stopped after its 3 s"
     assert report["parts"]["hanging"]["rows"][0]["label"] == "before"
-    assert report["parts"]["sound"]["reason"] is None
+    assert report["parts"]["passing"]["reason"] is None
 
 
-def test_a_row_that_fails_lets_the_part_go_on(tmp_path: Path) -> None:
+def test_a_part_continues_after_a_failed_row(tmp_path: Path) -> None:
     status, report = run(tmp_path, part(with_a_failing_row))
     assert status == 1
     failed, after = report["parts"]["with_a_failing_row"]["rows"]
@@ -171,9 +171,7 @@ def test_a_row_that_fails_lets_the_part_go_on(tmp_path: Path) -> None:
     assert after["figures"] == {"seconds": 3}
 
 
-def test_what_was_measured_is_there_when_the_run_is_interrupted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_finished_parts_are_written_before_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(part: Part, limit_seconds: float, folder: Path) -> Outcome:
         if part.name == "second":
             raise KeyboardInterrupt
@@ -189,7 +187,7 @@ def test_what_was_measured_is_there_when_the_run_is_interrupted(
 def test_failing_tests_are_rows(tmp_path: Path) -> None:
     (tmp_path / "test_three.py").write_text(
         "import pytest\n"
-        "def test_right():\n    print('none of 5 texts deviates')\n    assert 1 + 1 == 2\n"
+        "def test_correct():\n    print('none of 5 texts deviates')\n    assert 1 + 1 == 2\n"
         "def test_wrong():\n    assert 1 + 1 == 3\n"
         "@pytest.fixture\ndef missing():\n    pytest.skip('no device')\n"
         "def test_skipped(missing):\n    pass\n"
@@ -202,7 +200,7 @@ def test_failing_tests_are_rows(tmp_path: Path) -> None:
     assert outcome["rows"][0]["figures"]["printed"] == "none of 5 texts deviates"
     found = {row["label"].partition("::")[2]: (row["figures"]["outcome"], row["reason"]) for row in outcome["rows"]}
     assert found == {
-        "test_right": ("passed", None),
+        "test_correct": ("passed", None),
         "test_wrong": ("failed", "assert (1 + 1) == 3"),
         "test_skipped": ("skipped", None),
     }

@@ -19,6 +19,9 @@ class TokenDocument:
     Args:
         token_ids: of the document.
         completion_mask: true for completion tokens, which are learned; false for prompt tokens.
+
+    >>> TokenDocument([7, 8, 9], [False, True, True]).piece(1, 3)
+    TokenDocument(token_ids=[8, 9], completion_mask=[True, True])
     """
 
     token_ids: Sequence[int]
@@ -130,6 +133,10 @@ def draw_window_starts(eligible: Tensor, num_windows: int, generator: torch.Gene
 
     Raises:
         ValueError: a row has no eligible token.
+
+    >>> eligible = torch.tensor([[False, True, False, True]])
+    >>> draw_window_starts(eligible, num_windows=2, generator=torch.Generator())
+    tensor([[1, 3]])
     """
     if not bool(eligible.any(dim=1).all()):
         raise ValueError(

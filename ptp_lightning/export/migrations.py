@@ -25,7 +25,11 @@ FORMAT_VERSION = 2
 FIRST_FORMAT_VERSION = 1
 """That of version 0.1, also of checkpoints without an entry."""
 
-RENAMED_WEIGHTS = {"slot_encoder.token_places": "slot_encoder.token_ranks"}
+RENAMED_WEIGHTS = {"slot_encoder.token_places": "slot_encoder.token_ranks"} | {
+    f"slot_encoder.{old}.{weight}": f"slot_encoder.{new}.{weight}"
+    for old, new in {"settings": "sampling_embedding", "refiner_settings": "refiner_sampling_embedding"}.items()
+    for weight in ("inner.weight", "inner.bias", "outer.weight")
+}
 """Names in `PredictorNetwork.trainable_state`: before and now."""
 
 

@@ -17,7 +17,7 @@ from ptp_lightning.models.config import PredictorConfig
 from ptp_lightning.models.context import Context
 from ptp_lightning.models.refiner.lower_layers import LowerLayers
 from ptp_lightning.models.refiner.refiner import Refiner, RefinerContext
-from ptp_lightning.models.slots.sampling_range import SettingsEmbedding
+from ptp_lightning.models.slots.sampling_embedding import SamplingEmbedding
 from ptp_lightning.models.slots.slot_encoder import SlotEncoder
 from ptp_lightning.models.token_order import require_permutation, similar_tokens_together
 from ptp_lightning.models.training_changes import prepare_for_training
@@ -32,19 +32,19 @@ if TYPE_CHECKING:
 class PredictorNetwork(nn.Module):
     """Predicts a window of dependent tokens in one forward pass of a causal LM.
 
-    The base model says what is sampled, and the student proposes it (see `Student`). With gated LoRA both are one
-    network: frozen weights act alone on context tokens and the adapter on slots only, so the base model's own
-    distributions come out of it, bit for bit.
+    The base model defines the distribution of texts, and the student drafts them (see `Student`). With gated LoRA both
+    are one network: the adapter acts on slots only, so that context tokens have the hidden states of the base model,
+    bit for bit.
 
     Args:
         config: see `PredictorConfig`.
-        backbone: the loaded base model, when the caller has it already; else it is loaded from `config.backbone`.
-        token_ranks: `[V]`, of the order "embedding", when it is stored already; else it is computed if needed.
+        backbone: a base model that is already loaded; by default it is loaded from `config.backbone`.
+        token_ranks: `[V]`, a stored order "embedding"; by default it is computed if needed.
 
     Attributes:
         lower_layers: encode tokens for the refiner; None if it reads their embeddings.
-        prefix_counts: of a trained predictor, how many validation windows had their first 0, 1, .. L tokens right; None
-            if that is not known. Decoders divide their slots by it.
+        prefix_counts: of a trained predictor, the number of validation windows with 0, 1, .. L correct tokens; None if
+            unknown. Decoders allocate their slots accordingly.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class PredictorNetwork(nn.Module):
         self.config = config
         self.prefix_counts: list[int] | None = None
         backbone = load_backbone(config.backbone) if backbone is None else backbone
-        # Weights that are trained themselves do not identify anything.
+        # Weights that are trained cannot identify the base model.
         self.base_fingerprint = (architecture_fingerprint if config.student.trains_base else fingerprint)(backbone)
         table: Tensor = backbone.get_input_embeddings().weight  # pyright: ignore[reportAssignmentType]
         _require_plain_head(backbone)
@@ -62,23 +62,23 @@ class PredictorNetwork(nn.Module):
         if config.refiner.num_layers:
             self.slot_encoder.refiner = Refiner(backbone, config.refiner)
         if config.sampling_range is not None:
-            self.slot_encoder.settings = SettingsEmbedding(*table.shape)
+            self.slot_encoder.sampling_embedding = SamplingEmbedding(*table.shape)
             if config.refiner.num_layers:
-                self.slot_encoder.refiner_settings = SettingsEmbedding(*table.shape)
+                self.slot_encoder.refiner_sampling_embedding = SamplingEmbedding(*table.shape)
         if config.sampling.order == "embedding":
             ranks = similar_tokens_together(table) if token_ranks is None else token_ranks.clone()
             require_permutation(ranks, len(table))
             self.slot_encoder.token_ranks = ranks
         self.language_model, self.gate, self.student_copy = prepare_for_training(backbone, config.student, config.lora)
         self.attention = AttentionChoice(backbone)
-        # PEFT changes the layers of this very model, in place. The tuple keeps torch from taking it for a second part.
+        # PEFT changes the layers of this model in place. The tuple hides it from torch, which would register it twice.
         self._base_model = (backbone,)
         depth = config.refiner.base_layers
         self.lower_layers = LowerLayers(self.base_model, depth, self.gate) if depth else None
         self.train()
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode of what is trained; the base model stays in eval mode, where no dropout blurs what it says."""
+        """Set the mode of trained modules; the base model stays in eval mode, so that the teacher has no dropout."""
         super().train(mode)
         self.language_model.eval()
         for name, module in self.language_model.named_modules():
@@ -88,7 +88,7 @@ class PredictorNetwork(nn.Module):
 
     @property
     def base_model(self) -> PreTrainedModel:
-        """The causal LM whose samples count (its linear layers carry the gated adapter, where there is one)."""
+        """The causal LM whose samples are reproduced; its linear layers contain the gated adapter, if there is one."""
         return self._base_model[0]
 
     @property
@@ -98,7 +98,7 @@ class PredictorNetwork(nn.Module):
 
     @property
     def max_positions(self) -> int | None:
-        """Longest sequence the base model can place, if it has a limit."""
+        """The longest sequence that the base model supports, if it has a limit."""
         return getattr(self.base_model.config, "max_position_embeddings", None)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ class PredictorNetwork(nn.Module):
         Args:
             embeddings: `[B, T, H]`, cast to the model's dtype.
             position_ids: `[B, T]`.
-            mask: `[B, 1, T, P + T]` bool, P cached keys; always explicit, so that nothing is inferred from positions.
+            mask: `[B, 1, T, P + T]` bool, P cached keys; always explicit, so that the model infers no mask itself.
                 None with `window_keys`.
             cache: gets the keys and values of these T tokens appended.
             window_keys: what the positions see in a call that reads windows.
@@ -159,21 +159,21 @@ class PredictorNetwork(nn.Module):
         """These settings, by default the predictor's own, with the token order of this predictor.
 
         Raises:
-            ValueError: the predictor was not trained in the order "embedding", so it has no table of it.
+            ValueError: the predictor was not trained in the order "embedding", so it has no such order.
         """
         sampling = self.config.sampling if sampling is None else sampling
         if sampling.order == "embedding" and self.slot_encoder.token_ranks is None:
             raise ValueError(
                 f"expected the order of predictor.sampling, {self.config.sampling.order!r}, found 'embedding', which "
-                "is stored with predictors that were trained in it: set sampling.order"
+                "only predictors trained in it store: set sampling.order"
             )
         return Sampler(sampling, self.slot_encoder.token_ranks if sampling.order == "embedding" else None)
 
     def embed_slots(self, auxiliaries: Tensor, sampling: SamplingConfig) -> Tensor:
         """Input embeddings of slots: `[..., L]` float64 in [0, 1) to `[..., L - 1, H]`."""
         slots = self.slot_encoder(sampling.slot_auxiliaries(auxiliaries))
-        settings = self.slot_encoder.settings
-        return slots if settings is None else slots + settings(sampling)
+        embedding = self.slot_encoder.sampling_embedding
+        return slots if embedding is None else slots + embedding(sampling)
 
     def encode(
         self, batch: PackedBatch, sampling: SamplingConfig | None = None, end_of_text: int | None = None
@@ -201,7 +201,7 @@ class PredictorNetwork(nn.Module):
             auxiliaries: `[B, N, L]` float64 in [0, 1).
 
         Returns:
-            `[B, N, L - 1, H]`, for `slot_logits`, with gradients for all that is trained.
+            `[B, N, L - 1, H]`, for `slot_logits`, with gradients for all trained weights.
         """
         slots = self.embed_slots(auxiliaries, context.sampling.settings)
         if self.student_copy is not None:
@@ -238,7 +238,7 @@ class PredictorNetwork(nn.Module):
         return self.slot_encoder.refiner
 
     def refiner_context(self, context: Context) -> RefinerContext:
-        """The pairs of the context for `refine`; a graph is kept, since the refiner's keys and values are trained."""
+        """The pairs of the context for `refine`, with gradients for the refiner's keys and values."""
         assert self.refiner is not None, "checked by the caller"
         pairs = RefinerContext(self.refiner, self.lower_layers)
         tokens = self.embed(context.batch.input_ids)
@@ -246,13 +246,13 @@ class PredictorNetwork(nn.Module):
         return pairs
 
     def refine(self, context: Context, pairs: RefinerContext, hidden: Tensor, token_ids: Tensor) -> Tensor:
-        """Slots of packed windows, refined.
+        """Refine the slots of packed windows.
 
         Args:
             context: of `encode`.
             pairs: its `refiner_context`.
             hidden: `[B, N, L - 1, H]`, of `slot_hidden`.
-            token_ids: `[B, N, L - 1]`, the tokens that the slots stand for.
+            token_ids: `[B, N, L - 1]`, the tokens at the slots' positions.
 
         Returns:
             `[B, N, L - 1, H]`.
@@ -263,8 +263,8 @@ class PredictorNetwork(nn.Module):
 
     def refiner_conditioning(self, sampling: SamplingConfig) -> Tensor | None:
         """Embedding `[H]` of the sampling settings for the refiner; None if it is trained for one setting alone."""
-        settings = self.slot_encoder.refiner_settings
-        return None if settings is None else settings(sampling)
+        embedding = self.slot_encoder.refiner_sampling_embedding
+        return None if embedding is None else embedding(sampling)
 
     def embed_draft(self, token_ids: Tensor) -> Tensor:
         """The refiner's input for drafted tokens, `[...]` to `[..., H]`; zeros if it is not conditioned on them."""
@@ -279,9 +279,9 @@ class PredictorNetwork(nn.Module):
         return self.config.refiner.num_refinement_steps if self.config.objective.conditions_on_draft else 1
 
     def trainable_state(self) -> dict[str, Tensor]:
-        """Names and values of everything that is trained: the student and the slot encoder, no frozen weight.
+        """Names and values of all trained weights: the student and the slot encoder, no frozen weight.
 
-        The token order belongs to it where there is one: what slots have learned is worth nothing in another.
+        The token order is included if there is one, because trained slots depend on it.
         """
         trainable = {name for name, parameter in self.named_parameters() if parameter.requires_grad} | {TOKEN_RANKS}
         return {name: value for name, value in self.state_dict().items() if name in trainable}
@@ -290,7 +290,7 @@ class PredictorNetwork(nn.Module):
         """Refuse weights that are not those of this predictor.
 
         Raises:
-            ValueError: a weight is missing, unknown or of another shape, or the token order is none.
+            ValueError: a weight is missing, unknown or of another shape, or the token order is no permutation.
         """
         own = self.trainable_state()
         if wrong := sorted(own.keys() ^ state.keys()):
@@ -344,7 +344,7 @@ def _output_head(model: PreTrainedModel) -> nn.Module:
 
 @torch.no_grad()
 def _require_plain_head(model: PreTrainedModel) -> None:
-    """Some models scale or cap their logits after the head; the loss applies the head alone, so it must be all."""
+    """Refuse models that scale or cap their logits after the head, because losses apply the head alone."""
     token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     decoder = getattr(model, model.base_model_prefix)
     expected = model(input_ids=token, use_cache=False).logits

@@ -14,20 +14,24 @@ if TYPE_CHECKING:
 
 
 def prepare_for_training(model: PreTrainedModel, student: Student, lora: LoraSettings) -> AttachedStudent:
-    """Change a base model, in place, so that a student learns windows.
+    """Change a base model, in place, so that a student can be trained on windows. This is all that is changed:
 
-    1. The *attention function* of the model becomes one that can read windows: each slot sees the context before its
-       window and the slots before it, which no mask of transformers says without a square of all slots.
-    2. *Norms and rotary attention* are replaced by versions that make fewer intermediates (`SUPPORTED_NORMS`,
-       `SUPPORTED_ATTENTION`): x % less peak memory in a training step at the same speed.
-    3. Of a student that is an adapter, each adapted *linear layer* becomes a `GatedLoraLinear`: its update acts on
-       slots alone, and context tokens get the base model's own hidden states, bit for bit.
+    1. The *attention function* becomes one that can read windows (`use_window_attention`): each slot sees the context
+       before its window and the slots before it. One mask over all slots of a row would be quadratic in their number.
+    2. *Norms and rotary attention* (`SUPPORTED_NORMS`, `SUPPORTED_ATTENTION`) are replaced by versions with fewer
+       intermediates. Together they take 19 to 23 % off the peak memory of a step with 64 windows on a CPU, at equal
+       speed; each alone takes 5 to 10 %, because what it saves is lost in holes of the heap.
+    3. If the student is an adapter, each adapted *linear layer* becomes a `GatedLoraLinear`: its update acts on slots
+       only, and context tokens get the base model's hidden states, bit for bit.
     4. With an adapter, *SwiGLU MLPs* (`SUPPORTED_MLPS`) become a `GatedLoraMLP`, which saves x, gate(x) and up(x) for
        the backward pass and recomputes the rest.
 
-    The first is a registration that transformers offers. The others replace a module by one of ours that takes over its
-    weights under their names (`replace_modules` says why no `forward` is patched). What decoding changes is listed in
-    its own function. Activation checkpointing and compilation are options of the training modules.
+    The first uses the registration that transformers offers. The others replace modules by ours, which take over the
+    weights under their names; `replace_modules` says why no `forward` is patched and no class changed. With a closed
+    gate and without gradients the model computes the same as before, bit for bit.
+
+    Activation checkpointing (`checkpoint_layers`) and compilation (`compile_layers`) are options of the training
+    modules. What decoding changes is listed in a function of its own.
 
     Args:
         model: the base model.

@@ -1,8 +1,8 @@
-"""What a run shows: charts and figures by position, hyperparameters beside results, a closing summary.
+"""Callbacks that report a run: charts and figures by position, hyperparameters with results, a final summary.
 
-The callbacks read `val_summary`, the `WindowSummary` that a module sets at the end of each validation epoch. They do
-nothing for modules that have none, and the TensorBoard ones nothing without a `TensorBoardLogger` (so `fast_dev_run`
-needs no special case). They write on rank zero only.
+They read `val_summary`, the `WindowSummary` that a module sets at the end of each validation epoch. They do nothing for
+modules without one, and those for TensorBoard do nothing without a `TensorBoardLogger` (so `fast_dev_run` is not a
+special case). They write on rank zero only.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ MAX_TABLE_ROWS = 16
 
 
 class StepProgressBar(RichProgressBar):
-    """Lightning's bar for a training stream without epochs, which it would label `Epoch 0/-2`."""
+    """Lightning's progress bar for training streams without epochs, which Lightning labels `Epoch 0/-2`."""
 
     def _get_train_description(self, current_epoch: int) -> str:
-        return f"{'Training':{len(self.validation_description)}}"  # as wide as the other, or the bar would jump
+        return f"{'Training':{len(self.validation_description)}}"  # as wide as the other label
 
 
 class PositionCharts(Callback):
     """TensorBoard: one chart with a line per position for each metric, and a figure of correct-token counts.
 
     The charts are a layout of the custom-scalars plugin, written once; the figure is drawn at every validation. A
-    validation before the first step is logged as step 0 if it is complete (`trainer.num_sanity_val_steps: -1`),
-    with its scalars, which Lightning itself drops there.
+    complete validation before the first step (`trainer.num_sanity_val_steps: -1`) is logged as step 0, including its
+    scalars, which Lightning discards.
     """
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -58,7 +58,7 @@ class PositionCharts(Callback):
             logger.experiment.add_custom_scalars(CHARTS)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw the figure; the module has set its `val_summary` by now."""
+        """Draw the figure; the module has set its `val_summary`."""
         summary = val_summary(trainer, pl_module)
         if summary is None or summary.num_windows == 0:
             return
@@ -71,27 +71,27 @@ class PositionCharts(Callback):
 
 
 class FinalMetrics(Callback):
-    """TensorBoard's hyperparameter table: each run's settings beside its last validation.
+    """TensorBoard's hyperparameter table: the settings of each run with its last validation.
 
     Use it with `TensorBoardLogger(default_hp_metric=False)`. Metrics by position are left to the charts.
     """
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the hyperparameters that the logger has collected once more, now with metrics."""
+        """Log the logger's hyperparameters again, with metrics."""
         summary = val_summary(trainer, pl_module)
         metrics = {} if summary is None else as_tags(summary)
         metrics |= {tag: float(value) for tag, value in trainer.callback_metrics.items() if tag.startswith("val/")}
         metrics = {tag: value for tag, value in metrics.items() if "/position_" not in tag}
         if metrics:
             for logger in tensorboard_loggers(trainer):
-                # The step matters: without it the final values would enter the curves once more at step 0.
+                # Without the step the final values would be added to the curves at step 0.
                 logger.log_hyperparams(logger.hparams, metrics, step=trainer.global_step)
 
 
 class RunSummary(Callback):
-    """Prints at the end of training what came out, where it lies, and what to type next.
+    """Prints results, files and the next command at the end of training.
 
-    Compares the first complete validation with the last one. Prints without a logger too, but not in a
+    It compares the first complete validation with the last one. It prints without a logger too, but not in a
     `fast_dev_run`.
     """
 
@@ -101,29 +101,29 @@ class RunSummary(Callback):
         self.complete = False
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note that training ran to its end."""
+        """Record that training has finished."""
         self.complete = True
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget an earlier run of the same trainer."""
+        """Reset the state of an earlier run of the same trainer."""
         self.first = self.last = None
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remember the result."""
+        """Store the summary."""
         summary = val_summary(trainer, pl_module)
         if summary is not None and summary.num_windows > 0:
             self.first = self.first or summary
             self.last = summary
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Say how to go on after Ctrl-C; ModelCheckpoint with `save_on_exception` writes its file after this hook."""
+        """Print how to resume after Ctrl-C; `ModelCheckpoint` with `save_on_exception` writes its file after this."""
         checkpoint = trainer.checkpoint_callback
         if isinstance(exception, KeyboardInterrupt) and isinstance(checkpoint, ModelCheckpoint):
             _print_line("Stopped", f"at step {trainer.global_step}; checkpoints in {_short(str(checkpoint.dirpath))}")
-            _print_line("Go on", "the same command with --ckpt_path and the newest of them")
+            _print_line("Resume", "the same command with --ckpt_path and the newest of them")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Print the summary, after the progress bar has left the screen."""
+        """Print the summary, after the progress bar is closed."""
         if not self.complete:
             return
         self.complete = False
@@ -132,7 +132,7 @@ class RunSummary(Callback):
         if self.first is not None and self.last is not None:
             rich.print(correct_tokens_table(self.first, self.last), positions_table(self.last))
         for logger in trainer.loggers:
-            # Not `trainer.log_dir`, which waits for the other ranks.
+            # Not `trainer.log_dir`, which is a collective call.
             directory = getattr(logger, "log_dir", None) or logger.save_dir
             if directory is not None:
                 _print_line("Logs", _short(directory))
@@ -148,7 +148,7 @@ class RunSummary(Callback):
 
 
 def val_summary(trainer: Trainer, pl_module: LightningModule) -> WindowSummary | None:
-    """The module's last validation; None if it has none, or only that of an incomplete sanity check."""
+    """The module's last validation; None if there is none but an incomplete sanity check."""
     if trainer.sanity_checking and trainer.num_sanity_val_steps != float("inf"):
         return None
     summary = getattr(pl_module, "val_summary", None)
@@ -156,20 +156,20 @@ def val_summary(trainer: Trainer, pl_module: LightningModule) -> WindowSummary |
 
 
 def is_text(trainer: Trainer) -> bool:
-    """Whether a trained model can be given a prompt: a series of other things has no tokenizer."""
+    """Whether the data are text, so that the trained model can continue a prompt; other series have no tokenizer."""
     data: object = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
     return not isinstance(data, PackedDataModule) or data.tokenizer is not None
 
 
 def tensorboard_loggers(trainer: Trainer) -> list[TensorBoardLogger]:
-    """The trainer's TensorBoard loggers; none of them except on rank zero."""
+    """The trainer's TensorBoard loggers on rank zero; an empty list on other ranks."""
     if not trainer.is_global_zero:
         return []
     return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
 
 
 def checkpoint_path(trainer: Trainer) -> str | None:
-    """The best checkpoint by its monitored metric, else the newest one; None if none was written."""
+    """The best checkpoint by the monitored metric, or the newest without one; None if none was written."""
     checkpoint = trainer.checkpoint_callback
     if not isinstance(checkpoint, ModelCheckpoint):
         return None
@@ -178,8 +178,8 @@ def checkpoint_path(trainer: Trainer) -> str | None:
 
 
 def draw_correct_token_counts(summary: WindowSummary) -> Figure:
-    """Bar chart: the share of windows whose correct prefix has 0, 1, .. L tokens."""
-    from matplotlib.figure import Figure  # heavy; a figure without pyplot needs no display
+    """Bar chart: the fraction of windows with a correct prefix of 0, 1, .. L tokens."""
+    from matplotlib.figure import Figure  # slow to import; a figure without pyplot needs no display
 
     figure = Figure(figsize=(6, 3), layout="constrained")
     axes = figure.subplots()
@@ -187,13 +187,13 @@ def draw_correct_token_counts(summary: WindowSummary) -> Figure:
     axes.bar(range(len(shares)), shares.numpy(), color="tab:blue")
     mean = float(summary.correct_tokens)
     axes.axvline(mean, color="tab:orange", label=f"mean {mean:.2f}")
-    axes.set(xlabel="correct tokens per call", ylabel="share of windows", ylim=(0, 1))
+    axes.set(xlabel="correct tokens per call", ylabel="fraction of windows", ylim=(0, 1))
     axes.legend()
     return figure
 
 
 def correct_tokens_table(first: WindowSummary, last: WindowSummary) -> Table:
-    """Correct tokens of the first and the last validation, and what of them the slots add to the exact first token."""
+    """Correct tokens of the first and the last validation, with and without the first token, which is always exact."""
     table = Table(box=SIMPLE_HEAD, title="Validation", title_justify="left")
     table.add_column("")
     for name in ("first", "last"):
@@ -224,11 +224,11 @@ def _mean_and_error(summary: WindowSummary, minus: int) -> str:
 
 
 def _print_line(label: str, text: str) -> None:
-    # Neither wrapped nor read as markup: the line is there to be copied.
+    # Neither wrapped nor parsed as markup, so that the line can be copied.
     rich.get_console().print(Text(f"{label:<12}{text}"), soft_wrap=True, highlight=False)
 
 
 def _short(path: str | os.PathLike[str]) -> str:
-    """The path as seen from the current directory if it lies below it."""
+    """The path relative to the current directory if it is below it."""
     relative = os.path.relpath(path)
     return os.fspath(path) if relative.startswith(os.pardir) else relative

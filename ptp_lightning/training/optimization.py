@@ -1,4 +1,4 @@
-"""Optimisers and learning-rate schedules, chosen by settings and the same for every module."""
+"""Optimisers and learning-rate schedules of all training modules."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-# Embedding tables are looked up, not multiplied by: neither orthogonalised updates nor decay make sense for them.
+# Parameters of embedding tables: Muon and weight decay are for matrices of linear layers only.
 EMBEDDING_NAMES = ("embed", "wte", "wpe")
 
 
@@ -20,34 +20,34 @@ class OptimizerSettings:
 
     Args:
         name: `adamw`, or `muon`: orthogonalised updates for weight matrices and AdamW for all else.
-        learning_rate: the highest, after warm-up. Muon's updates have the size of AdamW's, so one number may serve.
-        other_learning_rate: the highest of what Muon leaves to AdamW; by default `learning_rate`.
-        weight_decay: decoupled, on matrices only (embeddings are none).
-        betas: AdamW's.
-        warmup_steps: linear rise from 0.
-        decay_fraction: share of all steps over which the rate falls linearly to 0 at the end.
+        learning_rate: peak value, after warm-up. Muon's updates are scaled to the size of AdamW's.
+        adamw_learning_rate: peak value for the parameters that Muon leaves to AdamW; by default `learning_rate`.
+        weight_decay: decoupled; on weight matrices, not on embeddings.
+        betas: of AdamW.
+        warmup_steps: length of the linear warm-up from 0.
+        decay_fraction: fraction of all steps, at the end, over which the rate decays linearly to 0.
     """
 
     name: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 1e-3
-    other_learning_rate: float | None = None
+    adamw_learning_rate: float | None = None
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.95)
     warmup_steps: int = 50
     decay_fraction: float = 0.4
 
     def __post_init__(self) -> None:
-        """Refuse values that cannot train."""
+        """Refuse values out of range."""
         if self.learning_rate <= 0:
             raise ValueError(f"expected optimizer.learning_rate > 0, found {self.learning_rate}")
-        if self.other_learning_rate is not None:
+        if self.adamw_learning_rate is not None:
             if self.name != "muon":
                 raise ValueError(
-                    "expected optimizer.other_learning_rate with optimizer.name: muon only, found "
-                    f"{self.other_learning_rate} with {self.name}"
+                    "expected optimizer.adamw_learning_rate with optimizer.name: muon only, found "
+                    f"{self.adamw_learning_rate} with {self.name}"
                 )
-            if self.other_learning_rate <= 0:
-                raise ValueError(f"expected optimizer.other_learning_rate > 0, found {self.other_learning_rate}")
+            if self.adamw_learning_rate <= 0:
+                raise ValueError(f"expected optimizer.adamw_learning_rate > 0, found {self.adamw_learning_rate}")
         if not 0 <= self.decay_fraction <= 1:
             raise ValueError(f"expected optimizer.decay_fraction between 0 and 1, found {self.decay_fraction}")
         for name in ("weight_decay", "warmup_steps"):
@@ -56,7 +56,7 @@ class OptimizerSettings:
 
 
 class JointOptimizer(torch.optim.Optimizer):
-    """Several optimisers over disjoint parameters that Lightning and schedulers see as one."""
+    """Several optimisers over disjoint parameters, as a single optimiser for Lightning and schedulers."""
 
     def __init__(self, optimizers: list[torch.optim.Optimizer]) -> None:
         self.optimizers = optimizers
@@ -64,7 +64,7 @@ class JointOptimizer(torch.optim.Optimizer):
         self._share_groups()
 
     def _share_groups(self) -> None:
-        """Make `param_groups` the members' own dictionaries, so that a scheduler's changes reach them."""
+        """Let `param_groups` hold the members' own dictionaries, so that a scheduler changes the members."""
         self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
     @torch.no_grad()
@@ -95,14 +95,14 @@ def configure(
     """Optimiser and per-step schedule (warm-up, constant, linear decay) in Lightning's format.
 
     Args:
-        settings: which.
+        settings: optimiser and schedule.
         named_parameters: those that require a gradient are trained.
         total_steps: length of the schedule, the trainer's `estimated_stepping_batches`.
 
     Raises:
-        ValueError: the number of steps is not known, so the schedule has no end; or Muon cannot update a shard.
+        ValueError: the number of steps is unknown, or Muon cannot update a shard.
     """
-    if not 0 < total_steps < math.inf:  # Lightning says -1 or inf for an endless stream without a limit
+    if not 0 < total_steps < math.inf:  # Lightning gives -1 or inf for an endless stream without a limit
         raise ValueError(f"expected a limited number of steps, found {total_steps}: set trainer.max_steps")
     trainable = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
     matrices = [
@@ -119,7 +119,7 @@ def configure(
             [
                 torch.optim.Muon(matrices, lr=rate, weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw"),
                 torch.optim.AdamW(
-                    others, lr=settings.other_learning_rate or rate, betas=settings.betas, weight_decay=0.0
+                    others, lr=settings.adamw_learning_rate or rate, betas=settings.betas, weight_decay=0.0
                 ),
             ]
         )
@@ -133,7 +133,7 @@ def configure(
     decay_steps = max(int(total_steps * settings.decay_fraction), 1)
 
     def scale(step: int) -> float:
-        """Share of the highest rate at a step."""
+        """The learning rate at a step, as a fraction of the peak."""
         warmup = min(1.0, (step + 1) / max(settings.warmup_steps, 1))
         decay = min(1.0, max(total_steps - step, 0) / decay_steps)
         return warmup * decay
@@ -143,14 +143,14 @@ def configure(
 
 
 def _require_rows_for_all(trainable: Mapping[str, nn.Parameter], matrices: set[int]) -> None:
-    """Muon's update of a sharded matrix is that of the whole one, but torch fails where processes have no row of it."""
+    """Refuse matrices with fewer rows than processes: torch cannot orthogonalise a sharded matrix with empty shards."""
     for name, parameter in trainable.items():
         if id(parameter) not in matrices or not isinstance(parameter, DTensor):
             continue
         processes, rows = parameter.device_mesh.size(), parameter.shape[0]
         if rows < processes:
             raise ValueError(
-                f"expected matrices of at least {processes} rows, one for each process that trainer.strategy shards "
-                f"them out to, beside optimizer.name muon, found {rows} in {name}: set optimizer.name to adamw, "
+                f"expected matrices of at least {processes} rows, one for each process of trainer.strategy, with "
+                f"optimizer.name muon, found {rows} in {name}: set optimizer.name to adamw, "
                 "trainer.strategy to ddp, or raise predictor.lora.rank"
             )

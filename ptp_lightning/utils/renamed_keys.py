@@ -12,14 +12,18 @@ RENAMED_KEYS = {
     # configurations of runs
     "refiner.rounds": "refiner.num_refinement_steps",
     "series.fitted_share": "series.fit_fraction",
-    "source.start": "source.initial_weights",
-    "source.end": "source.final_weights",
-    "source.begin": "source.schedule_start",
-    "source.until": "source.schedule_end",
-    "val_source.start": "val_source.initial_weights",
-    "val_source.end": "val_source.final_weights",
-    "val_source.begin": "val_source.schedule_start",
-    "val_source.until": "val_source.schedule_end",
+    "model.num_proposals": "model.num_drafts",
+    "optimizer.other_learning_rate": "optimizer.adamw_learning_rate",
+    **{
+        f"{source}.{old}": f"{source}.{new}"
+        for source in ("source", "val_source", "sources")
+        for old, new in {
+            "start": "initial_weights",
+            "end": "final_weights",
+            "begin": "schedule_start",
+            "until": "schedule_end",
+        }.items()
+    },
     # studies
     "also": "extra_metrics",
     "decode_lengths": "draft_lengths",

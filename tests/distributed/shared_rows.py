@@ -22,13 +22,13 @@ LENGTHS = torch.tensor([11, 9, 5, 4])
 
 
 def rows(number: int) -> PackedBatch:
-    """Four rows of a document and padding behind it, with two windows each."""
+    """Four rows of a document and padding after it, with two windows each."""
     generator = torch.Generator().manual_seed(number)
     input_ids = torch.randint(VOCAB_SIZE, (ROWS, ROW_LENGTH), generator=generator)
-    place = torch.arange(ROW_LENGTH).expand(ROWS, -1)
-    inside = place < LENGTHS.unsqueeze(-1)
+    position = torch.arange(ROW_LENGTH).expand(ROWS, -1)
+    inside = position < LENGTHS.unsqueeze(-1)
     starts = torch.tensor([[1, 3]] * ROWS)
-    return PackedBatch(input_ids, torch.where(inside, 0, -1), place.where(inside, 0), starts, inside)
+    return PackedBatch(input_ids, torch.where(inside, 0, -1), position.where(inside, 0), starts, inside)
 
 
 def shard(batch: PackedBatch, spec: ShardSpec) -> PackedBatch:

@@ -1,4 +1,4 @@
-"""A tokenizer whose tokens are bytes: every text has a token sequence, and most token sequences are no text."""
+"""A tokenizer of bytes: every text has a token sequence, and most token sequences are not valid text."""
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -8,7 +8,7 @@ END_OF_TEXT_ID = 0
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """257 entries: the end of a text, then one per byte."""
+    """257 entries: the end-of-text token, then one per byte."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {END_OF_TEXT: END_OF_TEXT_ID} | {symbol: k for k, symbol in enumerate(alphabet, start=1)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))

@@ -1,27 +1,27 @@
-"""How far chance may go: bounds that a true distribution exceeds once in a million draws."""
+"""Goodness-of-fit tests: bounds that samples of the correct distribution exceed once in a million runs."""
 
 from scipy import stats
 from torch import Tensor
 
-CHANCE = 1e-6
+SIGNIFICANCE = 1e-6
 
 
 def chi_square_bound(degrees_of_freedom: int) -> float:
-    """For `chi_square`."""
-    return float(stats.chi2.isf(CHANCE, degrees_of_freedom))
+    """Bound for `chi_square`."""
+    return float(stats.chi2.isf(SIGNIFICANCE, degrees_of_freedom))
 
 
 def chi_square(counts: Tensor, probabilities: Tensor) -> float:
-    """The statistic of counts `[K]` under probabilities `[K]`, all of them positive."""
+    """The chi-square statistic of counts `[K]` for positive probabilities `[K]`."""
     expected = counts.sum() * probabilities
     return float(((counts - expected) ** 2 / expected).sum())
 
 
 def kolmogorov_distance(cdf_values: Tensor) -> float:
-    """The largest gap between the empirical distribution and the true one, whose values at the n draws are given."""
+    """The Kolmogorov-Smirnov distance of n samples, from the values of the correct CDF at the samples."""
     return float(stats.kstest(cdf_values.numpy(), "uniform").statistic)
 
 
 def kolmogorov_bound(n: int) -> float:
-    """For `kolmogorov_distance` of n draws."""
-    return float(stats.kstwo.isf(CHANCE, n))
+    """Bound for `kolmogorov_distance` of n samples."""
+    return float(stats.kstwo.isf(SIGNIFICANCE, n))

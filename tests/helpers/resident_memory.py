@@ -1,9 +1,9 @@
-r"""Real training steps of a configuration, and the resident memory that they take beside the weights.
+r"""The resident memory of real training steps of a configuration.
 
     MALLOC_MMAP_THRESHOLD_=32768 MALLOC_TRIM_THRESHOLD_=0 \
         python -m tests.helpers.resident_memory --config configs/gated_lora.yaml
 
-The variables let the C library give every tensor back when it is freed; otherwise it keeps nearly as much again.
+The variables let the C library return freed tensors to the system; otherwise it keeps up to as much again.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from ptp_lightning.training.cli import PlainErrorParser, TrainingCLI, parsed
 NUM_STEPS = 3
 
 
-class Watch(Callback):
-    """Attributes: bytes of the weights, and the most that resident memory grew from the first step to the last."""
+class MeasureMemory(Callback):
+    """Measures the bytes of the weights, and the growth of resident memory during training."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.weights = sum(tensor.nbytes for tensor in (*pl_module.parameters(), *pl_module.buffers()))
@@ -34,10 +34,10 @@ class Watch(Callback):
 
 
 def main() -> None:
-    """Print the bytes."""
+    """Train some steps, and print the bytes."""
     torch.set_num_threads(1)
     cli = parsed(TrainingCLI, PlainErrorParser, sys.argv[1:], run=False, save_config_callback=None)
-    watch = Watch()
+    measure = MeasureMemory()
     trainer = Trainer(
         accelerator="cpu",
         max_steps=NUM_STEPS,
@@ -46,10 +46,10 @@ def main() -> None:
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[watch],
+        callbacks=[measure],
     )
     trainer.fit(cli.model, cli.datamodule)
-    print(watch.weights + watch.growth)
+    print(measure.weights + measure.growth)
 
 
 if __name__ == "__main__":

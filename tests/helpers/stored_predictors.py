@@ -1,4 +1,4 @@
-"""Predictors to be written to disk and read again, for tests."""
+"""Predictors for tests that write them to disk and read them."""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ REFINER = RefinerSettings(num_layers=2, intermediate_size=24, num_refinement_ste
 
 
 def trained(base: Path | str, **config: Any) -> PredictorNetwork:
-    """Every trained weight is random, so that none can be lost unnoticed."""
+    """A predictor whose trained weights are all random, so that a lost weight is noticed."""
     settings = {"window_length": 4, "lora": LoraSettings(rank=2), "sampling": SAMPLING, "refiner": REFINER} | config
     predictor = PredictorNetwork(PredictorConfig(BackboneSettings(path=str(base)), **settings)).eval()
     generator = torch.Generator().manual_seed(7)

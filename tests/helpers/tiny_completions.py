@@ -17,12 +17,12 @@ from ptp_lightning.pregeneration.teacher_completions import sample_shard
 from ptp_lightning.sampling import SamplingConfig
 
 PROMPTS = [[10 + number % 20, 5, 6][: 1 + number % 3] for number in range(20)]
-"""Of one to three tokens; by their numbers 9 and 16 validate, 5 and 19 test."""
+"""One to three tokens each. Prompts 9 and 16 are in the validation split, 5 and 19 in the test split."""
 VAL_PROMPTS, TEST_PROMPTS = {9, 16}, {5, 19}
 
 
 def tiny_settings(**changes: Any) -> CompletionSettings:
-    """Three shards of eight prompts at most, two completions a prompt."""
+    """Three shards of at most eight prompts, two completions per prompt."""
     plain: dict[str, Any] = {
         "teacher": "abc",
         "teacher_path": "somewhere",
@@ -43,7 +43,7 @@ def tiny_settings(**changes: Any) -> CompletionSettings:
 
 
 def settings_of(predictor: PredictorNetwork, **changes: Any) -> CompletionSettings:
-    """For what this predictor's base model writes."""
+    """Settings for completions of this predictor's base model."""
     own = {
         "teacher": predictor.base_fingerprint,
         "sampling": predictor.config.sampling,
@@ -53,7 +53,7 @@ def settings_of(predictor: PredictorNetwork, **changes: Any) -> CompletionSettin
 
 
 def synthetic_completions(settings: CompletionSettings, shard: int) -> list[Completion]:
-    """Completions whose tokens tell which they are: prompt 3, completion 1 is 3 1 3 1."""
+    """Completions whose tokens identify them: completion 1 of prompt 3 is 3 1 3 1."""
     return [
         Completion(prompt, number, settings.seed_of(prompt, number), PROMPTS[prompt], [prompt, number] * 2)
         for prompt in settings.prompts_of(shard)
@@ -70,7 +70,7 @@ def write_synthetic(path: Path, shards: Sequence[int] | None = None, **changes: 
 
 
 def write_sampled(path: Path, predictor: PredictorNetwork, **changes: Any) -> CompletionFolder:
-    """A folder of what the predictor's base model writes."""
+    """A folder of completions sampled from the predictor's base model."""
     folder = CompletionFolder.create(path, settings_of(predictor, **changes))
     for shard in folder.missing_shards():
         folder.write_shard(shard, sample_shard(predictor, folder.settings, PROMPTS, shard, batch_size=5))

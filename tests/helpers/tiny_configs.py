@@ -38,7 +38,7 @@ TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content 
 
 
 def localize(data: dict[str, Any], folder: Path) -> None:
-    """Let the parts of a stream read `ROWS`, every one of which has to be usable, in training and in validation."""
+    """Let all components of a stream read `ROWS` in training and validation; invalid rows are errors."""
     rows = folder / "rows.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     for part in data["parts"]:
@@ -68,9 +68,9 @@ def shrink(path: Path, corpus: Path, folder: Path) -> Path:
     elif "parts" in data:
         localize(data, folder)
     elif "PickUps" in data["series"]["class_path"]:
-        pickups = folder / "pickups.csv"
-        pickups.write_text("latitude,longitude\n" + "".join(f"{n % 7},{n % 11}\n" for n in range(4000)))
-        data["series"]["init_args"] |= {"path": str(pickups), "block_length": 40, "cache_dir": str(folder)}
+        locations = folder / "locations.csv"
+        locations.write_text("latitude,longitude\n" + "".join(f"{n % 7},{n % 11}\n" for n in range(4000)))
+        data["series"]["init_args"] |= {"path": str(locations), "block_length": 40, "cache_dir": str(folder)}
     data |= {
         "row_length": 32,
         "batch_size": 2,

@@ -1,4 +1,4 @@
-"""Decoding one text at a time, and drafts that are right or wrong on purpose, for tests."""
+"""Decoding of one text, and drafts with a given acceptance rate, for tests."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -27,7 +27,7 @@ def decode_one(
 
 
 def reference(predictor: PredictorNetwork, settings: GenerationSettings, prompt: Sequence[int] = PROMPT) -> list[int]:
-    """What the base model samples, one token a call."""
+    """The tokens that the base model samples autoregressively."""
     return decode_one(decode_autoregressively, predictor, settings, prompt).token_ids
 
 
@@ -35,14 +35,14 @@ def reference(predictor: PredictorNetwork, settings: GenerationSettings, prompt:
 def slot_logits_of_training(
     predictor: PredictorNetwork, text: Tensor, first: int, auxiliaries: Tensor, draft: Tensor | None
 ) -> Tensor:
-    """What training computes for the slots of one window.
+    """The slot logits of one window as computed in training.
 
     Args:
-        predictor: whose slots they are.
+        predictor: of the slots.
         text: `[1, S]`, prompt and new tokens.
-        first: place of the window's first token in it, which is exact.
+        first: index of the window's first token in the text; it is exact.
         auxiliaries: `[1, J + 1]`, of the window.
-        draft: `[1, J]`, what the pass before proposed after the first token; None before any refinement.
+        draft: `[1, J]`, draft tokens after the first token from the previous pass; None before refinement.
 
     Returns:
         `[1, J, V]`.
@@ -50,30 +50,30 @@ def slot_logits_of_training(
     context = predictor.encode(one_document(text[:, :first], torch.tensor([[first]])))
     hidden = predictor.slot_hidden(context, auxiliaries.unsqueeze(1))
     if draft is not None:
-        stand_for = torch.cat([text[:, first : first + 1], draft], dim=1)[:, None, :-1]
-        hidden = predictor.refine(context, predictor.refiner_context(context), hidden, stand_for)
+        stands_for = torch.cat([text[:, first : first + 1], draft], dim=1)[:, None, :-1]
+        hidden = predictor.refine(context, predictor.refiner_context(context), hidden, stands_for)
     return predictor.slot_logits(hidden[:, 0])
 
 
 class ForcedDraft:
-    """Knows the reference texts and proposes the right token with a given probability, else another one.
+    """Drafts tokens of the reference texts, each correct with a given probability.
 
     Args:
-        texts: of the prompts that are decoded, in their order, as long as no text is finished before another.
-        probability_right: of each token.
+        texts: reference texts of the decoded prompts, in their order, which must end at the same time.
+        acceptance_rate: probability that a token is correct.
         vocabulary: number of tokens.
     """
 
-    def __init__(self, texts: list[list[int]], probability_right: float, vocabulary: int) -> None:
+    def __init__(self, texts: list[list[int]], acceptance_rate: float, vocabulary: int) -> None:
         longest = max(map(len, texts))
         self.texts = torch.tensor([[*text, *[0] * (longest - len(text))] for text in texts])
-        self.probability_right = probability_right
+        self.acceptance_rate = acceptance_rate
         self.vocabulary = vocabulary
         self.generator = torch.Generator().manual_seed(7)
 
     def __call__(self, slot_logits: Tensor, auxiliaries: Tensor, starts: Sequence[int]) -> Tensor:
         assert slot_logits.shape[:2] == auxiliaries.shape
-        places = torch.tensor(starts).unsqueeze(1) + torch.arange(auxiliaries.shape[1])
-        right = self.texts.gather(1, places.clamp_max(self.texts.shape[1] - 1))
-        is_right = torch.rand(right.shape, generator=self.generator) < self.probability_right
-        return torch.where(is_right, right, (right + 1) % self.vocabulary)
+        positions = torch.tensor(starts).unsqueeze(1) + torch.arange(auxiliaries.shape[1])
+        correct = self.texts.gather(1, positions.clamp_max(self.texts.shape[1] - 1))
+        is_correct = torch.rand(correct.shape, generator=self.generator) < self.acceptance_rate
+        return torch.where(is_correct, correct, (correct + 1) % self.vocabulary)

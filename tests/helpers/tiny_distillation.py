@@ -61,7 +61,7 @@ def make_module(
     val_sampling: tuple[SamplingConfig, ...] = (),
     **predictor: Any,
 ) -> DistillationModule:
-    """The same weights on every call; `predictor` are further fields of `PredictorConfig`."""
+    """A module with the same weights on every call; `predictor` are further fields of `PredictorConfig`."""
     defaults = {
         "features": CosineFeatures(4),
         "lora": LoraSettings(rank=2),

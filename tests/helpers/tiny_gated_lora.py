@@ -16,7 +16,7 @@ SLOT_MASK = (torch.arange(CONTEXT + SLOTS) >= CONTEXT).expand(2, -1)
 
 
 def fill_adapter(peft_model: torch.nn.Module) -> None:
-    """Stand-in for training: every LoRA weight becomes clearly non-zero."""
+    """Set all LoRA weights to random numbers far from zero, instead of training."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in peft_model.named_parameters():

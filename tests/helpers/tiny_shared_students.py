@@ -27,7 +27,7 @@ def make_predictor(
     )
     predictor = PredictorNetwork(config, TINY_MODELS[family](vocab_size=VOCAB_SIZE)).to(dtype)
     for weight in predictor.slot_encoder.parameters():
-        weight.data.mul_(5)  # slots that hang on their auxiliaries clearly
+        weight.data.mul_(5)  # slots that clearly depend on their auxiliaries
     return predictor
 
 

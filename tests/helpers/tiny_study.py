@@ -11,12 +11,12 @@ from ptp_lightning.sweeps.study import Budget, Study
 CONFIG = Path(__file__).parents[2] / "configs" / "markov_categorical.yaml"
 STEPS, TOKENS = 4, 4 * 4 * 2 * 4  # steps, rows, windows, window length
 INDEPENDENT = {"model.init_args.predictor.objective": "ptp_lightning.models.IndependentObjective"}
-UNSOUND = {"model.init_args.loss": "ptp_lightning.losses.BinaryCrossEntropy"}  # found out when it is built
+UNSOUND = {"model.init_args.loss": "ptp_lightning.losses.BinaryCrossEntropy"}  # detected when the module is built
 ENTROPY = "data.init_args.series.init_args.entropy"
 
 
 def plain_study(**changes: Any) -> dict[str, Any]:
-    """Content of a study's file: two objectives, one seed, four steps."""
+    """The content of a study's file: two objectives, one seed, four steps."""
     return {
         "title": "tiny",
         "base": str(CONFIG),
@@ -34,14 +34,14 @@ def plain_study(**changes: Any) -> dict[str, Any]:
 
 
 def write_study(folder: Path, **changes: Any) -> Path:
-    """A study's file."""
+    """Write a study's file."""
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(plain_study(**changes), sort_keys=False))
     return path
 
 
 def letters(*, seeds: tuple[int, ...] = (0,), **changes: Any) -> Study:
-    """A study of the points a and b that is never trained."""
+    """A study of the points a and b, without training."""
     space = (
         {} if changes.keys() & {"variants", "settings"} else {"settings": {"x": CategoricalDistribution(["a", "b"])}}
     )

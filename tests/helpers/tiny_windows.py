@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ptp_lightning.batch import PackedBatch
 
-# Two rows: documents of 6 and 7 tokens and a padded place; one of 14 tokens. Windows overlap and leave their document.
+# Two rows: documents of 6 and 7 tokens, padded; one document of 14 tokens. Windows overlap and leave their document.
 DOCUMENT_IDS = torch.tensor([[0] * 6 + [1] * 7 + [-1], [0] * 14])
 POSITION_IDS = torch.tensor([[*range(6), *range(7), 0], [*range(14)]])
 WINDOW_STARTS = torch.tensor([[2, 5, 10], [1, 8, 9]])
@@ -31,11 +31,11 @@ def slots_that_differ(left: Tensor, right: Tensor) -> Slots:
     return {(row, window, slot) for row, window, slot in (left != right).any(-1).nonzero().tolist()}
 
 
-def slots_that_see(row: int, place: int, num_slots: int) -> Slots:
-    """The slots whose context holds the token at a place: those of later windows in its document."""
+def slots_that_see(row: int, position: int, num_slots: int) -> Slots:
+    """The slots whose context holds the token at a position: those of later windows in its document."""
     return {
         (row, window, slot)
         for window, start in enumerate(WINDOW_STARTS[row].tolist())
         for slot in range(num_slots)
-        if place < start and DOCUMENT_IDS[row, place] == DOCUMENT_IDS[row, start - 1]
+        if position < start and DOCUMENT_IDS[row, position] == DOCUMENT_IDS[row, start - 1]
     }

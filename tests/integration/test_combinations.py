@@ -99,7 +99,7 @@ def combinations() -> list[dict[str, Any]]:
             "loss": as_yaml("losses", (loss, {"terms": MIXTURE} if loss == "MixedLoss" else {})),
             "source": source,
             "position_weights": as_yaml("losses", weights),
-            "num_proposals": 1 + index // 4 % 2,
+            "num_drafts": 1 + index // 4 % 2,
         }
         for (objective, loss), features, source, student, weights, order, index in rows
     ]

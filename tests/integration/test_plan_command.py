@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ptp_lightning import cli
 from ptp_lightning.planning.command import BACKBONES, WIDTH
-from tests.helpers.printed import Printed, Run, run_here
+from tests.helpers.command_output import CommandOutput, Run, run_in_process
 from tests.helpers.tiny_configs import CORPUS_LINE, SHRUNKEN, shrink
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -32,11 +32,11 @@ def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     corpus = tmp_path / "corpus.txt"
     corpus.write_text(CORPUS_LINE * 400)
 
-    def run(name: str, *args: str) -> Printed:
+    def run(name: str, *args: str) -> CommandOutput:
         config = shrink(CONFIGS / f"{name}.yaml", corpus, tmp_path)
         if name != "code_teacher":  # which has no windows
             args = ("--model.init_args.predictor.window_length", "3", *args)
-        return run_here(monkeypatch, capsys, "plan", "--config", str(config), *args)
+        return run_in_process(monkeypatch, capsys, "plan", "--config", str(config), *args)
 
     return run
 

@@ -21,7 +21,7 @@ import yaml
 from ptp_lightning.pregeneration import command as pregenerate
 from ptp_lightning.utils.atomic_files import temporary_path
 from ptp_lightning.utils.pretrained import load_tokenizer
-from tests.helpers.printed import Run, run_here
+from tests.helpers.command_output import Run, run_in_process
 from tests.helpers.tiny_configs import CORPUS_LINE, shrink
 
 CONFIG = Path(__file__).parents[2] / "configs" / "gated_lora.yaml"
@@ -43,7 +43,7 @@ OPTIONS = {
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """Runs a command in this process and in the test's folder."""
     monkeypatch.chdir(tmp_path)
-    return partial(run_here, monkeypatch, capsys)
+    return partial(run_in_process, monkeypatch, capsys)
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 STUDIES = sorted((ROOT / "sweeps").glob("*.yaml"))
 NAMES = {
     "auxiliary_sampling",
+    "best_of",
     "cdf_order",
     "depth",
     "embeddings",
@@ -21,7 +22,6 @@ NAMES = {
     "joint",
     "losses",
     "objective",
-    "proposals",
     "window",
 }
 MARKOV = {"model_type": "llama", "vocab_size": 9, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,

@@ -53,10 +53,10 @@ def test_every_source_takes_two_steps(source: dict[str, Any], tmp_path: Path, mo
     run(source, tmp_path, monkeypatch)
 
 
-def test_several_proposals_are_validated(
+def test_several_drafts_are_validated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run(TEACHER, tmp_path, monkeypatch, num_proposals=3)
+    run(TEACHER, tmp_path, monkeypatch, num_drafts=3)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What the command for a GPU measures computes the right thing, and can be captured, as far as a CPU can tell."""
+"""The computations of the benchmarks for a GPU are correct and can be captured, as far as a CPU can test it."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,9 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.on_a_gpu import decoding, training
-from benchmarks.on_a_gpu.branches import best_branches, break_even, expected_tokens
-from benchmarks.on_a_gpu.captured import CapturedDecoder, captured
-from benchmarks.on_a_gpu.subjects import Subject, counting_subject
+from benchmarks.on_a_gpu.branches import best_branches, break_even_acceptance_rate, expected_tokens
+from benchmarks.on_a_gpu.graph_decoder import GraphDecoder, capture
+from benchmarks.on_a_gpu.models import BenchmarkModel, counting_model
 from ptp_lightning.decoding import GenerationSettings, decode_autoregressively
 from ptp_lightning.decoding.lookahead import Lookahead
 from ptp_lightning.models import (
@@ -58,24 +58,24 @@ def settings(sampling: SamplingConfig) -> GenerationSettings:
 
 @pytest.mark.parametrize("sampling", [SAMPLING["sampled"], SAMPLING["greedy"]], ids=["sampled", "greedy"])
 @pytest.mark.parametrize("branches", BRANCHES, ids=str)
-@pytest.mark.parametrize("drafts", ["its own", "mostly right", "right"])
-def test_texts_are_those_of_one_token_a_call(sampling: SamplingConfig, branches: tuple[int, ...], drafts: str) -> None:
+@pytest.mark.parametrize("drafts", ["own", "mostly correct", "correct"])
+def test_texts_are_autoregressive(sampling: SamplingConfig, branches: tuple[int, ...], drafts: str) -> None:
     model = predictor()
     expected = reference(model, settings(sampling))
-    right = {"mostly right": 0.8, "right": 1.0}.get(drafts)
-    guesses = None if right is None else decoding.guessed(expected, right, model)
-    decoder = CapturedDecoder(model, settings(sampling), len(PROMPT), branches, guesses)
-    for _ in range(2):  # nothing of a text is left in the next one
+    rate = {"mostly correct": 0.8, "correct": 1.0}.get(drafts)
+    forced = None if rate is None else decoding.forced_draft(expected, rate, model)
+    decoder = GraphDecoder(model, settings(sampling), len(PROMPT), branches, forced)
+    for _ in range(2):  # no state is left from the previous text
         text, num_calls = decoder.decode(PROMPT)
         assert text == expected
     if not branches:
         assert num_calls == NUM_TOKENS
-    if drafts == "right" and branches == (1, 0):
+    if drafts == "correct" and branches == (1, 0):
         assert num_calls == NUM_CALLS  # after the prompt's token 1 and 2 tokens in turn
 
 
-class OfTheHost(TorchDispatchMode):
-    """Collects what reads from the host's memory, or writes to it."""
+class HostOperations(TorchDispatchMode):
+    """Collects the operations that read or write memory of the host."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -90,8 +90,8 @@ class OfTheHost(TorchDispatchMode):
 
 
 @torch.inference_mode()
-def host_operations(model: PredictorNetwork, decoder: CapturedDecoder, call: Callable[[], Any]) -> list[str]:
-    """Of a call on a device whose tensors have no values, so that whoever asks for one raises."""
+def host_operations(model: PredictorNetwork, decoder: GraphDecoder, call: Callable[[], Any]) -> list[str]:
+    """Host operations of a call on the meta device, on which reading a value raises an error."""
     model.to("meta")
     for name, value in vars(decoder).items():
         if isinstance(value, Tensor):
@@ -101,16 +101,16 @@ def host_operations(model: PredictorNetwork, decoder: CapturedDecoder, call: Cal
     for layer in decoder._cache.layers:
         layer.keys, layer.values = layer.keys.to("meta"), layer.values.to("meta")  # pyright: ignore
     # What torch can be asked for without waiting for a GPU is asked for there alone.
-    with patch.object(Tensor, "is_cuda", True), OfTheHost() as operations:
+    with patch.object(Tensor, "is_cuda", True), HostOperations() as operations:
         call()
     return operations.found
 
 
-def test_texts_are_those_of_one_token_a_call_in_bfloat16() -> None:
+def test_texts_are_autoregressive_in_bfloat16() -> None:
     """Though keys of the cache that hold nothing yet are read, too."""
     model = predictor("bfloat16")
     expected = reference(model, settings(SAMPLING["sampled"]))
-    decoder = CapturedDecoder(model, settings(SAMPLING["sampled"]), len(PROMPT), BRANCHES[-1])
+    decoder = GraphDecoder(model, settings(SAMPLING["sampled"]), len(PROMPT), BRANCHES[-1])
     assert decoder.decode(PROMPT)[0] == expected
 
 
@@ -118,18 +118,18 @@ def test_texts_are_those_of_one_token_a_call_in_bfloat16() -> None:
 @pytest.mark.parametrize("branches", BRANCHES, ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_call_can_be_captured(sampling: SamplingConfig, branches: tuple[int, ...], dtype: str) -> None:
-    """A CUDA graph can hold it: it neither waits for the device nor copies from the host."""
+    """A call neither waits for the device nor copies from the host."""
     model = predictor(dtype)
-    guesses = torch.zeros(NUM_TOKENS, dtype=torch.long)
-    decoder = CapturedDecoder(model, settings(sampling), len(PROMPT), branches, guesses)
+    forced = torch.zeros(NUM_TOKENS, dtype=torch.long)
+    decoder = GraphDecoder(model, settings(sampling), len(PROMPT), branches, forced)
     assert host_operations(model, decoder, decoder.call) == []
 
 
-def test_what_cannot_be_captured_is_noticed() -> None:
+def test_operations_that_cannot_be_captured_are_found() -> None:
     model = predictor()
-    decoder = CapturedDecoder(model, settings(SAMPLING["greedy"]), len(PROMPT))
+    decoder = GraphDecoder(model, settings(SAMPLING["greedy"]), len(PROMPT))
     with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
-        host_operations(model, decoder, lambda: decoder._found.tolist())
+        host_operations(model, decoder, lambda: decoder._result.tolist())
     copied = host_operations(model, decoder, lambda: torch.tensor([1, 2]).to("meta"))
     assert copied != []
 
@@ -157,47 +157,47 @@ def test_a_graph_is_made_behind_calls_on_another_stream(monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.cuda, "stream", lambda side: noted(side.name))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
     monkeypatch.setattr(torch.cuda, "graph", lambda given: noted("capture" if given is graph else "another graph"))
-    captured(lambda: happened.append("call"), torch.device("cuda"))()
+    capture(lambda: happened.append("call"), torch.device("cuda"))()
     warm_up = ["side waits for usual", "side begins", *["call"] * 3, "side ends", "usual waits for side"]
     assert happened == [*warm_up, "capture begins", "call", "capture ends", "replay"]
 
 
-def test_slots_that_something_refines_are_refused() -> None:
+def test_a_refiner_is_rejected() -> None:
     model = predictor(refiner=RefinerSettings(num_layers=1))
-    assert CapturedDecoder(model, settings(SAMPLING["greedy"]), len(PROMPT)).decode(PROMPT)[1] == NUM_TOKENS
+    assert GraphDecoder(model, settings(SAMPLING["greedy"]), len(PROMPT)).decode(PROMPT)[1] == NUM_TOKENS
     with pytest.raises(ValueError, match="neither a refiner nor a copied student"):
-        CapturedDecoder(model, settings(SAMPLING["greedy"]), len(PROMPT), (1, 0))
+        GraphDecoder(model, settings(SAMPLING["greedy"]), len(PROMPT), (1, 0))
 
 
 def test_the_counting_model_counts() -> None:
     device = torch.device("cpu")
-    subject = counting_subject(device, "small", 64, "bfloat16", 5)
-    (decoded,) = decode_autoregressively(subject.predictor, [[7, 3, 61]], settings(SAMPLING["greedy"]))
+    model = counting_model(device, "small", 64, "bfloat16", 5)
+    (decoded,) = decode_autoregressively(model.predictor, [[7, 3, 61]], settings(SAMPLING["greedy"]))
     assert decoded.token_ids == [(62 + k) % 64 for k in range(NUM_TOKENS)]
 
 
-def test_another_text_is_not_timed() -> None:
+def test_a_different_text_is_not_timed() -> None:
     model = predictor()
-    subject = Subject(model, model.base_model, PROMPT)
+    target = BenchmarkModel(model, model.base_model, PROMPT)
     expected = reference(model, settings(SAMPLING["greedy"]))
     wrong = [*expected[:20], (expected[20] + 1) % 64, *expected[21:]]
-    _, said = decoding._checked(lambda: lambda: (expected, 1), subject, settings(SAMPLING["greedy"]), expected)
-    assert said == {"same_tokens": "31 of 31"}
-    for text, place in ((wrong, 20), (expected[:25], 25)):
-        with pytest.raises(ValueError, match=f"another one from token {place} on"):
-            decoding._checked(lambda text=text: lambda: (text, 1), subject, settings(SAMPLING["greedy"]), expected)
+    _, agreement = decoding._check(lambda: lambda: (expected, 1), target, settings(SAMPLING["greedy"]), expected)
+    assert agreement == {"same_tokens": "31 of 31"}
+    for text, position in ((wrong, 20), (expected[:25], 25)):
+        with pytest.raises(ValueError, match=f"a difference from token {position} on"):
+            decoding._check(lambda text=text: lambda: (text, 1), target, settings(SAMPLING["greedy"]), expected)
 
 
 def test_expected_tokens_are_those_of_many_calls() -> None:
-    branches, right = (3, 1, 0, 2), 0.6
+    branches, rate = (3, 1, 0, 2), 0.6
     generator = np.random.default_rng(0)
     length = committed = 0
     for _ in range(20_000):
-        draws = generator.random(length) < right
+        draws = generator.random(length) < rate
         correct = length if draws.all() else int(draws.argmin())
         committed += correct + 1
         length = branches[correct]
-    assert expected_tokens(branches, right) == pytest.approx(committed / 20_000, rel=0.02)
+    assert expected_tokens(branches, rate) == pytest.approx(committed / 20_000, rel=0.02)
 
 
 def test_perfect_drafts() -> None:
@@ -207,23 +207,23 @@ def test_perfect_drafts() -> None:
 
 def test_break_even() -> None:
     branches = (2, 2, 2)
-    rate = break_even(branches, 2.0)
+    rate = break_even_acceptance_rate(branches, 2.0)
     assert rate is not None
     assert expected_tokens(branches, rate) == pytest.approx(2.0, rel=1e-3)
     assert rate == pytest.approx((5**0.5 - 1) / 2, abs=1e-3)  # 1 + r + r^2 = 2
-    assert break_even(branches, 3.5) is None
+    assert break_even_acceptance_rate(branches, 3.5) is None
 
 
-@pytest.mark.parametrize(("longest", "slots", "right"), [(2, 4, 0.8), (7, 32, 0.8)])
-def test_slots_are_divided_better_than_for_full_drafts(longest: int, slots: int, right: float) -> None:
-    branches = best_branches(longest, slots, right)
+@pytest.mark.parametrize(("longest", "slots", "rate"), [(2, 4, 0.8), (7, 32, 0.8)])
+def test_slots_are_allocated_better_than_evenly(longest: int, slots: int, rate: float) -> None:
+    branches = best_branches(longest, slots, rate)
     assert sum(branches) == slots
     assert max(branches) <= longest
     even = [slots // (longest + 1)] * (longest + 1)
-    assert expected_tokens(branches, right) > expected_tokens(even, right)
+    assert expected_tokens(branches, rate) > expected_tokens(even, rate)
 
 
-def test_windows_that_attend_to_something_else_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_attention_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     found = training.difference(torch.device("cpu"))
     assert 0 < float(found["difference_gradients"] or 0) < 1e-5
     attention = blocks_module.block_attention
@@ -243,9 +243,9 @@ def test_a_dense_step_reads_windows_through_one_mask(monkeypatch: pytest.MonkeyP
     for backend in (Blocks, Dense):
         monkeypatch.setattr(backend, "read_windows", noting(backend.read_windows, calls))
     sizes = {"rows": 1, "row_length": 12, "window_length": 3, "windows": 1, "vocab": 40, "rank": 1, "steps": 1}
-    for way, backend in {"blocks": Blocks, training.DENSE: Dense}.items():
+    for variant, backend in {"blocks": Blocks, training.DENSE: Dense}.items():
         calls.clear()
-        found = training.step(training.parse(way, {"device": "cpu", "dtype": "float32", **sizes}))
+        found = training.step(training.parse(variant, {"device": "cpu", "dtype": "float32", **sizes}))
         assert set(calls) == {backend}
         assert found["seconds"]
 

@@ -90,10 +90,10 @@ def test_pick_and_token_interval_are_inverse(logits: Tensor, config: SamplingCon
 def test_pick_and_token_interval_are_inverse_in_any_fixed_order(
     logits: Tensor, top_k: int | None, top_p: float, data: st.DataObject
 ):
-    places = torch.tensor(data.draw(st.permutations(range(len(logits)))))
-    P = Sampler(SamplingConfig(0.7, top_k, top_p, "embedding"), places).distribution(logits)
+    ranks = torch.tensor(data.draw(st.permutations(range(len(logits)))))
+    P = Sampler(SamplingConfig(0.7, top_k, top_p, "embedding"), ranks).distribution(logits)
     assert_inverse(P)
-    assert (places[all_ids(P)].diff() > 0).all()
+    assert (ranks[all_ids(P)].diff() > 0).all()
 
 
 @pytest.mark.parametrize("order", ["descending", "vocabulary", "embedding"])
@@ -103,8 +103,8 @@ def test_inverse_over_150k_entries(dtype: torch.dtype, order):
     logits[1] = 0.0  # all tied
     logits[2] *= 10  # most entries far below one part in 2^53
     logits[3, 77_777] = 1e4  # one-hot
-    places = torch.randperm(150_000, generator=generator())
-    P = Sampler(SamplingConfig(order=order), places).distribution(logits)
+    ranks = torch.randperm(150_000, generator=generator())
+    P = Sampler(SamplingConfig(order=order), ranks).distribution(logits)
     for u in (*EDGES, *draw_auxiliaries((20,), generator(), "cpu").tolist()):
         u_rows = torch.full((4,), u, dtype=torch.float64)
         tokens = pick(u_rows, P)
@@ -116,7 +116,7 @@ def test_inverse_over_150k_entries(dtype: torch.dtype, order):
         assert tokens[3] == 77_777
     largest = torch.full((4,), LARGEST_FLOAT64, dtype=torch.float64)
     # Among equals, rank and vocabulary order end with the highest id.
-    assert pick(largest, P)[1] == (places.argmax() if order == "embedding" else 149_999)
+    assert pick(largest, P)[1] == (ranks.argmax() if order == "embedding" else 149_999)
 
 
 def naive_inverse_cdf(u: float, probabilities: list[float]) -> int:
@@ -278,11 +278,11 @@ class TestLikelyPick:
         assert P.probabilities[found] > 0
 
     @given(st.lists(st.floats(0.01, 1), min_size=1, max_size=6), st.floats(0, 1, exclude_max=True))
-    def test_a_tiny_error_changes_nothing_inside_an_interval(self, weights: list[float], place: float) -> None:
+    def test_a_tiny_error_changes_nothing_inside_an_interval(self, weights: list[float], position: float) -> None:
         P = TokenDistribution(torch.tensor(weights, dtype=torch.float64) / sum(weights))
         rows = repeat(P, len(weights))
         lower, upper = token_interval(rows, torch.arange(len(weights)))
-        u = lower + (0.1 + 0.8 * place) * (upper - lower)
+        u = lower + (0.1 + 0.8 * position) * (upper - lower)
         assert torch.equal(likely_pick(u, rows, 1e-6), pick(u, rows))
 
     @pytest.mark.parametrize("u", [-0.1, 1.0, math.nan])

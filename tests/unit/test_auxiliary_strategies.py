@@ -46,8 +46,8 @@ def picks_from(lower: float, upper: float) -> StudentProbe:
     return lambda u: ProbeResult((lower <= u) & (u < upper), (torch.full_like(u, lower), torch.full_like(u, upper)))
 
 
-def right_below(edge: float) -> StudentProbe:
-    """A one-hot student that proposes the given tokens for u below the edge."""
+def correct_below(edge: float) -> StudentProbe:
+    """A one-hot student that drafts the given tokens for u below the edge."""
     return lambda u: ProbeResult(u < edge, None)
 
 
@@ -68,7 +68,7 @@ class TestEveryStrategy:
     def test_inside_the_narrowest_interval(
         self, strategy: AuxiliaryStrategy, lower: float, width: float, own: list[float], one_hot: bool, seed: int
     ) -> None:
-        probe = right_below(own[0]) if one_hot else picks_from(*own)
+        probe = correct_below(own[0]) if one_hot else picks_from(*own)
         for upper in (math.nextafter(lower, 2), min(lower + width, 1.0)):
             if upper > lower:
                 low, high = full(lower), full(upper)
@@ -78,7 +78,7 @@ class TestEveryStrategy:
 
     def test_an_empty_interval_gives_its_lower_end(self, strategy: AuxiliaryStrategy) -> None:
         """Masked slots still need a valid auxiliary."""
-        for probe in (picks_from(0.2, 0.4), picks_from(0.0, 0.0), right_below(0.5)):
+        for probe in (picks_from(0.2, 0.4), picks_from(0.0, 0.0), correct_below(0.5)):
             assert torch.equal(strategy.draw(full(0.0), full(0.0), generator(), probe), full(0.0))
 
     def test_repeats_with_the_seed(self, strategy: AuxiliaryStrategy) -> None:
@@ -88,7 +88,7 @@ class TestEveryStrategy:
 
     def test_the_generator_moves_on_alike_whatever_the_student_says(self, strategy: AuxiliaryStrategy) -> None:
         after: list[Tensor] = []
-        for probe in (picks_from(0.2, 0.4), picks_from(0.0, 1.0), right_below(0.1)):
+        for probe in (picks_from(0.2, 0.4), picks_from(0.0, 1.0), correct_below(0.1)):
             state = generator()
             strategy.draw(full(0.25), full(0.75), state, probe)
             after.append(torch.rand(4, generator=state))
@@ -111,7 +111,7 @@ BETA_CDF: dict[float, Callable[[Tensor], Tensor]] = {
 
 class TestBeta:
     def draws(self, b: float, size: int) -> Tensor:
-        """Relative positions in an interval of another place and width."""
+        """Relative positions in an interval of another position and width."""
         return (BetaInInterval(b)(full(0.2, size), full(0.6, size), generator()) - 0.2) / 0.4
 
     @pytest.mark.parametrize("b", BETA_CDF)
@@ -153,10 +153,10 @@ class TestErrorSeeking:
             ((0.3, 0.5), [True, False, False, True, True]),  # errs on both sides
             ((0.1, 0.4), [False, False, True, True, True]),  # on the right
             ((0.5, 0.9), [True, True, True, False, False]),  # on the left
-            ((0.0, 0.2), [True] * 5),  # the student's interval ends before, begins behind, or is empty
+            ((0.0, 0.2), [True] * 5),  # the student's interval ends before, begins after, or is empty
             ((0.7, 1.0), [True] * 5),
             ((0.0, 0.0), [True] * 5),
-            ((0.1, 0.8), [False] * 5),  # the student is right throughout
+            ((0.1, 0.8), [False] * 5),  # the student is correct throughout
         ],
     )
     def test_density_of_a_student_that_picks(
@@ -177,7 +177,7 @@ class TestErrorSeeking:
         share = float(wrong.double().mean())
         density = torch.where(wrong, 1 + strength * (1 - share), 1 - strength * share)
         assert density.min() >= 1 - strength > 0
-        assert chi_square(self.counts(strength, right_below(edge)), density / 5) < chi_square_bound(4)
+        assert chi_square(self.counts(strength, correct_below(edge)), density / 5) < chi_square_bound(4)
 
     def test_is_asked_about_uniform_auxiliaries_once(self) -> None:
         asked: list[Tensor] = []
@@ -192,7 +192,7 @@ class TestErrorSeeking:
 
     def test_wrong_auxiliaries_of_a_one_hot_student_stay(self) -> None:
         first = UniformInInterval()(full(0.2), full(0.7), generator())
-        u = ErrorSeekingInInterval(0.999).draw(full(0.2), full(0.7), generator(), right_below(0.4))
+        u = ErrorSeekingInInterval(0.999).draw(full(0.2), full(0.7), generator(), correct_below(0.4))
         assert torch.equal(u[first >= 0.4], first[first >= 0.4])
         assert not (u == first)[first < 0.4].any()
 

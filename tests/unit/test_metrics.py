@@ -12,7 +12,7 @@ from ptp_lightning.metrics import PositionMeans, WindowMetrics, WindowSummary, a
 
 
 def rows(*windows: str) -> tuple[Tensor, Tensor]:
-    """Windows as (correct, mask): "1" right, "0" wrong; past the end "x" right by chance, "." wrong."""
+    """Windows as (correct, mask): "1" correct, "0" wrong; past the end "x" correct by chance, "." wrong."""
     correct = torch.tensor([[c in "1x" for c in window] for window in windows])
     mask = torch.tensor([[c in "10" for c in window] for window in windows])
     return correct, mask
@@ -44,7 +44,7 @@ def test_accuracy_by_position() -> None:
 
 def test_accuracy_given_a_correct_prefix() -> None:
     summary = summary_of(*WINDOWS)
-    # Position 3 is reached with everything right by "1111" alone.
+    # Position 3 is reached with everything correct by "1111" alone.
     assert summary.num_given_prefix.tolist() == [5, 3, 2, 1]
     assert summary.accuracy_given_prefix.tolist() == [4 / 5, 3 / 3, 1 / 2, 1 / 1]
 
@@ -156,7 +156,7 @@ class TestPositionMeans:
     def test_by_hand(self) -> None:
         means = PositionMeans(3)
         means.update(torch.tensor([1.0, 2.0, 6.0]), torch.tensor([0, 2, 2]))
-        means.update(torch.tensor([[5.0, 100.0]]), torch.tensor([[0, 3]]))  # place 3 is beyond
+        means.update(torch.tensor([[5.0, 100.0]]), torch.tensor([[0, 3]]))  # position 3 is beyond
         assert means.compute() == {0: 3.0, 2: 4.0}
         means.reset()
         assert means.compute() == {}

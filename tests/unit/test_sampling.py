@@ -137,7 +137,7 @@ def test_embedding_order_without_its_ranks_raises(ranks: Tensor | None, found: s
 
 
 @pytest.mark.parametrize("order", ["descending", "vocabulary", "embedding"])
-def test_only_greedy_slots_are_told_another_u(order: Order):
+def test_only_greedy_slots_carry_another_u(order: Order):
     u = torch.tensor([0.25, 0.75], dtype=torch.float64)
     assert SamplingConfig(0.7, order=order).slot_auxiliaries(u) is u
     assert SamplingConfig(0.0, order=order).slot_auxiliaries(u).tolist() == [0.0 if order == "descending" else 0.5] * 2

@@ -166,7 +166,12 @@ class RaggedIds(NamedTuple):
 
     @classmethod
     def joined(cls, parts: Sequence[RaggedIds]) -> RaggedIds:
-        """All sequences of several parts."""
+        """All sequences of several parts.
+
+        >>> part = RaggedIds(np.array([5, 6, 7]), np.array([0, 2, 3]))
+        >>> RaggedIds.joined([part, part]).offsets.tolist()
+        [0, 2, 3, 5, 6]
+        """
         ends = np.cumsum([0, *(len(part.values) for part in parts)])
         offsets = [part.offsets[:-1] + begin for part, begin in zip(parts, ends, strict=False)]
         return cls(np.concatenate([part.values for part in parts]), np.concatenate([*offsets, ends[-1:]]))

@@ -114,7 +114,7 @@ class _Rotation(torch.autograd.Function):
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """In place, `[B, T, heads * D]`; on a CPU a part of the batch at a time."""
+    """Rotate x `[B, T, heads * D]` in place; on a CPU a part of the batch at a time."""
     half = cos.shape[-1] // 2
     heads = x.unflatten(-1, (-1, 2, half))
     cos, sin = (table[..., :half].unsqueeze(-2).expand(len(x), -1, -1, -1) for table in (cos, sin))

@@ -71,7 +71,7 @@ class GatedLoraLinear(Linear):
 
     def forward_base(self, x: Tensor) -> Tensor:
         """The base layer alone, for context positions."""
-        return self._modules["base_layer"](x)  # pyright: ignore[reportOptionalCall]  found sooner than an attribute
+        return self._modules["base_layer"](x)  # pyright: ignore[reportOptionalCall]  faster than an attribute
 
     def forward_everywhere(self, x: Tensor) -> Tensor:
         """The update at all positions."""
@@ -103,7 +103,7 @@ class GatedLoraLinear(Linear):
     @property
     def lora_weights(self) -> LoraWeights:
         """Those of the acting adapter."""
-        modules: Any = self._modules  # found sooner than attributes, which counts in calls of few tokens
+        modules: Any = self._modules  # faster than attributes, which counts in calls of few tokens
         name = self.acting_adapter
         a, b = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
         return LoraWeights(a._parameters["weight"], b._parameters["weight"], self.scaling[name])
@@ -211,7 +211,7 @@ def use_gated_layers(config: LoraConfig, gate: Gate) -> None:
     PEFT's own mechanism for custom layers; the adapter's files do not depend on it.
 
     Args:
-        config: changed in place; other layers than linear ones stay PEFT's.
+        config: changed in place. Layers that are not linear stay PEFT's.
         gate: of the layers.
     """
     build: Any = partial(GatedLoraLinear, gate=gate)

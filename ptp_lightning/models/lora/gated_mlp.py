@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from ptp_lightning.models.layers.replacement import replace_modules
 from ptp_lightning.models.lora.gated_linear import GatedLoraLinear
 from ptp_lightning.models.lora.low_rank import LoraLinearWeights, lora_swiglu
 
@@ -42,7 +43,7 @@ class GatedLoraMLP(nn.Module):
     """An MLP whose three linear layers are `GatedLoraLinear`: `down(act(gate(x)) * up(x))`.
 
     While the gate is open everywhere and gradients are wanted, one kernel computes all of it (`lora_swiglu`). In any
-    other case it is the MLP that it replaces, operation by operation. Its parts keep their names, so that weights do.
+    other case the operations are those of the replaced MLP.
 
     Args:
         mlp: one of `SUPPORTED_MLPS`, whose parts are taken over.
@@ -65,11 +66,8 @@ class GatedLoraMLP(nn.Module):
 
 
 def fuse_mlps(model: nn.Module) -> None:
-    """Replace the supported MLPs of a model by `GatedLoraMLP`, in place, where all three layers carry an adapter."""
-    supported = [name for name, module in model.named_modules() if _is_supported(module)]
-    for name in supported:
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, GatedLoraMLP(model.get_submodule(name)))
+    """Replace the supported MLPs of a model by `GatedLoraMLP`, in place, if all three layers carry an adapter."""
+    replace_modules(model, SUPPORTED_MLPS, GatedLoraMLP, condition=_is_adapted)
 
 
 def _training_weights(layer: nn.Module, x: Tensor) -> LoraLinearWeights | None:
@@ -77,8 +75,5 @@ def _training_weights(layer: nn.Module, x: Tensor) -> LoraLinearWeights | None:
     return layer.training_weights(x) if isinstance(layer, GatedLoraLinear) else None
 
 
-def _is_supported(module: nn.Module) -> bool:
-    kind = type(module)
-    if f"{kind.__module__}.{kind.__qualname__}" not in SUPPORTED_MLPS:
-        return False
-    return all(isinstance(module.get_submodule(name), GatedLoraLinear) for name in LINEAR_LAYERS)
+def _is_adapted(mlp: nn.Module) -> bool:
+    return all(isinstance(mlp.get_submodule(name), GatedLoraLinear) for name in LINEAR_LAYERS)

@@ -1,1 +1,1 @@
-"""Slots: what they carry, how u is embedded, and what they propose."""
+"""Slots: what they carry, how u is embedded, and what they draft."""

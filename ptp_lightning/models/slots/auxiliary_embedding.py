@@ -1,4 +1,4 @@
-"""u -> embedding: the trained head that maps fixed features of an auxiliary into the model's embedding space."""
+"""AuxiliaryEmbedding: the trained head that maps fixed features of u into the model's embedding space."""
 
 import math
 from typing import Literal
@@ -17,7 +17,13 @@ class AuxiliaryEmbedding(nn.Module):
         features: the fixed map.
         head: `linear`, or `mlp` with one hidden layer of `hidden_size` SiLU units.
         hidden_size: H, width of the model.
-        scale: root mean square that a component of the output has at first (that of the token embeddings).
+        scale: root mean square of the output at initialisation (that of the token embeddings).
+
+    >>> import torch
+    >>> from ptp_lightning.models import CosineFeatures
+    >>> embedding = AuxiliaryEmbedding(CosineFeatures(num_frequencies=4), "mlp", hidden_size=8, scale=0.1)
+    >>> embedding(torch.rand(2, 3, dtype=torch.float64)).shape
+    torch.Size([2, 3, 8])
     """
 
     def __init__(

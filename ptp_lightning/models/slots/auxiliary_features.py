@@ -1,10 +1,11 @@
-"""u -> features: fixed maps of an auxiliary, of which a trained head makes an embedding.
+"""AuxiliaryFeatures: fixed maps from u to features, the input of the auxiliary embedding's trained head.
 
-A new one is one frozen dataclass with `num_features`, `resolution` and `__call__`, plus one `class_path` line of YAML.
+A new map is one frozen dataclass with `num_features`, `resolution` and `__call__`, plus one `class_path` line of YAML.
 
-What a map is made for: a token owns an interval of u, and the intervals' widths are probabilities, which span orders of
-magnitude. Stepped maps (`stepped_features.py`) jump where no interval ends; of the others (`continuous_features.py`),
-`MultiscaleHatFeatures` and `ScaleFreeCosineFeatures`, our own, give every octave of widths the same weight.
+Each token has an interval of u whose width is its probability, so the relevant widths span orders of magnitude. Stepped
+maps (`stepped_features.py`) are discontinuous at fixed points, which are not the ends of intervals. Among the
+continuous maps (`continuous_features.py`), `MultiscaleHatFeatures` and `ScaleFreeCosineFeatures`, both our own, give
+every octave of widths the same weight.
 """
 
 from abc import ABC, abstractmethod

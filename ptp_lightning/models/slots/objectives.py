@@ -1,4 +1,4 @@
-"""Objectives: which auxiliaries a slot carries, and how its logits become a token (Theorems 1 and 2 of the paper)."""
+"""Objectives: which auxiliaries a slot carries, and how its logits give a token (Theorems 1 and 2 of the paper)."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ from ptp_lightning.sampling import Sampler, SamplingConfig, TokenDistribution
 
 @dataclass(frozen=True)
 class Objective(ABC):
-    """Which auxiliaries a slot carries, and how its logits become a token."""
+    """Which auxiliaries a slot carries, and how its logits give a token."""
 
     name: ClassVar[str]
     num_inputs: ClassVar[int]
     conditions_on_draft: ClassVar[bool] = True
-    """Whether the refiner, where there is one, is told the proposed tokens that the slots stand for."""
+    """Whether the refiner is conditioned on the drafted tokens at the slots' positions."""
     predicts_distribution: ClassVar[bool] = True
-    """Whether logits stand for the distribution of the next token, to be compared with the teacher's."""
+    """Whether logits are a distribution of the next token, to be compared with a target distribution."""
 
     @abstractmethod
     def inputs(self, auxiliaries: Tensor) -> list[Tensor]:
@@ -34,19 +34,23 @@ class Objective(ABC):
     def correct_probability(
         self, logits: Tensor, token_ids: Tensor, teacher: TokenDistribution, sampling: Sampler
     ) -> Tensor:
-        """How likely a slot proposes the reference token: `[...]`, float32 or better, without gradient.
+        """The probability that a slot drafts the reference token: `[...]`, float32 or better, without gradient.
 
         Args:
             logits: `[..., V]`.
             token_ids: `[...]`, the reference tokens.
-            teacher: distributions `[..., K]` they were picked from.
+            teacher: distributions `[..., K]` that the tokens were picked from.
             sampling: of the windows.
         """
 
 
 @dataclass(frozen=True)
 class OneHotObjective(Objective):
-    """O-PTP (Theorem 1): a slot carries the u of its own place and of the token it predicts; proposes its argmax."""
+    """O-PTP (Theorem 1): a slot carries the u of its own position and of the token it predicts; drafts its argmax.
+
+    >>> OneHotObjective().inputs(torch.tensor([0.1, 0.2, 0.3]))  # a window of three tokens has two slots
+    [tensor([0.1000, 0.2000]), tensor([0.2000, 0.3000])]
+    """
 
     name: ClassVar[str] = "one_hot"
     num_inputs: ClassVar[int] = 2
@@ -70,17 +74,17 @@ class OneHotObjective(Objective):
     def correct_probability(
         self, logits: Tensor, token_ids: Tensor, teacher: TokenDistribution, sampling: Sampler
     ) -> Tensor:
-        """The probability that the student gives to the reference token; `teacher` and `sampling` are not read."""
+        """The student's probability of the reference token; `teacher` and `sampling` are not read."""
         return SamplingConfig().distribution(logits).probability_of(token_ids)
 
 
 @dataclass(frozen=True)
 class PickingObjective(Objective):
-    """A slot predicts a distribution, and the proposal is what u picks from it.
+    """A slot predicts a distribution, and u picks the drafted token from it.
 
     Args:
-        cdf_error: how far the predicted cumulative distribution is taken to be off (see `likely_pick`). Proposals alone
-            depend on it, not what is learned; 0 is the paper's `Pick(u_k, P_k)`.
+        cdf_error: assumed error of the predicted cumulative distribution (see `likely_pick`). It affects drafts, not
+            training; 0 is the paper's `Pick(u_k, P_k)`.
 
     Raises:
         ValueError: the error is negative.
@@ -99,13 +103,17 @@ class PickingObjective(Objective):
     def correct_probability(
         self, logits: Tensor, token_ids: Tensor, teacher: TokenDistribution, sampling: Sampler
     ) -> Tensor:
-        """See `interval_overlap`; as if `cdf_error` were 0."""
+        """See `interval_overlap`; assumes `cdf_error` 0."""
         return interval_overlap(sampling.for_student().distribution(logits.detach()), teacher, token_ids)
 
 
 @dataclass(frozen=True)
 class CategoricalObjective(PickingObjective):
-    """C-PTP (Theorem 2): a slot carries the u of its own place; proposes Pick(u_k, P_k) for the token it predicts."""
+    """C-PTP (Theorem 2): a slot carries the u of its own position; drafts Pick(u_k, P_k) for the token it predicts.
+
+    >>> CategoricalObjective().inputs(torch.tensor([0.1, 0.2, 0.3]))
+    [tensor([0.1000, 0.2000])]
+    """
 
     name: ClassVar[str] = "categorical"
     num_inputs: ClassVar[int] = 1
@@ -117,7 +125,7 @@ class CategoricalObjective(PickingObjective):
 
 @dataclass(frozen=True)
 class IndependentObjective(PickingObjective):
-    """MTP, the baseline: a slot carries nothing, so it can only learn marginals; scored like C-PTP with the same u."""
+    """MTP, the baseline: a slot carries nothing, so it can only learn marginals; drafts with the same u as C-PTP."""
 
     name: ClassVar[str] = "independent"
     num_inputs: ClassVar[int] = 0
@@ -130,9 +138,9 @@ class IndependentObjective(PickingObjective):
 
 @dataclass(frozen=True)
 class SequentialObjective(IndependentObjective):
-    """Slots that carry nothing, like MTP's, before a refiner that is told the draft, as in Hydra heads.
+    """Slots that carry nothing, as in MTP, with a refiner that is conditioned on the draft, as in Hydra heads.
 
-    It draws on u only where a token is proposed. What PTP gains over it is what its slots make of their auxiliaries.
+    u is used only to pick drafted tokens. The difference to PTP measures the benefit of auxiliaries in slots.
     """
 
     name: ClassVar[str] = "sequential"
@@ -141,15 +149,19 @@ class SequentialObjective(IndependentObjective):
 
 @torch.no_grad()
 def interval_overlap(P: TokenDistribution, Q: TokenDistribution, token_ids: Tensor) -> Tensor:
-    """Chance that `Pick(u, P) == t` for u uniform among those with `Pick(u, Q) == t`: `|I_P(t) & I_Q(t)| / |I_Q(t)|`.
+    """Probability of `Pick(u, P) == t` for u uniform given `Pick(u, Q) == t`: `|I_P(t) & I_Q(t)| / |I_Q(t)|`.
 
     Args:
-        P: distributions `[..., K]`, of the proposal.
-        Q: distributions `[..., K']`, of the teacher.
+        P: distributions `[..., K]` of the student.
+        Q: distributions `[..., K']` of the teacher.
         token_ids: t, `[...]`.
 
     Returns:
         `[...]` float64; 0 for a token that no u picks from Q.
+
+    >>> P, Q = TokenDistribution(torch.tensor([[0.5, 0.5]])), TokenDistribution(torch.tensor([[0.25, 0.75]]))
+    >>> interval_overlap(P, Q, torch.tensor([1]))  # [0.5, 1) covers two thirds of [0.25, 1)
+    tensor([0.6667], dtype=torch.float64)
     """
     (lower_P, upper_P), (lower_Q, upper_Q) = token_interval(P, token_ids), token_interval(Q, token_ids)
     shared = (torch.minimum(upper_P, upper_Q) - torch.maximum(lower_P, lower_Q)).clamp_min(0)

@@ -1,4 +1,4 @@
-"""SlotEncoder: the auxiliaries of a window become the input embeddings of its slots."""
+"""SlotEncoder: from the auxiliaries of a window to the input embeddings of its slots."""
 
 from typing import Literal
 
@@ -8,26 +8,26 @@ from ptp_lightning.models.refiner.refiner import Refiner
 from ptp_lightning.models.slots.auxiliary_embedding import AuxiliaryEmbedding
 from ptp_lightning.models.slots.auxiliary_features import AuxiliaryFeatures
 from ptp_lightning.models.slots.objectives import Objective
-from ptp_lightning.models.slots.sampling_range import SettingsEmbedding
+from ptp_lightning.models.slots.sampling_embedding import SamplingEmbedding
 
 
 class SlotEncoder(nn.Module):
-    """Auxiliaries of a window -> input embeddings of its L - 1 slots.
+    """From the auxiliaries of a window to the input embeddings of its L - 1 slots.
 
-    A slot's embedding is one learned vector, which starts as the mean token embedding, plus an embedding of each
-    auxiliary that the objective lets it carry.
+    A slot's embedding is one learned vector, initialised with the mean token embedding, plus an embedding of each
+    auxiliary that the slot carries.
 
     Args:
-        objective: what slots carry.
+        objective: which auxiliaries slots carry.
         features: features of u.
         head: head of the auxiliary embedding.
-        token_embeddings: `[V, H]`, sets the starting point and scale.
+        token_embeddings: `[V, H]`, for the initialisation.
 
     Attributes:
-        refiner: what else slots learn, after the stack; set by the predictor, which knows the base model.
-        settings: tells slots the sampling settings, of a predictor that is trained for several; likewise.
-        refiner_settings: tells the refiner's slots.
-        token_ranks: `[V]` int64, places in the order "embedding" if slots are trained in it (see `Sampler`); likewise.
+        refiner: layers after the stack, if there are any. This and the following are set by `PredictorNetwork`.
+        sampling_embedding: conditions slots on the sampling settings, if the predictor is trained for several.
+        refiner_sampling_embedding: the same for the refiner.
+        token_ranks: `[V]` int64, the order "embedding" if slots are trained in it (see `Sampler`).
     """
 
     def __init__(
@@ -47,8 +47,8 @@ class SlotEncoder(nn.Module):
             AuxiliaryEmbedding(features, head, table.shape[1], scale) for _ in range(objective.num_inputs)
         )
         self.refiner: Refiner | None = None
-        self.settings: SettingsEmbedding | None = None
-        self.refiner_settings: SettingsEmbedding | None = None
+        self.sampling_embedding: SamplingEmbedding | None = None
+        self.refiner_sampling_embedding: SamplingEmbedding | None = None
         self.token_ranks: Tensor | None
         self.register_buffer("token_ranks", None)
 

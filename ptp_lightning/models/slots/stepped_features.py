@@ -1,4 +1,4 @@
-"""Maps of u that are constant on intervals: digits and cells."""
+"""Piecewise constant features of u: binary digits and cells."""
 
 import math
 from dataclasses import dataclass
@@ -12,22 +12,22 @@ CELL_ROUNDING = 2.0**-52  # the ends of a cell are float64 numbers near i / n
 
 
 class DigitFeatures(AuxiliaryFeatures):
-    """Maps of the first binary digits of u: what they share. Resolution 2**-bits."""
+    """Base class of maps to the first binary digits of u. Resolution 2**-bits."""
 
     bits: int
 
     def __post_init__(self) -> None:
-        """Refuse no digits."""
+        """Require at least one digit."""
         require_at_least("bits", self.bits, 1)
 
     @property
     def num_features(self) -> int:
-        """One feature a digit."""
+        """One feature for each digit."""
         return self.bits
 
     @property
     def resolution(self) -> float:
-        """Width of the interval in which all digits agree."""
+        """Width of an interval with equal digits."""
         return 2.0**-self.bits
 
 
@@ -35,7 +35,10 @@ class DigitFeatures(AuxiliaryFeatures):
 class BinaryFeatures(DigitFeatures):
     """The first `bits` binary digits of u as -1 and 1 (Draxler et al., ICLR 2026). Resolution 2**-bits.
 
-    Fixed-point digits; the paper's second version takes those of the floating-point number, see `FloatBitFeatures`.
+    Fixed-point digits; the paper's second version uses those of the floating-point number, see `FloatBitFeatures`.
+
+    >>> BinaryFeatures(bits=3)(torch.tensor([0.625]))  # 0.101 in binary
+    tensor([[ 1., -1.,  1.]])
     """
 
     bits: int = 32
@@ -49,8 +52,8 @@ class BinaryFeatures(DigitFeatures):
 class ArithmeticFeatures(DigitFeatures):
     """e_i = 1{frac(2**(i - 1) u) < 1/2}, i = 1 .. bits: the paper's `arithmetic`. Resolution 2**-bits.
 
-    These are the digits of `BinaryFeatures`, inverted and as 0 and sqrt(2), not centred. The paper writes <= 1/2, by
-    which 0 and 1/2 would have the same code; u hits such points with probability zero.
+    The inverted digits of `BinaryFeatures` as 0 and sqrt(2), not centred. The paper writes <= 1/2, so that 0 and 1/2
+    have the same code; such points have probability zero.
     """
 
     bits: int = 32
@@ -64,9 +67,9 @@ class ArithmeticFeatures(DigitFeatures):
 class FloatBitFeatures(AuxiliaryFeatures):
     """The 32 bits of u as an IEEE float32 as -1 and 1: the `binary` of the paper's second version. Resolution 2**-24.
 
-    u is rounded towards zero, so 1 is never reached and each code stands for an interval as wide as the spacing of
-    float32 numbers there: finest next to 0, 2**-24 in the upper half. The sign and the top bit of the exponent are
-    always off below 1.
+    u is rounded towards zero, so that 1 is never reached. Each code represents an interval as wide as the spacing of
+    float32 numbers there: 2**-24 in the upper half, and less near 0. The sign and the top bit of the exponent are
+    always 0 for u below 1.
     """
 
     @property
@@ -90,12 +93,12 @@ class FloatBitFeatures(AuxiliaryFeatures):
 
 
 class CellFeatures(AuxiliaryFeatures):
-    """Maps that are constant on n equal cells: what they share. Resolution 1/n."""
+    """Base class of maps that are constant on n equal cells. Resolution 1/n."""
 
     cells: int
 
     def __post_init__(self) -> None:
-        """Refuse a single cell."""
+        """Require at least two cells."""
         require_at_least("cells", self.cells, 2)
 
     @property
@@ -108,17 +111,20 @@ class CellFeatures(AuxiliaryFeatures):
 class ThresholdFeatures(CellFeatures):
     """e_i = 1{u <= i/n} as -1 and 1, i = 1 .. n - 1: the paper's `threshold`. Resolution 1/n.
 
-    The threshold at 1, which every u is below, is left out.
+    The threshold at 1 is left out, because every u is below it.
 
     Args:
-        cells: n, intervals that the thresholds part [0, 1) into.
+        cells: n, the number of intervals between thresholds.
+
+    >>> ThresholdFeatures(cells=4)(torch.tensor([0.3]))  # thresholds 1/4, 1/2 and 3/4
+    tensor([[-1.,  1.,  1.]])
     """
 
     cells: int = 256
 
     @property
     def num_features(self) -> int:
-        """One feature a threshold."""
+        """One feature for each threshold."""
         return self.cells - 1
 
     def __call__(self, auxiliaries: Tensor) -> Tensor:
@@ -129,19 +135,22 @@ class ThresholdFeatures(CellFeatures):
 
 @dataclass(frozen=True)
 class RoundingFeatures(CellFeatures):
-    """Which of n equal cells u is in: a linear head is a trained table of n vectors. Resolution 1/n.
+    """The cell of u among n equal cells, one-hot: with a linear head, a trained table of n vectors. Resolution 1/n.
 
-    Rounded down, so that all cells are equally wide. The one feature that is not zero is sqrt(n).
+    u is rounded down, so that all cells are equally wide. The active feature is sqrt(n).
 
     Args:
         cells: n, length of the table.
+
+    >>> RoundingFeatures(cells=4)(torch.tensor([0.3]))
+    tensor([[0., 2., 0., 0.]])
     """
 
     cells: int = 256
 
     @property
     def num_features(self) -> int:
-        """One feature a cell."""
+        """One feature for each cell."""
         return self.cells
 
     def __call__(self, auxiliaries: Tensor) -> Tensor:
@@ -153,5 +162,5 @@ class RoundingFeatures(CellFeatures):
 
 def _digits(auxiliaries: Tensor, bits: int) -> Tensor:
     """First binary digits of u: `[..., bits]`, float64, exact."""
-    place = 2.0 ** torch.arange(1, bits + 1, dtype=torch.float64, device=auxiliaries.device)
-    return (auxiliaries.double().unsqueeze(-1) * place).floor().remainder(2)
+    power = 2.0 ** torch.arange(1, bits + 1, dtype=torch.float64, device=auxiliaries.device)
+    return (auxiliaries.double().unsqueeze(-1) * power).floor().remainder(2)

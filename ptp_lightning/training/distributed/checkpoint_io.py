@@ -1,4 +1,4 @@
-"""AtomicCheckpointIO: a checkpoint appears complete or not at all, whatever happens while it is written."""
+"""AtomicCheckpointIO: a checkpoint is written completely or not at all."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from ptp_lightning.utils.atomic_files import atomic_write
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside the earlier one of its name, and only then puts it in its place.
+    """Writes a checkpoint to a temporary file in the same folder and then renames it.
 
-    Lightning writes to the system's folder for temporary files; from another disk the file is then copied onto the
-    earlier checkpoint, which is lost if the disk is full or the process ends meanwhile. It also keeps the whole file in
-    memory. Where the file system is not a local one (`s3://`), Lightning's own way is taken.
+    Lightning writes to the system's temporary folder. If that is on another disk, the file is copied over the earlier
+    checkpoint, which is lost if the disk is full or the process dies meanwhile; and the whole file is held in memory.
+    On remote file systems (`s3://`) this class uses Lightning's implementation.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """See `CheckpointIO.save_checkpoint`.
 
         Raises:
-            OSError: it cannot be written; an earlier file of this name is as it was.
+            OSError: the file cannot be written; an earlier file of this name is unchanged.
         """
         if storage_options is not None or "local" not in get_filesystem(path).protocol:
             super().save_checkpoint(checkpoint, path, storage_options)
@@ -42,13 +42,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise OSError(
                 reason.errno,
                 f"the checkpoint {target} could not be written ({reason.strerror}); "
-                f"{'the one before is as it was' if target.exists() else 'there was none before'}: make room, or "
-                "change the folder of the logger or of ModelCheckpoint.dirpath",
+                f"{'the earlier file is unchanged' if target.exists() else 'there is no earlier file'}: free disk "
+                "space, or change the folder of the logger or of ModelCheckpoint.dirpath",
             ) from error
 
 
 def _reason(error: BaseException | None) -> OSError | None:
-    """The error of the operating system behind one that torch raises instead while it closes its file."""
+    """The operating system's error that caused an error of torch, which raises its own while it closes the file."""
     while error is not None and not isinstance(error, OSError):
         error = error.__context__
     return error

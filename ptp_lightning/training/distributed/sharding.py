@@ -1,4 +1,4 @@
-"""How a module in training is shared out among processes by FSDP2: its decoder layers one by one, all else together."""
+"""FSDP2 sharding of a training module: each decoder layer is one unit, all other parameters form another."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ STEPS = ("training_step", "validation_step", "test_step")
 
 
 def shard(module: LightningModule, layers: Iterable[nn.Module], mesh: DeviceMesh) -> None:
-    """Shard a module, in `configure_model`. A second call changes nothing.
+    """Shard a module, in `configure_model`. A second call has no effect.
 
-    A layer is gathered whenever it runs and let go again, adapters with the weights that they belong to. What is left
-    (embeddings and output heads, which may be tied; norms; the slot encoder with its refiner) is gathered for a whole
-    step: a step calls these parts in many ways and at many times, not by one `forward`.
+    A layer is gathered, with its adapters, for each of its calls. The other parameters (embeddings and output heads,
+    which may be tied; norms; the slot encoder with its refiner) are gathered for a whole step, because a step uses them
+    outside of any single `forward`.
 
     Args:
-        module: in training.
-        layers: decoder layers, each of which the step calls as a whole and whose output the loss depends on. Layers
-            that only act through what they leave in a cache would be let go before their backward pass.
+        module: the training module.
+        layers: decoder layers that the step calls as modules and whose outputs the loss depends on. A layer that the
+            loss depends on only through a cache would be resharded before its backward pass.
         mesh: the processes, in one dimension.
 
     Raises:
@@ -35,8 +35,8 @@ def shard(module: LightningModule, layers: Iterable[nn.Module], mesh: DeviceMesh
     if not isinstance(module.trainer.strategy, FullyShardedStrategy):
         raise ValueError(
             f"expected trainer.strategy ptp_lightning.training.FullyShardedStrategy, found "
-            f"{type(module.trainer.strategy).__name__}, whose checkpoints other strategies cannot go on from: set it, "
-            "or add --config configs/strategy/fsdp2.yaml"
+            f"{type(module.trainer.strategy).__name__}, whose checkpoints other strategies cannot resume: set it, or "
+            "add --config configs/strategy/fsdp2.yaml"
         )
     for layer in layers:
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)

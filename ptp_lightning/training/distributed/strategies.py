@@ -1,4 +1,4 @@
-"""FullyShardedStrategy: FSDP2 over all processes, with checkpoints that any number of processes can open."""
+"""FullyShardedStrategy: FSDP2 over all processes, with checkpoints that any number of processes can resume."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from ptp_lightning.training.optimization import JointOptimizer
 
 
 class FullyShardedStrategy(ModelParallelStrategy):
-    """Shares weights, gradients and optimiser states out among all processes (see `sharding`).
+    """Shards weights, gradients and optimiser states over all processes (see `sharding`).
 
-    Lightning's own strategy gathers every weight for a checkpoint, frozen ones too, and numbers the optimiser's states
-    in an order of its own. This one writes what a single process would write, tensor by tensor on rank zero's CPU, so
-    that a run may go on with other strategies and other numbers of processes.
+    Lightning's own strategy gathers every weight for a checkpoint, including frozen ones, and renumbers the optimiser's
+    states. This one writes the same file as a single process, tensor by tensor on rank zero's CPU, so that a run can be
+    resumed with another strategy and another number of processes.
 
     Args:
         process_group_backend: by default nccl on GPUs and gloo on CPUs.
-        timeout: after which a process that waits for another gives up; by default torch's.
+        timeout: of collective operations; by default torch's.
     """
 
     def __init__(self, process_group_backend: str | None = None, timeout: timedelta | None = None) -> None:
@@ -36,10 +36,10 @@ class FullyShardedStrategy(ModelParallelStrategy):
         )
 
     def setup_environment(self) -> None:
-        """One shard a process, where Lightning would make one a node.
+        """Make one shard per process; Lightning's default is one per node.
 
         Raises:
-            ValueError: there are other processes than `trainer.devices` and `trainer.num_nodes` say.
+            ValueError: the number of processes differs from `trainer.devices` times `trainer.num_nodes`.
         """
         assert self.cluster_environment is not None
         self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
@@ -48,46 +48,46 @@ class FullyShardedStrategy(ModelParallelStrategy):
 
     @property
     def lightning_restore_optimizer(self) -> bool:
-        """Through `load_optimizer_state_dict`, like other strategies."""
+        """True: states are restored by `load_optimizer_state_dict`, as in other strategies."""
         return True
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """As it is: `save_checkpoint` gathers what is left of it by then."""
+        """The sharded state; `save_checkpoint` gathers it, after the module has removed frozen weights."""
         assert self.lightning_module is not None
         return self.lightning_module.state_dict()
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """As it is, see `lightning_module_state_dict`."""
+        """The sharded state, see `lightning_module_state_dict`."""
         return ParallelStrategy.optimizer_state(self, optimizer)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        """Gather what is sharded and write one file; for all processes together."""
+        """Gather all shards and write one file; a collective operation."""
         super().save_checkpoint(apply_to_collection(checkpoint, DTensor, self._gathered), filepath, storage_options)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Whole tensors, as they were written."""
+        """The full tensors of the file."""
         return ParallelStrategy.load_checkpoint(self, checkpoint_path, weights_only)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Take this process's shards of the weights."""
+        """Load this process's shards of the weights."""
         assert self.lightning_module is not None
         own = self.lightning_module.state_dict()
         state = {name: _sharded_like(own.get(name), value) for name, value in checkpoint["state_dict"].items()}
         self.lightning_module.load_state_dict(state, strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Take this process's shards of the optimisers' states."""
+        """Load this process's shards of the optimisers' states."""
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             optimizer.load_state_dict(_sharded_state(optimizer, state))
 
     def _gathered(self, value: DTensor) -> Tensor | None:
-        """The whole tensor on rank zero; the others only help."""
+        """The full tensor on rank zero, None on other ranks."""
         whole = value.full_tensor()
         return whole.cpu() if self.is_global_zero else None
 
 
 def _sharded_state(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    """An optimiser's `state_dict` of whole tensors, with what has a parameter's shape sharded like the parameter."""
+    """An optimiser's `state_dict` of full tensors; those of a parameter's shape are sharded like the parameter."""
     if isinstance(optimizer, JointOptimizer):
         members = zip(optimizer.optimizers, state["optimizers"], strict=True)
         return state | {"optimizers": [_sharded_state(*member) for member in members]}
@@ -101,9 +101,9 @@ def _sharded_state(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any
 
 
 def _sharded_like(own: Tensor | None, value: Any) -> Any:
-    """This process's part of a whole tensor, if it belongs to a sharded one; else the value."""
+    """This process's shard of a full tensor if `own` is sharded; else the value itself."""
     if not (isinstance(own, DTensor) and isinstance(value, Tensor) and value.shape == own.shape):
         return value
     whole = value.to(own.device)
-    # Every process has read the file: nothing needs to be sent.
+    # Every process has read the file, so no communication is needed.
     return distribute_tensor(whole, own.device_mesh, own.placements, src_data_rank=None)

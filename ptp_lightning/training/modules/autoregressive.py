@@ -32,14 +32,17 @@ def next_token_labels(batch: PackedBatch) -> Tensor:
     """`[B, S]` int64: the next token of the same document, or -100 where the document or the completion ends."""
     labels = batch.input_ids.roll(-1, dims=1)
     follows = (batch.document_ids == batch.document_ids.roll(-1, dims=1)) & batch.completion_mask.roll(-1, dims=1)
-    follows[:, -1] = False  # rolled round to the row's own first token
+    follows[:, -1] = False  # `roll` wraps around to the first token of the row
     return labels.masked_fill(~follows, IGNORED_LABEL)
 
 
 def token_byte_lengths(tokens: list[str]) -> Tensor:
-    """`[V]` int64: bytes that each entry of a byte-level vocabulary stands for (its alphabet has a letter a byte).
+    """`[V]` int64: bytes in each token of a byte-level vocabulary, whose alphabet has one letter per byte.
 
-    Special tokens (`<|endoftext|>`) stand for none.
+    Special tokens (`<|endoftext|>`) count as no byte.
+
+    >>> token_byte_lengths(["def", "Ġx", "<|endoftext|>"])  # Ġ is the letter of a space
+    tensor([3, 2, 0])
     """
     return torch.tensor([0 if re.fullmatch(SPECIAL_TOKEN, token) else len(token) for token in tokens])
 
@@ -47,9 +50,9 @@ def token_byte_lengths(tokens: list[str]) -> Tensor:
 class AutoregressiveModule(TrainingModule):
     """Train a causal LM with cross entropy on packed rows.
 
-    Logs `train/loss_nats` and `val/loss_nats` (per token), `val/bits_per_byte` where the data have a tokenizer and
-    `val/perplexity` where they have none. Checkpoints are ordinary Lightning checkpoints; `on_fit_end` also writes the
-    model as a Hugging Face folder when `output` is given.
+    Logs `train/loss_nats` and `val/loss_nats` (per token), `val/bits_per_byte` if the data have a tokenizer and
+    `val/perplexity` if not. Checkpoints are ordinary Lightning checkpoints; `on_fit_end` also writes the model as a
+    Hugging Face folder if `output` is given.
 
     Args:
         backbone: the network; `from_config` for a fresh one.
@@ -57,10 +60,9 @@ class AutoregressiveModule(TrainingModule):
         output: folder for `save_pretrained` at the end of `fit` (with the tokenizer, if there is one).
         compile: run the network through `torch.compile`; needs a C++ compiler, starts slower, steps faster.
         output_dtype: number format of the weights in `output`.
-        perplexity_positions: log `val/perplexity/position_00` and so on for so many tokens of each document, counted
-            from the one after its first: the tokens of a window that starts there.
-        activation_checkpointing: compute what decoder layers remember again in the backward pass instead: less memory,
-            more time.
+        perplexity_positions: number of positions with a logged `val/perplexity/position_XX`, counted from the second
+            token of each document, which is where its first window can start.
+        activation_checkpointing: recompute decoder layers in the backward pass: less memory, more time.
     """
 
     def __init__(
@@ -80,7 +82,7 @@ class AutoregressiveModule(TrainingModule):
         self.output_dtype = output_dtype
         self.perplexity = PositionMeans(perplexity_positions) if perplexity_positions else None
         self.model = load_backbone(backbone)
-        self.model.requires_grad_(True).train()  # dropout included, where the network has any
+        self.model.requires_grad_(True).train()  # with dropout, if the network has any
         if activation_checkpointing:
             checkpoint_layers(self.decoder_layers("set model.init_args.activation_checkpointing to false"), Gate())
         if compile:
@@ -88,17 +90,17 @@ class AutoregressiveModule(TrainingModule):
 
     @property
     def networks(self) -> "list[PreTrainedModel]":
-        """The one that is trained."""
+        """The network that is trained."""
         return [self.model]
 
     def setup(self, stage: str) -> None:
-        """Compare data and model; learn how many bytes each token stands for."""
+        """Check that data and model fit; count the bytes of each token."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         vocab_size = self.model.config.vocab_size
         if data.vocab_size > vocab_size:
             raise ValueError(
                 f"expected data of at most {vocab_size} token ids (the model's vocab_size), found {data.vocab_size}: "
-                "set data.tokenizer or model.backbone (a series needs one id more than it has values)"
+                "set data.tokenizer or model.backbone (a series needs one more id than it has values)"
             )
         self.has_bytes = data.tokenizer is not None
         byte_lengths = torch.zeros(vocab_size, dtype=torch.int64)
@@ -107,7 +109,7 @@ class AutoregressiveModule(TrainingModule):
         self.register_buffer("byte_lengths", byte_lengths.to(self.device), persistent=False)
 
     def _nats(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-        """`[B, S]`: -log P of the labels, 0 where there is none; and the labels."""
+        """`[B, S]` each: -log P of the labels, 0 where there is no label; and the labels."""
         logits = self.model(
             input_ids=batch.input_ids,
             attention_mask=context_mask(batch.document_ids),
@@ -129,11 +131,11 @@ class AutoregressiveModule(TrainingModule):
         return loss
 
     def on_validation_epoch_start(self) -> None:
-        """Start the sums."""
+        """Reset the sums."""
         self._sums = torch.zeros(3, dtype=torch.float64, device=self.device)
 
     def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
-        """Add up nats, tokens and bytes."""
+        """Sum nats, tokens and bytes."""
         nats, labels = self._nats(batch)
         real = labels != IGNORED_LABEL
         num_bytes = torch.as_tensor(self.byte_lengths)[labels.clamp_min(0)].mul(real).sum()
@@ -142,11 +144,11 @@ class AutoregressiveModule(TrainingModule):
             self.perplexity.update(nats[real], batch.position_ids[real])
 
     def on_validation_epoch_end(self) -> None:
-        """Log nats per token and what follows from them, over all ranks."""
+        """Log nats per token and the derived metrics, over all ranks."""
         self._log_sums("val")
 
     def on_test_epoch_start(self) -> None:
-        """Start the sums."""
+        """Reset the sums."""
         self.on_validation_epoch_start()
 
     def test_step(self, batch: PackedBatch, batch_idx: int) -> None:
@@ -159,7 +161,7 @@ class AutoregressiveModule(TrainingModule):
 
     def _log_sums(self, stage: str) -> None:
         nats, tokens, num_bytes = self.trainer.strategy.reduce(self._sums, reduce_op="sum")
-        # The same on every rank; synchronised all the same, so that a checkpoint callback may monitor them.
+        # Equal on every rank; synchronised nevertheless, so that a checkpoint callback may monitor them.
         self.log(f"{stage}/loss_nats", (nats / tokens).float(), prog_bar=True, sync_dist=True)
         if self.has_bytes:
             self.log(f"{stage}/bits_per_byte", (nats / math.log(2) / num_bytes).float(), prog_bar=True, sync_dist=True)
@@ -180,8 +182,8 @@ class AutoregressiveModule(TrainingModule):
         """Write the Hugging Face folder."""
         if self.output is None or self.trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
             return
-        # Weights may be shared out among processes, which gather them together, one by one.
-        state = {name: _whole(value).cpu() for name, value in self.model.state_dict().items()}
+        # Sharded weights are gathered one by one, which is a collective operation.
+        state = {name: _gathered(value).cpu() for name, value in self.model.state_dict().items()}
         if not self.trainer.is_global_zero:
             return
         written = random_model(copy.deepcopy(self.model.config), getattr(torch, self.output_dtype))
@@ -193,6 +195,6 @@ class AutoregressiveModule(TrainingModule):
             tokenizer.save_pretrained(self.output)
 
 
-def _whole(value: Tensor) -> Tensor:
-    """A tensor that may be sharded, as one; for all processes together."""
+def _gathered(value: Tensor) -> Tensor:
+    """The full tensor of one that may be sharded; a collective operation."""
     return value.full_tensor() if isinstance(value, DTensor) else value

@@ -1,17 +1,18 @@
-"""Several proposals for one context, and which of them may be kept (section 3 of the paper).
+"""Several drafts for one context, and how one may be chosen (section 3 of the paper).
 
-M independent draws of u give M proposals; one is verified and committed. Whether that is still a sample of the teacher
-depends on how it is chosen. Write u_k = lower + r_k (upper - lower) with the interval of the token that u_k picks. Then
-the relative positions r of a window are uniform on [0, 1)^L whatever its tokens are, so a choice by r tells nothing
-about tokens, while a choice by anything that tokens have a part in does: the number of correct tokens (texts that the
-student finds easy win), probabilities, widths of intervals, or r at a number of positions that depends on the tokens or
-on how far the student came. So **all L positions count**, also behind an error or an end of text. It must also be known
-whose intervals they are:
+M independent draws of u give M drafts; one of them is verified and committed. The choice decides whether the text is
+still a sample of the teacher. Write `u_k = lower + r_k (upper - lower)` with the interval of the token that u_k picks.
+The relative positions r of a window are uniform on [0, 1)^L for every token sequence, so a choice that depends on r
+alone is independent of the tokens. A choice that depends on tokens is biased: the number of correct tokens (favours
+texts that the student predicts easily), probabilities, interval widths, or r at a number of positions that depends on
+the tokens or on the student's first error. **All L positions must count**, also after an error or an end of text.
 
-* of the teacher's own text for u: r is independent of that whole text, and every chosen u may be used to its end;
-* of the student's text, which is what one verifying call knows: up to the first error both are the same; behind it the
-  intervals belong to another text, and a u_k in the middle of one of them is no longer uniform for the true text. What
-  is committed, the correct tokens and the teacher's correction, is unbiased. What follows must be drawn with fresh u.
+It also matters whose intervals are used:
+
+* Those of the teacher's own text for u: r is independent of the whole text, and the chosen u may be used to its end.
+* Those of the student's text, which one verifying call computes: up to the first error they are the same. After it the
+  intervals belong to another text, and a u_k in the middle of one of them is no longer uniform for the teacher's text.
+  The committed tokens (the correct tokens and the teacher's correction) are unbiased; later tokens need fresh u.
 """
 
 import torch
@@ -25,32 +26,37 @@ from ptp_lightning.training.windows.student_windows import StudentWindows
 
 
 def relative_positions(auxiliaries: Tensor, P: TokenDistribution, token_ids: Tensor) -> Tensor:
-    """Where auxiliaries `[...]` lie in the intervals of the tokens `[...]` they pick: `[...]` float64 in [0, 1]."""
+    """Positions of auxiliaries `[...]` in the intervals of the tokens `[...]` they pick: `[...]` float64 in [0, 1].
+
+    >>> P = TokenDistribution(torch.tensor([[0.5, 0.25, 0.25]]))
+    >>> relative_positions(torch.tensor([0.625]), P, torch.tensor([1]))  # in [0.5, 0.75)
+    tensor([0.5000], dtype=torch.float64)
+    """
     lower, upper = token_interval(P, token_ids)
     return (auxiliaries.double() - lower) / (upper - lower)
 
 
 def distance_from_centres(relative: Tensor) -> Tensor:
-    """Mean of `|r_k - 1/2|`: relative positions `[..., L]` to `[...]`; the proposal with the smallest is chosen."""
+    """Mean of `|r_k - 1/2|`: relative positions `[..., L]` to `[...]`; the draft with the smallest mean is chosen."""
     return (relative - 0.5).abs().mean(-1)
 
 
 @torch.no_grad()
 def best_of(
-    num_proposals: int, predictor: PredictorNetwork, context: Context, generator: torch.Generator
+    num_drafts: int, predictor: PredictorNetwork, context: Context, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Propose every window M times and keep the proposal whose u lie closest to the centres of their intervals.
+    """Draft every window M times and choose the draft whose auxiliaries lie closest to the centres of their intervals.
 
-    The intervals are those that one verifying call knows, along the student's text. Proposals are made one after the
+    The intervals are those that one verifying call computes, along the student's text. Drafts are made one after the
     other, so that memory does not grow with M.
 
     Returns:
-        Of the chosen proposals, `[B, N, L]` bool each: which tokens are the teacher's picks after the tokens before
-        them, and the mask that ends with the text.
+        Of the chosen drafts, `[B, N, L]` bool each: which tokens the teacher picks after the tokens before them, and
+        the mask that ends with the text.
     """
-    best_distance, best_correct, best_mask = _propose(predictor, context, generator)
-    for _ in range(num_proposals - 1):
-        distance, correct, mask = _propose(predictor, context, generator)
+    best_distance, best_correct, best_mask = _measured_draft(predictor, context, generator)
+    for _ in range(num_drafts - 1):
+        distance, correct, mask = _measured_draft(predictor, context, generator)
         closer = distance < best_distance
         best_distance = distance.where(closer, best_distance)
         best_correct = correct.where(closer, best_correct)
@@ -58,12 +64,11 @@ def best_of(
     return best_correct, best_mask
 
 
-def _propose(
+def _measured_draft(
     predictor: PredictorNetwork, context: Context, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One proposal a window: its distance `[B, N, 1]` from the centres, what is correct, and the mask."""
+    """One draft of every window: its distance `[B, N, 1]` from the centres, which tokens are correct, and the mask."""
     sample = StudentWindows().sample(predictor, context, generator)
-    distance = distance_from_centres(
-        relative_positions(sample.auxiliaries, sample.teacher.materialize(), sample.token_ids)
-    )
-    return distance.unsqueeze(-1), sample.conditioning_ids == sample.token_ids, sample.mask
+    relative = relative_positions(sample.auxiliaries, sample.teacher.materialize(), sample.token_ids)
+    distance = distance_from_centres(relative).unsqueeze(-1)
+    return distance, sample.conditioning_ids == sample.token_ids, sample.mask

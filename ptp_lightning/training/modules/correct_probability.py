@@ -1,4 +1,4 @@
-"""The probability that a slot proposes its reference token, measured while the loss holds the slot's logits."""
+"""The probability that a slot drafts its reference token, measured while the loss holds the slot's logits."""
 
 import torch
 from torch import Tensor
@@ -10,15 +10,15 @@ from ptp_lightning.training.windows.window_source import SLOT_POSITIONS, WindowS
 
 
 def correct_probability(predictor: PredictorNetwork, sample: WindowSample, sampling: Sampler) -> SlotMeasure:
-    """What `AcceptedLengthWeights` reads: `Objective.correct_probability` of slots.
+    """`Objective.correct_probability` of slots, for `AcceptedLengthWeights`.
 
     Args:
-        predictor: what its objective proposes.
-        sample: the windows, whose teacher drew the tokens.
+        predictor: its objective turns logits into drafts.
+        sample: the windows; its teacher picked the tokens.
         sampling: settings of the windows.
 
     Returns:
-        A measure of slots that are numbered through `[B, N, L - 1]`.
+        A measure of slots, which are numbered in the order of `[B, N, L - 1]`.
     """
     objective = predictor.config.objective
     tokens, teachers = sample.token_ids[..., 1:], sample.teacher.at(SLOT_POSITIONS)

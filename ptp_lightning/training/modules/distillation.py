@@ -1,4 +1,4 @@
-"""DistillationModule: a teacher's distributions and picks -> a student that predicts whole windows from auxiliaries."""
+"""DistillationModule: train a student on a teacher's distributions and samples."""
 
 import math
 from dataclasses import replace
@@ -34,30 +34,29 @@ from ptp_lightning.utils.randomness import keyed_generator
 
 
 class DistillationModule(PredictorModule):
-    """Teach a student's slots what the frozen base model will sample (Algorithm 2 of Draxler et al., ICLR 2026).
+    """Train a student's slots to predict what the frozen base model samples (Algorithm 2 of Draxler et al., ICLR 2026).
 
-    Every step runs the base model over the packed contexts, lets `source` fill the windows, and trains the slots on
+    Every step runs the base model over the packed contexts, fills the windows from `source`, and trains the slots on
     them. Checkpoints hold the student (the adapter, or the trained copy), the slot encoder and the predictor's
-    configuration, never a frozen weight.
+    configuration, but no frozen weight.
 
     Args:
         predictor: the base model and everything that is trained.
-        loss: compares a slot's prediction with the teacher; must be sound for the objective.
-        source: where the windows' tokens come from in training.
-        val_source: the same in validation; the teacher's own samples show what decoding will meet.
+        loss: compares a slot's prediction with its target; must be sound for the objective.
+        source: of the windows in training.
+        val_source: of the windows in validation; the teacher's own samples are what decoding has to predict.
         optimizer: optimiser and schedule.
-        first_pass_loss_weight: of what the slots say before they are refined, against the loss of the refined
-            prediction; without a refiner it has no meaning.
-        num_proposals: M; if there are several, a validation also proposes every window M times, keeps the proposal
-            whose auxiliaries lie closest to the centres of their intervals, and logs
-            `val/correct_tokens_best_of_{M}` (see `ptp_lightning.training.modules.best_of`).
+        first_pass_loss_weight: weight of the loss before refinement relative to the loss after it; has no effect
+            without a refiner.
+        num_drafts: M; if M > 1, validation also drafts every window M times, chooses the draft whose auxiliaries lie
+            closest to the centres of their intervals, and logs `val/correct_tokens_best_of_{M}` (see
+            `ptp_lightning.training.modules.best_of`).
         seed: of all auxiliaries.
         position_weights: how much each slot of a window weighs in both losses.
-        val_sampling: further settings to validate, with the same auxiliaries; `predictor.sampling` always is, and its
-            order is theirs. What they give is logged as `val/correct_tokens/temperature_0.50`, see `sampling_label`.
-        activation_checkpointing: compute what decoder layers remember again in the backward pass instead: less memory,
-            more time.
-        compile: run decoder layers through `torch.compile` where gradients are wanted; see `PredictorModule`.
+        val_sampling: settings to validate in addition to `predictor.sampling`, with the same auxiliaries and the order
+            of `predictor.sampling`; logged as `val/correct_tokens/temperature_0.50`, see `sampling_label`.
+        activation_checkpointing: recompute decoder layers in the backward pass: less memory, more time.
+        compile: `torch.compile` decoder layers in training; see `PredictorModule`.
     """
 
     def __init__(
@@ -68,7 +67,7 @@ class DistillationModule(PredictorModule):
         val_source: WindowSource = TeacherWindows(),  # noqa: B008  frozen
         optimizer: OptimizerSettings = OptimizerSettings(),  # noqa: B008  frozen
         first_pass_loss_weight: float = 0.5,
-        num_proposals: int = 1,
+        num_drafts: int = 1,
         seed: int = 0,
         position_weights: PositionWeights = UniformWeights(),  # noqa: B008  frozen
         val_sampling: tuple[SamplingConfig, ...] = (),
@@ -78,8 +77,8 @@ class DistillationModule(PredictorModule):
         require_sound(loss, predictor.objective.name)
         if predictor.student.trains_base:
             raise ValueError(
-                "expected a student beside a frozen teacher, found SharedStudent, which would change the distributions "
-                "it is to learn: set predictor.student to FullCopyStudent or GatedLoraStudent, or train without a "
+                "expected a student with a frozen teacher, found SharedStudent, which would change its own target "
+                "distributions: set predictor.student to FullCopyStudent or GatedLoraStudent, or train without a "
                 "teacher (InverseAutoregressiveModule)"
             )
         super().__init__(predictor, optimizer, activation_checkpointing, compile)
@@ -89,14 +88,14 @@ class DistillationModule(PredictorModule):
         if not 0 <= first_pass_loss_weight < math.inf:
             raise ValueError(f"expected model.init_args.first_pass_loss_weight >= 0, found {first_pass_loss_weight}")
         self.first_pass_loss_weight = first_pass_loss_weight
-        if num_proposals < 1:
-            raise ValueError(f"expected model.init_args.num_proposals >= 1, found {num_proposals}")
-        self.num_proposals = num_proposals
+        if num_drafts < 1:
+            raise ValueError(f"expected model.init_args.num_drafts >= 1, found {num_drafts}")
+        self.num_drafts = num_drafts
         self.seed = seed
         self.position_weights = position_weights
-        usual = predictor.sampling
+        default = predictor.sampling
         self.val_sampling = {
-            sampling_label(sampling, usual): replace(sampling, order=usual.order) for sampling in val_sampling
+            sampling_label(sampling, default): replace(sampling, order=default.order) for sampling in val_sampling
         }
         if len(self.val_sampling) < len(val_sampling):
             raise ValueError(f"expected different settings in model.init_args.val_sampling, found {val_sampling}")
@@ -107,7 +106,7 @@ class DistillationModule(PredictorModule):
 
     @property
     def reads_windows_from_rows(self) -> bool:
-        """Sources that sample may look beyond the end of a row."""
+        """False if all windows are sampled: those may extend beyond the end of a row."""
         return self.source.reads_rows or self.val_source.reads_rows
 
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
@@ -115,25 +114,25 @@ class DistillationModule(PredictorModule):
         generator = keyed_generator(self.seed, "train", self.global_rank, self.global_step, batch_idx)
         context = self._encode(batch, self._training_settings(batch_idx))
         progress = min(1.0, self.global_step / self.trainer.estimated_stepping_batches)
-        # Not keyed by the rank: all choose alike, see `MixtureWindows`.
+        # Not keyed by the rank: all ranks make the same choice, see `MixtureWindows`.
         source = self.source.choose(progress, keyed_generator(self.seed, "source", self.global_step, batch_idx))
         sample = source.sample(self.predictor, context, generator)
         hidden = self.predictor.slot_hidden(context, sample.auxiliaries)
         prediction = first_pass = self._first_pass_loss(context, hidden, sample)
         if self.predictor.refiner is not None:
             prediction = self._refined_loss(context, hidden, sample)
-        # Both losses count the same slots, but weights may depend on what the student says.
+        # Both losses count the same slots, but weights may depend on the student's predictions.
         mean_count, first_pass_count = self._mean_counts(batch, prediction, first_pass)
         total = prediction.total
         if self.predictor.refiner is not None:
-            # The ratio is exactly 1 where weights do not depend on the student.
+            # The ratio is exactly 1 if the weights do not depend on the student.
             total = total + self.first_pass_loss_weight * (first_pass.total * (mean_count / first_pass_count))
         self.log("train/loss_nats", prediction.total.detach() / mean_count, prog_bar=True)
         self.log("train/first_pass_loss_nats", first_pass.total.detach() / first_pass_count)
         return total / mean_count
 
     def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
-        """Propose every window and compare with the teacher's picks for the same auxiliaries."""
+        """Draft every window and compare with the teacher's picks for the same auxiliaries."""
         self._evaluate(batch, "val", batch_idx)
 
     def test_step(self, batch: PackedBatch, batch_idx: int) -> None:
@@ -149,7 +148,7 @@ class DistillationModule(PredictorModule):
         self._log_window_metrics("test")
 
     def _training_settings(self, batch_idx: int) -> SamplingConfig:
-        """Settings of this batch; every rank and micro-batch draws its own, so that a step averages over several."""
+        """Sampling settings of this batch; each rank and micro-batch draws its own, so that a step averages."""
         config = self.predictor.config
         if config.sampling_range is None:
             return config.sampling
@@ -160,17 +159,17 @@ class DistillationModule(PredictorModule):
         return self._slot_loss(hidden, sample, context.sampling)
 
     def _refined_loss(self, context: Context, hidden: Tensor, sample: WindowSample) -> LossSum:
-        """Loss of refined slots that are told the tokens which the teacher's distributions follow.
+        """Loss of refined slots that are conditioned on the same tokens as the teacher's distributions.
 
-        Of given windows these are the true ones: only windows whose tokens so far are all right can still gain one, so
-        these are the ones to train for. Windows that the student wrote are told as they stand.
+        In windows of the teacher or the dataset these are the correct tokens: decoding uses a slot only if all tokens
+        before it are correct, so training assumes it. In windows that the student wrote they are the student's.
         """
         pairs = self.predictor.refiner_context(context)
         refined = self.predictor.refine(context, pairs, hidden, sample.conditioning_ids[..., :-1])
         return self._slot_loss(refined, sample, context.sampling)
 
     def _slot_loss(self, hidden: Tensor, sample: WindowSample, sampling: Sampler) -> LossSum:
-        """Loss of the slots' hidden states `[B, N, L - 1, H]`; `sampling` is what their proposals are made with."""
+        """Loss of the slots' hidden states `[B, N, L - 1, H]`; tokens are drafted with `sampling`."""
         mask = sample.mask[..., 1:]
         flat = sample.target.at(SLOT_POSITIONS).flatten()
         targets = SlotTargets(sample.token_ids[..., 1:].flatten(), flat, mask.flatten().to(torch.float32))
@@ -186,11 +185,11 @@ class DistillationModule(PredictorModule):
         more: dict[str, float] = {}
         if self.predictor.config.objective.predicts_distribution:
             more |= {f"{stage}/kl/position_{j:02d}": mean for j, mean in self.val_divergences.compute().items()}
-        if self.num_proposals > 1:
-            best_of_several = self.best_of_metrics.compute()
-            if best_of_several.num_windows > 0:
-                tag = f"{stage}/correct_tokens_best_of_{self.num_proposals}"
-                more[tag] = float(best_of_several.correct_tokens)
+        if self.num_drafts > 1:
+            summary = self.best_of_metrics.compute()
+            if summary.num_windows > 0:
+                tag = f"{stage}/correct_tokens_best_of_{self.num_drafts}"
+                more[tag] = float(summary.correct_tokens)
         for label, metrics in self._metrics_by_label().items():
             tags = as_tags(metrics.compute(), stage)
             names = (f"{stage}/correct_tokens", f"{stage}/correct_tokens_standard_error")
@@ -201,7 +200,7 @@ class DistillationModule(PredictorModule):
             metric.reset()
 
     def _metrics_by_label(self) -> dict[str, WindowMetrics]:
-        """Of the further settings to validate."""
+        """Metrics of the additional settings, by `sampling_label`."""
         return dict(zip(self.val_sampling, cast("list[WindowMetrics]", self.val_sampling_metrics), strict=True))
 
     @torch.no_grad()
@@ -216,8 +215,8 @@ class DistillationModule(PredictorModule):
             divergences = KullbackLeibler().per_slot(logits.flatten(0, -2), sample.token_ids[..., 1:].flatten(), target)
             positions = torch.arange(1, self.predictor.config.window_length, device=mask.device).expand_as(mask)
             self.val_divergences.update(divergences.view_as(mask)[mask], positions[mask])
-        if self.num_proposals > 1:
-            chosen = best_of(self.num_proposals, self.predictor, context, generator)
+        if self.num_drafts > 1:
+            chosen = best_of(self.num_drafts, self.predictor, context, generator)
             self.best_of_metrics.update(*chosen)
         for label, metrics in self._metrics_by_label().items():
             sampler = self.predictor.sampler(self.val_sampling[label])
@@ -232,7 +231,7 @@ class DistillationModule(PredictorModule):
     ) -> tuple[WindowSample, Tensor]:
         """Windows under the settings of the context, and the student's logits `[B, N, L - 1, V]` for them."""
         sample = source.sample(self.predictor, context, generator)
-        # The first token needs no slot: the base model's own distribution is what decoding picks it from.
+        # The first token needs no slot: decoding picks it from the base model's own distribution.
         first = sample.teacher.at((..., 0)).materialize()
         first_nll = -first.probability_of(sample.token_ids[..., 0]).log()
         draft = student_draft(self.predictor, context, sample.auxiliaries, pick(sample.auxiliaries[..., 0], first))
@@ -246,11 +245,15 @@ class DistillationModule(PredictorModule):
         return sample, logits
 
 
-def sampling_label(sampling: SamplingConfig, usual: SamplingConfig) -> str:
-    """A name for settings: the temperature, and what else is not as usual, `temperature_0.50_top_k_20`."""
+def sampling_label(sampling: SamplingConfig, default: SamplingConfig) -> str:
+    """A name of settings: the temperature, and top-k and top-p if they differ from the default.
+
+    >>> sampling_label(SamplingConfig(temperature=0.5, top_k=20), default=SamplingConfig())
+    'temperature_0.50_top_k_20'
+    """
     others = [
         f"_{name}_{getattr(sampling, name)}"
         for name in ("top_k", "top_p")
-        if getattr(sampling, name) != getattr(usual, name)
+        if getattr(sampling, name) != getattr(default, name)
     ]
     return f"temperature_{sampling.temperature:.2f}" + "".join(others)

@@ -27,7 +27,7 @@ from ptp_lightning.models.context import Context
 from ptp_lightning.models.slots.objectives import CategoricalObjective
 from ptp_lightning.sampling import TokenDistribution
 from ptp_lightning.training.modules.autoregressive import IGNORED_LABEL, next_token_labels
-from ptp_lightning.training.modules.inversion import followed_by_nothing, invert
+from ptp_lightning.training.modules.inversion import append_unused_auxiliary, invert
 from ptp_lightning.training.modules.predictor_module import PredictorModule
 from ptp_lightning.training.optimization import OptimizerSettings
 from ptp_lightning.training.windows.dataset_windows import hidden_before_tokens, window_tokens
@@ -35,14 +35,14 @@ from ptp_lightning.training.windows.teacher_windows import TeacherWindows
 from ptp_lightning.utils.randomness import keyed_generator
 
 
-class FilledWindows(NamedTuple):
-    """Windows of the data and what the slots say about them.
+class InvertedWindows(NamedTuple):
+    """Windows of the data with their inferred auxiliaries and the slots' hidden states.
 
     Attributes:
         token_ids: `[B, N, L]`.
         auxiliaries: `[B, N, L - 1]`, see `InverseAuxiliaries`.
-        mask: `[B, N, L]` bool, a prefix of each window: the tokens whose likelihood counts.
-        hidden: `[B, N, L - 1, H]`, of the slots, which predict the tokens 1 .. L - 1.
+        mask: `[B, N, L]` bool, a prefix of each window: the tokens that count.
+        hidden: `[B, N, L - 1, H]`, hidden states of the slots, which predict the tokens 1 .. L - 1.
     """
 
     token_ids: Tensor
@@ -54,40 +54,40 @@ class FilledWindows(NamedTuple):
 class InverseAutoregressiveModule(PredictorModule):
     """Train one network to predict windows from auxiliaries that it infers itself (IAT, Algorithm 3).
 
-    A step reads the context once, with gradients; finds the auxiliaries of the windows' tokens without (`invert`); and
-    predicts all windows in one parallel pass with gradients, which flow through the context too. The loss is the cross
-    entropy of the slots, plus that of ordinary next-token prediction on the context: the network stays the
-    autoregressive model that decoding verifies with.
+    A step reads the context once, with gradients; infers the auxiliaries of the windows' tokens without gradients
+    (`invert`); and predicts all windows in one parallel pass with gradients, which also flow into the context. The loss
+    is the cross entropy of the slots plus that of ordinary next-token prediction on the context, because decoding
+    verifies with the same network.
 
-    A window ends with its document, before a prompt token, and behind a token of probability zero, which no auxiliary
-    names. Such a token still counts: leaving it out would flatter the likelihood.
+    A window ends with its document, before a prompt token, and after a token of probability zero, which no auxiliary
+    picks. Such a token still counts, because excluding it would overestimate the likelihood.
 
-    Validation logs `val/perplexity/position_XX` of held-out windows by the same procedure (position 00 is the
-    autoregressive model's own); beside it `val/autoregressive_perplexity/position_XX`, what the network says of these
-    tokens when it reads all tokens before them; `val/autoregressive_perplexity` over all tokens; and
-    `val/correct_tokens` with its accuracies as distillation does: what decoding would accept of windows that the
-    network's own samples fill.
+    Validation logs
+
+    * `val/perplexity/position_XX` of held-out windows by the same procedure (position 00 is autoregressive);
+    * `val/autoregressive_perplexity/position_XX` of the same tokens, given all tokens before them, and
+      `val/autoregressive_perplexity` over all tokens;
+    * `val/correct_tokens` and accuracies as in distillation, of windows that the network samples autoregressively.
 
     Args:
         predictor: with `student: SharedStudent` and the categorical objective; `backbone.from_config` starts from
             random weights.
-        loss: cross entropy, of next tokens, and of slots by default.
-        strategy: where in its token's interval an auxiliary lies.
+        loss: cross entropy of next tokens; the default of slots too.
+        strategy: draws each auxiliary in its token's interval.
         optimizer: optimiser and schedule.
-        autoregressive_loss_weight: of the next-token loss per token against the loss per slot; 0 leaves it out, so that
-            only the slots' view of the context trains its encoding.
+        autoregressive_loss_weight: of the next-token loss per token relative to the loss per slot; with 0 the context's
+            encoding is trained by the slots alone.
         seed: of all auxiliaries.
         slot_loss: of slots; by default `loss`, which compares them with the data's tokens as in the paper. A divergence
             compares them with the network's own next-token distributions along the data, which get no gradient. Both
             have the same optimum; the distributions are the less noisy target.
         position_weights: how much each slot of a window weighs in the slots' loss.
-        activation_checkpointing: compute what decoder layers remember again in the backward pass instead: less memory,
-            more time.
-        compile: run decoder layers through `torch.compile` where gradients are wanted; see `PredictorModule`.
+        activation_checkpointing: recompute decoder layers in the backward pass: less memory, more time.
+        compile: `torch.compile` decoder layers in training; see `PredictorModule`.
 
     Raises:
-        ValueError: the student, objective, loss, position weights, refiner or temperature has no teacher-free training;
-            names the key.
+        ValueError: the student, objective, loss, position weights, refiner or temperature does not support teacher-free
+            training; names the key.
     """
 
     def __init__(
@@ -113,12 +113,12 @@ class InverseAutoregressiveModule(PredictorModule):
         if slot_loss.needs_target and autoregressive_loss_weight == 0:
             raise ValueError(
                 "expected model.init_args.autoregressive_loss_weight > 0 beside model.init_args.slot_loss "
-                f"{type(slot_loss).__name__}, found 0: slots would learn predictions that nothing trains"
+                f"{type(slot_loss).__name__}, found 0: the targets of the slots would not be trained"
             )
         if position_weights.needs_correct_probability:
             raise ValueError(
                 "expected model.init_args.position_weights that depend on positions alone, found "
-                f"{type(position_weights).__name__}: no teacher says which proposals are right; set UniformWeights or "
+                f"{type(position_weights).__name__}: no teacher tells which drafts are correct; set UniformWeights or "
                 "GeometricWeights"
             )
         super().__init__(predictor, optimizer, activation_checkpointing, compile)
@@ -129,8 +129,8 @@ class InverseAutoregressiveModule(PredictorModule):
         self.autoregressive_loss_weight = autoregressive_loss_weight
         self.seed = seed
         self.likelihoods = WindowMetrics(predictor.window_length)
-        self.reference_nats = PositionMeans(predictor.window_length)
-        self.agreement = WindowMetrics(predictor.window_length)
+        self.autoregressive_nats = PositionMeans(predictor.window_length)
+        self.window_metrics = WindowMetrics(predictor.window_length)
         self.next_token_nats = MeanMetric()
         self.val_summary: WindowSummary | None = None
 
@@ -138,7 +138,7 @@ class InverseAutoregressiveModule(PredictorModule):
         """Loss in nats per slot, plus the weighted loss per token; each normalised by its count over all ranks."""
         generator = keyed_generator(self.seed, "train", self.global_rank, self.global_step, batch_idx)
         context = self._encode(batch)
-        windows = self._fill(context, generator)
+        windows = self._inverted(context, generator)
         slot_loss = self._slot_loss(context, windows)
         labels = next_token_labels(batch)
         token_loss = self._sum(self.loss, context.hidden, labels, labels != IGNORED_LABEL)
@@ -169,18 +169,18 @@ class InverseAutoregressiveModule(PredictorModule):
     @torch.no_grad()
     def _evaluate(self, batch: PackedBatch, generator: torch.Generator) -> None:
         context = self._encode(batch)
-        windows = self._fill(context, generator)
+        windows = self._inverted(context, generator)
         hidden = torch.cat([context.first_hidden.unsqueeze(2), windows.hidden], dim=2)
         logits = self.predictor.slot_logits(hidden).float()
         nll = F.cross_entropy(logits.flatten(0, 2), windows.token_ids.flatten(), reduction="none")
-        # The data's tokens are right by construction; what decoding would accept is measured below.
+        # The auxiliaries pick the data's tokens, so all are correct; `window_metrics` measures what decoding accepts.
         self.likelihoods.update(windows.mask, windows.mask, nll.view(windows.mask.shape))
 
         length = windows.mask.shape[-1]
         logits = self.predictor.logits(hidden_before_tokens(context, length)).float()
         nll = F.cross_entropy(logits.flatten(0, 2), windows.token_ids.flatten(), reduction="none")
         positions = torch.arange(length, device=nll.device).expand_as(windows.mask)
-        self.reference_nats.update(nll.view_as(positions)[windows.mask], positions[windows.mask])
+        self.autoregressive_nats.update(nll.view_as(positions)[windows.mask], positions[windows.mask])
 
         labels = next_token_labels(batch)
         total, count = self._sum(self.loss, context.hidden, labels, labels != IGNORED_LABEL)
@@ -189,51 +189,53 @@ class InverseAutoregressiveModule(PredictorModule):
         sample = TeacherWindows().sample(self.predictor, context, generator)
         logits = self.predictor.slot_logits(self.predictor.slot_hidden(context, sample.auxiliaries)).float()
         objective = self.predictor.config.objective
-        proposed = objective.tokens_from_logits(logits, sample.auxiliaries[..., 1:], context.sampling)
-        self.agreement.update(torch.cat([sample.token_ids[..., :1], proposed], dim=-1) == sample.token_ids, sample.mask)
+        drafted = objective.tokens_from_logits(logits, sample.auxiliaries[..., 1:], context.sampling)
+        self.window_metrics.update(
+            torch.cat([sample.token_ids[..., :1], drafted], dim=-1) == sample.token_ids, sample.mask
+        )
 
     def _log_metrics(self, stage: str) -> None:
         likelihoods = self.likelihoods.compute()
         nats = self.next_token_nats.compute()
         reference = {
             f"{stage}/autoregressive_perplexity/position_{j:02d}": math.exp(mean)
-            for j, mean in self.reference_nats.compute().items()
+            for j, mean in self.autoregressive_nats.compute().items()
         }
         self._log_summary(
             stage,
-            self.agreement.compute()._replace(
+            self.window_metrics.compute()._replace(
                 perplexity=likelihoods.perplexity, num_likelihoods=likelihoods.num_likelihoods
             ),
             reference,
         )
         self.log(f"{stage}/autoregressive_perplexity", nats.exp(), rank_zero_only=True)
-        for metric in (self.likelihoods, self.reference_nats, self.agreement, self.next_token_nats):
+        for metric in (self.likelihoods, self.autoregressive_nats, self.window_metrics, self.next_token_nats):
             metric.reset()
 
-    def _fill(self, context: Context, generator: torch.Generator) -> FilledWindows:
-        """The data's tokens, their auxiliaries, and one parallel pass over all slots."""
+    def _inverted(self, context: Context, generator: torch.Generator) -> InvertedWindows:
+        """The data's tokens, their auxiliaries, and the slots' hidden states of one parallel pass."""
         token_ids, mask = window_tokens(context.batch, self.predictor.config.window_length)
         auxiliaries = invert(self.predictor, context, token_ids, self.strategy, generator)
-        # Without an auxiliary for token k no slot can stand for it, so k is the last that is predicted.
+        # Without an auxiliary for token k there is no slot in its place, so k is the last predicted token.
         mask = mask & F.pad(auxiliaries.found.cumprod(-1).bool(), (1, 0), value=True)
-        hidden = self.predictor.slot_hidden(context, followed_by_nothing(auxiliaries.values))
-        return FilledWindows(token_ids, auxiliaries.values, mask, hidden)
+        hidden = self.predictor.slot_hidden(context, append_unused_auxiliary(auxiliaries.values))
+        return InvertedWindows(token_ids, auxiliaries.values, mask, hidden)
 
-    def _slot_loss(self, context: Context, windows: FilledWindows) -> LossSum:
-        target = self._own_predictions(context) if self.slot_loss.needs_target else None
+    def _slot_loss(self, context: Context, windows: InvertedWindows) -> LossSum:
+        target = self._autoregressive_targets(context) if self.slot_loss.needs_target else None
         weights = self.position_weights(windows.mask[..., 1:])
         return self._sum(self.slot_loss, windows.hidden, windows.token_ids[..., 1:], weights, target)
 
     @torch.no_grad()
-    def _own_predictions(self, context: Context) -> TokenDistribution:
-        """What the network says of the slots' tokens when it reads the tokens before them: `[B * N * (L - 1), K]`."""
+    def _autoregressive_targets(self, context: Context) -> TokenDistribution:
+        """Next-token distributions for the slots' tokens, given all tokens before them: `[B * N * (L - 1), K]`."""
         hidden = hidden_before_tokens(context, self.predictor.config.window_length)[..., 1:, :]
         return context.sampling.teacher_and_target(self.predictor.logits(hidden.flatten(0, 2)))[1]
 
     def _sum(
         self, loss: Loss, hidden: Tensor, token_ids: Tensor, weights: Tensor, target: TokenDistribution | None = None
     ) -> LossSum:
-        """A loss of hidden states `[..., H]` that stand before tokens `[...]`, with weights `[...]`; 0 leaves out."""
+        """A loss of hidden states `[..., H]` that predict tokens `[...]`, with weights `[...]`; 0 masks."""
         targets = SlotTargets(token_ids.flatten(), target, weights.flatten().to(torch.float32))
         return loss(hidden.flatten(0, -2), self.predictor.slot_logits, targets)
 
@@ -242,32 +244,32 @@ def require_teacher_free(config: PredictorConfig) -> None:
     """Refuse a predictor that Algorithm 3 cannot train.
 
     Raises:
-        ValueError: with the reason and the key that mends it.
+        ValueError: with the reason and the key to change.
     """
     if not config.student.trains_base:
         raise ValueError(
-            "expected one network that is trained as a whole, for teacher-free training has no frozen model, found "
+            "expected one network that is trained as a whole, because teacher-free training has no frozen model, found "
             f"{type(config.student).__name__}: set predictor.student to ptp_lightning.models.SharedStudent"
         )
     if config.objective.name != CategoricalObjective.name:
         raise ValueError(
-            f"expected the categorical objective, found {config.objective.name}: an auxiliary is drawn in the interval "
-            "of its token under what a slot predicts before it is told that auxiliary, so a slot that is told it "
-            "(one_hot) has nothing to draw from, and one that is told none (independent, sequential) would not notice: "
-            "set predictor.objective to ptp_lightning.models.CategoricalObjective"
+            f"expected the categorical objective, found {config.objective.name}: an auxiliary is drawn in its token's "
+            "interval of a prediction that is not conditioned on it; one_hot slots are conditioned on it, and "
+            "independent and sequential slots are conditioned on no auxiliary: set predictor.objective to "
+            "ptp_lightning.models.CategoricalObjective"
         )
     if config.refiner.num_layers:
         raise ValueError(
             f"expected no refiner, found predictor.refiner.num_layers {config.refiner.num_layers}: auxiliaries are "
-            "inferred from what slots say, and only distillation trains a refiner beside them; set it to 0"
+            "inferred from the slots' predictions, and only distillation trains a refiner; set it to 0"
         )
     if config.sampling.temperature != 1:
         raise ValueError(
-            f"expected predictor.sampling.temperature 1, found {config.sampling.temperature}: the data are what a "
-            "network at temperature 1 learns to sample, and slots that learned from data know no other; set it to 1"
+            f"expected predictor.sampling.temperature 1, found {config.sampling.temperature}: slots that "
+            "learn from data learn the distribution at temperature 1; set it to 1"
         )
     if config.sampling_range is not None:
         raise ValueError(
-            f"expected no predictor.sampling_range, found {config.sampling_range}: slots that learned from data know "
-            "temperature 1 alone; set it to null"
+            f"expected no predictor.sampling_range, found {config.sampling_range}: slots that learn from "
+            "data learn the distribution at temperature 1; set it to null"
         )

@@ -1,4 +1,4 @@
-"""The search of inverse autoregressive training: auxiliaries that name given tokens in the model's own predictions."""
+"""The inversion of inverse autoregressive training: auxiliaries that pick given tokens from the model's predictions."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from ptp_lightning.models.network import PredictorNetwork
 
 
 class InverseAuxiliaries(NamedTuple):
-    """Auxiliaries that name given tokens under the model's own predictions.
+    """Auxiliaries that pick given tokens from the model's own predictions.
 
     Attributes:
         values: `[B, N, L - 1]` float64, u of every token of a window but the last, which no slot carries.
-        found: `[B, N, L - 1]` bool; false for a token of probability zero, which no u names (its value is 0).
+        found: `[B, N, L - 1]` bool; false for a token of probability zero, which no u picks (its value is 0).
     """
 
     values: Tensor
@@ -38,14 +38,14 @@ def invert(
 
         P_k = P_theta(. | t_<i, u_i .. u_{k-1})    and    u_k in [F_{t_k - 1}, F_{t_k}) of P_k.
 
-    P_i is the autoregressive prediction, so it costs nothing beyond the context. All windows of all rows advance
-    together, one slot per window in each of L - 2 cached calls: B x N x (L - 2) positions in all.
+    P_i is the autoregressive prediction, so it needs no further call. All windows of all rows advance together, one
+    slot per window in each of L - 2 cached calls: B x N x (L - 2) positions in total.
 
     Args:
         predictor: its student must be the base model itself.
-        context: of `encode`; left as it is, gradients included.
+        context: of `encode`; it is not changed.
         token_ids: `[B, N, L]`, the windows' tokens.
-        strategy: where in its interval an auxiliary lies.
+        strategy: draws each auxiliary in its interval.
         generator: of the draws.
     """
     length = token_ids.shape[2]
@@ -56,7 +56,7 @@ def invert(
     found: list[Tensor] = []
     for offset in range(length - 1):
         if offset > 0:
-            newest = predictor.embed_slots(followed_by_nothing(values[-1].unsqueeze(-1)), sampling.settings)
+            newest = predictor.embed_slots(append_unused_auxiliary(values[-1].unsqueeze(-1)), sampling.settings)
             logits = predictor.slot_logits(reader.read(newest).squeeze(2))
         lower, upper = token_interval(sampling.distribution(logits), token_ids[..., offset])
         values.append(strategy(lower, upper, generator))
@@ -64,6 +64,6 @@ def invert(
     return InverseAuxiliaries(torch.stack(values, dim=-1), torch.stack(found, dim=-1))
 
 
-def followed_by_nothing(auxiliaries: Tensor) -> Tensor:
-    """`[..., J]` auxiliaries that slots carry, as the `[..., J + 1]` of a window whose last token has none yet."""
+def append_unused_auxiliary(auxiliaries: Tensor) -> Tensor:
+    """`[..., J]` auxiliaries of slots as the `[..., J + 1]` of a window; no slot carries that of the last token."""
     return F.pad(auxiliaries, (0, 1))

@@ -1,4 +1,4 @@
-"""PredictorModule: what every LightningModule that trains a predictor does alike, checks and checkpoints above all."""
+"""PredictorModule: the base class of LightningModules that train a predictor; checks and checkpoints."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ class PredictorModule(TrainingModule):
     Args:
         predictor: the base model and everything that is trained.
         optimizer: optimiser and schedule.
-        activation_checkpointing: keep only what decoder layers and refiner read, and compute the rest again in the
+        activation_checkpointing: store only the inputs of decoder layers and refiner, and recompute the rest in the
             backward pass: less memory, about a third more time.
-        compile: run decoder layers through `torch.compile` where gradients are wanted, for a GPU that waits for Python:
-            small models, short batches. Needs a C++ compiler and minutes at the start. What reads without gradients,
-            contexts, validation and decoding, stays as it is.
+        compile: `torch.compile` decoder layers in passes with gradients. It helps if a GPU waits for Python, with small
+            models or short batches. Needs a C++ compiler and minutes at the start. Passes without gradients (contexts,
+            validation, decoding) are not compiled.
 
     Attributes:
         val_summary: of the last validation or test; the callbacks show it.
-        end_of_text: the token id that ends a text, if there is one; known after `setup`.
+        end_of_text: the token id that ends a text, if there is one; set by `setup`.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class PredictorModule(TrainingModule):
         self.predictor = PredictorNetwork(predictor)
         self.val_summary: WindowSummary | None = None
         self.end_of_text: int | None = None
-        if compile:  # first, so that what is computed again is compiled, too
+        if compile:  # first, so that recomputed layers are compiled too
             compile_layers(self.decoder_layers("set model.init_args.compile to false"))
         if activation_checkpointing:
             layers = self.decoder_layers("set model.init_args.activation_checkpointing to false")
@@ -75,14 +75,14 @@ class PredictorModule(TrainingModule):
 
     @property
     def reads_windows_from_rows(self) -> bool:
-        """Whether windows hold the rows' own tokens, so that a row must have room for one."""
+        """Whether windows hold tokens of the rows, so that a row must be at least as long as a window."""
         return True
 
     def setup(self, stage: str) -> None:
-        """Compare data and model before the first step.
+        """Check that data and model fit.
 
         Raises:
-            ValueError: tokenizer, row length or window length do not fit, or completions are another teacher's.
+            ValueError: tokenizer, row length or window length do not fit, or another teacher wrote the completions.
         """
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         length, limit = self.predictor.config.window_length, self.predictor.max_positions
@@ -92,7 +92,7 @@ class PredictorModule(TrainingModule):
         if self.reads_windows_from_rows and length > data.row_length:
             raise ValueError(
                 f"expected windows no longer than a row, found predictor.window_length {length} > data.row_length "
-                f"{data.row_length}: lower the first or raise the second"
+                f"{data.row_length}: lower predictor.window_length or raise data.row_length"
             )
         if limit is not None and data.row_length + length > limit:
             raise ValueError(
@@ -102,17 +102,17 @@ class PredictorModule(TrainingModule):
         self.end_of_text = data.end_of_text
 
     def on_fit_start(self) -> None:
-        """Keep Lightning from warning about the base model, which is in eval mode on purpose."""
+        """Silence Lightning's warning about the base model, which is in eval mode on purpose."""
         warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode", category=PossibleUserWarning)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """The configured optimiser and schedule over what is trained."""
+        """The configured optimiser and schedule for all trained weights."""
         return configure(
             self.optimizer_settings, self.predictor.named_parameters(), self.trainer.estimated_stepping_batches
         )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Replace all weights by the trained ones and say what they belong to."""
+        """Store the trained weights only, with the predictor's configuration and base model."""
         checkpoint["state_dict"] = {
             f"predictor.{name}": value for name, value in self.predictor.trainable_state().items()
         }
@@ -141,12 +141,12 @@ class PredictorModule(TrainingModule):
     def _log_summary(
         self, stage: str, summary: WindowSummary, more: Mapping[str, float] = MappingProxyType({})
     ) -> None:
-        """Keep a summary for the callbacks; log its tags and some more."""
+        """Store a summary for the callbacks; log its tags and further ones."""
         self.val_summary = summary
         tags = as_tags(summary, stage) | dict(more)
         headline = f"{stage}/correct_tokens"
         if headline in tags:  # there were windows
-            # The same on every rank; synchronised all the same, so that a checkpoint callback may monitor it.
+            # Equal on every rank; synchronised nevertheless, so that a checkpoint callback may monitor it.
             self.log(headline, tags.pop(headline), prog_bar=True, sync_dist=True)
         self.log_dict(tags, rank_zero_only=True)
 
@@ -155,24 +155,24 @@ def require_known_tokens(predictor: PredictorNetwork, data: PackedDataModule) ->
     """Refuse data with token ids that the base model does not have.
 
     Raises:
-        ValueError: how many there are in both.
+        ValueError: names both vocabulary sizes.
     """
     vocabulary = predictor.base_model.config.vocab_size
     if data.vocab_size > vocabulary:
         raise ValueError(
             f"expected data of at most {vocabulary} token ids (the model's vocab_size), found {data.vocab_size}: "
-            "data.tokenizer must name the model of predictor.backbone.path (a series needs one id more than it has "
+            "data.tokenizer must name the model of predictor.backbone.path (a series needs one more id than it has "
             "values)"
         )
 
 
 def require_own_completions(predictor: PredictorNetwork, completions: CompletionSettings) -> None:
-    """Refuse what another teacher wrote, or this one under other sampling settings.
+    """Refuse completions of another teacher, or of this one under other sampling settings.
 
-    A base model that is trained itself has no teacher: for it completions are data like any others.
+    Without a frozen teacher completions are ordinary data, and nothing is refused.
 
     Raises:
-        ValueError: what differs, and the keys that set it.
+        ValueError: what differs, and the keys to change.
     """
     config = predictor.config
     if config.student.trains_base:

@@ -1,4 +1,4 @@
-"""TrainingModule: what every LightningModule does alike that is trained, on one device or on many."""
+"""TrainingModule: the base class of all LightningModules, for one device or many."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ if TYPE_CHECKING:
 
 
 class NotFiniteError(ValueError):
-    """A loss or a gradient is a NaN or infinite; raised by all processes of a training in the same step."""
+    """A loss or a gradient is NaN or infinite; all processes of a training raise it in the same step."""
 
 
-class SeenBatch(NamedTuple):
-    """A batch of the optimiser's next step.
+class MicroBatch(NamedTuple):
+    """One batch of an optimiser step, with its losses.
 
     Attributes:
         batch: of this rank.
         totals: `[losses]`, this rank's losses.
-        mean_totals: `[losses]`, their means over ranks.
+        mean_totals: `[losses]`, means of the losses over ranks.
     """
 
     batch: PackedBatch
@@ -42,7 +42,7 @@ class SeenBatch(NamedTuple):
 
 
 class TrainingModule(LightningModule, ABC):
-    """A module in training, whose steps are the same on every process but for the data.
+    """A module in training; its steps differ between processes only in the data.
 
     Args:
         optimizer: optimiser and schedule.
@@ -51,72 +51,71 @@ class TrainingModule(LightningModule, ABC):
     def __init__(self, optimizer: OptimizerSettings) -> None:
         super().__init__()
         self.optimizer_settings = optimizer
-        self._seen: list[SeenBatch] = []
+        self._micro_batches: list[MicroBatch] = []
 
     @property
     @abstractmethod
     def networks(self) -> list[PreTrainedModel]:
-        """The causal LMs that a step runs, layer by layer."""
+        """The causal LMs that a step runs."""
 
     def configure_model(self) -> None:
-        """Share the weights out among processes where the strategy does so."""
+        """Shard the weights over processes if the strategy does so."""
         if self.device_mesh is not None:
             shard(self, self.decoder_layers("set trainer.strategy to ddp"), self.device_mesh["data_parallel"])
 
     def decoder_layers(self, instead: str) -> list[nn.Module]:
-        """Of all networks; raises as `decoder_stack`, with what to do `instead` where they are not found."""
+        """Decoder layers of all networks; raises as `decoder_stack` with advice on what to do `instead`."""
         return decoder_layers(self.networks, instead)
 
     def on_train_start(self) -> None:
-        """Forget what an earlier run left in the middle of a step."""
-        self._seen = []
+        """Discard micro-batches of an interrupted run."""
+        self._micro_batches = []
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Refuse losses and gradients that would spoil the weights, so that a checkpoint can still be gone on from.
+        """Stop before losses or gradients that are not finite reach the weights, so that checkpoints stay usable.
 
         Raises:
-            NotFiniteError: on all processes alike; says in which file the batch is.
+            NotFiniteError: on all processes; names the file that holds the batch.
         """
-        seen, self._seen = self._seen, []
+        micro_batches, self._micro_batches = self._micro_batches, []
         norm = torch.zeros(())
-        # With float16 gradients overflow now and then, and the scaler leaves such steps out.
+        # In float16 gradients overflow occasionally, and the scaler skips such steps.
         if getattr(self.trainer.precision_plugin, "scaler", None) is None:
             gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
             norm = torch.nn.utils.get_total_norm(gradients)
             norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        totals = torch.stack([norm, *(entry.mean_totals.sum().to(norm) for entry in seen)])
-        if not totals.isfinite().all():  # one look for both: it waits for the device
-            self._refuse(seen, float(norm))
+        totals = torch.stack([norm, *(entry.mean_totals.sum().to(norm) for entry in micro_batches)])
+        if not totals.isfinite().all():  # one check for both, because it synchronises with the device
+            self._raise_not_finite(micro_batches, float(norm))
 
     def _mean_counts(self, batch: PackedBatch, *losses: LossSum) -> Tensor:
-        """Means over ranks of what sums are divided by, one a loss; 1 for a mean of 0.
+        """The mean over ranks of each loss's count; 1 for a mean of 0.
 
-        DDP averages gradients over ranks, so a local sum over a mean count gives the mean over all of them. The totals
-        go along, so that all ranks know in the same step when one of them is broken.
+        DDP averages gradients over ranks, so a local sum divided by the mean count gives the mean over all ranks. The
+        totals are reduced as well, so that all ranks detect a loss that is not finite in the same step.
         """
         totals = torch.stack([loss.total.detach() for loss in losses])
         counts = torch.stack([loss.count for loss in losses]).to(totals.dtype)
         means = self.trainer.strategy.reduce(torch.stack([totals, counts]), reduce_op="mean")
-        self._seen.append(SeenBatch(batch, totals, means[0]))
+        self._micro_batches.append(MicroBatch(batch, totals, means[0]))
         return torch.where(means[1] > 0, means[1], 1.0)
 
-    def _refuse(self, seen: list[SeenBatch], norm: float) -> NoReturn:
-        """Write the batches of this rank that may be to blame."""
-        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)  # all ranks ask for it together
-        losses = torch.stack([entry.totals for entry in seen]).cpu()
-        broken_anywhere = not torch.stack([entry.mean_totals for entry in seen]).isfinite().all()
-        blamed = [not broken_anywhere or not of_batch.isfinite().all() for of_batch in losses]
-        place = "another process has its batch"
-        if any(blamed):
+    def _raise_not_finite(self, micro_batches: list[MicroBatch], norm: float) -> NoReturn:
+        """Store the suspect batches of this rank and raise."""
+        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)  # a collective call
+        losses = torch.stack([entry.totals for entry in micro_batches]).cpu()
+        losses_are_finite = bool(torch.stack([entry.mean_totals for entry in micro_batches]).isfinite().all())
+        is_suspect = [losses_are_finite or not of_batch.isfinite().all() for of_batch in losses]
+        location = "another process has the batch"
+        if any(is_suspect):
             file = folder / f"not_finite_step_{self.global_step}_rank_{self.global_rank}.pt"
             folder.mkdir(parents=True, exist_ok=True)
-            batches = [
-                entry.batch.to("cpu")._asdict() for entry, is_blamed in zip(seen, blamed, strict=True) if is_blamed
-            ]
+            suspects = [entry for entry, suspect in zip(micro_batches, is_suspect, strict=True) if suspect]
+            batches = [entry.batch.to("cpu")._asdict() for entry in suspects]
             torch.save({"global_step": self.global_step, "rank": self.global_rank, "batches": batches}, file)
-            place = f"the batch is in {os.path.relpath(file)}"
+            location = f"the batch is in {os.path.relpath(file)}"
         raise NotFiniteError(
             f"expected finite losses and gradients at step {self.global_step}, found losses "
-            f"{losses.flatten().tolist()} on rank {self.global_rank} and gradients of norm {norm}: {place}; lower "
+            f"{losses.flatten().tolist()} on rank {self.global_rank} and gradients of norm {norm}: {location}; lower "
             "optimizer.learning_rate, set trainer.gradient_clip_val, or try trainer.precision: 32-true"
         )

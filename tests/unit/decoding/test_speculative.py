@@ -104,9 +104,9 @@ def test_text_of_a_predictor_for_many_settings_is_the_reference_text(objective: 
 
 
 @pytest.mark.parametrize("student", ["gated_lora", "full_copy"])
-def test_slots_and_refiner_are_told_the_settings_of_the_text(student: str) -> None:
+def test_slots_and_refiner_are_conditioned_on_the_settings_of_the_text(student: str) -> None:
     predictor = conditioned(student=student)
-    seen: dict[str, set[SamplingConfig]] = {"settings": set(), "refiner_settings": set()}
+    seen: dict[str, set[SamplingConfig]] = {"sampling_embedding": set(), "refiner_sampling_embedding": set()}
     hooks = [
         predictor.slot_encoder.get_submodule(name).register_forward_pre_hook(
             lambda _, inputs, heard=heard: heard.add(inputs[0])
@@ -117,23 +117,23 @@ def test_slots_and_refiner_are_told_the_settings_of_the_text(student: str) -> No
     decode_one(decode_speculatively, predictor, settings)
     for hook in hooks:
         hook.remove()
-    assert seen == {"settings": {settings.sampling}, "refiner_settings": {settings.sampling}}
+    assert seen == {"sampling_embedding": {settings.sampling}, "refiner_sampling_embedding": {settings.sampling}}
 
 
-def test_drafts_depend_on_the_settings_the_slots_are_told() -> None:
-    """The proposals for one text, whose settings are the same: only what the slots are told differs."""
+def test_drafts_depend_on_the_settings_the_slots_are_conditioned_on() -> None:
+    """The drafts of one text under the same sampling settings; only the settings given to the slots differ."""
     predictor = conditioned()
     settings = GenerationSettings(SamplingConfig(0.7), 24, window_length=6)
     drafts: list[list[Tensor]] = []
-    for told in (SamplingConfig(0.7), SamplingConfig(1.2), SamplingConfig(0.7)):
+    for given in (SamplingConfig(0.7), SamplingConfig(1.2), SamplingConfig(0.7)):
         drafts.append([])
 
         def remember(slot_logits: Tensor, auxiliaries: Tensor, starts: Sequence[int]) -> Tensor:
             drafts[-1].append(slot_logits)
             return torch.zeros_like(auxiliaries, dtype=torch.long)
 
-        modules = (predictor.slot_encoder.settings, predictor.slot_encoder.refiner_settings)
-        hooks = [m.register_forward_pre_hook(lambda _, inputs, told=told: (told,)) for m in modules if m]
+        modules = (predictor.slot_encoder.sampling_embedding, predictor.slot_encoder.refiner_sampling_embedding)
+        hooks = [m.register_forward_pre_hook(lambda _, inputs, given=given: (given,)) for m in modules if m]
         accelerated(predictor, settings, drafter=remember)
         for hook in hooks:
             hook.remove()

@@ -24,12 +24,12 @@ def test_values_by_hand() -> None:
 
 
 @pytest.mark.parametrize("far", [math.inf, 1e30, 200.0])
-def test_exactly_zero_where_the_student_is_certain_and_right(far: float) -> None:
+def test_exactly_zero_where_the_student_is_certain_and_correct(far: float) -> None:
     assert nats(CrossEntropy(), [-far, 0.0, -far], 1) == 0
     assert nats(BinaryCrossEntropy(), [-far, min(far, 1e30), -far], 1) == 0
 
 
-def test_impossible_tokens_are_harmless_unless_they_are_right() -> None:
+def test_impossible_tokens_are_harmless_unless_they_are_correct() -> None:
     assert nats(CrossEntropy(), [0.0, 0.0, -math.inf], 1) == pytest.approx(math.log(2))
     assert nats(BinaryCrossEntropy(), [0.0, 0.0, -math.inf], 1) == pytest.approx(2 * math.log(2))
     for loss in (CrossEntropy(), BinaryCrossEntropy()):

@@ -1,4 +1,4 @@
-"""Activation checkpointing computes the same, behind a cache and a gate, and remembers less."""
+"""Activation checkpointing gives the same gradients with a cache and a gate, and saves less."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def make_predictor(family: str, student: str, checkpointed: bool) -> PredictorNe
 
 
 def loss(predictor: PredictorNetwork, auxiliaries: Tensor) -> Tensor:
-    """Of slots behind a context whose cache they share, twice, refined if possible."""
+    """Of slots after a context, twice with the same cache, refined if possible."""
     context = predictor.encode(make_batch())
     hidden = predictor.slot_hidden(context, auxiliaries)
     again = predictor.slot_hidden(context, 1 - auxiliaries)
@@ -65,7 +65,7 @@ def test_gradients_are_the_same(family: str, student: str) -> None:
             value = loss(predictor, auxiliaries)
         saved.append(sum(sizes))
         value.backward(retain_graph=True)
-        value.backward()  # layers are computed a third time, behind a cache that has gone on
+        value.backward()  # layers are computed a third time, with a cache that has grown meanwhile
         found.append((value.detach(), gradients(predictor)))
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
     assert saved[1] < 0.6 * saved[0]

@@ -244,13 +244,13 @@ def resolved(draw: st.DrawFn) -> tuple[AuxiliaryFeatures, float, float]:
 
 @given(resolved())
 @settings(deadline=None, max_examples=500)
-def test_a_resolution_apart_is_told_apart(example: tuple[AuxiliaryFeatures, float, float]) -> None:
+def test_a_resolution_apart_is_distinguished(example: tuple[AuxiliaryFeatures, float, float]) -> None:
     features, u, v = example
     assert not torch.equal(vector(features, u), vector(features, v))
 
 
 @each
-def test_a_resolution_apart_is_told_apart_everywhere(features: AuxiliaryFeatures) -> None:
+def test_a_resolution_apart_is_distinguished_everywhere(features: AuxiliaryFeatures) -> None:
     """A hundred thousand u, a resolution apart or up to two, as far as float64 has such pairs."""
     u = torch.cat([uniform(50_000), uniform(50_000) * 2 * features.resolution])
     v = u + features.resolution * (1 + uniform(100_000).flip(0)) + 2.0**-52

@@ -22,7 +22,7 @@ from tests.helpers.tiny_shared_students import make_batch
 
 LENGTH = 5
 GRAPHS_OF_A_LAYER = 4
-"""Norm, products before attention, product behind it, norm and products of the rest."""
+"""Norm, products before attention, product after it, norm and products of the rest."""
 
 
 @pytest.fixture(autouse=True)

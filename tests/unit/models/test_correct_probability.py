@@ -1,4 +1,4 @@
-"""The probability that a slot is right, against counting over a grid of u."""
+"""The probability that a slot is correct, against counting over a grid of u."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def slots(seed: int, sampling: SamplingConfig) -> tuple[Tensor, Tensor, TokenDis
 @pytest.mark.parametrize("objective", PICKING)
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_share_of_the_teachers_interval(objective: str, sampling: SamplingConfig) -> None:
-    """Every u of a fine grid in the token's interval is proposed from; the share of right proposals is counted."""
+    """Every u of a fine grid in the token's interval drafts a token; the fraction of correct drafts is counted."""
     logits, tokens, teacher = slots(0, sampling)
     found = OBJECTIVES[objective].correct_probability(logits, tokens, teacher, sampling)
     lower, upper = token_interval(teacher, tokens)
     r = (torch.arange(GRID, dtype=torch.float64) + 0.5) / GRID
     u = lower[:, None] + r * (upper - lower)[:, None]
-    proposed = OBJECTIVES[objective].tokens_from_logits(logits[:, None].expand(-1, GRID, -1), u, sampling)
-    counted = (proposed == tokens[:, None]).double().mean(-1)
+    drafted = OBJECTIVES[objective].tokens_from_logits(logits[:, None].expand(-1, GRID, -1), u, sampling)
+    counted = (drafted == tokens[:, None]).double().mean(-1)
     # An interval has two ends, each of which a cell of the grid may straddle.
     torch.testing.assert_close(found, counted, rtol=0, atol=2 / GRID)
     assert ((found > 0.05) & (found < 0.95)).sum() > 5  # and not only 0 or 1
@@ -56,8 +56,8 @@ def test_one_hot_is_the_students_probability() -> None:
 @pytest.mark.parametrize("objective", list(OBJECTIVES))
 def test_no_gradient(objective: str) -> None:
     logits, tokens, teacher = slots(2, SamplingConfig())
-    right = OBJECTIVES[objective].correct_probability(logits.requires_grad_(), tokens, teacher, SamplingConfig())
-    assert not right.requires_grad
+    correct = OBJECTIVES[objective].correct_probability(logits.requires_grad_(), tokens, teacher, SamplingConfig())
+    assert not correct.requires_grad
 
 
 def test_by_hand() -> None:
@@ -71,10 +71,10 @@ def test_by_hand() -> None:
     assert interval_overlap(P, Q, torch.tensor(2)).item() == 0.0  # the student never picks it
     assert (
         interval_overlap(Q, P, torch.tensor(2)).item() == 0.0
-    )  # the teacher never picks it: nothing to be right about
+    )  # the teacher never picks it: nothing to be correct about
 
 
-def test_a_greedy_student_is_right_or_wrong() -> None:
+def test_a_greedy_student_is_correct_or_wrong() -> None:
     greedy = SamplingConfig(temperature=0)
     logits = torch.tensor([[0.0, 1.0, 0.5], [2.0, 1.0, 0.5]])
     teacher = greedy.distribution(torch.tensor([[0.0, 1.0, 0.0]]).expand(2, -1))

@@ -1,4 +1,4 @@
-"""One adapter for many sampling settings: what is drawn, what slots are told, and what must not notice."""
+"""One adapter for many sampling settings: what is drawn, what slots are conditioned on, and what must not change."""
 
 import math
 from collections import Counter
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ptp_lightning.models import PredictorConfig, PredictorNetwork
-from ptp_lightning.models.slots.sampling_range import SamplingRange, SettingsEmbedding
+from ptp_lightning.models.slots.sampling_embedding import SamplingEmbedding
+from ptp_lightning.models.slots.sampling_range import SamplingRange
 from ptp_lightning.sampling import SamplingConfig
 from tests.helpers.tiny_predictors import tiny_predictor
 from tests.helpers.tiny_windows import DOCUMENT_IDS, WINDOW_STARTS, make_batch
@@ -102,13 +103,13 @@ class TestRange:
 
 class TestEmbedding:
     def test_says_nothing_before_it_is_trained(self) -> None:
-        embedding = SettingsEmbedding(64, 8)
+        embedding = SamplingEmbedding(64, 8)
         assert embedding(BASE).tolist() == [0.0] * 8
         embedding(BASE).sum().backward()
         assert embedding.outer.weight.grad is not None and embedding.outer.weight.grad.any()
 
     def test_features(self) -> None:
-        embedding = SettingsEmbedding(64, 8)
+        embedding = SamplingEmbedding(64, 8)
         assert embedding.features(SamplingConfig(0.7, 8, 0.9)) == pytest.approx([0, 0.7, 0.5, 0.9])
         all_tokens = [embedding.features(SamplingConfig(0.7, top_k)) for top_k in (None, 64, 100)]
         assert all_tokens == [pytest.approx([0, 0.7, 1, 1])] * 3
@@ -155,7 +156,7 @@ class TestPredictor:
         predictor = tiny_predictor()
         before, after = (hidden_states(predictor, SamplingConfig(t, k)) for t, k in ((0.5, 3), (2.0, None)))
         assert all(map(torch.equal, before, after))
-        assert not [name for name in predictor.trainable_state() if "settings" in name]
+        assert not [name for name in predictor.trainable_state() if "sampling_embedding" in name]
 
     @torch.no_grad()
     def test_an_untrained_embedding_changes_nothing(self) -> None:
@@ -163,13 +164,13 @@ class TestPredictor:
         state = predictor.trainable_state()
         plain.load_trainable_state({name: state[name] for name in plain.trainable_state()})
         for name, weight in predictor.named_parameters():
-            if name.endswith("settings.outer.weight"):
+            if name.endswith("sampling_embedding.outer.weight"):
                 weight.zero_()
         found, expected = (hidden_states(of, SamplingConfig(0.5)) for of in (predictor, plain))
         assert all(map(torch.equal, found, expected))
 
     @torch.no_grad()
-    def test_greedy_slots_hear_no_u(self) -> None:
+    def test_greedy_slots_ignore_u(self) -> None:
         predictor = tiny_predictor(sampling=SamplingConfig(0.7, 50, 0.8), sampling_range=RANGE)
         low, high = (hidden_states(predictor, SamplingConfig(0.0), u)[1] for u in (0.1, 0.9))
         assert torch.equal(low, high)

@@ -1,4 +1,4 @@
-"""What slots are told: which auxiliaries each of them carries."""
+"""Which auxiliaries each slot carries."""
 
 import pytest
 import torch
@@ -18,17 +18,19 @@ def test_which_auxiliaries_a_slot_carries(objective: str, carried: int) -> None:
     encoder = tiny_predictor(objective=objective).slot_encoder
     with torch.no_grad():
         before = encoder(AUXILIARIES)
-        for place in range(4):
+        for position in range(4):
             auxiliaries = AUXILIARIES.clone()
-            auxiliaries[..., place] = 0.75
+            auxiliaries[..., position] = 0.75
             changed = (encoder(auxiliaries) != before).any(-1).flatten()
             # u_{i+j} is carried by slot j, and in one-hot by slot j - 1 as well
-            expected = [(carried > 0 and slot == place) or (carried > 1 and slot == place - 1) for slot in range(3)]
+            expected = [
+                (carried > 0 and slot == position) or (carried > 1 and slot == position - 1) for slot in range(3)
+            ]
             assert changed.tolist() == expected
 
 
 @pytest.mark.parametrize("objective", [CategoricalObjective, IndependentObjective, SequentialObjective])
-def test_proposals_allow_for_an_error(objective: type[PickingObjective]) -> None:
+def test_drafts_allow_for_an_error(objective: type[PickingObjective]) -> None:
     """Of P = (0.2, 0.01, 0.79), u = 0.205 names the second token, but the third is the better guess."""
     logits, u = torch.tensor([[0.2, 0.01, 0.79]]).log(), torch.tensor([0.205], dtype=torch.float64)
     sampler = Sampler(SamplingConfig())

@@ -51,11 +51,11 @@ class TestFreshStudents:
         input_ids, auxiliaries = inputs()
         with torch.no_grad():
             before = slot_hidden(predictor, input_ids, auxiliaries)
-            for row, place in [(row, place) for row in range(2) for place in range(input_ids.shape[1])]:
+            for row, position in [(row, position) for row in range(2) for position in range(input_ids.shape[1])]:
                 changed = input_ids.clone()
-                changed[row, place] = (changed[row, place] + 1) % 64
+                changed[row, position] = (changed[row, position] + 1) % 64
                 after = slot_hidden(predictor, changed, auxiliaries)
-                assert slots_that_differ(before, after) == slots_that_see(row, place, LENGTH - 1), (row, place)
+                assert slots_that_differ(before, after) == slots_that_see(row, position, LENGTH - 1), (row, position)
 
     def test_every_weight_of_the_student_gets_a_gradient(self, family: str, student: str) -> None:
         predictor = make(student, family)
@@ -74,7 +74,7 @@ class TestFreshStudents:
         tied = predictor.student_model.get_output_embeddings().weight is table
         (gradient,) = torch.autograd.grad(slots[0, 0].square().sum(), table)
         if not tied:
-            assert gradient.any(-1).nonzero().flatten().tolist() == [0, 1]  # the window starts at place 2
+            assert gradient.any(-1).nonzero().flatten().tolist() == [0, 1]  # the window starts at position 2
 
 
 class TestCopy:

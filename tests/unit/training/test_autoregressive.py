@@ -37,7 +37,7 @@ def make_trainer(directory: Path, **options: Any) -> Trainer:
 
 def batch_of(input_ids: list[int], document_ids: list[int], completion_mask: list[int] | None = None) -> PackedBatch:
     documents = torch.tensor([document_ids])
-    positions = [document_ids[:place].count(document) for place, document in enumerate(document_ids)]
+    positions = [document_ids[:position].count(document) for position, document in enumerate(document_ids)]
     completion = documents >= 0 if completion_mask is None else torch.tensor([completion_mask]).bool()
     return PackedBatch(
         torch.tensor([input_ids]), documents, torch.tensor([positions]), torch.ones(1, 1, dtype=torch.long), completion
@@ -184,7 +184,7 @@ class TestSeries:
 
     def test_the_beginning_needs_an_id_too(self, tmp_path: Path) -> None:
         data = SeriesDataModule(MarkovSeries(vocab_size=5), row_length=6)
-        with pytest.raises(ValueError, match="at most 5 token ids.*found 6.*a series needs one id more"):
+        with pytest.raises(ValueError, match="at most 5 token ids.*found 6.*a series needs one more id"):
             make_trainer(tmp_path).fit(make_module(GPT2 | {"vocab_size": 5}), datamodule=data)
 
     def test_positions_are_not_negative(self) -> None:

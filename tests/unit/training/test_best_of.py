@@ -1,4 +1,4 @@
-"""Several proposals: which choice leaves the text a sample of the teacher, and which does not.
+"""Several drafts: which choice leaves the text a sample of the teacher, and which does not.
 
 The teacher is a Markov chain over three tokens and a window holds three, so all 27 texts have exact probabilities.
 Chi-square statistics are compared with the bound that a true distribution exceeds once in a million draws: an unbiased
@@ -28,7 +28,7 @@ V = L = 3
 NUM_CONTEXTS, M = 100_000, 4
 FIRST = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
 TEACHER = torch.tensor([[0.1, 0.1, 0.8], [0.96, 0.02, 0.02], [0.3, 0.3, 0.4]], dtype=torch.float64)
-# What the student believes to come next: nearly right after a 0, wrong after a 2.
+# What the student believes to come next: nearly correct after a 0, wrong after a 2.
 STUDENT = torch.tensor([[0.12, 0.1, 0.78], [0.9, 0.05, 0.05], [0.8, 0.1, 0.1]], dtype=torch.float64)
 
 
@@ -39,7 +39,7 @@ class Text(NamedTuple):
     relative: Tensor
 
 
-class Proposals(NamedTuple):
+class Drafts(NamedTuple):
     auxiliaries: Tensor
     true: Text
     """The teacher's own text."""
@@ -75,11 +75,11 @@ def draft(auxiliaries: Tensor) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def proposals() -> Proposals:
+def drafts() -> Drafts:
     auxiliaries = draw_auxiliaries((NUM_CONTEXTS, M, L), torch.Generator().manual_seed(0), "cpu")
     true, along = write(auxiliaries, TEACHER), write(auxiliaries, STUDENT)
     correct = (draft(auxiliaries) == along.token_ids).long().cumprod(-1).sum(-1)
-    return Proposals(auxiliaries, true, along, (correct + 1).clamp_max(L))
+    return Drafts(auxiliaries, true, along, (correct + 1).clamp_max(L))
 
 
 def chosen(values: Tensor, choice: Tensor) -> Tensor:
@@ -94,16 +94,16 @@ def statistic(token_ids: Tensor) -> float:
     return chi_square(torch.bincount(index, minlength=27).double(), probabilities.flatten())
 
 
-def continued(proposals: Proposals, choice: Tensor, fresh: bool) -> Tensor:
-    """What is committed of the chosen proposals, and the teacher's text behind it with fresh or with the same u."""
-    token_ids = chosen(proposals.along.token_ids, choice).clone()
-    committed = proposals.num_committed[torch.arange(NUM_CONTEXTS), choice]
-    auxiliaries = chosen(proposals.auxiliaries, choice)
+def continued(drafts: Drafts, choice: Tensor, fresh: bool) -> Tensor:
+    """What is committed of the chosen drafts, and the teacher's text after it with fresh or with the same u."""
+    token_ids = chosen(drafts.along.token_ids, choice).clone()
+    committed = drafts.num_committed[torch.arange(NUM_CONTEXTS), choice]
+    auxiliaries = chosen(drafts.auxiliaries, choice)
     if fresh:
         auxiliaries = draw_auxiliaries(auxiliaries.shape, torch.Generator().manual_seed(1), "cpu")
-    for place in range(1, L):
-        token = pick(auxiliaries[:, place], TokenDistribution(TEACHER[token_ids[:, place - 1]]))
-        token_ids[:, place] = torch.where(place < committed, token_ids[:, place], token)
+    for position in range(1, L):
+        token = pick(auxiliaries[:, position], TokenDistribution(TEACHER[token_ids[:, position - 1]]))
+        token_ids[:, position] = torch.where(position < committed, token_ids[:, position], token)
     return token_ids
 
 
@@ -112,42 +112,42 @@ BIASED = 2 * BOUND  # p < 1e-18
 
 
 class TestChoice:
-    def test_committed_tokens_are_the_teachers(self, proposals: Proposals) -> None:
-        inside = torch.arange(L) < proposals.num_committed.unsqueeze(-1)
-        assert torch.equal(proposals.along.token_ids[inside], proposals.true.token_ids[inside])
-        lengths = torch.bincount(proposals.num_committed.flatten(), minlength=L + 1)
+    def test_committed_tokens_are_the_teachers(self, drafts: Drafts) -> None:
+        inside = torch.arange(L) < drafts.num_committed.unsqueeze(-1)
+        assert torch.equal(drafts.along.token_ids[inside], drafts.true.token_ids[inside])
+        lengths = torch.bincount(drafts.num_committed.flatten(), minlength=L + 1)
         assert (lengths[2:] > NUM_CONTEXTS / 10).all() and not lengths[:2].any()
 
-    def test_any_fixed_proposal_is_unbiased(self, proposals: Proposals) -> None:
-        assert statistic(proposals.true.token_ids[:, 0]) < BOUND
+    def test_any_fixed_draft_is_unbiased(self, drafts: Drafts) -> None:
+        assert statistic(drafts.true.token_ids[:, 0]) < BOUND
 
-    def test_closest_to_the_centres_is_unbiased(self, proposals: Proposals) -> None:
-        choice = distance_from_centres(proposals.true.relative).argmin(-1)
-        assert statistic(chosen(proposals.true.token_ids, choice)) < BOUND
+    def test_closest_to_the_centres_is_unbiased(self, drafts: Drafts) -> None:
+        choice = distance_from_centres(drafts.true.relative).argmin(-1)
+        assert statistic(chosen(drafts.true.token_ids, choice)) < BOUND
 
-    def test_the_longest_is_biased(self, proposals: Proposals) -> None:
-        choice = proposals.num_committed.argmax(-1)
-        assert statistic(chosen(proposals.true.token_ids, choice)) > BIASED
-        assert statistic(continued(proposals, choice, fresh=True)) > BIASED
+    def test_the_longest_is_biased(self, drafts: Drafts) -> None:
+        choice = drafts.num_committed.argmax(-1)
+        assert statistic(chosen(drafts.true.token_ids, choice)) > BIASED
+        assert statistic(continued(drafts, choice, fresh=True)) > BIASED
 
-    def test_as_many_positions_as_the_student_was_right_are_biased(self, proposals: Proposals) -> None:
-        counts = torch.arange(L) < proposals.num_committed.unsqueeze(-1)
-        distance = ((proposals.true.relative - 0.5).abs() * counts).sum(-1) / counts.sum(-1)
-        assert statistic(chosen(proposals.true.token_ids, distance.argmin(-1))) > BIASED
+    def test_as_many_positions_as_the_student_was_correct_are_biased(self, drafts: Drafts) -> None:
+        counts = torch.arange(L) < drafts.num_committed.unsqueeze(-1)
+        distance = ((drafts.true.relative - 0.5).abs() * counts).sum(-1) / counts.sum(-1)
+        assert statistic(chosen(drafts.true.token_ids, distance.argmin(-1))) > BIASED
 
-    def test_centres_along_the_students_text_are_unbiased_with_fresh_auxiliaries(self, proposals: Proposals) -> None:
+    def test_centres_along_the_students_text_are_unbiased_with_fresh_auxiliaries(self, drafts: Drafts) -> None:
         """What one verifying call knows."""
-        choice = distance_from_centres(proposals.along.relative).argmin(-1)
-        assert statistic(continued(proposals, choice, fresh=True)) < BOUND
+        choice = distance_from_centres(drafts.along.relative).argmin(-1)
+        assert statistic(continued(drafts, choice, fresh=True)) < BOUND
 
-    def test_and_biased_with_the_rest_of_their_own(self, proposals: Proposals) -> None:
-        choice = distance_from_centres(proposals.along.relative).argmin(-1)
-        assert statistic(continued(proposals, choice, fresh=False)) > BIASED
+    def test_and_biased_with_the_rest_of_their_own(self, drafts: Drafts) -> None:
+        choice = distance_from_centres(drafts.along.relative).argmin(-1)
+        assert statistic(continued(drafts, choice, fresh=False)) > BIASED
 
-    def test_centres_are_more_often_right(self, proposals: Proposals) -> None:
+    def test_centres_are_more_often_correct(self, drafts: Drafts) -> None:
         """Why one would choose at all. Errors lie at the edges of intervals."""
-        choice = distance_from_centres(proposals.along.relative).argmin(-1)
-        gain = (proposals.num_committed[torch.arange(NUM_CONTEXTS), choice] - proposals.num_committed[:, 0]).double()
+        choice = distance_from_centres(drafts.along.relative).argmin(-1)
+        gain = (drafts.num_committed[torch.arange(NUM_CONTEXTS), choice] - drafts.num_committed[:, 0]).double()
         assert gain.mean() > 5 * gain.std() / NUM_CONTEXTS**0.5
 
 
@@ -162,10 +162,10 @@ class TestCentres:
         assert distance_from_centres(relative).tolist() == pytest.approx([0, 1 / 3, 1 / 6])
 
 
-def best_windows(module: DistillationModule, num_proposals: int) -> tuple[Tensor, Tensor]:
+def best_windows(module: DistillationModule, num_drafts: int) -> tuple[Tensor, Tensor]:
     batch = next(iter(tiny_data().train_dataloader()))
     context = module.predictor.encode(batch, end_of_text=0)
-    return best_of(num_proposals, module.predictor, context, torch.Generator().manual_seed(0))
+    return best_of(num_drafts, module.predictor, context, torch.Generator().manual_seed(0))
 
 
 def test_best_of_equals_a_loop_over_windows() -> None:
@@ -179,13 +179,13 @@ def test_best_of_equals_a_loop_over_windows() -> None:
         distances: list[float] = []
         for sample in samples:
             distance = 0.0
-            for place in range(4):
-                probabilities = sample.teacher.materialize().probabilities[row, window, place].double()
+            for position in range(4):
+                probabilities = sample.teacher.materialize().probabilities[row, window, position].double()
                 assert sample.teacher.materialize().token_ids is not None
-                listed = sample.teacher.materialize().token_ids[row, window, place].tolist()
-                entry = listed.index(int(sample.token_ids[row, window, place]))
+                listed = sample.teacher.materialize().token_ids[row, window, position].tolist()
+                entry = listed.index(int(sample.token_ids[row, window, position]))
                 below = float(probabilities[:entry].sum())
-                share = (float(sample.auxiliaries[row, window, place]) - below) / float(probabilities[entry])
+                share = (float(sample.auxiliaries[row, window, position]) - below) / float(probabilities[entry])
                 distance += abs(share - 0.5)
             distances.append(distance)
         winner = distances.index(min(distances))
@@ -198,9 +198,9 @@ def test_best_of_equals_a_loop_over_windows() -> None:
 
 
 class TestMetric:
-    def validate(self, directory: Path, num_proposals: int) -> dict[str, float]:
+    def validate(self, directory: Path, num_drafts: int) -> dict[str, float]:
         module = make_module()
-        module.num_proposals = num_proposals
+        module.num_drafts = num_drafts
         trainer = make_trainer(directory, limit_val_batches=1.0)
         return dict(trainer.validate(module, datamodule=tiny_data(eval_rows=8), verbose=False)[0])
 
@@ -212,7 +212,7 @@ class TestMetric:
 
     def test_is_reset(self, tmp_path: Path) -> None:
         module = make_module()
-        module.num_proposals = 2
+        module.num_drafts = 2
         trainer = make_trainer(tmp_path, limit_val_batches=1.0)
         first, second = (trainer.validate(module, datamodule=tiny_data(), verbose=False) for _ in range(2))
         assert first == second
@@ -220,5 +220,5 @@ class TestMetric:
 
     def test_refuses_none(self) -> None:
         module = make_module()
-        with pytest.raises(ValueError, match="num_proposals >= 1, found 0"):
-            DistillationModule(module.predictor.config, num_proposals=0)
+        with pytest.raises(ValueError, match="num_drafts >= 1, found 0"):
+            DistillationModule(module.predictor.config, num_drafts=0)

@@ -1,4 +1,4 @@
-"""A checkpoint that cannot be written whole leaves the earlier one as it was."""
+"""A checkpoint that cannot be written completely leaves the earlier one unchanged."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def earlier(folder: Path) -> Path:
     return path
 
 
-def is_as_it_was(path: Path) -> bool:
+def is_unchanged(path: Path) -> bool:
     return torch.load(path, weights_only=True)["weight"].tolist() == [0, 0, 0] and list(path.parent.iterdir()) == [path]
 
 
@@ -47,8 +47,10 @@ def test_a_checkpoint_takes_the_place_of_the_earlier_one(tmp_path: Path) -> None
 def test_a_full_disk(tmp_path: Path) -> None:
     path = earlier(tmp_path)
     done = subprocess.run([sys.executable, "-c", FULL, str(path)], capture_output=True, text=True)
-    assert f"{path} could not be written (File too large); the one before is as it was: make room" in done.stderr
-    assert is_as_it_was(path)
+    assert (
+        f"{path} could not be written (File too large); the earlier file is unchanged: free disk space" in done.stderr
+    )
+    assert is_unchanged(path)
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()], ids=repr)
@@ -62,7 +64,7 @@ def test_a_writer_that_stops_halfway(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch, "save", half)
     with pytest.raises(type(error), match="" if isinstance(error, KeyboardInterrupt) else "No space left on device"):
         AtomicCheckpointIO().save_checkpoint({}, path)
-    assert is_as_it_was(path)
+    assert is_unchanged(path)
 
 
 def test_it_is_on_disk_before_it_is_in_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,7 +123,7 @@ class TestTraining:
         with pytest.raises(ValueError, match="first_pass_loss_weight >= 0, found"):
             DistillationModule(predictor, first_pass_loss_weight=weight)
 
-    def test_refined_slots_are_told_the_true_tokens(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_refined_slots_are_conditioned_on_the_true_tokens(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """And what they then say is compared with the token after."""
         module = make_module()
         context = module._encode(next(iter(tiny_data().train_dataloader())))
@@ -244,7 +244,7 @@ class TestValidation:
         assert module.val_summary is not None
         assert float(module.val_summary.perplexity[0]) == pytest.approx(float((-probability.log()).mean().exp()))
 
-    def test_a_checkpoint_knows_how_long_drafts_were_right(self, tmp_path: Path) -> None:
+    def test_a_checkpoint_knows_how_long_drafts_were_correct(self, tmp_path: Path) -> None:
         module, trainer = make_module(), make_trainer(tmp_path, limit_val_batches=1.0)
         trainer.fit(module, datamodule=tiny_data())
         path = tmp_path / "run.ckpt"
@@ -283,19 +283,19 @@ class TestValidation:
     def test_each_round_settles_a_token(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_refinement_steps: int
     ) -> None:
-        """With the teacher in place of the refiner, a token is right once all tokens before it are."""
+        """With the teacher in place of the refiner, a token is correct once all tokens before it are."""
         module = make_module(
             sampling=SamplingConfig(), refiner=RefinerSettings(num_layers=1, num_refinement_steps=num_refinement_steps)
         )
         monkeypatch.setattr(module.predictor, "refine", teacher_in_place_of_the_refiner(module))
         trainer = make_trainer(tmp_path, limit_val_batches=1.0)
         metrics = trainer.validate(module, datamodule=tiny_data(eval_rows=8), verbose=False)[0]
-        right = [metrics[f"val/accuracy_given_prefix/position_{place:02d}"] == 1.0 for place in range(4)]
-        assert right == [place <= num_refinement_steps for place in range(4)]
+        correct = [metrics[f"val/accuracy_given_prefix/position_{position:02d}"] == 1.0 for position in range(4)]
+        assert correct == [position <= num_refinement_steps for position in range(4)]
 
 
 def teacher_in_place_of_the_refiner(module: DistillationModule) -> Any:
-    """Reads the tokens it is told behind the context, as the base model does."""
+    """Reads the tokens it is conditioned on after the context, as the base model does."""
 
     @torch.no_grad()
     def refine(context: Context, pairs: RefinerContext, hidden: Tensor, token_ids: Tensor) -> Tensor:

@@ -141,8 +141,8 @@ class TestTraining:
         if slot_loss is None:
             of_slots = of_slots.gather(-1, token_ids[..., 1:, None]).squeeze(-1)
         else:
-            places = (batch.window_starts[..., None] + torch.arange(LENGTH - 1)).clamp_max(13)
-            own = torch.stack([row[at] for row, at in zip(log_p[:, :14].detach(), places, strict=True)])
+            positions = (batch.window_starts[..., None] + torch.arange(LENGTH - 1)).clamp_max(13)
+            own = torch.stack([row[at] for row, at in zip(log_p[:, :14].detach(), positions, strict=True)])
             of_slots = (own.exp() * (of_slots - own)).sum(-1)
         follows = (batch.document_ids[:, 1:] == batch.document_ids[:, :-1]) & (batch.document_ids[:, 1:] >= 0)
         of_tokens = log_p[:, :13].gather(-1, batch.input_ids[:, 1:, None]).squeeze(-1)
@@ -163,7 +163,7 @@ class TestTraining:
         assert runs[0] == runs[1] != runs[2]
 
     def test_windows_without_a_likely_token_give_no_gradient_to_slots(self, tmp_path: Path) -> None:
-        """With one token a slot can name, most windows end behind their first token; the loss stays finite."""
+        """With one token a slot can pick, most windows end after their first token; the loss stays finite."""
         module = make_module(sampling=SamplingConfig(top_k=1))
         losses = record_losses(module)
         make_trainer(tmp_path).fit(module, datamodule=tiny_data())
@@ -176,7 +176,7 @@ class TestValidation:
         metrics = make_trainer(tmp_path, limit_val_batches=1.0).validate(
             module, datamodule=tiny_data(eval_rows=8), verbose=False
         )[0]
-        assert {f"val/perplexity/position_{place:02d}" for place in range(4)} <= metrics.keys()
+        assert {f"val/perplexity/position_{position:02d}" for position in range(4)} <= metrics.keys()
         assert 1 <= metrics["val/correct_tokens"] <= 4 and metrics["val/accuracy/position_00"] == 1
         assert metrics["val/autoregressive_perplexity"] > 1
         assert module.val_summary is not None
@@ -211,11 +211,11 @@ class TestValidation:
         for row, starts in enumerate(batch.window_starts.tolist()):
             for start in starts:
                 for offset in range(4):
-                    place = start + offset
-                    if place == 12 or batch.document_ids[row, place] != batch.document_ids[row, start]:
+                    position = start + offset
+                    if position == 12 or batch.document_ids[row, position] != batch.document_ids[row, start]:
                         break
-                    token = int(batch.input_ids[row, place])
-                    nats.setdefault(offset, []).append(-float(log_p[row, place - 1, token]))
+                    token = int(batch.input_ids[row, position])
+                    nats.setdefault(offset, []).append(-float(log_p[row, position - 1, token]))
         for offset, values in nats.items():
             expected = math.exp(sum(values) / len(values))
             assert metrics[f"val/autoregressive_perplexity/position_{offset:02d}"] == pytest.approx(expected, rel=1e-5)

@@ -54,18 +54,18 @@ def loop(predictor: PredictorNetwork, batch: PackedBatch, seed: int) -> InverseA
         start = int(batch.window_starts[row, window])
         begin = start - 1 - int(batch.position_ids[row, start - 1])
         embeddings = model.get_input_embeddings()(batch.input_ids[row : row + 1, begin:start])
-        for place in range(LENGTH - 1):
-            if place > 0:
+        for position in range(LENGTH - 1):
+            if position > 0:
                 (known,) = predictor.slot_encoder.embeddings
-                slot = predictor.slot_encoder.placeholder + known(values[row, window, place - 1])
+                slot = predictor.slot_encoder.placeholder + known(values[row, window, position - 1])
                 embeddings = torch.cat([embeddings, slot.view(1, 1, -1)], dim=1)
             logits = model(inputs_embeds=embeddings, use_cache=False).logits[0, -1]
             P = predictor.config.sampling.distribution(logits)
-            lower, upper = token_interval(P, token_ids[row, window, place])
-            values[row, window, place] = torch.minimum(
-                lower + r[row, window, place] * (upper - lower), upper.nextafter(lower)
+            lower, upper = token_interval(P, token_ids[row, window, position])
+            values[row, window, position] = torch.minimum(
+                lower + r[row, window, position] * (upper - lower), upper.nextafter(lower)
             )
-            found[row, window, place] = upper > lower
+            found[row, window, position] = upper > lower
     return InverseAuxiliaries(values, found)
 
 

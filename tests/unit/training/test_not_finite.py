@@ -1,4 +1,4 @@
-"""A loss or a gradient that is a NaN stops the run before the weights are spoilt, with the batch on disk."""
+"""A loss or a gradient that is a NaN stops the run before the weights are affected, with the batch on disk."""
 
 from __future__ import annotations
 

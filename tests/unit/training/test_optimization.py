@@ -73,7 +73,7 @@ class TestGroups:
         assert found == [("Muon", 0.1, MATRICES), ("AdamW", 0.0, OTHERS)]
 
     def test_what_muon_leaves_may_have_a_rate_of_its_own(self) -> None:
-        _, optimizer, _ = build("muon", learning_rate=0.008, other_learning_rate=0.002, warmup_steps=0)
+        _, optimizer, _ = build("muon", learning_rate=0.008, adamw_learning_rate=0.002, warmup_steps=0)
         assert [group["lr"] for group in optimizer.param_groups] == [0.008, 0.002]
         _, optimizer, _ = build("muon", learning_rate=0.008, warmup_steps=0)
         assert [group["lr"] for group in optimizer.param_groups] == [0.008, 0.008]
@@ -181,5 +181,5 @@ def test_refuses_settings_that_cannot_train(key: str, value: float) -> None:
 
 @pytest.mark.parametrize(("name", "rate"), [("adamw", 0.1), ("muon", 0.0), ("muon", -0.1)])
 def test_refuses_another_rate_that_nothing_could_use(name: str, rate: float) -> None:
-    with pytest.raises(ValueError, match=f"optimizer.other_learning_rate.*{rate}"):
-        OptimizerSettings(name, other_learning_rate=rate)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=f"optimizer.adamw_learning_rate.*{rate}"):
+        OptimizerSettings(name, adamw_learning_rate=rate)  # pyright: ignore[reportArgumentType]

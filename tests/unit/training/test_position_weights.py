@@ -40,7 +40,7 @@ every_kind = pytest.mark.parametrize(
 
 
 def windows(module: DistillationModule) -> tuple[WindowSample, Tensor]:
-    """A sample with masked slots, and hidden states `[B, N, L - 1, H]` of slots some of which are right."""
+    """A sample with masked slots, and hidden states `[B, N, L - 1, H]` of slots some of which are correct."""
     batch = next(iter(tiny_data().train_dataloader()))
     context = module._encode(batch)
     generator = torch.Generator().manual_seed(0)
@@ -58,33 +58,33 @@ def windows(module: DistillationModule) -> tuple[WindowSample, Tensor]:
 def nats_by_slot(module: DistillationModule, sample: WindowSample, hidden: Tensor) -> Tensor:
     """The loss of every slot by itself: `[B, N, L - 1]`."""
     nats = torch.zeros(hidden.shape[:3], dtype=torch.float64)
-    for place in torch.cartesian_prod(*map(torch.arange, hidden.shape[:3])).tolist():
+    for position in torch.cartesian_prod(*map(torch.arange, hidden.shape[:3])).tolist():
         only = torch.zeros_like(sample.mask)
-        only[place[0], place[1], place[2] + 1] = True
+        only[position[0], position[1], position[2] + 1] = True
         single = sample._replace(mask=only)
-        nats[tuple(place)] = float(module._slot_loss(hidden, single, module.predictor.sampler()).total)
+        nats[tuple(position)] = float(module._slot_loss(hidden, single, module.predictor.sampler()).total)
     return nats
 
 
-def counted_right(module: DistillationModule, sample: WindowSample, hidden: Tensor) -> Tensor:
-    """The share of a grid of u in each token's interval for which the slot proposes it: `[B, N, L - 1]`."""
+def counted_correct(module: DistillationModule, sample: WindowSample, hidden: Tensor) -> Tensor:
+    """The share of a grid of u in each token's interval for which the slot drafts it: `[B, N, L - 1]`."""
     config = module.predictor.config
     logits = module.predictor.logits(hidden).detach()
     if isinstance(config.objective, OneHotObjective):
         return logits.softmax(-1).gather(-1, sample.token_ids[..., 1:, None]).squeeze(-1).double()
     lower, upper = token_interval(sample.teacher.materialize(), sample.token_ids)
-    right = torch.zeros(hidden.shape[:3], dtype=torch.float64)
+    correct = torch.zeros(hidden.shape[:3], dtype=torch.float64)
     for step in range(GRID):
         u = (lower + (step + 0.5) / GRID * (upper - lower))[..., 1:]
-        right += config.objective.tokens_from_logits(logits, u, config.sampling) == sample.token_ids[..., 1:]
-    return right / GRID
+        correct += config.objective.tokens_from_logits(logits, u, config.sampling) == sample.token_ids[..., 1:]
+    return correct / GRID
 
 
-def weights_by_hand(weights: PositionWeights, mask: Tensor, right: Tensor) -> Tensor:
+def weights_by_hand(weights: PositionWeights, mask: Tensor, correct: Tensor) -> Tensor:
     by_hand = torch.zeros(mask.shape, dtype=torch.float64)
     for row, window, slot in mask.nonzero().tolist():
         if isinstance(weights, AcceptedLengthWeights):
-            by_hand[row, window, slot] = float(right[row, window, :slot].prod())
+            by_hand[row, window, slot] = float(correct[row, window, :slot].prod())
         else:
             by_hand[row, window, slot] = weights.decay**slot if isinstance(weights, GeometricWeights) else 1
     return by_hand
@@ -102,8 +102,8 @@ def test_the_loss_is_the_weighted_sum(
     )
     sample, hidden = windows(module)
     total, count = weighing._slot_loss(hidden, sample, module.predictor.sampler())
-    right = counted_right(module, sample, hidden)
-    expected = weights_by_hand(weights, sample.mask[..., 1:], right)
+    correct = counted_correct(module, sample, hidden)
+    expected = weights_by_hand(weights, sample.mask[..., 1:], correct)
     assert float(count) == pytest.approx(float(expected.sum()), abs=0.05 if weights.needs_correct_probability else 1e-6)
     nats = nats_by_slot(module, sample, hidden)
     assert float(total) == pytest.approx(

@@ -96,7 +96,7 @@ def fit(
     """Six steps with a validation after every second batch and last.ckpt at step 3; gives the weights."""
     torch.manual_seed(0)
     module = make(OptimizerSettings(name, learning_rate=0.01, warmup_steps=2))  # pyright: ignore[reportArgumentType]
-    torch.manual_seed(123 if checkpoint is None else 321)  # nothing may hang on torch's global generator
+    torch.manual_seed(123 if checkpoint is None else 321)  # nothing may depend on torch's global generator
     trainer = Trainer(
         accelerator="cpu",
         max_steps=6,

@@ -53,7 +53,7 @@ class TestTraining:
         make_trainer(tmp_path, max_steps=5, limit_val_batches=0).fit(module, datamodule=tiny_data())
         changed = {name for name, value in weights(module).items() if not torch.equal(value, before[name])}
         assert len(losses) == 5 and all(torch.tensor(losses).isfinite())
-        for name in ("settings", "refiner_settings"):
+        for name in ("sampling_embedding", "refiner_sampling_embedding"):
             assert f"slot_encoder.{name}.outer.weight" in changed
 
     def test_every_batch_draws_and_the_same_run_draws_the_same(self, tmp_path: Path) -> None:

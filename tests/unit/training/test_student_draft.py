@@ -1,4 +1,4 @@
-"""What the student proposes and what it says of given tokens, against its own logits written out."""
+"""What the student drafts and what it says of given tokens, against its own logits written out."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Windows(NamedTuple):
     auxiliaries: Tensor
     """`[2, 3, 4]`"""
     token_ids: Tensor
-    """Likely tokens, some of which the student proposes."""
+    """Likely tokens, some of which the student drafts."""
 
 
 def windows(
@@ -64,8 +64,8 @@ def windows(
 
 
 @torch.no_grad()
-def logits_told(case: Windows, token_ids: Tensor | None) -> Tensor:
-    """Of the slots `[2, 3, 3, V]`; refined if they are told tokens."""
+def logits_conditioned_on(case: Windows, token_ids: Tensor | None) -> Tensor:
+    """Of the slots `[2, 3, 3, V]`; refined if tokens are given."""
     predictor = case.module.predictor
     hidden = predictor.slot_hidden(case.context, case.auxiliaries)
     if token_ids is not None:
@@ -81,11 +81,11 @@ class TestPropose:
         config = case.module.predictor.config
         first = torch.full((2, 3), 7)
         draft: Tensor | None = None
-        # Once without the refiner and two rounds with it; once where it is not told the draft.
+        # Once without the refiner and two refinement steps with it; one step if it is not conditioned on the draft.
         for _ in range(3 if config.objective.conditions_on_draft else 2):
-            logits = logits_told(case, draft)
-            proposed = config.objective.tokens_from_logits(logits, case.auxiliaries[..., 1:], config.sampling)
-            draft = torch.cat([first.unsqueeze(-1), proposed], dim=-1)
+            logits = logits_conditioned_on(case, draft)
+            drafted = config.objective.tokens_from_logits(logits, case.auxiliaries[..., 1:], config.sampling)
+            draft = torch.cat([first.unsqueeze(-1), drafted], dim=-1)
         found = student_draft(case.module.predictor, case.context, case.auxiliaries, first)
         assert draft is not None and torch.equal(found.token_ids, draft)
         torch.testing.assert_close(case.module.predictor.slot_logits(found.hidden).float(), logits)
@@ -96,26 +96,26 @@ class TestPropose:
         case = windows(objective, refiner=False, student=student)
         config = case.module.predictor.config
         found = student_draft(case.module.predictor, case.context, case.auxiliaries, torch.full((2, 3), 7))
-        logits = logits_told(case, None)
-        proposed = config.objective.tokens_from_logits(logits, case.auxiliaries[..., 1:], config.sampling)
-        assert torch.equal(found.token_ids[..., 1:], proposed) and (found.token_ids[..., 0] == 7).all()
+        logits = logits_conditioned_on(case, None)
+        drafted = config.objective.tokens_from_logits(logits, case.auxiliaries[..., 1:], config.sampling)
+        assert torch.equal(found.token_ids[..., 1:], drafted) and (found.token_ids[..., 0] == 7).all()
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("refiner", [False, True])
 class TestProbe:
     @pytest.mark.parametrize("student", [GatedLoraStudent(), FullCopyStudent()], ids=lambda student: student.name)
-    def test_correct_is_what_is_proposed(self, objective: str, refiner: bool, student: Student) -> None:
-        """By a refiner that is told the given tokens."""
+    def test_correct_is_what_is_drafted(self, objective: str, refiner: bool, student: Student) -> None:
+        """By a refiner that is conditioned on the given tokens."""
         case = windows(objective, refiner, student=student)
         config = case.module.predictor.config
-        logits = logits_told(case, case.token_ids if refiner else None)
-        proposed = config.objective.tokens_from_logits(logits, case.auxiliaries[..., 1:], config.sampling)
+        logits = logits_conditioned_on(case, case.token_ids if refiner else None)
+        drafted = config.objective.tokens_from_logits(logits, case.auxiliaries[..., 1:], config.sampling)
         correct = student_probe(case.module.predictor, case.context, case.token_ids)(case.auxiliaries).correct
         assert correct[..., 0].all()
-        assert torch.equal(correct[..., 1:], proposed == case.token_ids[..., 1:])
+        assert torch.equal(correct[..., 1:], drafted == case.token_ids[..., 1:])
 
-    def test_interval_is_where_it_would_be_right(self, objective: str, refiner: bool) -> None:
+    def test_interval_is_where_it_would_be_correct(self, objective: str, refiner: bool) -> None:
         case = windows(objective, refiner)
         sampling = case.module.predictor.config.sampling
         interval = student_probe(case.module.predictor, case.context, case.token_ids)(case.auxiliaries).interval
@@ -125,7 +125,7 @@ class TestProbe:
         assert interval is not None
         lower, upper = interval
         assert (lower[..., 0] == 0).all() and (upper[..., 0] == 1).all()  # the first token needs no student
-        P = sampling.for_student().distribution(logits_told(case, case.token_ids if refiner else None))
+        P = sampling.for_student().distribution(logits_conditioned_on(case, case.token_ids if refiner else None))
         has_interval = lower[..., 1:] < upper[..., 1:]
         assert has_interval.any()
         for u in (lower, torch.nextafter(upper, lower)):

@@ -32,7 +32,7 @@ SAMPLING = SamplingConfig(temperature=0.8, top_k=12, top_p=0.9)
 def make_predictor(
     family: str = "llama", objective: str = "categorical", sampling: SamplingConfig = SAMPLING
 ) -> PredictorNetwork:
-    """An untrained student with a refiner, which is wrong more often than right."""
+    """An untrained student with a refiner, which is wrong more often than correct."""
     return tiny_predictor(family, objective, sampling, window_length=LENGTH, sharpness=SHARPNESS, vocab_size=VOCAB_SIZE)
 
 
@@ -63,24 +63,24 @@ class TestTargets:
             start = int(WINDOW_STARTS[row, window])
             begin = start - 1 - int(batch.position_ids[row, start - 1])
             text = batch.input_ids[row, begin:start].tolist()
-            for place in range(LENGTH):
+            for position in range(LENGTH):
                 with torch.no_grad():
                     logits = base(input_ids=torch.tensor([text]), use_cache=False).logits[0, -1]
                 Q = sampling.distribution(logits)
-                here = (row, window, place)
+                here = (row, window, position)
                 assert int(found.token_ids[here]) == int(pick(found.auxiliaries[here], Q)), here
                 torch.testing.assert_close(
                     found.teacher.materialize().probabilities[here], Q.probabilities, atol=1e-5, rtol=1e-4
                 )
                 target = sampling.target().distribution(logits).probabilities
                 torch.testing.assert_close(found.target.materialize().probabilities[here], target, atol=1e-5, rtol=1e-4)
-                text.append(int(found.conditioning_ids[here]))  # the student's, right or wrong
+                text.append(int(found.conditioning_ids[here]))  # the student's, correct or wrong
                 disagreements += text[-1] != int(found.token_ids[here])
         assert disagreements > 5, "nothing to tell the student's text from the teacher's"
         assert torch.equal(found.conditioning_ids[..., 0], found.token_ids[..., 0])
         assert found.mask.all()
 
-    def test_the_text_is_what_the_student_proposes(self) -> None:
+    def test_the_text_is_what_the_student_drafts(self) -> None:
         predictor = make_predictor()
         found, batch = sample(predictor), make_batch()
         draft = student_draft(predictor, predictor.encode(batch), found.auxiliaries, found.token_ids[..., 0]).token_ids
@@ -130,9 +130,9 @@ class TestAPerfectStudent:
             """Writes the teacher's text token by token, and hands out the states that predict it."""
             text: list[Tensor] = []
             hidden = context.first_hidden.unsqueeze(2)
-            for place in range(LENGTH - 1):
+            for position in range(LENGTH - 1):
                 Q = SamplingConfig().distribution(predictor.logits(hidden[:, :, -1]))
-                text.append(pick(auxiliaries[..., place], Q))
+                text.append(pick(auxiliaries[..., position], Q))
                 with predictor.gate.closed():
                     embeddings = predictor.embed(torch.stack(text, -1))
                     hidden = predictor.read_windows(context, embeddings)
@@ -158,21 +158,21 @@ class TestAPerfectStudent:
 
 
 class TestTraining:
-    def test_refined_slots_are_told_the_students_text(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_refined_slots_are_conditioned_on_the_students_text(self, monkeypatch: pytest.MonkeyPatch) -> None:
         module = make_module()
         batch = next(iter(tiny_data().train_dataloader()))
         context = module._encode(batch)
         found = StudentWindows().sample(module.predictor, context, torch.Generator().manual_seed(0))
         assert not torch.equal(found.conditioning_ids, found.token_ids)
-        told: list[Tensor] = []
+        conditioned_on: list[Tensor] = []
 
         def refine(context: Context, pairs: Any, hidden: Tensor, token_ids: Tensor) -> Tensor:
-            told.append(token_ids)
+            conditioned_on.append(token_ids)
             return hidden
 
         monkeypatch.setattr(module.predictor, "refine", refine)
         module._refined_loss(context, torch.zeros(2, 3, 3, 16), found)
-        assert len(told) == 1 and torch.equal(told[0], found.conditioning_ids[..., :-1])
+        assert len(conditioned_on) == 1 and torch.equal(conditioned_on[0], found.conditioning_ids[..., :-1])
 
     @pytest.mark.parametrize(("objective", "_"), PAIRS, ids=[pair[0].name for pair in PAIRS])
     def test_every_objective_trains_on_its_own_text(self, tmp_path: Path, objective: Objective, _: Any) -> None:

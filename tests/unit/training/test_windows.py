@@ -137,14 +137,14 @@ class TestTeacherWindows:
             start = int(WINDOW_STARTS[row, window])
             begin = start - 1 - int(POSITION_IDS[row, start - 1])
             token_ids = batch.input_ids[row, begin:start].tolist()
-            for place in range(4):
+            for position in range(4):
                 with torch.no_grad():
                     logits = teacher(input_ids=torch.tensor([token_ids]), use_cache=False).logits[0, -1]
                 Q = SAMPLING.distribution(logits)
-                token_ids.append(int(pick(auxiliaries[row, window, place], Q)))
-                probabilities = sample.teacher.materialize().probabilities[row, window, place]
+                token_ids.append(int(pick(auxiliaries[row, window, position], Q)))
+                probabilities = sample.teacher.materialize().probabilities[row, window, position]
                 torch.testing.assert_close(probabilities, Q.probabilities, atol=1e-5, rtol=1e-4)
-                target = sample.target.materialize().probabilities[row, window, place]
+                target = sample.target.materialize().probabilities[row, window, position]
                 before_the_cut = SAMPLING.target().distribution(logits).probabilities
                 torch.testing.assert_close(target, before_the_cut, atol=1e-5, rtol=1e-4)
             assert sample.token_ids[row, window].tolist() == token_ids[-4:], (row, window)

@@ -1,4 +1,4 @@
-"""Operations that benchmarks take for needed are those that torch counts."""
+"""Operations that benchmarks count as required, compared with torch's counter."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ LENGTH = 8
 
 @pytest.mark.parametrize("model", ["small", "135m"])
 def test_a_plain_step(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of linear layers, among them those of grouped keys; torch does not count attention on a CPU."""
+    """Operations of linear layers, including grouped keys; torch does not count attention on a CPU."""
     monkeypatch.setitem(plain_step.MODELS, model, plain_step.MODELS[model] | {"num_hidden_layers": 2})
     step = plain_step.make_step(model, 32, 2, LENGTH)
     with FlopCounterMode(display=False) as counter:
@@ -20,5 +20,5 @@ def test_a_plain_step(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     products = sum(
         flops for operation, flops in counted.items() if operation in (torch.ops.aten.mm, torch.ops.aten.addmm)
     )
-    of_linear_layers, _ = plain_step.operations_of_step(model, 32, 2, LENGTH)
-    assert products == of_linear_layers
+    linear_operations, _ = plain_step.operations_of_step(model, 32, 2, LENGTH)
+    assert products == linear_operations

@@ -1,4 +1,4 @@
-"""Who writes in the benchmarks of decoding: models with random weights, of which one kind counts (see `decoding`)."""
+"""Models with random weights for the benchmarks of decoding; one kind counts (see `decoding`)."""
 
 from __future__ import annotations
 
@@ -16,59 +16,65 @@ from ptp_lightning.models import BackboneSettings, LoraSettings, PredictorConfig
 from ptp_lightning.models.backbone import load_backbone
 
 RANK = 16
-SUCCESSOR_SCALE = 1000.0  # of the counting model's embeddings, so that layers add little to them
+EMBEDDING_SCALE = 1000.0  # of the counting model, so that the output of layers is negligible
 
 
-class Subject(NamedTuple):
-    """A model that writes, with and without an adapter, and what it should write after its prompt."""
+class BenchmarkModel(NamedTuple):
+    """A model with and without an adapter, and a prompt.
+
+    Attributes:
+        predictor: with the adapter.
+        base_model: without.
+        prompt: token ids.
+    """
 
     predictor: PredictorNetwork
-    plain: PreTrainedModel
+    base_model: PreTrainedModel
     prompt: list[int]
 
 
-def random_subject(device: torch.device, model: str, vocab: int, dtype: str, prompt_length: int) -> Subject:
-    """Random weights of a model of `training_step`."""
-    return _subject(device, model, vocab, dtype, prompt_length, change=lambda _: None)
+def random_model(device: torch.device, model: str, vocab: int, dtype: str, prompt_length: int) -> BenchmarkModel:
+    """A model of `training_step` with random weights."""
+    return _make(device, model, vocab, dtype, prompt_length, change=lambda _: None)
 
 
-def counting_subject(device: torch.device, model: str, vocab: int, dtype: str, prompt_length: int) -> Subject:
-    """One whose next token is the latest plus one."""
-    return _subject(device, model, vocab, dtype, prompt_length, change=let_count)
+def counting_model(device: torch.device, model: str, vocab: int, dtype: str, prompt_length: int) -> BenchmarkModel:
+    """A model whose next token is the last token plus one."""
+    return _make(device, model, vocab, dtype, prompt_length, change=make_counting)
 
 
 @torch.no_grad()
-def let_count(model: PreTrainedModel) -> None:
-    """Let the output head find the embedding of the latest token, and answer with the one after it."""
+def make_counting(model: PreTrainedModel) -> None:
+    """Let the output head map the embedding of each token to the next token."""
     embeddings: Any = model.get_input_embeddings()
     output: Any = model.get_output_embeddings()
     output.weight.copy_(embeddings.weight.roll(1, 0))
-    embeddings.weight.mul_(SUCCESSOR_SCALE)
+    embeddings.weight.mul_(EMBEDDING_SCALE)
 
 
-def _subject(
+def _make(
     device: torch.device,
     model: str,
     vocab: int,
     dtype: str,
     prompt_length: int,
     change: Callable[[PreTrainedModel], None],
-) -> Subject:
+) -> BenchmarkModel:
     torch.manual_seed(0)
     network = MODELS[model] | {"model_type": "llama", "vocab_size": vocab, "max_position_embeddings": 4096}
-    network |= {"bos_token_id": None, "eos_token_id": None}  # texts of equal lengths
+    network |= {"bos_token_id": None, "eos_token_id": None}  # no early end of texts
     settings = BackboneSettings(from_config=network, dtype=dtype)  # pyright: ignore[reportArgumentType]
     backbone = load_backbone(settings).to(device).eval()  # pyright: ignore[reportArgumentType]
     change(backbone)
-    plain = copy.deepcopy(backbone)
+    base_model = copy.deepcopy(backbone)
     config = PredictorConfig(settings, lora=LoraSettings(rank=RANK))
     predictor = PredictorNetwork(config, backbone).to(device).eval()
     prompt = torch.randint(vocab, (prompt_length,), generator=torch.Generator().manual_seed(1)).tolist()
-    return Subject(predictor, plain, prompt)
+    return BenchmarkModel(predictor, base_model, prompt)
 
 
 def held_out_prompt(predictor: PredictorNetwork, length: int) -> list[int]:
-    """The beginning of a file that nothing was trained on."""
+    """The first tokens of a held-out file."""
     tokenizer = tokenizer_of(predictor)
     encoded = (tokenizer.encode(document.text) for document in StandardLibrary().documents("val"))
     return next(token_ids[:length] for token_ids in encoded if len(token_ids) > length)
