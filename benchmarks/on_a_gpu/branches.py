@@ -9,7 +9,7 @@ from itertools import permutations
 import numpy as np
 
 from ptp_lightning.decoding import CorrectLengths
-from ptp_lightning.decoding.slot_allocation import allocate
+from ptp_lightning.decoding.slot_allocation import allocate_slots
 
 TOLERANCE = 1e-4  # of expected tokens and of acceptance rates
 NUM_DOUBLINGS = 12
@@ -24,7 +24,7 @@ def best_branches(longest: int, num_slots: int, acceptance_rate: float) -> tuple
         num_slots: at most D * (D + 1), the capacity of all branches.
         acceptance_rate: see `expected_tokens`.
     """
-    branches = list(allocate(CorrectLengths.geometric(acceptance_rate, longest), longest, num_slots))
+    branches = list(allocate_slots(CorrectLengths.geometric(acceptance_rate, longest), longest, num_slots))
     best = expected_tokens(branches, acceptance_rate)
     moves = list(permutations(range(longest + 1), 2))
     improved = True

@@ -33,7 +33,7 @@ from ptp_lightning.decoding import (
     decode_partially_quadratically,
     decode_speculatively,
 )
-from ptp_lightning.decoding.slot_budget import measured_budget
+from ptp_lightning.decoding.slot_budget import measure_best_budget
 from ptp_lightning.evaluation.near_ties import first_difference, is_explained_by_rounding
 from ptp_lightning.export.checkpoint import load_network
 from ptp_lightning.models import PredictorNetwork
@@ -111,7 +111,7 @@ def shipped(record: Record, *, device: str, sizes: dict[str, Any]) -> None:
     base_model = load_backbone(predictor.config.backbone).to(device).eval()  # pyright: ignore[reportArgumentType]
     target = BenchmarkModel(predictor, base_model, held_out_prompt(predictor, size.prompt_length))
     settings = GenerationSettings(GREEDY, size.new_tokens, window_length=predictor.config.window_length)
-    lengths, _, budget = measured_budget(predictor, settings)
+    lengths, _, budget = measure_best_budget(predictor, settings)
     settings = GenerationSettings(GREEDY, size.new_tokens, window_length=settings.window_length, slot_budget=budget)
     (reference,) = decode_autoregressively(predictor, [target.prompt], settings)
     ours = {

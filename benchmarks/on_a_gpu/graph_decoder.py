@@ -19,8 +19,8 @@ from transformers.cache_utils import Cache
 from ptp_lightning.auxiliary import pick
 from ptp_lightning.decoding import GenerationSettings, StudentDrafter
 from ptp_lightning.decoding.batch_invariance import batch_invariant
-from ptp_lightning.decoding.lookahead import Lookahead, place
-from ptp_lightning.decoding.ragged_cache import LayerWithRoom
+from ptp_lightning.decoding.lookahead import Lookahead, positions_and_mask
+from ptp_lightning.decoding.ragged_cache import PreallocatedLayer
 from ptp_lightning.models import PredictorNetwork
 
 NUM_WARM_UP = 3
@@ -65,7 +65,7 @@ class GraphDecoder:
         self._drafter = StudentDrafter(predictor.config.objective, self._sampling)
         self._draft_length, self._num_slots = draft_length, sum(branches)
         self._lookahead = Lookahead.branches([1], [branches], device) if self._num_slots else None
-        self._positions, own = place([0], 1 + draft_length, self._lookahead, device)
+        self._positions, own = positions_and_mask([0], 1 + draft_length, self._lookahead, device)
         self._own_mask = own[0, 0]  # visible keys of the call for its queries, [Q, Q]
         num_queries = len(self._own_mask)
         self._branches = torch.tensor([*branches], device=device, dtype=torch.long)
@@ -134,7 +134,7 @@ class GraphDecoder:
         predictor, device = self._predictor, self._length.device
         token_ids = torch.tensor([list(prompt)], device=device)
         self._cache.columns = torch.arange(len(prompt), device=device)
-        position_ids, own = place([0], len(prompt), None, device)
+        position_ids, own = positions_and_mask([0], len(prompt), None, device)
         mask = pad(own, (0, self._cache.capacity - len(prompt)), value=False)
         with predictor.gate.closed(), batch_invariant(predictor.base_model):
             hidden = predictor.run_decoder(predictor.embed(token_ids), position_ids, mask, self._cache)
@@ -207,7 +207,7 @@ class _FixedCache(Cache):
         super().__init__(layer_class_to_replicate=partial(_FixedLayer, self))  # pyright: ignore[reportArgumentType]
 
 
-class _FixedLayer(LayerWithRoom[_FixedCache]):
+class _FixedLayer(PreallocatedLayer[_FixedCache]):
     """One layer of `_FixedCache`."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

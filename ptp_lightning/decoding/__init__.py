@@ -1,7 +1,7 @@
-"""Decoding: text from a predictor, one token per call or several, always the base model's own sample.
+"""Decoding: text from a predictor, with one or several tokens per call, always the base model's own sample.
 
-Every decoder is a function of the prompt, the sampling settings and the auxiliaries u, which are drawn from the seed
-before the first token: the same prompt, seed and settings give the same text whichever decoder is used.
+Auxiliaries u are drawn from the seed before the first token, and each token is a function of the tokens before it and
+of its u. So the same prompt, seed and sampling settings give the same text with every decoder.
 """
 
 from ptp_lightning.decoding.autoregressive import decode_autoregressively

@@ -1,15 +1,17 @@
-"""Steady calls: a token's hidden state in 16 bits does not depend on what else its call reads.
+"""Batch invariance: in 16 bits, a token's hidden state does not depend on what else its call reads.
 
-Decoders promise equal texts, though one reads a token alone and the other in front of a draft. Kernels for one row and
-for several sum in another order, and where a sum lies next to the border between two bfloat16 numbers, the result is
-rounded otherwise; a few layers later every hidden state differs, and near-ties of tokens break the other way. So
+All decoders promise the same text, but one reads a token alone and another reads it together with a draft. Kernels for
+one row and for several rows add in different orders. In bfloat16 such a difference can round a result to the next
+number; a few layers later every hidden state differs, and near-ties between tokens are decided differently. Therefore
 
-* attention is computed in float64, whose sums differ by so little that no border lies between them;
-* on a GPU, so are the means of norms; and linear layers, whose kernel is chosen by the number of rows, get
-  `ROWS_OF_PRODUCT` rows at a time, the last of them filled up with zeros. Where reading the weights decides how long a
-  product takes, zeros cost nothing. On a CPU linear layers and norms treat each row alike.
+* attention is computed in float64, where the differences are too small to change what a result is rounded to;
+* on a GPU the means of norms are computed in float64 as well;
+* on a GPU matrix products, whose kernel depends on the number of rows, get `PRODUCT_ROWS` rows at a time, padded with
+  zeros. Padding is free where reading the weights takes longest.
 
-In float32 the differences are a thousand times smaller than what parts tokens.
+On a CPU, linear layers and norms compute each row in the same way.
+
+Models in float32 stay as they are: their differences are too small to decide between tokens.
 """
 
 from __future__ import annotations
@@ -26,16 +28,19 @@ from torch.overrides import TorchFunctionMode
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-NAME = "sdpa_in_float64"
-ROWS_OF_PRODUCT = 64
+ATTENTION_NAME = "sdpa_in_float64"
+PRODUCT_ROWS = 64
 
 
 @contextmanager
 def batch_invariant(model: PreTrainedModel) -> Iterator[None]:
-    """Inside the block, calls of a 16-bit model are batch_invariant. Other models stay as they are.
+    """Make calls of a 16-bit model, or of parts of it such as its head, batch-invariant inside the block.
+
+    The model's attention function is exchanged for the block. On a GPU, torch's matrix products and means are exchanged
+    as well, by a `TorchFunctionMode`: it reaches those of every module, adapters included, and changes no module.
 
     Args:
-        model: or what belongs to it, its head for instance, runs in the block.
+        model: in another dtype it stays as it is.
     """
     if model.dtype not in (torch.bfloat16, torch.float16):
         yield
@@ -43,7 +48,7 @@ def batch_invariant(model: PreTrainedModel) -> Iterator[None]:
     _register()
     config: Any = model.config
     before = config._attn_implementation
-    config._attn_implementation = NAME
+    config._attn_implementation = ATTENTION_NAME
     try:
         with _BatchInvariantRows() if _products_depend_on_rows(model.device) else nullcontext():
             yield
@@ -56,7 +61,7 @@ def _products_depend_on_rows(device: torch.device) -> bool:
 
 
 class _BatchInvariantRows(TorchFunctionMode):
-    """Products of matrices with a fixed number of rows, and means in float64, whoever asks for them."""
+    """Replaces matrix products by products of a fixed number of rows, and means by means in float64."""
 
     def __torch_function__(
         self,
@@ -74,15 +79,15 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 
 def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, **options: Any) -> Tensor:
-    """As GPT-2's linear layers use it: `input` is a bias."""
+    """As the linear layers of GPT-2 use it: `input` is a bias."""
     return _by_rows(lambda rows: torch.addmm(input, rows, mat2, **options), mat1)
 
 
 def _by_rows(product: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
-    """`product(rows)` `[M, out]` of `[M, in]`, some rows at a time."""
+    """`product(rows)`, `[M, in]` to `[M, out]`, in calls of `PRODUCT_ROWS` rows each."""
     num_rows = len(rows)
-    filled = F.pad(rows, (0, 0, 0, -num_rows % ROWS_OF_PRODUCT))
-    parts = [product(part) for part in filled.split(ROWS_OF_PRODUCT)]
+    padded = F.pad(rows, (0, 0, 0, -num_rows % PRODUCT_ROWS))
+    parts = [product(part) for part in padded.split(PRODUCT_ROWS)]
     return (parts[0] if len(parts) == 1 else torch.cat(parts))[:num_rows]
 
 
@@ -102,14 +107,14 @@ def _register() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    AttentionInterface.register(NAME, _attend)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    AttentionInterface.register(ATTENTION_NAME, _attend)
+    AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
 
 
 def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """As attention functions of transformers: `[B, heads, T, head size]` to `[B, T, heads, head size]`."""
+    """An attention function of transformers: `[B, heads, T, head size]` to `[B, T, heads, head size]`."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     attended, _ = sdpa_attention_forward(module, query.double(), key.double(), value.double(), attention_mask, **kwargs)

@@ -10,10 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ptp_lightning.decoding.devices import chosen_device
+from ptp_lightning.decoding.devices import select_device
 from ptp_lightning.decoding.generation import Generation, GenerationSettings
 from ptp_lightning.decoding.slot_allocation import expected_tokens
-from ptp_lightning.decoding.slot_budget import measured_budget
+from ptp_lightning.decoding.slot_budget import measure_best_budget
 from ptp_lightning.decoding.stop_strings import StopStrings
 from ptp_lightning.decoding.text import DecoderName, encode_prompt, end_of_text_ids, generate_batch, tokenizer_of
 from ptp_lightning.export.checkpoint import load_network
@@ -43,8 +43,8 @@ def run(args: Sequence[str]) -> None:
     StopStrings(options.stop)  # refuses an empty one
     if options.batch_size < 1:
         raise ValueError(f"expected --batch_size >= 1, found {options.batch_size}")
-    settings = _settings(options)  # before the model is loaded: what is out of range is said at once
-    device = chosen_device(options.device)
+    settings = _settings(options)  # refuses values out of range before the model is loaded
+    device = select_device(options.device)
     predictor = load_network(options.ckpt_path).to(device)
     tokenizer = tokenizer_of(predictor)
     for number, prompt in enumerate(prompts, start=1):
@@ -82,7 +82,7 @@ def run(args: Sequence[str]) -> None:
 
 
 def _settings(options: Namespace) -> GenerationSettings:
-    """What the options say; what they leave open has the value of `GenerationSettings` until the model is known."""
+    """Settings from options; what is not given has the default of `GenerationSettings` until the model is loaded."""
     names = ("max_new_tokens", "seed", "window_length", "slot_budget")
     given = {name: options[name] for name in names if options[name] not in (None, "auto")}
     return GenerationSettings(SamplingConfig(**_given_sampling(options)), **given)
@@ -95,14 +95,14 @@ def _given_sampling(options: Namespace) -> dict[str, Any]:
 def _completed(
     settings: GenerationSettings, options: Namespace, predictor: PredictorNetwork, end_of_text: frozenset[int]
 ) -> GenerationSettings:
-    """The predictor's own values for what the options leave open; says what the user should know of them."""
+    """Settings with the predictor's own values where no option is given; warns about a mismatch with its training."""
     config = predictor.config
     sampling = replace(config.sampling, **_given_sampling(options))
     if not config.is_trained_for(sampling) and options.decoder != "autoregressive":
         trained_for = _describe(config.sampling) if config.sampling_range is None else config.sampling_range
         print(
-            f"note: the adapter was trained for {trained_for}; with {_describe(sampling)} the text is exact all the "
-            "same, but fewer tokens per call may be accepted",
+            f"note: the adapter was trained for {trained_for}; with {_describe(sampling)} the text is still exact, but "
+            "fewer tokens per call may be accepted",
             file=sys.stderr,
         )
     window_length = settings.window_length if options.window_length else config.window_length
@@ -113,7 +113,7 @@ def _completed(
 
 
 def as_json(generation: Generation) -> dict[str, Any]:
-    """The object that `--json` prints for a prompt."""
+    """What `--json` prints for a prompt."""
     keys = ("prompt", "text", "token_ids", "num_calls", "num_tokens", "accepted_per_call", "seconds")
     return {key: getattr(generation, key) for key in keys}
 
@@ -178,10 +178,10 @@ def _describe(sampling: SamplingConfig) -> str:
 
 
 def _measured_budget(predictor: PredictorNetwork, settings: GenerationSettings) -> int:
-    lengths, costs, budget = measured_budget(predictor, settings)
+    lengths, costs, budget = measure_best_budget(predictor, settings)
     print(
-        f"note: --slot_budget {budget}: {costs.of(budget) * MILLISECONDS_PER_SECOND:.1f} ms a call for "
-        f"{expected_tokens(lengths, budget):.2f} tokens, as far as its validation says",
+        f"note: --slot_budget {budget}: {costs.seconds_for(budget) * MILLISECONDS_PER_SECOND:.1f} ms a call for "
+        f"{expected_tokens(lengths, budget):.2f} tokens, estimated from the predictor's validation",
         file=sys.stderr,
     )
     return budget

@@ -1,13 +1,16 @@
-"""Where the commands that decode run: what `--device` says."""
+"""The device of a command that decodes, from its option `--device`."""
 
 import torch
 
 
-def chosen_device(name: str) -> torch.device:
-    """The device of `--device`: auto takes a GPU where there is one.
+def select_device(name: str) -> torch.device:
+    """The device of `--device`; "auto" is a GPU if there is one.
 
     Raises:
-        ValueError: it is not a device, or there is none of this kind.
+        ValueError: there is no such device.
+
+    >>> select_device("cpu")
+    device(type='cpu')
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

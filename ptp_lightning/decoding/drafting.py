@@ -1,4 +1,4 @@
-"""Drafts: what the slots of a call propose, and what the refiner makes of it."""
+"""Drafts: the tokens that the slots of a call predict, after refinement."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from ptp_lightning.sampling import Sampler
 
 
 class Drafter(Protocol):
-    """Turns slot logits into drafts; any tokens will do, right ones save calls."""
+    """Chooses drafted tokens from slot logits. Any tokens are allowed; correct ones save calls."""
 
     def __call__(self, slot_logits: Tensor, auxiliaries: Tensor, starts: Sequence[int]) -> Tensor:
         """Tokens `starts[b]` .. `starts[b] + J - 1` of the new text of each row.
 
         Args:
             slot_logits: `[B, J, V]`, J >= 1.
-            auxiliaries: `[B, J]`, of the tokens to be proposed.
-            starts: number of new tokens of each row before the first proposed one.
+            auxiliaries: `[B, J]`, of the drafted tokens.
+            starts: number of new tokens of each row before the first drafted one.
 
         Returns:
             `[B, J]` int64.
@@ -34,7 +34,7 @@ class Drafter(Protocol):
 
 @dataclass(frozen=True)
 class StudentDrafter:
-    """What the slots were trained to say.
+    """The tokens that the student's objective reads from slot logits.
 
     Args:
         objective: of the predictor.
@@ -52,24 +52,27 @@ class StudentDrafter:
 def draft_windows(
     context: BatchContext, drafter: Drafter, first: Tensor, slots: Tensor, starts: Sequence[int]
 ) -> Tensor:
-    """Drafts `[B, J + 1]` that begin with an exact token.
+    """Draft a window after the kept tokens of each row; its first token is exact.
 
     Args:
-        context: whose kept tokens the drafts follow.
-        drafter: names the tokens.
+        context: the texts.
+        drafter: chooses the tokens.
         first: `[B, 1]`, the base model's own picks.
-        slots: `[B, J, H]`, hidden states of slots that stand for the first and the tokens after it.
+        slots: `[B, J, H]`, last hidden states of slots that stand for the first token and the tokens after it.
         starts: number of new tokens of each row before the first.
+
+    Returns:
+        Token ids `[B, J + 1]`.
     """
     num_slots = slots.shape[1]
     if num_slots == 0:
         return first
     predictor = context.predictor
-    proposed = [start + 1 for start in starts]
-    auxiliaries = context.auxiliaries(proposed, num_slots)
+    drafted = [start + 1 for start in starts]
+    auxiliaries = context.auxiliaries(drafted, num_slots)
 
     def predict_again(token_ids: Tensor) -> Tensor:
-        return drafter(predictor.slot_logits(context.refine(slots, token_ids)), auxiliaries, proposed)
+        return drafter(predictor.slot_logits(context.refine(slots, token_ids)), auxiliaries, drafted)
 
-    draft = torch.cat([first, drafter(predictor.slot_logits(slots), auxiliaries, proposed)], dim=1)
+    draft = torch.cat([first, drafter(predictor.slot_logits(slots), auxiliaries, drafted)], dim=1)
     return refine_draft(draft, predictor.num_refinement_steps, predict_again)

@@ -1,4 +1,4 @@
-"""What all decoders share: settings, auxiliaries by position, the verified texts, the result."""
+"""What all decoders share: settings, auxiliaries by position, the verified texts, and results."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from ptp_lightning.models.network import PredictorNetwork
 from ptp_lightning.sampling import SamplingConfig
 from ptp_lightning.utils.randomness import keyed_generator
 
-Finished = Literal["eos", "stop", "length"]
+FinishReason = Literal["eos", "stop", "length"]
 OnTokens = Callable[[int, list[int]], int | None]
-"""Is called with the number of a prompt and the new tokens of its text; may answer that the text ends after so many of
-them. That has to depend on the tokens alone, not on how many come at a time."""
+"""Is called with the index of a prompt and new tokens of its text. To end the text it returns how many of these tokens
+belong to it. The end must depend on the tokens alone, not on how many arrive at a time."""
 
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """What decides the text besides the prompt, and how long a draft may be, which does not.
+    """Settings of a text and of its drafts.
 
     Args:
-        sampling: the distribution Q of the base model that tokens are picked from.
+        sampling: how the base model's distributions Q are made from its logits.
         max_new_tokens: the text ends after this many tokens, or earlier at an end-of-text token.
-        seed: of the auxiliaries; several give each prompt of a batch its own.
-        end_of_text: token ids that end the text; the one that does is its last token.
-        window_length: L, tokens drafted per cycle; may differ from training and never changes the text.
-        slot_budget: slots of a call of partial quadratic decoding, all branches together; never changes the text.
+        seed: of the auxiliaries; a tuple holds one for each prompt of a batch.
+        end_of_text: token ids that end the text; such a token is the last one of the text.
+        window_length: L, tokens drafted per cycle. It may differ from training and does not change the text.
+        slot_budget: slots of a call of partial quadratic decoding in all branches. It does not change the text.
 
     Raises:
         ValueError: a value is out of range; names the key.
@@ -71,28 +71,30 @@ class Decoded:
 
     Attributes:
         token_ids: the new tokens, an end-of-text token included.
-        num_calls: forward passes of the base model that this text took part in, the one that reads the prompt
-            included, and those of the student where it is a network of its own.
-        finished: ended by an end-of-text token, by whoever was told the tokens (a stop string), or by `max_new_tokens`.
-        correct_per_cycle: correct tokens of each draft, 1 .. L, its exact first token included; empty without drafts.
-        drafted_per_cycle: how many tokens each draft had, its exact first token included.
+        num_calls: forward passes of the base model that this text took part in, including the one that reads the
+            prompt, and those of a student that is a network of its own.
+        finish_reason: "eos" after an end-of-text token, "stop" after a stop string or where `on_tokens` ended the text,
+            "length" after `max_new_tokens`.
+        correct_per_cycle: number of correct tokens of each draft, 1 .. L, including its exact first token; empty
+            without drafts.
+        drafted_per_cycle: number of tokens of each draft, including its exact first token.
     """
 
     token_ids: list[int]
     num_calls: int
-    finished: Finished
+    finish_reason: FinishReason
     correct_per_cycle: list[int]
     drafted_per_cycle: list[int]
 
 
 @dataclass(frozen=True)
 class Generation(Decoded):
-    """A continuation as text, and what it cost.
+    """A continuation as text, with its cost.
 
     Attributes:
         prompt: the text that is continued.
         text: the continuation, without special tokens.
-        seconds: wall-clock time, from the tokenised prompt to the last token; of a batch, to that of all its texts.
+        seconds: wall-clock time from the tokenised prompt to the last token; for a batch, of all its texts together.
     """
 
     prompt: str
@@ -101,7 +103,7 @@ class Generation(Decoded):
 
     @property
     def num_tokens(self) -> int:
-        """New tokens, an end-of-text token included."""
+        """Number of new tokens, including an end-of-text token."""
         return len(self.token_ids)
 
     @property
@@ -111,21 +113,26 @@ class Generation(Decoded):
 
 
 class VerifiedTexts:
-    """The new tokens of several prompts so far, all of them the base model's own picks, and who is still writing.
+    """The new tokens of several texts so far; all of them are the base model's own picks.
 
     Args:
-        settings: what ends a text.
-        num_prompts: how many texts there are.
+        settings: say when a text ends.
+        num_prompts: number of texts.
         on_tokens: is called with the tokens of every commit.
 
     Attributes:
-        rows: numbers of the texts that are not finished, in the order of the batch.
+        rows: indices of the texts that are not finished, in the order of the batch.
+
+    >>> texts = VerifiedTexts(GenerationSettings(max_new_tokens=3), num_prompts=2, on_tokens=None)
+    >>> texts.commit([[5, 6, 7, 8], [5, 6]], num_calls=1)
+    >>> texts.drop_finished(), texts.rows, texts.remaining
+    ([1], [1], [1])
     """
 
     def __init__(self, settings: GenerationSettings, num_prompts: int, on_tokens: OnTokens | None) -> None:
         self.rows = list(range(num_prompts))
         self._token_ids: list[list[int]] = [[] for _ in self.rows]
-        self._finished: list[Finished | None] = [None] * num_prompts
+        self._finish_reasons: list[FinishReason | None] = [None] * num_prompts
         self._num_calls = [0] * num_prompts
         self._correct_per_cycle: list[list[int]] = [[] for _ in self.rows]
         self._drafted_per_cycle: list[list[int]] = [[] for _ in self.rows]
@@ -134,12 +141,12 @@ class VerifiedTexts:
 
     @property
     def starts(self) -> list[int]:
-        """How many new tokens each unfinished text has."""
+        """Number of new tokens of each unfinished text."""
         return [len(self._token_ids[row]) for row in self.rows]
 
     @property
     def remaining(self) -> list[int]:
-        """How many may still follow in each unfinished text."""
+        """Number of tokens that may still follow in each unfinished text."""
         return [self._settings.max_new_tokens - start for start in self.starts]
 
     def commit(
@@ -153,64 +160,64 @@ class VerifiedTexts:
 
         Args:
             new: token ids for each of `rows`.
-            num_calls: that it took.
-            correct: how many tokens of each draft were right; None if there was no draft.
-            drafted: how many it had, beside `correct`.
+            num_calls: forward passes that it took.
+            correct: number of correct tokens of each draft; None if there was no draft.
+            drafted: number of tokens of each draft; given with `correct`.
         """
-        for place, (row, token_ids) in enumerate(zip(self.rows, new, strict=True)):
+        for index, (row, token_ids) in enumerate(zip(self.rows, new, strict=True)):
             num_committed = self._commit(row, token_ids)
             self._num_calls[row] += num_calls
             if correct is not None and drafted is not None:
-                self._correct_per_cycle[row].append(min(correct[place], num_committed))
-                self._drafted_per_cycle[row].append(drafted[place])
+                self._correct_per_cycle[row].append(min(correct[index], num_committed))
+                self._drafted_per_cycle[row].append(drafted[index])
 
     def _commit(self, row: int, token_ids: list[int]) -> int:
         text = self._token_ids[row]
         token_ids = token_ids[: self._settings.max_new_tokens - len(text)]
         end = next((k for k, token_id in enumerate(token_ids) if token_id in self._settings.end_of_text), None)
         if end is not None:
-            token_ids, self._finished[row] = token_ids[: end + 1], "eos"
+            token_ids, self._finish_reasons[row] = token_ids[: end + 1], "eos"
         kept = None if self._on_tokens is None else self._on_tokens(row, token_ids)
         if kept is not None:
-            token_ids, self._finished[row] = token_ids[:kept], "stop"
+            token_ids, self._finish_reasons[row] = token_ids[:kept], "stop"
         text += token_ids
-        if self._finished[row] is None and len(text) == self._settings.max_new_tokens:
-            self._finished[row] = "length"
+        if self._finish_reasons[row] is None and len(text) == self._settings.max_new_tokens:
+            self._finish_reasons[row] = "length"
         return len(token_ids)
 
     def drop_finished(self) -> list[int] | None:
-        """Take finished texts out of the batch: places of those that stay, or None if all do."""
-        staying = [place for place, row in enumerate(self.rows) if self._finished[row] is None]
-        if len(staying) == len(self.rows):
+        """Drop finished texts from `rows`; returns the indices into `rows` that are left, or None if all are."""
+        unfinished = [index for index, row in enumerate(self.rows) if self._finish_reasons[row] is None]
+        if len(unfinished) == len(self.rows):
             return None
-        self.rows = [self.rows[place] for place in staying]
-        return staying
+        self.rows = [self.rows[index] for index in unfinished]
+        return unfinished
 
     def decoded(self) -> list[Decoded]:
         """The texts, all of them finished."""
         parts = zip(
             self._token_ids,
             self._num_calls,
-            self._finished,
+            self._finish_reasons,
             self._correct_per_cycle,
             self._drafted_per_cycle,
             strict=True,
         )
         return [
-            Decoded(token_ids, num_calls, _not_none(finished), correct, drafted)
-            for token_ids, num_calls, finished, correct, drafted in parts
+            Decoded(token_ids, num_calls, _not_none(finish_reason), correct, drafted)
+            for token_ids, num_calls, finish_reason, correct, drafted in parts
         ]
 
 
-def _not_none(finished: Finished | None) -> Finished:
-    assert finished is not None, "the text goes on"
-    return finished
+def _not_none(finish_reason: FinishReason | None) -> FinishReason:
+    assert finish_reason is not None, "the text is not finished"
+    return finish_reason
 
 
 def require_prompts(
     predictor: PredictorNetwork, prompts: Sequence[Sequence[int]], settings: GenerationSettings
 ) -> None:
-    """Refuse to decode nothing, or prompts that `require_room` refuses.
+    """Refuse an empty list of prompts, and prompts that `require_room` refuses.
 
     Raises:
         ValueError: names what to change.
@@ -222,7 +229,7 @@ def require_prompts(
 
 
 def require_room(predictor: PredictorNetwork, prompt_length: int, settings: GenerationSettings) -> None:
-    """Refuse a prompt without tokens, or one that leaves the base model no positions for `max_new_tokens`.
+    """Refuse a prompt without tokens, or one after which the base model has no `max_new_tokens` positions left.
 
     Raises:
         ValueError: names what to change.

@@ -1,4 +1,4 @@
-"""Lookahead: the slots of a call, in branches that each go on after one of its tokens, and what they may see."""
+"""Lookahead: the slots of a call, in branches that each continue one of its tokens, and what its positions see."""
 
 from __future__ import annotations
 
@@ -11,12 +11,17 @@ from torch.nn.functional import pad
 
 
 class Lookahead(NamedTuple):
-    """Slots behind the T tokens of a call. Those of one branch follow each other; branches do not know of each other.
+    """Slots after the T tokens of a call. The slots of a branch follow each other; branches do not see each other.
 
     Attributes:
-        anchors: `[B, S]` int64, the column of the call's token that a slot's branch goes on after; -1 for a slot that
-            only fills up a row.
-        offsets: `[B, S]` int64, place of a slot in its branch.
+        anchors: `[B, S]` int64, index of the token of the call that a slot's branch continues; -1 for padding.
+        offsets: `[B, S]` int64, position of a slot in its branch, from 0.
+
+    A call reads the newest token and one drafted token. One slot continues the first of them, two continue the second:
+
+    >>> lookahead = Lookahead.branches([1], [[1, 2]], torch.device("cpu"))
+    >>> lookahead.anchors, lookahead.offsets
+    (tensor([[0, 1, 1]]), tensor([[0, 0, 1]]))
     """
 
     anchors: Tensor
@@ -24,18 +29,18 @@ class Lookahead(NamedTuple):
 
     @classmethod
     def single(cls, counts: Sequence[int], num_slots: int, device: torch.device) -> Lookahead:
-        """One branch of `num_slots` in each row, after its last token; row b has `counts[b]` of them."""
+        """One branch of `num_slots` slots in each row, after its last token; row b has `counts[b]` tokens."""
         anchors = (torch.tensor(counts, device=device) - 1).unsqueeze(1).expand(-1, num_slots)
         return cls(anchors, torch.arange(num_slots, device=device).expand(len(counts), -1))
 
     @classmethod
     def branches(cls, counts: Sequence[int], slots: Sequence[Sequence[int]], device: torch.device) -> Lookahead:
-        """Several branches: `slots[b][k]` of them go on after token `counts[b] - 1 + k` of row b."""
+        """Several branches: `slots[b][k]` slots continue token `counts[b] - 1 + k` of row b."""
         num_slots = max(map(sum, slots))
         anchors, offsets = [], []
         for count, row in zip(counts, slots, strict=True):
-            filling = num_slots - sum(row)
-            lengths = torch.tensor([*row, filling])
+            padding = num_slots - sum(row)
+            lengths = torch.tensor([*row, padding])
             first = lengths.cumsum(0) - lengths
             branch = torch.repeat_interleave(lengths)
             offsets.append(torch.arange(num_slots) - first[branch])
@@ -43,22 +48,22 @@ class Lookahead(NamedTuple):
         return cls(torch.stack(anchors).to(device), torch.stack(offsets).to(device))
 
 
-def place(
+def positions_and_mask(
     lengths: Sequence[int], num_tokens: int, lookahead: Lookahead | None, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Position ids and attention of a call over a ragged cache: T tokens, then slots.
+    """Position ids and mask of a call with a ragged cache, which reads T tokens and then slots.
 
-    Tokens see what is kept of their row and the tokens before them. Slots see what is kept, the tokens up to their
-    branch's anchor, and their own branch up to themselves.
+    Tokens see the kept tokens of their row and the call's tokens up to themselves. Slots see the kept tokens, the
+    call's tokens up to their branch's anchor, and their own branch up to themselves.
 
     Args:
-        lengths: kept tokens of each row.
+        lengths: number of kept tokens of each row.
         num_tokens: T.
         lookahead: of S slots; None for none.
         device: of the results.
 
     Returns:
-        Position ids `[B, T + S]` and mask `[B, 1, T + S, max(lengths) + T + S]`, true where a query may see a key.
+        Position ids `[B, T + S]` and mask `[B, 1, T + S, max(lengths) + T + S]`, true where a query sees a key.
     """
     kept = torch.tensor(lengths, device=device).unsqueeze(1)
     columns = torch.arange(num_tokens, device=device)
@@ -74,7 +79,7 @@ def place(
     if len(set(lengths)) == 1:
         mask = pad(own, (lengths[0], 0), value=True)
     else:
-        keys = torch.arange(max(lengths) + num_queries, device=device) - kept  # as columns of the call
+        keys = torch.arange(max(lengths) + num_queries, device=device) - kept  # index of each key within the call
         mask = own.gather(2, keys.clamp(0, num_queries - 1).unsqueeze(1).expand(-1, num_queries, -1))
         mask = (mask & (keys < num_queries).unsqueeze(1)) | (keys < 0).unsqueeze(1)
     return position_ids, mask.unsqueeze(1)

@@ -1,7 +1,8 @@
-"""RaggedCache: keys and values of several rows at once, each row with a length of its own.
+"""RaggedCache: keys and values of several rows that have different lengths.
 
-What a call writes lies behind the kept tokens of each row and is written over by the next one, unless `keep` says how
-much of it stays. So a rejected draft moves no memory, and rows that accept different numbers of tokens stay together.
+A call writes after the kept tokens of each row, and the next call overwrites what it wrote, except for the tokens that
+`keep` adds to the kept ones. So a rejected draft moves no memory, and rows that accept different numbers of tokens stay
+in one batch.
 """
 
 from __future__ import annotations
@@ -16,14 +17,20 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 
 class RaggedCache(Cache):
-    """A transformers cache whose rows grow by `keep` alone.
+    """A transformers cache whose rows grow only by `keep`.
 
     Args:
         num_rows: B.
-        capacity: tokens a row has room for at first; more are made room for, at the cost of a copy.
+        capacity: initial number of columns; if a row needs more, the cache grows by a copy.
 
     Attributes:
-        lengths: kept tokens of each row.
+        lengths: number of kept tokens of each row.
+
+    >>> cache = RaggedCache(num_rows=2, capacity=4)
+    >>> _ = cache.update(torch.ones(2, 1, 3, 1), torch.ones(2, 1, 3, 1), 0)  # a call of three tokens, in layer 0
+    >>> cache.keep([3, 1])  # all of them are accepted in the first row, one in the second
+    >>> cache.lengths
+    [3, 1]
     """
 
     def __init__(self, num_rows: int, capacity: int) -> None:
@@ -33,15 +40,15 @@ class RaggedCache(Cache):
         super().__init__(layer_class_to_replicate=partial(_RaggedLayer, self))  # pyright: ignore[reportArgumentType]
 
     def keep(self, counts: Sequence[int]) -> None:
-        """Of the tokens that the latest call wrote, the first `counts[b]` of row b stay."""
+        """Keep the first `counts[b]` tokens that the latest call wrote to row b."""
         self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
         self._columns = None
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Nothing: what is not kept is gone."""
+        """Does nothing: tokens that are not kept are overwritten."""
 
     def select(self, rows: Sequence[int]) -> None:
-        """Go on with these rows alone, in this order."""
+        """Drop all rows but these, and put these in this order."""
         self.lengths = [self.lengths[row] for row in rows]
         self._columns = None
         index = torch.tensor(rows)
@@ -50,7 +57,7 @@ class RaggedCache(Cache):
             layer.select(index)
 
     def columns(self, num_tokens: int, device: torch.device) -> Tensor | None:
-        """`[B, T]`, where the next T tokens of each row are written; None if it is the same place in all rows."""
+        """`[B, T]`, the columns of the next T tokens of each row; None if they are the same in all rows."""
         if len(set(self.lengths)) == 1:
             return None
         if self._columns is None or self._columns.shape[1] != num_tokens:
@@ -60,7 +67,7 @@ class RaggedCache(Cache):
 
 
 class HasCapacity(Protocol):
-    """Attributes: how many columns there is room for at first."""
+    """Attributes: the initial number of columns."""
 
     capacity: int
 
@@ -68,8 +75,8 @@ class HasCapacity(Protocol):
 AnyCache = TypeVar("AnyCache", bound=HasCapacity)
 
 
-class LayerWithRoom(CacheLayerMixin, Generic[AnyCache]):
-    """One layer's keys and values, `[B, heads, capacity, head size]`; zeros where nothing was ever written."""
+class PreallocatedLayer(CacheLayerMixin, Generic[AnyCache]):
+    """One layer's keys and values, `[B, heads, capacity, head size]`; zeros where nothing was written."""
 
     is_sliding = False
 
@@ -86,13 +93,13 @@ class LayerWithRoom(CacheLayerMixin, Generic[AnyCache]):
         self.is_initialized = True
 
 
-class _RaggedLayer(LayerWithRoom["RaggedCache"]):
-    """Of rows that end at different places."""
+class _RaggedLayer(PreallocatedLayer["RaggedCache"]):
+    """One layer's keys and values of a `RaggedCache`."""
 
     is_croppable = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write `[B, heads, T, head size]` behind each row; returns all columns up to the longest row's end."""
+        """Write `[B, heads, T, head size]` after each row; returns all columns up to the end of the longest row."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         num_tokens = key_states.shape[2]
@@ -104,8 +111,8 @@ class _RaggedLayer(LayerWithRoom["RaggedCache"]):
     def _written(self, store: Tensor | None, states: Tensor, end: int) -> Tensor:
         assert store is not None
         if end > store.shape[2]:
-            room = max(end, 2 * store.shape[2]) - store.shape[2]
-            store = torch.cat([store, store.new_zeros(*store.shape[:2], room, store.shape[3])], dim=2)
+            num_new = max(end, 2 * store.shape[2]) - store.shape[2]
+            store = torch.cat([store, store.new_zeros(*store.shape[:2], num_new, store.shape[3])], dim=2)
         columns = self._cache.columns(states.shape[2], states.device)
         if columns is None:
             store[:, :, end - states.shape[2] : end] = states
@@ -115,7 +122,7 @@ class _RaggedLayer(LayerWithRoom["RaggedCache"]):
         return store
 
     def select(self, rows: Tensor) -> None:
-        """Go on with these rows alone."""
+        """See `RaggedCache.select`."""
         if self.keys is not None and self.values is not None:
             rows = rows.to(self.keys.device)
             self.keys, self.values = self.keys[rows], self.values[rows]

@@ -1,8 +1,9 @@
-"""Slots for partial quadratic decoding: how many go on after each possible number of correct tokens.
+"""How partial quadratic decoding divides its slots among branches, one after each possible number of correct tokens.
 
-A call verifies a draft of m tokens and looks ahead after each number k = 0 .. m of correct ones, since it cannot know
-which it will be. With B_k slots after k correct tokens the next draft has B_k tokens; min(B_k, C) of them are right, C
-being how many a draft without end would have right. So a call's slots are worth `sum_k Pr[k correct] E[min(B_k, C)]`.
+A call verifies a draft of m tokens and looks ahead after each number k = 0 .. m of correct tokens, since it cannot know
+which it will be. With B_k slots after k correct tokens the next draft has B_k tokens. If C is the number of correct
+tokens of a draft without end, min(B_k, C) of them are correct. So a call's slots are worth
+`sum_k Pr[k correct] E[min(B_k, C)]`.
 """
 
 from __future__ import annotations
@@ -13,19 +14,25 @@ from functools import lru_cache
 
 import numpy as np
 
-DEFAULT_RATE = 0.6  # of right tokens, where no validation has told
-NUM_CYCLES = 200  # until the lengths of drafts have settled; a draft hardly depends on one so many calls ago
+DEFAULT_RATE = 0.6  # of correct tokens, for a predictor without validation
+NUM_CYCLES = 200  # until the distribution of draft lengths is stationary; its memory is a few calls
 
 
 @dataclass(frozen=True)
 class CorrectLengths:
-    """How many tokens of a draft are right, its exact first token not counted.
+    """Distribution of C, the number of correct tokens of a draft, without its exact first token.
 
     Args:
-        survival: `Pr[C >= 1], Pr[C >= 2], ..`; longer drafts have no more right than the last entry says.
+        survival: `Pr[C >= 1], Pr[C >= 2], ..`; C is at most its length.
 
     Raises:
-        ValueError: it is no such sequence: empty, outside 0 .. 1, or rising.
+        ValueError: this is not a survival function: it is empty, outside 0 .. 1, or rises.
+
+    >>> lengths = CorrectLengths((0.75, 0.5))
+    >>> lengths.probabilities(2).tolist()  # of 0, 1 and 2 correct tokens
+    [0.25, 0.25, 0.5]
+    >>> lengths.expected(2)
+    1.25
     """
 
     survival: tuple[float, ...]
@@ -34,27 +41,31 @@ class CorrectLengths:
         steps = np.diff([1.0, *self.survival, 0.0])
         if not self.survival or not (steps <= 0).all():
             raise ValueError(
-                f"expected probabilities that never rise, between 1 and 0, found {list(self.survival)}: set survival"
+                f"expected probabilities between 0 and 1 that never rise, found {list(self.survival)}: set survival"
             )
 
     @classmethod
     def from_counts(cls, counts: Sequence[float]) -> CorrectLengths:
-        """Of windows in which 0, 1, 2 .. slots were right.
+        """The distribution in a sample of drafts, given how many had 0, 1, 2, .. correct tokens.
 
         Raises:
-            ValueError: there are none, or not at least two entries.
+            ValueError: all counts are zero, one is negative, or there are fewer than two.
         """
         total = np.asarray(counts, dtype=float)
         if total.size < 2 or not (total >= 0).all() or not total.sum() > 0:
-            raise ValueError(f"expected counts of windows by their number of right slots, found {list(counts)}")
+            raise ValueError(f"expected numbers of windows with 0, 1, .. correct slots, found {list(counts)}")
         at_least = total[::-1].cumsum()[::-1]
         return cls(tuple(float(share) for share in at_least[1:] / at_least[0]))
 
     @classmethod
-    def of_validation(cls, prefix_counts: Sequence[float] | None, longest: int) -> CorrectLengths:
-        """What a predictor's `prefix_counts` say of its drafts of up to `longest` tokens; a guess where there are none.
+    def from_validation(cls, prefix_counts: Sequence[float] | None, longest: int) -> CorrectLengths:
+        """The distribution in a predictor's validation, for drafts of up to `longest` tokens.
 
-        Drafts longer than in validation are taken to go on as those ended: with the same share of right tokens.
+        Drafts longer than those of validation are extrapolated with the conditional probability of their last token.
+
+        Args:
+            prefix_counts: of the predictor; None for a geometric distribution with `DEFAULT_RATE`.
+            longest: tokens of a draft.
         """
         if prefix_counts is None:
             return cls.geometric(DEFAULT_RATE, longest)
@@ -66,19 +77,19 @@ class CorrectLengths:
 
     @classmethod
     def geometric(cls, rate: float, longest: int) -> CorrectLengths:
-        """Each token is right with the same probability if those before it are."""
+        """Each token is correct with the same probability, given that all tokens before it are."""
         return cls(tuple(rate**length for length in range(1, longest + 1)))
 
-    def up_to(self, longest: int) -> CorrectLengths:
+    def truncated(self, longest: int) -> CorrectLengths:
         """For drafts of at most this many tokens."""
         return CorrectLengths(self.survival[:longest])
 
-    def of_draft(self, length: int) -> np.ndarray:
-        """`[length + 1]`: probabilities that 0 .. length tokens of a draft are right."""
+    def probabilities(self, length: int) -> np.ndarray:
+        """`[length + 1]`: probabilities that 0 .. length tokens of a draft of this length are correct."""
         return -np.diff([1.0, *self._padded(length), 0.0])
 
     def expected(self, length: int) -> float:
-        """`E[min(length, C)]`."""
+        """`E[min(length, C)]`, the expected number of correct tokens of a draft of this length."""
         return float(sum(self._padded(length)))
 
     def _padded(self, length: int) -> list[float]:
@@ -86,46 +97,53 @@ class CorrectLengths:
 
 
 @lru_cache(maxsize=4096)
-def allocate(lengths: CorrectLengths, draft_length: int, budget: int) -> tuple[int, ...]:
-    """The best division of `budget` slots among the `draft_length + 1` branches, exactly.
+def allocate_slots(lengths: CorrectLengths, draft_length: int, budget: int) -> tuple[int, ...]:
+    """The best division of `budget` slots among the `draft_length + 1` branches.
 
-    One slot more in branch k is worth `Pr[k correct] * Pr[C > B_k]`. As this falls with B_k, the `budget` most valuable
-    single slots are, in each branch, its first ones: taking them is the optimum, not an approximation.
+    One more slot in branch k is worth `Pr[k correct] * Pr[C > B_k]`. This falls with B_k, so the most valuable slots of
+    a branch are its first ones, and taking the `budget` most valuable slots of all branches is the exact optimum.
 
     Args:
-        lengths: of drafts.
+        lengths: distribution of correct tokens.
         draft_length: m, tokens that the call verifies.
         budget: slots of the call.
 
     Returns:
-        B_0 .. B_m; their sum is the budget, or less if more slots are worth nothing.
+        B_0 .. B_m. Their sum is the budget, or less if more slots are worth nothing.
+
+    >>> allocate_slots(CorrectLengths((0.75, 0.5)), draft_length=2, budget=5)
+    (2, 1, 2)
     """
     survival = np.asarray(lengths.survival)
-    worth = np.outer(lengths.of_draft(draft_length), survival)
+    worth = np.outer(lengths.probabilities(draft_length), survival)
     taken = np.argsort(-worth, axis=None, kind="stable")[:budget]
     taken = taken[worth.flat[taken] > 0]
     return tuple(int(slots) for slots in np.bincount(taken // survival.size, minlength=draft_length + 1))
 
 
-def length_shares(lengths: CorrectLengths, budget: int) -> np.ndarray:
-    """How often calls have a draft of 0, 1, 2 .. tokens to verify, in the long run.
+def draft_length_distribution(lengths: CorrectLengths, budget: int) -> np.ndarray:
+    """Long-run shares of the calls that verify a draft of 0, 1, 2, .. tokens.
 
-    The draft that a call verifies is as long as the branch that the call before it ended in, so the length of drafts is
-    a Markov chain, and this its stationary distribution.
+    The draft that a call verifies is as long as the branch that the call before it continued. So the length of drafts
+    is a Markov chain, and this is its stationary distribution.
     """
     longest = len(lengths.survival)
-    moves = np.zeros((longest + 1, longest + 1))
+    transitions = np.zeros((longest + 1, longest + 1))
     for length in range(longest + 1):
-        slots = allocate(lengths, length, budget)
-        np.add.at(moves[length], list(slots), lengths.of_draft(length))
+        slots = allocate_slots(lengths, length, budget)
+        np.add.at(transitions[length], list(slots), lengths.probabilities(length))
     shares = np.zeros(longest + 1)
     shares[0] = 1.0
     for _ in range(NUM_CYCLES):
-        shares = shares @ moves
+        shares = shares @ transitions
     return shares
 
 
 def expected_tokens(lengths: CorrectLengths, budget: int) -> float:
-    """Tokens that a call commits in the long run, the base model's own pick included."""
-    shares = length_shares(lengths, budget)
+    """Expected number of tokens that a call commits in the long run, including the base model's own pick.
+
+    >>> round(expected_tokens(CorrectLengths((0.75, 0.5)), budget=5), 2)
+    2.15
+    """
+    shares = draft_length_distribution(lengths, budget)
     return 1.0 + float(shares @ [lengths.expected(length) for length in range(len(shares))])

@@ -1,7 +1,7 @@
-"""Speculative decoding: the student proposes a window, the base model verifies it (Draxler et al., ICLR 2026, Alg. 1).
+"""Speculative decoding: the student drafts a window, the base model verifies it (Draxler et al., ICLR 2026, Alg. 1).
 
-The committed text is what the reference decoder gives for the same u, token for token, whatever the drafts are:
-drafts only decide how many calls it takes.
+The committed text is the text of the reference decoder for the same auxiliaries, token for token, whatever the drafts
+are. Drafts only decide how many calls it takes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ptp_lightning.auxiliary import pick
 from ptp_lightning.decoding.drafting import Drafter, StudentDrafter, draft_windows
 from ptp_lightning.decoding.generation import Decoded, GenerationSettings, OnTokens
 from ptp_lightning.decoding.lookahead import Lookahead
-from ptp_lightning.decoding.state import begin, columns_from
+from ptp_lightning.decoding.state import begin_decoding, take_columns
 from ptp_lightning.decoding.timing import PhaseTimer
 from ptp_lightning.models.network import PredictorNetwork
 
@@ -28,72 +28,72 @@ def decode_speculatively(
     drafter: Drafter | None = None,
     timer: PhaseTimer | None = None,
 ) -> list[Decoded]:
-    """Cycles of two calls, or three with a student's copy, that commit `accepted = correct + 1` tokens.
+    """Cycles of two calls (three with a student's copy) that commit `accepted = correct + 1` tokens.
 
-    The propose call reads the tokens that the cache lacks (the prompt, later the newest token) and the slots after
-    them. The base model's own logits give the first token of the window, t_1 = Pick(u_1, Q_1); slot j gives token
-    j + 2. Where the student is a copy of the base model, its slots have a call of their own, in which it also reads
-    what has been committed since. The verify call reads this draft with the gate closed. The longest prefix in which
-    every token is the base model's pick is correct (1 .. L tokens, for t_1 always is), and the base model's pick after
-    it is committed as well, be it the correction of a wrong token or a bonus after the last.
+    1. Draft. A call reads the tokens that the cache lacks (first the prompt, later the newest token), then slots. The
+       base model's logits give the first token of the window, t_1 = Pick(u_1, Q_1); slot j gives token j + 2. A
+       student's copy has a call of its own for the slots, in which it also reads what was committed since its last.
+    2. Verify. A call reads the draft with the gate closed. Its longest prefix of tokens that are the base model's own
+       picks is correct (1 .. L tokens, since t_1 always is). It is committed together with the base model's pick after
+       it: the correction of a wrong token, or a bonus after the last.
 
-    The draft leaves room for that last pick, so windows shrink towards the end of the longest text. When a single token
-    remains, it is t_1 of a propose call and needs no verification.
+    The draft leaves room for that last pick, so windows shrink towards the end of the longest text. If a single token
+    remains, it is t_1 of a drafting call and needs no verification.
 
     Args:
-        predictor: in eval mode.
-        prompts: B lists of token ids, decoded side by side; each text is what it would be alone.
+        predictor: its base model verifies what its student drafts.
+        prompts: B lists of token ids, decoded side by side; each text is the same as if it were decoded alone.
         settings: sampling settings other than the predictor's own cost correct tokens, not exactness.
         on_tokens: is called once a cycle with the committed tokens of each text.
-        drafter: makes the drafts; by default the predictor.
-        timer: is told when a phase ends.
+        drafter: makes the drafts; by default the student.
+        timer: marks the ends of phases.
 
     Raises:
         ValueError: a prompt is empty, or too long for `max_new_tokens` more.
     """
-    context, texts, unread, counts = begin(predictor, prompts, settings, on_tokens, timer)
-    if drafter is None:
-        drafter = StudentDrafter(predictor.config.objective, context.sampling)
-    while texts.rows:
-        starts, calls_before = texts.starts, context.num_calls
-        length = max(1, min(settings.window_length, max(texts.remaining) - 1))
+    with begin_decoding(predictor, prompts, settings, on_tokens, timer) as (context, texts, unread, counts):
+        if drafter is None:
+            drafter = StudentDrafter(predictor.config.objective, context.sampling)
+        while texts.rows:
+            starts, calls_before = texts.starts, context.num_calls
+            length = max(1, min(settings.window_length, max(texts.remaining) - 1))
 
-        # Propose.
-        hidden, slots = context.read(unread, Lookahead.single(counts, length - 1, context.device))
-        context.keep(counts)
-        context.timer.mark("forward")
-        last = columns_from(hidden, [count - 1 for count in counts], 1)
-        first = pick(context.auxiliaries(starts, 1), context.sampling.distribution(context.logits(last)))
-        if max(texts.remaining) == 1:
-            single = [1] * len(starts)
-            texts.commit(first.tolist(), context.num_calls - calls_before, correct=single, drafted=single)
-            break
-        draft = draft_windows(context, drafter, first, slots, starts)
-        context.timer.mark("drafting")
+            # Draft.
+            hidden, slots = context.read(unread, Lookahead.single(counts, length - 1, context.device))
+            context.keep(counts)
+            context.timer.mark("forward")
+            last = take_columns(hidden, [count - 1 for count in counts], 1)
+            first = pick(context.auxiliaries(starts, 1), context.sampling.distribution(context.logits(last)))
+            if max(texts.remaining) == 1:
+                single = [1] * len(starts)
+                texts.commit(first.tolist(), context.num_calls - calls_before, correct=single, drafted=single)
+                break
+            draft = draft_windows(context, drafter, first, slots, starts)
+            context.timer.mark("drafting")
 
-        # Verify: picks[:, j] is what the base model says after draft[:, j].
-        hidden, _ = context.read(draft)
-        context.timer.mark("forward")
-        distribution = context.sampling.distribution(context.logits(hidden))
-        picks = pick(context.auxiliaries([start + 1 for start in starts], length), distribution)
-        correct = 1 + (draft[:, 1:] == picks[:, :-1]).cumprod(dim=1).sum(dim=1, keepdim=True)
+            # Verify: picks[:, j] is the base model's token after draft[:, j].
+            hidden, _ = context.read(draft)
+            context.timer.mark("forward")
+            distribution = context.sampling.distribution(context.logits(hidden))
+            picks = pick(context.auxiliaries([start + 1 for start in starts], length), distribution)
+            correct = 1 + (draft[:, 1:] == picks[:, :-1]).cumprod(dim=1).sum(dim=1, keepdim=True)
 
-        # Commit. The correct part of the draft is picks shifted by one. This is the cycle's one wait for the device.
-        found = torch.cat([correct, first, picks], dim=1).tolist()
-        context.timer.mark("verifying")
-        num_correct = [row[0] for row in found]
-        context.keep(num_correct)
-        texts.commit(
-            [row[1 : row[0] + 2] for row in found],
-            context.num_calls - calls_before,
-            num_correct,
-            [length] * len(found),
-        )
-        unread = picks.gather(1, correct - 1)
-        staying = texts.drop_finished()
-        if staying:
-            context.select(staying)
-            unread = unread[staying]
-        counts = [1] * len(texts.rows)
-        context.timer.mark("bookkeeping")
+            # Commit. The correct part of the draft is `picks`, shifted by one. Here the cycle waits for the device.
+            found = torch.cat([correct, first, picks], dim=1).tolist()
+            context.timer.mark("verifying")
+            num_correct = [row[0] for row in found]
+            context.keep(num_correct)
+            texts.commit(
+                [row[1 : row[0] + 2] for row in found],
+                context.num_calls - calls_before,
+                num_correct,
+                [length] * len(found),
+            )
+            unread = picks.gather(1, correct - 1)
+            unfinished = texts.drop_finished()
+            if unfinished:
+                context.select(unfinished)
+                unread = unread[unfinished]
+            counts = [1] * len(texts.rows)
+            context.timer.mark("bookkeeping")
     return texts.decoded()

@@ -1,8 +1,10 @@
-"""BatchContext: what a predictor has read of several texts, and how it looks ahead of them."""
+"""BatchContext: the texts that a predictor has read so far, and its calls that read on and look ahead."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,8 +13,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ptp_lightning.decoding.batch_invariance import batch_invariant
 from ptp_lightning.decoding.generation import GenerationSettings, OnTokens, VerifiedTexts, require_prompts
-from ptp_lightning.decoding.lookahead import Lookahead, place
-from ptp_lightning.decoding.packed_linear import pack_linear_layers
+from ptp_lightning.decoding.lookahead import Lookahead, positions_and_mask
+from ptp_lightning.decoding.preparation import prepare_for_decoding
 from ptp_lightning.decoding.ragged_cache import RaggedCache
 from ptp_lightning.decoding.timing import PhaseTimer
 from ptp_lightning.models.network import PredictorNetwork
@@ -20,21 +22,21 @@ from ptp_lightning.models.refiner.refiner import RefinerContext
 
 
 class BatchContext:
-    """The base model and the tokens of B texts that it has read, and the same of a student's copy and of the refiner.
+    """B texts as the networks of a predictor have read them: the base model, a student's copy of it, and the refiner.
 
     Slots share the base model's call if they run in the same network. A copy has its own call for them, in which it
     first reads the tokens that it has not read yet.
 
     Args:
-        predictor: the network.
-        settings: sampling and auxiliaries of the texts.
-        prompt_lengths: of the rows, whose tokens are still to be read.
-        timer: is told when a phase ends.
+        predictor: the network, inside `prepare_for_decoding`.
+        settings: sampling settings and seeds of the texts.
+        prompt_lengths: number of prompt tokens of each row; none of them has been read.
+        timer: marks the ends of phases; by default one that nobody reads.
 
     Attributes:
-        sampling: the same, with the predictor's token order.
-        timer: the stopwatch.
-        num_calls: forward passes so far, those of a student's copy included.
+        sampling: sampling settings with the predictor's token order.
+        timer: see above.
+        num_calls: forward passes so far, including those of a student's copy.
     """
 
     def __init__(
@@ -44,7 +46,6 @@ class BatchContext:
         prompt_lengths: Sequence[int],
         timer: PhaseTimer | None = None,
     ) -> None:
-        pack_linear_layers(predictor)
         self.predictor = predictor
         self.timer = PhaseTimer() if timer is None else timer
         self.sampling = predictor.sampler(settings.sampling)
@@ -54,10 +55,10 @@ class BatchContext:
         self._prompt_lengths = list(prompt_lengths)
         capacity = max(prompt_lengths) + settings.max_new_tokens + settings.window_length + settings.slot_budget
         self._cache = RaggedCache(num_rows, capacity)
-        self._latest: tuple[Tensor, Tensor, Tensor] | None = None  # tokens, their hidden states and embeddings
+        self._latest: _LatestCall | None = None
         refiner = predictor.refiner
-        self._pairs = None if refiner is None else _Pairs(predictor, num_rows, capacity)
-        self._copy = None if predictor.student_copy is None else _Copy(predictor, num_rows, capacity)
+        self._refiner = None if refiner is None else _RefinerPairs(predictor, num_rows, capacity)
+        self._copy = None if predictor.student_copy is None else _StudentCopy(predictor, num_rows, capacity)
 
     @property
     def device(self) -> torch.device:
@@ -65,17 +66,18 @@ class BatchContext:
         return self._auxiliaries.device
 
     def auxiliaries(self, starts: Sequence[int], length: int) -> Tensor:
-        """`[B, length]`: u of the new tokens from `starts[b]` on; past the end of a text any number will do."""
+        """`[B, length]`: u of the new tokens `starts[b]`, `starts[b] + 1`, ..; any number after the end of a text."""
         index = torch.tensor(starts, device=self.device).unsqueeze(1) + torch.arange(length, device=self.device)
-        return self._of_new_tokens(index)
+        return self._auxiliaries_at(index)
 
     def read(self, token_ids: Tensor, lookahead: Lookahead | None = None) -> tuple[Tensor, Tensor]:
-        """Run the network over tokens behind each row, and over slots that look ahead of them.
+        """Run the network on tokens that follow each row, and on slots that look ahead of them.
 
-        Nothing of it stays unless `keep` says so. It is one call, or two where a copy of the base model runs the slots.
+        The next call overwrites what this one read, unless `keep` keeps it. It is one forward pass, or two where a copy
+        of the base model runs the slots.
 
         Args:
-            token_ids: `[B, T]`, T >= 1; what stands behind a row's own tokens only fills it up.
+            token_ids: `[B, T]`, T >= 1; rows with fewer tokens are padded on the right.
             lookahead: of S slots.
 
         Returns:
@@ -93,32 +95,31 @@ class BatchContext:
                 slots = self._copy.look_ahead(token_ids, lookahead, self._slot_embeddings(lookahead))
                 self.num_calls += 1
         else:
-            ahead = self._slot_embeddings(lookahead).to(embeddings.dtype)
-            num_slots = ahead.shape[1]
+            slot_embeddings = self._slot_embeddings(lookahead).to(embeddings.dtype)
+            num_slots = slot_embeddings.shape[1]
             with predictor.gate.open(suffix=num_slots):
-                hidden = self._call(torch.cat([embeddings, ahead], dim=1), num_tokens, lookahead)
+                hidden = self._call(torch.cat([embeddings, slot_embeddings], dim=1), num_tokens, lookahead)
             tokens, slots = hidden.split([num_tokens, num_slots], dim=1)
-        self._latest = (token_ids, tokens, embeddings)
+        self._latest = _LatestCall(token_ids, tokens, embeddings)
         return tokens, slots
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """The base model's `[..., V]` of hidden states `[..., H]` of tokens, whatever others it gets beside them."""
+        """The base model's logits `[..., V]` for hidden states `[..., H]` of tokens; batch-invariant."""
         with batch_invariant(self.predictor.base_model):
             return self.predictor.logits(hidden)
 
     def keep(self, counts: Sequence[int]) -> None:
-        """Of the tokens of the latest `read`, the first `counts[b]` of row b become part of its text."""
+        """Append the first `counts[b]` tokens of the latest `read` to the text of row b."""
         assert self._latest is not None, "nothing was read"
-        token_ids, hidden, embeddings = self._latest
-        self._latest = None
+        latest, self._latest = self._latest, None
         self._cache.keep(counts)
-        if self._pairs is not None:
-            self._pairs.note(hidden, embeddings, counts)
+        if self._refiner is not None:
+            self._refiner.append(latest.hidden, latest.embeddings, counts)
         if self._copy is not None:
-            self._copy.keep(token_ids, counts)
+            self._copy.keep(latest.token_ids, counts)
 
     def refine(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
-        """Slots that follow the kept tokens, refined; no call of the network, and no trace in the context.
+        """Refine slots that follow the kept tokens; without a call of the network.
 
         Args:
             hidden: `[B, J, H]`, last hidden states of slots.
@@ -127,42 +128,50 @@ class BatchContext:
         Returns:
             `[B, J, H]`.
         """
-        assert self._pairs is not None, "checked by predictor.num_refinement_steps"
-        told = self.predictor.refiner_conditioning(self.sampling.settings)
-        return self._pairs.refine(hidden, self.predictor.embed_draft(token_ids), told)
+        assert self._refiner is not None, "checked by predictor.num_refinement_steps"
+        conditioning = self.predictor.refiner_conditioning(self.sampling.settings)
+        return self._refiner.refine(hidden, self.predictor.embed_draft(token_ids), conditioning)
 
     def select(self, rows: Sequence[int]) -> None:
-        """Go on with these rows alone, in this order."""
+        """Drop all rows but these, and put these in this order."""
         index = torch.tensor(rows, device=self.device)
         self._auxiliaries = self._auxiliaries[index]
         self._prompt_lengths = [self._prompt_lengths[row] for row in rows]
         self._cache.select(rows)
-        for part in (self._pairs, self._copy):
+        for part in (self._refiner, self._copy):
             if part is not None:
                 part.select(rows)
 
     def _slot_embeddings(self, lookahead: Lookahead) -> Tensor:
         """Input embeddings `[B, S, H]` of the slots of a call."""
-        before = [length - prompt for length, prompt in zip(self._cache.lengths, self._prompt_lengths, strict=True)]
-        stand_for = torch.tensor(before, device=self.device).unsqueeze(1) + lookahead.anchors + 1 + lookahead.offsets
-        pairs = torch.stack([self._of_new_tokens(stand_for), self._of_new_tokens(stand_for + 1)], dim=-1)
+        num_new = [length - prompt for length, prompt in zip(self._cache.lengths, self._prompt_lengths, strict=True)]
+        index = torch.tensor(num_new, device=self.device).unsqueeze(1) + lookahead.anchors + 1 + lookahead.offsets
+        pairs = torch.stack([self._auxiliaries_at(index), self._auxiliaries_at(index + 1)], dim=-1)
         return self.predictor.embed_slots(pairs, self.sampling.settings).squeeze(2)
 
-    def _of_new_tokens(self, index: Tensor) -> Tensor:
+    def _auxiliaries_at(self, index: Tensor) -> Tensor:
         return self._auxiliaries.gather(1, index.clamp(0, self._auxiliaries.shape[1] - 1))
 
     def _call(self, embeddings: Tensor, num_tokens: int, lookahead: Lookahead | None) -> Tensor:
         self.num_calls += 1
-        position_ids, mask = place_within(self.predictor, self._cache.lengths, num_tokens, lookahead, self.device)
+        position_ids, mask = _layout_of_call(self.predictor, self._cache.lengths, num_tokens, lookahead, self.device)
         with batch_invariant(self.predictor.base_model):
             return self.predictor.run_decoder(embeddings, position_ids, mask, self._cache)
 
 
-class _Copy:
-    """A student's copy of the base model, and the tokens it has read; it reads when slots are asked for.
+class _LatestCall(NamedTuple):
+    """Tokens `[B, T]` of a call, their last hidden states and their input embeddings `[B, T, H]`."""
+
+    token_ids: Tensor
+    hidden: Tensor
+    embeddings: Tensor
+
+
+class _StudentCopy:
+    """A student's copy of the base model and the tokens it has read. It reads when slots are asked for.
 
     Args:
-        predictor: whose student is a copy.
+        predictor: its student is a copy.
         num_rows: B.
         capacity: see `RaggedCache`.
     """
@@ -171,14 +180,14 @@ class _Copy:
         self._predictor = predictor
         self._cache = RaggedCache(num_rows, capacity)
         self._unread: list[list[Tensor]] = [[] for _ in range(num_rows)]
-        self._has_read = False
+        self._has_read = False  # the tokens of the base model's latest call
 
     def look_ahead(self, token_ids: Tensor, lookahead: Lookahead, slots: Tensor) -> Tensor:
-        """One call that reads what is unread, then the tokens `[B, T]` of the base model's call, then slots.
+        """One call that reads the unread tokens, then the tokens of the base model's call, then slots.
 
         Args:
-            token_ids: `[B, T]`.
-            lookahead: of S slots behind them.
+            token_ids: `[B, T]`, of the base model's call.
+            lookahead: of S slots after them.
             slots: `[B, S, H]`, input embeddings.
 
         Returns:
@@ -189,7 +198,7 @@ class _Copy:
         tokens = self._predictor.student_embed(pad_sequence(rows, batch_first=True))
         shift = torch.tensor(unread, device=token_ids.device).unsqueeze(1)
         anchors = torch.where(lookahead.anchors < 0, -1, lookahead.anchors + shift)
-        position_ids, mask = place_within(
+        position_ids, mask = _layout_of_call(
             self._predictor, self._cache.lengths, tokens.shape[1], lookahead._replace(anchors=anchors), tokens.device
         )
         embeddings = torch.cat([tokens, slots.to(tokens.dtype)], dim=1)
@@ -200,7 +209,7 @@ class _Copy:
         return hidden[:, tokens.shape[1] :]
 
     def keep(self, token_ids: Tensor, counts: Sequence[int]) -> None:
-        """See `BatchContext.keep`: they stay here too if they were read here."""
+        """See `BatchContext.keep`. Tokens that this copy has not read yet are read by its next call."""
         if self._has_read:
             self._cache.keep(counts)
         else:
@@ -214,11 +223,19 @@ class _Copy:
         self._unread = [self._unread[row] for row in rows]
 
 
-class _Pairs:
-    """What the refiner has read of the texts; it reads when a draft is refined.
+class _UnreadPairs(NamedTuple):
+    """Last hidden states and token embeddings `[B, T, H]`, of which the first `counts[b]` of row b count."""
+
+    hidden: Tensor
+    embeddings: Tensor
+    counts: list[int]
+
+
+class _RefinerPairs:
+    """The pairs of the texts that the refiner has read. It reads when a draft is refined.
 
     Args:
-        predictor: that has a refiner.
+        predictor: has a refiner.
         num_rows: B.
         capacity: see `RaggedCache`.
     """
@@ -227,34 +244,33 @@ class _Pairs:
         assert predictor.refiner is not None
         self._predictor = predictor
         self._caches = (RaggedCache(num_rows, capacity), RaggedCache(num_rows, capacity))
-        self._refiner = RefinerContext(predictor.refiner, predictor.lower_layers, self._caches)
-        self._unread: list[tuple[Tensor, Tensor, list[int]]] = []
+        self._context = RefinerContext(predictor.refiner, predictor.lower_layers, self._caches)
+        self._unread: list[_UnreadPairs] = []
 
-    def note(self, hidden: Tensor, embeddings: Tensor, counts: Sequence[int]) -> None:
-        """Of tokens with these last hidden states and embeddings, `[B, T, H]` each, keep `counts[b]` in row b."""
+    def append(self, hidden: Tensor, embeddings: Tensor, counts: Sequence[int]) -> None:
+        """Append the first `counts[b]` tokens of row b, given the last hidden states and embeddings `[B, T, H]`."""
         longest = max(counts)
         if longest:
-            self._unread.append((hidden[:, :longest], embeddings[:, :longest], list(counts)))
+            self._unread.append(_UnreadPairs(hidden[:, :longest], embeddings[:, :longest], list(counts)))
 
-    def refine(self, hidden: Tensor, embeddings: Tensor, told: Tensor | None) -> Tensor:
+    def refine(self, hidden: Tensor, embeddings: Tensor, conditioning: Tensor | None) -> Tensor:
         """See `BatchContext.refine`."""
         if not self._unread:
-            return self._refiner.refine(hidden, embeddings, *self._place(hidden.shape[1]), told)
+            return self._context.refine(hidden, embeddings, *self._layout(hidden.shape[1]), conditioning)
         *earlier, latest = self._unread
         self._unread = []
-        for unread, unread_embeddings, counts in earlier:
-            self._refiner.read(unread, unread_embeddings, *self._place(unread.shape[1]))
-            self._keep(counts)
-        # What was read last goes along with the slots, which saves a pass.
-        unread, unread_embeddings, counts = latest
-        num_tokens, num_slots = unread.shape[1], hidden.shape[1]
-        refined = self._refiner.refine(
-            torch.cat([unread, hidden], dim=1),
-            torch.cat([unread_embeddings, embeddings], dim=1),
-            *self._place(num_tokens, Lookahead.single(counts, num_slots, hidden.device)),
-            None if told is None else pad(told.expand(num_slots, -1), (0, 0, num_tokens, 0)),
+        for unread in earlier:
+            self._context.read(unread.hidden, unread.embeddings, *self._layout(unread.hidden.shape[1]))
+            self._keep(unread.counts)
+        # The latest pairs are read in the same pass as the slots.
+        num_tokens, num_slots = latest.hidden.shape[1], hidden.shape[1]
+        refined = self._context.refine(
+            torch.cat([latest.hidden, hidden], dim=1),
+            torch.cat([latest.embeddings, embeddings], dim=1),
+            *self._layout(num_tokens, Lookahead.single(latest.counts, num_slots, hidden.device)),
+            None if conditioning is None else pad(conditioning.expand(num_slots, -1), (0, 0, num_tokens, 0)),
         )
-        self._keep(counts)
+        self._keep(latest.counts)
         return refined[:, num_tokens:]
 
     def select(self, rows: Sequence[int]) -> None:
@@ -262,7 +278,7 @@ class _Pairs:
         for cache in self._caches:
             cache.select(rows)
         self._unread = [
-            (hidden[list(rows)], embeddings[list(rows)], [counts[row] for row in rows])
+            _UnreadPairs(hidden[list(rows)], embeddings[list(rows)], [counts[row] for row in rows])
             for hidden, embeddings, counts in self._unread
         ]
 
@@ -270,50 +286,76 @@ class _Pairs:
         for cache in self._caches:
             cache.keep(counts)
 
-    def _place(self, num_tokens: int, lookahead: Lookahead | None = None) -> tuple[Tensor, Tensor]:
+    def _layout(self, num_tokens: int, lookahead: Lookahead | None = None) -> tuple[Tensor, Tensor]:
         device = self._predictor.base_model.device
-        return place_within(self._predictor, self._caches[0].lengths, num_tokens, lookahead, device)
+        return _layout_of_call(self._predictor, self._caches[0].lengths, num_tokens, lookahead, device)
 
 
-def place_within(
+def _layout_of_call(
     predictor: PredictorNetwork,
     lengths: Sequence[int],
     num_tokens: int,
     lookahead: Lookahead | None,
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """See `place`; what stands behind the last position of the model, to be thrown away, shares that position."""
-    position_ids, mask = place(lengths, num_tokens, lookahead, device)
+    """See `positions_and_mask`; positions beyond the model's last one, whose results are discarded, are set to it."""
+    position_ids, mask = positions_and_mask(lengths, num_tokens, lookahead, device)
     limit = predictor.max_positions
     return position_ids if limit is None else position_ids.clamp_max(limit - 1), mask
 
 
-def begin(
+class Start(NamedTuple):
+    """What decoders start from.
+
+    Attributes:
+        context: has read nothing.
+        texts: without new tokens.
+        prompts: `[B, S]` token ids, padded on the right.
+        counts: number of tokens of each prompt.
+    """
+
+    context: BatchContext
+    texts: VerifiedTexts
+    prompts: Tensor
+    counts: list[int]
+
+
+@contextmanager
+def begin_decoding(
     predictor: PredictorNetwork,
     prompts: Sequence[Sequence[int]],
     settings: GenerationSettings,
-    on_tokens: OnTokens | None,
-    timer: PhaseTimer | None,
-) -> tuple[BatchContext, VerifiedTexts, Tensor, list[int]]:
-    """What all decoders begin with.
+    on_tokens: OnTokens | None = None,
+    timer: PhaseTimer | None = None,
+) -> Iterator[Start]:
+    """Check the prompts and prepare the network; at the end of the block the network is as it was.
 
-    Returns:
-        A context that has read nothing, texts without a token, and what is to be read first: the prompts, filled up to
-        `[B, S]`, and how long each is.
+    Args:
+        predictor: see `prepare_for_decoding`.
+        prompts: B lists of token ids.
+        settings: of the texts.
+        on_tokens: is called with the tokens of every commit.
+        timer: marks the ends of phases.
 
     Raises:
         ValueError: there is no prompt, or one is empty or too long for `max_new_tokens` more.
     """
     require_prompts(predictor, prompts, settings)
     counts = [len(prompt) for prompt in prompts]
-    context = BatchContext(predictor, settings, counts, timer)
-    filled = [[*prompt, *[0] * (max(counts) - len(prompt))] for prompt in prompts]
-    texts = VerifiedTexts(settings, len(prompts), on_tokens)
-    return context, texts, torch.tensor(filled, device=context.device), counts
+    padded = [[*prompt, *[0] * (max(counts) - len(prompt))] for prompt in prompts]
+    with prepare_for_decoding(predictor):
+        context = BatchContext(predictor, settings, counts, timer)
+        texts = VerifiedTexts(settings, len(prompts), on_tokens)
+        yield Start(context, texts, torch.tensor(padded, device=context.device), counts)
 
 
-def columns_from(states: Tensor, firsts: Sequence[int], length: int) -> Tensor:
-    """`[B, T, H]` from column `firsts[b]` on: `[B, length, H]`; past the end, the last column again."""
-    columns = torch.tensor(firsts, device=states.device).unsqueeze(1) + torch.arange(length, device=states.device)
+def take_columns(states: Tensor, starts: Sequence[int], length: int) -> Tensor:
+    """`[B, length, H]`, the columns of `[B, T, H]` from `starts[b]` on; after the end, the last column again.
+
+    >>> take_columns(torch.arange(8.0).view(2, 4, 1), [0, 3], 2).squeeze(-1)
+    tensor([[0., 1.],
+            [7., 7.]])
+    """
+    columns = torch.tensor(starts, device=states.device).unsqueeze(1) + torch.arange(length, device=states.device)
     index = columns.clamp_max(states.shape[1] - 1)
     return states.gather(1, index.unsqueeze(-1).expand(-1, -1, states.shape[2]))

@@ -1,4 +1,4 @@
-"""StopStrings: ends a text where one of several strings appears in it."""
+"""StopStrings: ends a text before the first of several strings."""
 
 from __future__ import annotations
 
@@ -12,10 +12,16 @@ class StopStrings:
         strings: none of them empty.
 
     Attributes:
-        found: whether one of them has appeared; nothing is read from then on.
+        found: whether a stop string has appeared; the text after it is ignored.
 
     Raises:
-        ValueError: one is empty.
+        ValueError: a string is empty.
+
+    >>> stop = StopStrings(["END"])
+    >>> [stop.push(piece) for piece in ("one E", "T two E", "ND three")]
+    ['one ', 'ET two ', '']
+    >>> stop.found
+    True
     """
 
     def __init__(self, strings: Sequence[str]) -> None:
@@ -26,25 +32,25 @@ class StopStrings:
         self.found = False
 
     def push(self, piece: str) -> str:
-        """What is settled of the text so far and has not been given out: it ends before the first stop string."""
+        """Read a piece; returns the text that is certain and was not returned before, up to the first stop string."""
         if self.found:
             return ""
         text = self._held + piece
-        places = [place for string in self._strings if (place := text.find(string)) >= 0]
-        if places:
+        positions = [position for string in self._strings if (position := text.find(string)) >= 0]
+        if positions:
             self.found, self._held = True, ""
-            return text[: min(places)]
-        settled = len(text) - max((self._beginning(string, text) for string in self._strings), default=0)
-        self._held = text[settled:]
-        return text[:settled]
+            return text[: min(positions)]
+        num_certain = len(text) - max((self._partial_match(string, text) for string in self._strings), default=0)
+        self._held = text[num_certain:]
+        return text[:num_certain]
 
     def flush(self) -> str:
-        """What was held back, when the text ends without a stop string."""
+        """The text that was held back, for a text that ends without a stop string."""
         held, self._held = self._held, ""
         return held
 
     @staticmethod
-    def _beginning(string: str, text: str) -> int:
-        """Length of the longest beginning of `string` that `text` ends with."""
+    def _partial_match(string: str, text: str) -> int:
+        """Length of the longest proper prefix of `string` that `text` ends with."""
         longest = min(len(string) - 1, len(text))
         return next((length for length in range(longest, 0, -1) if text.endswith(string[:length])), 0)

@@ -1,9 +1,8 @@
-"""From prompt text to continued text: tokenise, decode, and turn verified tokens back into text as they come."""
+"""From a prompt to its continuation as text: tokenise, decode, and detokenise verified tokens as they arrive."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from time import perf_counter
 from typing import TYPE_CHECKING, Literal, Protocol, TypedDict, Unpack
 
@@ -42,24 +41,25 @@ DECODERS: dict[str, Decoder] = {
     "speculative": decode_speculatively,
     "partial_quadratic": decode_partially_quadratically,
 }
-INCOMPLETE = "\ufffd"  # stands for bytes that are no character, or not one yet
-NUM_PROMPT_TOKENS_BEFORE = 8  # what detokenisers look at: blanks and bytes at the seam of prompt and text
+INCOMPLETE = "\ufffd"  # the replacement character, for bytes that are not a character, or not yet
+NUM_PROMPT_TOKENS_BEFORE = 8  # tokens of the prompt that decide about blanks and bytes at the start of the text
 
 
 class Options(TypedDict, total=False):
-    """What can be chosen beside the prompt.
+    """Options of `generate`.
 
     Attributes:
-        max_new_tokens: the most tokens to add; 64.
+        max_new_tokens: the largest number of tokens to add; 64 by default.
         sampling: by default the settings that the adapter was trained for; others may lower the acceptance.
-        seed: of the auxiliaries; 0. Several give each prompt of a batch its own.
-        decoder: "speculative" (default) and "partial_quadratic", several tokens per call, or "autoregressive", the
-            reference with one.
+        seed: of the auxiliaries; 0 by default. A tuple holds one for each prompt of a batch.
+        decoder: "speculative" (default) or "partial_quadratic", with several tokens per call, or "autoregressive", the
+            reference, with one.
         window_length: tokens drafted per cycle; by default as in training.
-        slot_budget: slots of a call of partial quadratic decoding; 16. `best_budget` finds what is_supported a machine.
+        slot_budget: slots of a call of partial quadratic decoding; 16 by default. `measure_best_budget` finds the best
+            one for a machine.
         end_of_text: token ids that end the text; by default those of the model's generation settings and tokenizer.
         stop: strings before which the text ends. The token that completes one is the last of `token_ids`.
-        tokenizer: by default that of the base model, loaded anew in each call.
+        tokenizer: by default the base model's, which each call loads.
     """
 
     max_new_tokens: int
@@ -87,13 +87,13 @@ def generate(
     on_text: Callable[[str], None] | None = None,
     **options: Unpack[Options],
 ) -> Generation:
-    """Continue a prompt. All decoders give what the base model samples for this seed, token for token.
+    """Continue a prompt. All decoders return the base model's own sample for the seed, token for token.
 
     Args:
-        predictor: the base model and its adapter; decodes in eval mode whatever mode it is in.
+        predictor: the base model and its adapter, in any mode; see `prepare_for_decoding`.
         prompt: text, or token ids, of at least one token.
         on_tokens: is called with new token ids as soon as they are verified.
-        on_text: the same with their text, in whole characters; the pieces add up to `Generation.text`.
+        on_text: is called with their text, in whole characters; the pieces add up to `Generation.text`.
         **options: see `Options`.
 
     Raises:
@@ -118,13 +118,13 @@ def generate_batch(
     on_text: Callable[[int, str], None] | None = None,
     **options: Unpack[Options],
 ) -> list[Generation]:
-    """Continue several prompts side by side; each text is what `generate` gives for its prompt alone.
+    """Continue several prompts side by side; each text is the one that `generate` returns for its prompt alone.
 
     Args:
         predictor: as in `generate`.
         prompts: as in `generate`, at least one.
-        on_tokens: is called with the number of a prompt and its new token ids as soon as they are verified.
-        on_text: the same with their text.
+        on_tokens: is called with the index of a prompt and its new token ids as soon as they are verified.
+        on_text: is called with the index of a prompt and their text.
         **options: see `Options`.
 
     Raises:
@@ -157,17 +157,16 @@ def generate_batch(
             on_tokens(row, new_token_ids[:kept])
         return kept
 
-    with eval_mode(predictor):
-        begin = perf_counter()
-        decoded = decode(predictor, encoded, settings, receive)
-        seconds = perf_counter() - begin
+    begin = perf_counter()
+    decoded = decode(predictor, encoded, settings, receive)
+    seconds = perf_counter() - begin
     for row, (detokenizer, stop) in enumerate(zip(detokenizers, stops, strict=True)):
         write(row, stop.push(detokenizer.flush()) + stop.flush())
     return [
         Generation(
             token_ids=text.token_ids,
             num_calls=text.num_calls,
-            finished=text.finished,
+            finish_reason=text.finish_reason,
             correct_per_cycle=text.correct_per_cycle,
             drafted_per_cycle=text.drafted_per_cycle,
             prompt=prompt if isinstance(prompt, str) else _text(tokenizer, token_ids),
@@ -179,7 +178,7 @@ def generate_batch(
 
 
 def _require_known(options: Options) -> None:
-    """Python checks the names of no `Unpack`."""
+    """Refuse unknown names, which Python does not do for `Unpack`."""
     if unknown := options.keys() - Options.__annotations__.keys():
         raise TypeError(
             f"expected options among {', '.join(Options.__annotations__)}, found {', '.join(sorted(unknown))}"
@@ -189,7 +188,7 @@ def _require_known(options: Options) -> None:
 def _settings(
     predictor: PredictorNetwork, tokenizer: PreTrainedTokenizerBase, options: Options
 ) -> tuple[GenerationSettings, Decoder]:
-    """What the options say, with the predictor's own values for what they leave open."""
+    """Settings from options; what is not given comes from the predictor."""
     decoder = options.get("decoder", "speculative")
     if decoder not in DECODERS:
         raise ValueError(f"expected decoder to be one of {', '.join(DECODERS)}, found {decoder!r}")
@@ -211,7 +210,7 @@ def encode_prompt(
     tokenizer: PreTrainedTokenizerBase,
     settings: GenerationSettings,
 ) -> list[int]:
-    """Token ids of a prompt, with the special tokens that the tokenizer puts in front of a text.
+    """Token ids of a prompt, with the special tokens that the tokenizer puts before a text.
 
     Raises:
         ValueError: it is empty, too long for `max_new_tokens` more, or has a token the model does not know.
@@ -227,7 +226,7 @@ def encode_prompt(
 
 
 def end_of_text_ids(predictor: PredictorNetwork, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The tokens after which a text ends: those of the model's generation settings, and the tokenizer's."""
+    """Tokens that end a text: those of the model's generation settings, and the tokenizer's."""
     of_model: int | list[int] | None = getattr(predictor.base_model.generation_config, "eos_token_id", None)
     of_tokenizer: int | None = tokenizer.eos_token_id  # pyright: ignore[reportAssignmentType]
     ids = of_model if isinstance(of_model, list) else [of_model]
@@ -235,16 +234,16 @@ def end_of_text_ids(predictor: PredictorNetwork, tokenizer: PreTrainedTokenizerB
 
 
 class IncrementalDetokenizer:
-    """Token ids to text, piece by piece, in whole characters: bytes of an unfinished character wait for its rest.
+    """Turns token ids into text, piece by piece, in whole characters; incomplete ones wait for their last bytes.
 
     Args:
         tokenizer: of the text.
-        prompt_ids: tokens before the text; they settle whether it begins with a blank.
+        prompt_ids: tokens before the text; they decide whether the text begins with a blank.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int]) -> None:
         self._tokenizer = tokenizer
-        self._before = prompt_ids[-NUM_PROMPT_TOKENS_BEFORE:]  # written already
+        self._before = prompt_ids[-NUM_PROMPT_TOKENS_BEFORE:]  # already turned into text
         self._pending: list[int] = []
 
     def push(self, token_ids: list[int]) -> str:
@@ -254,7 +253,7 @@ class IncrementalDetokenizer:
         return "" if piece.endswith(INCOMPLETE) else self._written(piece)
 
     def flush(self) -> str:
-        """What is left at the end, unfinished characters as U+FFFD."""
+        """The rest of the text; incomplete characters become U+FFFD."""
         return self._written(self._piece())
 
     def _piece(self) -> str:
@@ -271,15 +270,3 @@ def _text(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> str:
     text = tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     assert isinstance(text, str)  # a list only for a batch
     return text
-
-
-@contextmanager
-def eval_mode(predictor: PredictorNetwork) -> Iterator[None]:
-    """Dropout off inside the block; afterwards every module is in the mode it was in."""
-    modes = [(module, module.training) for module in predictor.modules()]
-    predictor.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

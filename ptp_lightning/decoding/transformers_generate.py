@@ -1,10 +1,10 @@
-"""`model.generate` of transformers, with several verified tokens a call.
+"""`model.generate` of transformers, with several verified tokens per call.
 
     model.generate(**inputs, do_sample=True, max_new_tokens=64, custom_generate=CustomGenerate(predictor))
 
-Arguments mean what they mean there: `GenerationConfig` says how to sample and when to stop, stopping criteria are asked
-after every token, and the result is a tensor of whole texts. What would change a distribution in another way than
-temperature, top-k and top-p is refused, since the adapter proposes and `u` picks from these.
+Arguments keep their meaning: `GenerationConfig` says how to sample and when to stop, stopping criteria are called after
+every token, and the result is a tensor of prompts with their texts. Logits processors other than temperature, top-k and
+top-p are refused, because u picks tokens from distributions that only these three shape.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ptp_lightning.decoding.generation import GenerationSettings
-from ptp_lightning.decoding.text import DECODERS, DecoderName, eval_mode
+from ptp_lightning.decoding.text import DECODERS, DecoderName
 from ptp_lightning.export.checkpoint import PREDICTOR_FOLDER, build_network, read_predictor
 from ptp_lightning.models.network import PredictorNetwork
 from ptp_lightning.sampling import SamplingConfig
@@ -24,18 +24,18 @@ from ptp_lightning.sampling import SamplingConfig
 if TYPE_CHECKING:
     from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 
-OWN_SAMPLING = ("TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper")
-OWN_STOPPING = ("MaxLengthCriteria", "EosTokenCriteria")
-LARGEST_SEED = 2**62
-IGNORED = ("trust_remote_code", "custom_generate")
-CACHED = "_parallel_token_predictor"
+SUPPORTED_PROCESSORS = ("TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper")
+CRITERIA_IN_SETTINGS = ("MaxLengthCriteria", "EosTokenCriteria")
+MAX_SEED = 2**62
+IGNORED_OPTIONS = ("trust_remote_code", "custom_generate")
+CACHED_NETWORK = "_parallel_token_predictor"
 
 
 class CustomGenerate:
-    """For `custom_generate` of the predictor's base model.
+    """The argument `custom_generate` of `generate` of a predictor's base model.
 
     Args:
-        predictor: what it proposes is verified by its base model, whose `generate` this is for.
+        predictor: its student drafts, and its base model verifies.
     """
 
     def __init__(self, predictor: PredictorNetwork) -> None:
@@ -59,18 +59,18 @@ class CustomGenerate:
         Args:
             model: the base model.
             input_ids: prompts.
-            logits_processor: as transformers makes it of the generation settings.
-            stopping_criteria: the same.
+            logits_processor: made by transformers from the generation settings.
+            stopping_criteria: likewise.
             generation_config: the generation settings.
-            seed: of the auxiliaries: equal seeds give equal texts, whichever the decoder. By default torch's own
-                generator draws it, so that `torch.manual_seed` has its usual effect.
+            seed: of the auxiliaries. Equal seeds give equal texts with every decoder. By default torch's own generator
+                draws it, so that `torch.manual_seed` has its usual effect.
             decoder: as in `ptp_lightning.decoding.generate`.
-            window_length: the same.
-            slot_budget: the same.
-            **model_kwargs: `attention_mask` is read.
+            window_length: likewise.
+            slot_budget: likewise.
+            **model_kwargs: `attention_mask` is used.
 
         Returns:
-            `[B, S + longest]`: prompts and texts; the shorter ones are filled up with the padding token.
+            `[B, S + longest]`: prompts and texts; shorter texts are padded on the right with the padding token.
 
         Raises:
             ValueError: this is not the predictor's base model, or a setting is not supported; names it.
@@ -89,7 +89,7 @@ class CustomGenerate:
             order=predictor.config.sampling.order,
         )
         if seed is None:
-            seed = int(torch.randint(LARGEST_SEED, ()))
+            seed = int(torch.randint(MAX_SEED, ()))
         num_prompts, prompt_length = input_ids.shape
         mask = model_kwargs.get("attention_mask")
         mask = torch.ones_like(input_ids) if mask is None else mask
@@ -98,13 +98,13 @@ class CustomGenerate:
         settings = GenerationSettings(
             sampling=sampling,
             max_new_tokens=_max_length(generation_config) - prompt_length,
-            # Each prompt has auxiliaries of its own, as each row of a batch has its own draws.
+            # Each prompt has auxiliaries of its own, so that equal prompts get different samples.
             seed=tuple(seed + row for row in range(num_prompts)),
             end_of_text=frozenset([] if ends is None else [ends] if isinstance(ends, int) else ends),
             window_length=predictor.config.window_length if window_length is None else window_length,
             slot_budget=slot_budget,
         )
-        criteria = [one for one in stopping_criteria if type(one).__name__ not in OWN_STOPPING]
+        criteria = [one for one in stopping_criteria if type(one).__name__ not in CRITERIA_IN_SETTINGS]
         texts: list[list[int]] = [[] for _ in prompts]
 
         def receive(row: int, new: list[int]) -> int | None:
@@ -116,33 +116,36 @@ class CustomGenerate:
                         return count
             return None
 
-        with eval_mode(predictor):
-            decoded = DECODERS[decoder](predictor, prompts, settings, receive)
+        decoded = DECODERS[decoder](predictor, prompts, settings, receive)
         padding = generation_config.pad_token_id
-        filler = padding if isinstance(padding, int) else 0
+        padding_id = padding if isinstance(padding, int) else 0
         longest = max(len(text.token_ids) for text in decoded)
-        rows = [text.token_ids + [filler] * (longest - len(text.token_ids)) for text in decoded]
+        rows = [text.token_ids + [padding_id] * (longest - len(text.token_ids)) for text in decoded]
         return torch.cat([input_ids, torch.tensor(rows, dtype=input_ids.dtype, device=input_ids.device)], dim=1)
 
 
 def generate_with_folder(model: PreTrainedModel, inputs: Tensor | None = None, **options: Any) -> Tensor:
-    """What `custom_generate/generate.py` of a folder of `save_with_base_model` runs; reads the predictor at first use.
+    """What `custom_generate/generate.py` of a folder written by `save_with_base_model` runs.
+
+    The first call reads the predictor from the folder and builds it around the model: the model's linear layers get the
+    gated adapter, its weights are frozen, and its attention becomes sdpa. With the gate closed, as it is outside of
+    this function, the model computes what it did before. The predictor is kept on the model for later calls.
 
     Args:
         model: opened from such a folder or repository.
         inputs: as in `model.generate`.
-        **options: the same.
+        **options: likewise.
 
     Raises:
-        FileNotFoundError: the model was opened elsewhere.
+        FileNotFoundError: the model was opened from elsewhere.
     """
-    predictor: PredictorNetwork | None = model.__dict__.get(CACHED)
+    predictor: PredictorNetwork | None = model.__dict__.get(CACHED_NETWORK)
     if predictor is None:
         folder = _folder_of(model) / PREDICTOR_FOLDER
-        model.set_attn_implementation("sdpa")  # what our masks are for
+        model.set_attn_implementation("sdpa")  # which takes our boolean masks
         predictor = build_network(read_predictor(folder), model=model).to(model.device)
-        model.__dict__[CACHED] = predictor  # no submodule: the predictor holds the model
-    given = {name: value for name, value in options.items() if value is not None and name not in IGNORED}
+        model.__dict__[CACHED_NETWORK] = predictor  # not as a submodule, because the predictor holds the model
+    given = {name: value for name, value in options.items() if value is not None and name not in IGNORED_OPTIONS}
     result = type(model).generate(model, inputs, custom_generate=CustomGenerate(predictor), **given)  # pyright: ignore[reportAttributeAccessIssue]
     assert isinstance(result, Tensor)
     return result
@@ -164,19 +167,19 @@ def _require_supported(
         raise ValueError(f"expected decoder to be one of {', '.join(DECODERS)}, found {decoder!r}")
     for processor in logits_processor:
         name = type(processor).__name__
-        if name not in OWN_SAMPLING:
+        if name not in SUPPORTED_PROCESSORS:
             raise ValueError(
-                f"expected temperature, top_k and top_p alone to shape the distribution, found {name}: leave its "
-                "setting out of generate"
+                f"expected no logits processors but temperature, top_k and top_p, found {name}: leave its setting out "
+                "of generate"
             )
-    for name, usual in (("num_beams", 1), ("num_return_sequences", 1), ("return_dict_in_generate", False)):
-        found = _or(getattr(generation_config, name), usual)
-        if found != usual:
-            raise ValueError(f"expected {name}={usual} with this custom_generate, found {found}")
+    for name, expected in (("num_beams", 1), ("num_return_sequences", 1), ("return_dict_in_generate", False)):
+        found = _or(getattr(generation_config, name), expected)
+        if found != expected:
+            raise ValueError(f"expected {name}={expected} with this custom_generate, found {found}")
 
 
 def _max_length(generation_config: GenerationConfig) -> int:
-    """`generate` has turned `max_new_tokens` into it."""
+    """The largest length of prompt and text, into which `generate` has turned `max_new_tokens`."""
     assert generation_config.max_length is not None
     return generation_config.max_length
 

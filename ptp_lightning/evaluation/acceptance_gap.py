@@ -19,7 +19,7 @@ import torch
 from ptp_lightning.decoding.drafting import StudentDrafter, draft_windows
 from ptp_lightning.decoding.generation import GenerationSettings
 from ptp_lightning.decoding.lookahead import Lookahead
-from ptp_lightning.decoding.state import begin
+from ptp_lightning.decoding.state import begin_decoding
 from ptp_lightning.evaluation.decoders import SPECULATIVE
 from ptp_lightning.evaluation.records import ALL_POSITIONS, Record
 from ptp_lightning.models.network import PredictorNetwork
@@ -44,17 +44,17 @@ def correct_tokens_at_all_positions(
         complete draft fits; the first draft starts with the first token of the text.
     """
     length = settings.window_length
-    context, _, unread, counts = begin(predictor, [prompt], settings, None, None)
-    drafter = StudentDrafter(predictor.config.objective, context.sampling)
-    known = torch.tensor([list(text)], device=context.device)
     num_correct: list[torch.Tensor] = []
-    for start in range(len(text) - length + 1):
-        _, slots = context.read(unread, Lookahead.single(counts, length - 1, context.device))
-        context.keep(counts)
-        draft = draft_windows(context, drafter, known[:, start : start + 1], slots, [start])
-        is_correct = draft == known[:, start : start + length]
-        num_correct.append(is_correct.cumprod(dim=1).sum())
-        unread, counts = known[:, start : start + 1], [1]
+    with begin_decoding(predictor, [prompt], settings) as (context, _, unread, counts):
+        drafter = StudentDrafter(predictor.config.objective, context.sampling)
+        known = torch.tensor([list(text)], device=context.device)
+        for start in range(len(text) - length + 1):
+            _, slots = context.read(unread, Lookahead.single(counts, length - 1, context.device))
+            context.keep(counts)
+            draft = draft_windows(context, drafter, known[:, start : start + 1], slots, [start])
+            is_correct = draft == known[:, start : start + length]
+            num_correct.append(is_correct.cumprod(dim=1).sum())
+            unread, counts = known[:, start : start + 1], [1]
     return torch.stack(num_correct).tolist() if num_correct else []
 
 

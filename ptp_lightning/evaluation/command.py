@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from ptp_lightning.decoding import GenerationSettings
-from ptp_lightning.decoding.devices import chosen_device
-from ptp_lightning.decoding.packed_linear import pack_linear_layers
-from ptp_lightning.decoding.slot_budget import measured_budget
+from ptp_lightning.decoding.devices import select_device
+from ptp_lightning.decoding.slot_budget import measure_best_budget
 from ptp_lightning.decoding.text import end_of_text_ids, tokenizer_of
 from ptp_lightning.evaluation.acceptance_gap import acceptance_gaps
 from ptp_lightning.evaluation.decoders import (
@@ -70,7 +69,7 @@ def run(args: Sequence[str]) -> None:
     questions = read_questions(options.benchmark, options.questions, options.limit)
     settings = GenerationSettings(max_new_tokens=options.max_new_tokens)  # checked before the model is loaded
 
-    device = chosen_device(options.device)
+    device = select_device(options.device)
     predictor = _load(options.ckpt_path, options.dtype).to(device).eval()
     tokenizer = tokenizer_of(predictor)
     settings = _complete_settings(settings, options, predictor, end_of_text_ids(predictor, tokenizer))
@@ -82,10 +81,6 @@ def run(args: Sequence[str]) -> None:
     names = list(dict.fromkeys(options.decoders))
     needs_base_model = bool({TRANSFORMERS, PROMPT_LOOKUP} & set(names))
     base_model = load_backbone(predictor.config.backbone).to(device).eval() if needs_base_model else None  # pyright: ignore[reportArgumentType]
-    if base_model is not None:
-        pack_linear_layers(
-            base_model
-        )  # as for our decoders, because prompt lookup also verifies several tokens per call
     budgets = _slot_budgets(options, predictor, settings) if PARTIAL_QUADRATIC in names else []
     decoders = make_decoders(names, predictor, base_model, budgets)
     folder = Path(options.output).expanduser()
@@ -125,7 +120,7 @@ def _slot_budgets(options: Namespace, predictor: PredictorNetwork, settings: Gen
     budgets = []
     for budget in given:
         if isinstance(budget, str):
-            _, _, budget = measured_budget(predictor, settings)
+            _, _, budget = measure_best_budget(predictor, settings)
         budgets.append(replace(settings, slot_budget=budget).slot_budget)
     return list(dict.fromkeys(budgets))
 

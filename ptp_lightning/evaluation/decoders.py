@@ -14,6 +14,7 @@ import torch
 
 from ptp_lightning.decoding import DECODERS, GenerationSettings
 from ptp_lightning.decoding.timing import PhaseTimer
+from ptp_lightning.models.layers.packed_linear import PackedWeights
 from ptp_lightning.models.network import PredictorNetwork
 
 if TYPE_CHECKING:
@@ -102,14 +103,17 @@ class TransformersDecoder(Decoder):
     Args:
         name: in reports.
         model: the base model.
+        packed_weights: of the model, as decoders of this package use them: prompt lookup, too, verifies several tokens
+            a call.
         options: of `generate`.
     """
 
     is_exact = False
 
-    def __init__(self, name: str, model: PreTrainedModel, **options: Any) -> None:
+    def __init__(self, name: str, model: PreTrainedModel, packed_weights: PackedWeights, **options: Any) -> None:
         self.name = name
         self._model = model
+        self._packed_weights = packed_weights
         self._options = options
 
     @torch.inference_mode()
@@ -118,7 +122,8 @@ class TransformersDecoder(Decoder):
         assert isinstance(settings.seed, int)
         torch.manual_seed(settings.seed)
         input_ids = torch.tensor([list(prompt)], device=self._model.device)
-        with _count_calls(self._model) as calls, warnings.catch_warnings():
+        packed = self._packed_weights.in_use(self._model)
+        with packed, _count_calls(self._model) as calls, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about generation settings that the arguments replace
             begin = perf_counter()
             output = self._model.generate(  # pyright: ignore[reportCallIssue]
@@ -150,15 +155,18 @@ def make_decoders(
         budgets: slot budgets of partial quadratic decoding, each of which is a decoder.
     """
     decoders: list[Decoder] = [PredictorDecoder(AUTOREGRESSIVE, predictor)]
+    packed_weights = PackedWeights()
     for name in names:
         if name == PARTIAL_QUADRATIC:
             decoders += [PredictorDecoder(name, predictor, budget) for budget in budgets]
         elif name == TRANSFORMERS:
             assert base_model is not None
-            decoders.append(TransformersDecoder(name, base_model))
+            decoders.append(TransformersDecoder(name, base_model, packed_weights))
         elif name == PROMPT_LOOKUP:
             assert base_model is not None
-            decoders.append(TransformersDecoder(name, base_model, prompt_lookup_num_tokens=PROMPT_LOOKUP_TOKENS))
+            decoders.append(
+                TransformersDecoder(name, base_model, packed_weights, prompt_lookup_num_tokens=PROMPT_LOOKUP_TOKENS)
+            )
         elif name != AUTOREGRESSIVE:
             decoders.append(PredictorDecoder(name, predictor))
     return decoders

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ptp_lightning.auxiliary import pick
 from ptp_lightning.decoding.generation import GenerationSettings
-from ptp_lightning.decoding.state import begin
+from ptp_lightning.decoding.state import begin_decoding
 from ptp_lightning.models.network import PredictorNetwork
 from ptp_lightning.sampling import Sampler
 
@@ -89,13 +89,13 @@ def _logits(
     num_fillers: int,
 ) -> Tensor:
     """Logits `[V]` after the tokens; a first call reads some of them, and filler tokens follow the last one."""
-    context, _, _, _ = begin(predictor, [token_ids], replace(settings, max_new_tokens=1), None, None)
-    tokens = torch.tensor([[*token_ids, *[token_ids[-1]] * num_fillers]], device=context.device)
-    if num_read_before:
-        context.read(tokens[:, :num_read_before])
-        context.keep([num_read_before])
-    hidden, _ = context.read(tokens[:, num_read_before:])
-    return context.logits(hidden[0, len(token_ids) - 1 - num_read_before])
+    with begin_decoding(predictor, [token_ids], replace(settings, max_new_tokens=1)) as (context, _, tokens, _):
+        tokens = torch.cat([tokens, tokens[:, -1:].expand(-1, num_fillers)], dim=1)
+        if num_read_before:
+            context.read(tokens[:, :num_read_before])
+            context.keep([num_read_before])
+        hidden, _ = context.read(tokens[:, num_read_before:])
+        return context.logits(hidden[0, len(token_ids) - 1 - num_read_before])
 
 
 def is_near_tie(logits: Tensor, u: Tensor, token_id: int, sampling: Sampler, rounding: float) -> bool:

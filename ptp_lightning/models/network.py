@@ -15,6 +15,7 @@ from ptp_lightning.models.attention.masks import context_mask
 from ptp_lightning.models.backbone import architecture_fingerprint, fingerprint, load_backbone
 from ptp_lightning.models.config import PredictorConfig
 from ptp_lightning.models.context import Context
+from ptp_lightning.models.layers.packed_linear import PackedWeights
 from ptp_lightning.models.refiner.lower_layers import LowerLayers
 from ptp_lightning.models.refiner.refiner import Refiner, RefinerContext
 from ptp_lightning.models.slots.sampling_embedding import SamplingEmbedding
@@ -42,6 +43,8 @@ class PredictorNetwork(nn.Module):
         token_ranks: `[V]`, a stored order "embedding"; by default it is computed if needed.
 
     Attributes:
+        attention: chooses the attention back-end of windows.
+        packed_weights: copies of linear weights for decoding on a CPU, empty until then (see `prepare_for_decoding`).
         lower_layers: encode tokens for the refiner; None if it reads their embeddings.
         prefix_counts: of a trained predictor, the number of validation windows with 0, 1, .. L correct tokens; None if
             unknown. Decoders allocate their slots accordingly.
@@ -56,6 +59,7 @@ class PredictorNetwork(nn.Module):
         backbone = load_backbone(config.backbone) if backbone is None else backbone
         # Weights that are trained cannot identify the base model.
         self.base_fingerprint = (architecture_fingerprint if config.student.trains_base else fingerprint)(backbone)
+        self.packed_weights = PackedWeights()
         table: Tensor = backbone.get_input_embeddings().weight  # pyright: ignore[reportAssignmentType]
         _require_plain_head(backbone)
         self.slot_encoder = SlotEncoder(config.objective, config.features, config.head, table)

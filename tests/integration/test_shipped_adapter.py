@@ -35,7 +35,7 @@ def test_calls_are_saved(predictor: ParallelTokenPredictor, decoder: DecoderName
 
 
 def test_its_validation_is_known(predictor: ParallelTokenPredictor) -> None:
-    assert CorrectLengths.of_validation(predictor.network.prefix_counts, 3).expected(3) == pytest.approx(
+    assert CorrectLengths.from_validation(predictor.network.prefix_counts, 3).expected(3) == pytest.approx(
         1.371, abs=1e-3
     )  # RESULTS.md
 

@@ -29,7 +29,7 @@ class TestReference:
             logits = base(input_ids=text).logits[0, len(PROMPT) - 1 : -1]
         u = draw_auxiliaries((20,), keyed_generator(3, "generate"), "cpu")
         assert decoded.token_ids == pick(u, sampling.distribution(logits)).tolist()
-        assert (decoded.num_calls, decoded.finished, decoded.correct_per_cycle) == (20, "length", [])
+        assert (decoded.num_calls, decoded.finish_reason, decoded.correct_per_cycle) == (20, "length", [])
 
     def test_greedy_is_transformers_greedy(self, family: str) -> None:
         settings = GenerationSettings(SamplingConfig(temperature=0), max_new_tokens=12)
@@ -75,11 +75,11 @@ class TestEnd:
         settings = GenerationSettings(max_new_tokens=30, end_of_text=frozenset({end, -1}))
         decoded = decode_one(decode_autoregressively, predictor, settings)
         assert decoded.token_ids == text[: text.index(end) + 1]
-        assert decoded.finished == "eos"
+        assert decoded.finish_reason == "eos"
 
     def test_an_end_at_the_last_position_counts_as_eos(self) -> None:
         predictor = tiny_predictor()
         text = decode_one(decode_autoregressively, predictor, GenerationSettings(max_new_tokens=30)).token_ids
         first = text.index(text[11])
         settings = GenerationSettings(max_new_tokens=first + 1, end_of_text=frozenset({text[11]}))
-        assert decode_one(decode_autoregressively, predictor, settings).finished == "eos"
+        assert decode_one(decode_autoregressively, predictor, settings).finish_reason == "eos"

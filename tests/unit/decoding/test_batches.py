@@ -75,7 +75,7 @@ def test_rows_end_on_their_own(decoder: str) -> None:
     streamed: list[list[int]] = [[] for _ in PROMPTS]
     together = decode(predictor, PROMPTS, settings, lambda row, token_ids: streamed[row].extend(token_ids))
     assert [found.token_ids for found in together] == expected == streamed
-    assert [found.finished for found in together] == ["eos" if len(text) < 24 else "length" for text in expected]
+    assert [found.finish_reason for found in together] == ["eos" if len(text) < 24 else "length" for text in expected]
     assert len({found.num_calls for found in together}) > 1
 
 

@@ -15,7 +15,7 @@ from ptp_lightning.decoding import (
     decode_partially_quadratically,
     decode_speculatively,
 )
-from ptp_lightning.decoding.batch_invariance import NAME, batch_invariant
+from ptp_lightning.decoding.batch_invariance import ATTENTION_NAME, batch_invariant
 from ptp_lightning.decoding.lookahead import Lookahead
 from ptp_lightning.decoding.state import BatchContext
 from ptp_lightning.export.checkpoint import load_network
@@ -120,7 +120,7 @@ def test_the_models_own_attention_comes_back() -> None:
 
     def interrupted() -> None:
         with batch_invariant(model):
-            assert model.config._attn_implementation == NAME
+            assert model.config._attn_implementation == ATTENTION_NAME
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

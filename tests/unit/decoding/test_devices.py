@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ptp_lightning.decoding.devices import chosen_device
+from ptp_lightning.decoding.devices import select_device
 
 
 @pytest.mark.parametrize(("there_is_one", "expected"), [(True, "cuda"), (False, "cpu")])
@@ -11,12 +11,12 @@ def test_auto_takes_a_gpu_where_there_is_one(
     there_is_one: bool, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there_is_one)
-    assert chosen_device("auto") == torch.device(expected)
-    assert chosen_device("cpu") == torch.device("cpu")
+    assert select_device("auto") == torch.device(expected)
+    assert select_device("cpu") == torch.device("cpu")
 
 
 @pytest.mark.parametrize(("name", "message"), [("cuda:1", "found none: use --device cpu"), ("gpu", "found 'gpu'")])
 def test_devices_that_are_not_there_are_refused(name: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match=message):
-        chosen_device(name)
+        select_device(name)

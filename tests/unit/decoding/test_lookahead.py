@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ptp_lightning.decoding.lookahead import Lookahead, place
+from ptp_lightning.decoding.lookahead import Lookahead, positions_and_mask
 from ptp_lightning.decoding.ragged_cache import RaggedCache
 
 CPU = torch.device("cpu")
@@ -28,7 +28,7 @@ def test_a_single_branch_follows_the_last_token() -> None:
 def test_positions_and_attention(lengths: list[int]) -> None:
     num_tokens = 4
     lookahead = Lookahead.branches([2, 1], [[2, 1], [0, 1, 2]], CPU)
-    position_ids, mask = place(lengths, num_tokens, lookahead, CPU)
+    position_ids, mask = positions_and_mask(lengths, num_tokens, lookahead, CPU)
     num_slots = lookahead.anchors.shape[1]
     assert mask.shape == (2, 1, num_tokens + num_slots, max(lengths) + num_tokens + num_slots)
     for row, kept in enumerate(lengths):

@@ -16,7 +16,7 @@ from ptp_lightning.decoding import (
     GenerationSettings,
     decode_partially_quadratically,
 )
-from ptp_lightning.decoding.slot_allocation import allocate
+from ptp_lightning.decoding.slot_allocation import allocate_slots
 from ptp_lightning.models.network import PredictorNetwork
 from ptp_lightning.models.slots.sampling_range import SamplingRange
 from ptp_lightning.sampling import SamplingConfig
@@ -95,7 +95,7 @@ class TestCounting:
         while done < max_new_tokens:
             expected.append(min(length + 1, max_new_tokens - done))
             done += length + 1
-            length = min(allocate(LENGTHS, length, 9)[-1], max(0, max_new_tokens - done - 1))
+            length = min(allocate_slots(LENGTHS, length, 9)[-1], max(0, max_new_tokens - done - 1))
         assert found.correct_per_cycle == expected
         assert found.token_ids == text
 
@@ -138,7 +138,7 @@ def test_text_ends_where_the_reference_ends(probability_right: float) -> None:
         settings = replace(open_ended, end_of_text=frozenset({end}))
         found = decoded(predictor, settings, drafter=ForcedDraft([text], probability_right, VOCABULARY))
         assert found.token_ids == text[: text.index(end) + 1]
-        assert found.finished == "eos"
+        assert found.finish_reason == "eos"
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

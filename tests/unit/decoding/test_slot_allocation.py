@@ -8,12 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ptp_lightning.decoding.slot_allocation import CorrectLengths, allocate, expected_tokens, length_shares
+from ptp_lightning.decoding.slot_allocation import (
+    CorrectLengths,
+    allocate_slots,
+    draft_length_distribution,
+    expected_tokens,
+)
 
 
 def worth(lengths: CorrectLengths, draft_length: int, slots: tuple[int, ...]) -> float:
     """Of a division, from its definition: drafts accepted after each number of correct tokens."""
-    chance = lengths.of_draft(draft_length)
+    chance = lengths.probabilities(draft_length)
     counts = -np.diff([1.0, *lengths.survival, 0.0])  # Pr[C = 0], Pr[C = 1] ..
     return sum(
         float(chance[k] * counts[c] * min(slots[k], c)) for k in range(draft_length + 1) for c in range(len(counts))
@@ -28,7 +33,7 @@ class TestAllocate:
     def test_no_division_is_better(self, survival: tuple[float, ...], draft_length: int, budget: int) -> None:
         lengths = CorrectLengths(survival)
         draft_length = min(draft_length, len(survival))
-        found = allocate(lengths, draft_length, budget)
+        found = allocate_slots(lengths, draft_length, budget)
         divisions = itertools.product(range(budget + 1), repeat=draft_length + 1)
         best = max(worth(lengths, draft_length, slots) for slots in divisions if sum(slots) <= budget)
         assert len(found) == draft_length + 1 and sum(found) <= budget
@@ -37,18 +42,18 @@ class TestAllocate:
     def test_likely_branches_go_further(self) -> None:
         # After 0, 1, 2 correct tokens: chances 1/4, 1/4, 1/2. One slot more is worth, branch by branch,
         # 3/16 2/16, 3/16 2/16, 6/16 4/16: the five best are 6, 4, 3, 3 and the first of the 2s.
-        assert allocate(CorrectLengths((0.75, 0.5)), 2, 5) == (2, 1, 2)
+        assert allocate_slots(CorrectLengths((0.75, 0.5)), 2, 5) == (2, 1, 2)
 
     def test_no_slot_is_spent_on_what_never_happens(self) -> None:
-        assert allocate(CorrectLengths((1.0, 1.0, 0.0)), 2, 100) == (0, 0, 2)
+        assert allocate_slots(CorrectLengths((1.0, 1.0, 0.0)), 2, 100) == (0, 0, 2)
 
     def test_twenty_branches_and_two_hundred_slots_take_less_than_a_millisecond(self) -> None:
         lengths = CorrectLengths.geometric(0.9, 200)
-        allocate.cache_clear()
+        allocate_slots.cache_clear()
         seconds = []
         for budget in range(195, 205):
             begin = time.thread_time()
-            allocate(lengths, 20, budget)
+            allocate_slots(lengths, 20, budget)
             seconds.append(time.thread_time() - begin)
         assert min(seconds) < 1e-3
 
@@ -57,7 +62,7 @@ class TestCorrectLengths:
     def test_of_counts(self) -> None:
         lengths = CorrectLengths.from_counts([5, 3, 0, 2])  # windows with 0, 1, 2, 3 right slots
         assert lengths.survival == (0.5, 0.2, 0.2)
-        assert lengths.of_draft(2).tolist() == pytest.approx([0.5, 0.3, 0.2])
+        assert lengths.probabilities(2).tolist() == pytest.approx([0.5, 0.3, 0.2])
         assert lengths.expected(2) == pytest.approx(0.7)
         assert lengths.expected(9) == pytest.approx(0.9)
 
@@ -76,7 +81,7 @@ class TestExpectedTokens:
     def test_a_draft_of_one_token(self) -> None:
         # One slot. After a right draft (1/2) or a wrong one it is worth the same; ties go to the first branch, so there
         # is a draft after a wrong one or none, and none after a right one: a draft in 2/3 of all calls.
-        assert length_shares(CorrectLengths((0.5,)), 1).tolist() == pytest.approx([1 / 3, 2 / 3])
+        assert draft_length_distribution(CorrectLengths((0.5,)), 1).tolist() == pytest.approx([1 / 3, 2 / 3])
         assert expected_tokens(CorrectLengths((0.5,)), 1) == pytest.approx(1 + 2 / 3 * 1 / 2)
 
     def test_all_branches_full(self) -> None:
@@ -93,11 +98,11 @@ class TestExpectedTokens:
 class TestOfValidation:
     def test_the_exact_first_token_does_not_count(self) -> None:
         counts = [0, 4, 2, 1, 1]  # windows with 0, 1, 2, 3, 4 right tokens
-        assert CorrectLengths.of_validation(counts, 3).survival == (0.5, 0.25, 0.125)
-        assert CorrectLengths.of_validation(counts, 2).survival == (0.5, 0.25)
+        assert CorrectLengths.from_validation(counts, 3).survival == (0.5, 0.25, 0.125)
+        assert CorrectLengths.from_validation(counts, 2).survival == (0.5, 0.25)
 
     def test_longer_drafts_go_on_as_those_of_validation_end(self) -> None:
-        assert CorrectLengths.of_validation([0, 5, 4, 1], 4).survival == pytest.approx((0.5, 0.1, 0.02, 0.004))
+        assert CorrectLengths.from_validation([0, 5, 4, 1], 4).survival == pytest.approx((0.5, 0.1, 0.02, 0.004))
 
     def test_without_validation_it_is_a_guess(self) -> None:
-        assert CorrectLengths.of_validation(None, 2) == CorrectLengths.geometric(0.6, 2)
+        assert CorrectLengths.from_validation(None, 2) == CorrectLengths.geometric(0.6, 2)

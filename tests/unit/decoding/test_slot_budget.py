@@ -22,7 +22,7 @@ class TestBestBudget:
         costs = CallCosts((1, 56), (1.0, 4.0))
         found = best_budget(LENGTHS, costs)
         assert 1 < found < 56
-        rates = [expected_tokens(LENGTHS, budget) / costs.of(budget) for budget in range(1, 57)]
+        rates = [expected_tokens(LENGTHS, budget) / costs.seconds_for(budget) for budget in range(1, 57)]
         assert max(rates) == rates[found - 1]
 
 

@@ -216,7 +216,7 @@ class TestEndOfText:
             settings = replace(open_ended, end_of_text=frozenset({end}))
             decoded = accelerated(predictor, settings, drafter=forced(text, probability_right))
             assert decoded.token_ids == reference(predictor, settings) == text[: text.index(end) + 1]
-            assert decoded.finished == "eos"
+            assert decoded.finish_reason == "eos"
 
     def test_a_draft_that_goes_on_after_the_end_is_correct_up_to_the_end(self) -> None:
         predictor = small()
@@ -238,7 +238,7 @@ class TestEndOfText:
             return torch.full(auxiliaries.shape, absent)
 
         decoded = accelerated(predictor, settings, drafter=end_at_once)
-        assert (decoded.token_ids, decoded.finished) == (text, "length")
+        assert (decoded.token_ids, decoded.finish_reason) == (text, "length")
 
 
 class TestRoom:

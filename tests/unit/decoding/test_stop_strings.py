@@ -65,7 +65,7 @@ def test_every_decoder_ends_at_the_same_token(decoder: str) -> None:
         )
         assert found.text == "".join(streamed) == before_first(full.text, [string])
         assert found.token_ids == tokens == full.token_ids[: len(tokens)]
-        assert found.finished == "stop"
+        assert found.finish_reason == "stop"
         assert string in TOKENIZER.decode(tokens) and string not in TOKENIZER.decode(tokens[:-1])
         ends.add(len(tokens))
     assert len(ends) > 3
@@ -76,8 +76,8 @@ def test_one_text_of_a_batch_stops_and_the_others_go_on() -> None:
     full = generate_batch(PREDICTOR, ["def ", "class"], **options)
     string = next(letter for letter in full[0].text[1:12] if letter != "\ufffd" and letter not in full[1].text)
     stopped, other = generate_batch(PREDICTOR, ["def ", "class"], stop=[string], **options)
-    assert stopped.finished == "stop" and len(stopped.token_ids) < 20
-    assert (other.token_ids, other.finished) == (full[1].token_ids, "length")
+    assert stopped.finish_reason == "stop" and len(stopped.token_ids) < 20
+    assert (other.token_ids, other.finish_reason) == (full[1].token_ids, "length")
 
 
 def test_an_empty_stop_string_is_refused() -> None:

@@ -36,7 +36,7 @@ class TestGenerate:
             assert fast.text == reference.text
             assert reference.accepted_per_call == 1
             # Two calls commit two tokens at least, or one where the text ends.
-            assert fast.num_calls <= fast.num_tokens + (fast.finished == "eos")
+            assert fast.num_calls <= fast.num_tokens + (fast.finish_reason == "eos")
 
     def test_the_method_of_the_predictor_is_the_same(self) -> None:
         method = small().generate("def ", tokenizer=TOKENIZER, max_new_tokens=20, seed=2)
@@ -44,7 +44,7 @@ class TestGenerate:
 
     def test_result(self) -> None:
         result = continue_text()
-        assert (result.prompt, result.num_tokens, result.finished) == ("def ", 20, "length")
+        assert (result.prompt, result.num_tokens, result.finish_reason) == ("def ", 20, "length")
         assert result.text == TOKENIZER.decode(result.token_ids)
         assert result.accepted_per_call == 20 / result.num_calls
         assert result.seconds > 0
@@ -71,7 +71,7 @@ class TestGenerate:
         end = open_ended.token_ids[7]
         result = continue_text(end_of_text=[end])
         assert result.token_ids == open_ended.token_ids[: open_ended.token_ids.index(end) + 1]
-        assert result.finished == "eos"
+        assert result.finish_reason == "eos"
         detokenizer = IncrementalDetokenizer(TOKENIZER, [1])
         assert detokenizer.push([*TOKENIZER.encode("a"), END_OF_TEXT_ID]) + detokenizer.flush() == "a"
 

@@ -1,0 +1,186 @@
+"""Packed linear layers compute what plain ones do, whatever happens to their weights, and leave no trace."""
+
+import copy
+import gc
+import io
+import pickle
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+
+import pytest
+import torch
+from torch import nn
+
+from ptp_lightning.models.layers import packed_linear
+from ptp_lightning.models.layers.packed_linear import MIN_WEIGHT_SIZE, PackedWeights
+
+WIDTH = 256
+assert WIDTH * 2 * WIDTH == MIN_WEIGHT_SIZE
+
+
+Make = Callable[..., nn.Linear]
+
+
+@pytest.fixture
+def linear() -> Iterator[Make]:
+    """Makes layers that use packed weights until the end of the test."""
+    with ExitStack() as stack:
+
+        def make(bias: bool = True) -> nn.Linear:
+            torch.manual_seed(0)
+            layer = nn.Linear(WIDTH, 2 * WIDTH, bias=bias)
+            stack.enter_context(PackedWeights().in_use(layer))
+            return layer
+
+        yield make
+
+
+def plain(layer: nn.Linear, rows: torch.Tensor) -> torch.Tensor:
+    return nn.functional.linear(rows, layer.weight, layer.bias)
+
+
+def is_packed(layer: nn.Module) -> bool:
+    return "forward" in vars(layer)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 2), (3, 1), (2, 17), (7,), (0, 3)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_results_are_those_of_the_plain_layer(linear: Make, shape: tuple[int, ...], bias: bool) -> None:
+    layer, rows = linear(bias), torch.randn(*shape, WIDTH)
+    assert is_packed(layer)
+    with torch.inference_mode():
+        torch.testing.assert_close(layer(rows), plain(layer, rows), rtol=1e-5, atol=1e-5)
+
+
+def test_rows_that_are_not_contiguous(linear: Make) -> None:
+    layer, rows = linear(), torch.randn(2, WIDTH, 5).transpose(1, 2)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(rows), plain(layer, rows), rtol=1e-5, atol=1e-5)
+
+
+def test_one_token_takes_the_plain_way_bit_for_bit(linear: Make) -> None:
+    layer, token = linear(), torch.randn(1, 1, WIDTH)
+    with torch.no_grad():
+        assert torch.equal(layer(token), plain(layer, token))
+
+
+def test_several_tokens_take_the_packed_way(linear: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, rows = linear(), torch.randn(4, WIDTH)
+    with torch.no_grad():
+        layer(rows)
+        monkeypatch.setattr(nn.functional, "linear", None)
+        layer(rows)
+
+
+@pytest.mark.parametrize("how", ["in place", "loaded", "replaced"])
+def test_it_follows_when_weights_change(linear: Make, how: str) -> None:
+    layer, rows = linear(), torch.randn(4, WIDTH)
+    with torch.no_grad():
+        before = layer(rows)
+        if how == "in place":
+            layer.weight.mul_(2)
+        elif how == "loaded":
+            layer.load_state_dict({"weight": 2 * layer.weight, "bias": layer.bias})
+        else:
+            layer.weight = nn.Parameter(2 * layer.weight)
+        after = layer(rows)
+        torch.testing.assert_close(after, plain(layer, rows), rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(before, after, rtol=1e-2)
+
+
+def test_another_number_format_takes_the_plain_way(linear: Make) -> None:
+    layer, rows = linear(), torch.randn(4, WIDTH)
+    with torch.no_grad():
+        layer(rows)
+        layer.bfloat16()
+        assert torch.equal(layer(rows.bfloat16()), plain(layer, rows.bfloat16()))
+
+
+def test_gradients_are_those_of_the_plain_layer(linear: Make) -> None:
+    layer, rows = linear(), torch.randn(4, WIDTH)
+    layer(rows).square().sum().backward()
+    found = layer.weight.grad
+    expected = torch.autograd.grad(plain(layer, rows).square().sum(), layer.weight)[0]
+    assert found is not None and torch.equal(found, expected)
+
+
+def test_weights_without_a_version_take_the_plain_way(linear: Make) -> None:
+    with torch.inference_mode():
+        layer, rows = linear(), torch.randn(4, WIDTH)
+        layer(rows)
+        layer.weight.mul_(2)
+        assert torch.equal(layer(rows), plain(layer, rows))
+
+
+def test_copies_have_weights_of_their_own(linear: Make) -> None:
+    layer, rows = linear(), torch.randn(4, WIDTH)
+    with torch.no_grad():
+        before = layer(rows)
+        copied = copy.deepcopy(layer)
+        copied.weight.mul_(2)
+        torch.testing.assert_close(copied(rows), plain(copied, rows), rtol=1e-5, atol=1e-5)
+        assert torch.equal(layer(rows), before)
+
+
+def test_a_whole_module_can_be_saved(linear: Make) -> None:
+    layer, rows, file = linear(), torch.randn(4, WIDTH), io.BytesIO()
+    with torch.no_grad():
+        before = layer(rows)
+        torch.save(layer, file)
+        file.seek(0)
+        assert torch.equal(torch.load(file, weights_only=False)(rows), before)
+
+
+def test_small_layers_and_large_models_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed_weights = PackedWeights()
+    small = nn.Linear(WIDTH, 2 * WIDTH - 1)
+    with packed_weights.in_use(small):
+        assert not is_packed(small)
+    monkeypatch.setattr(packed_linear, "MAX_TOTAL_BYTES", 4 * MIN_WEIGHT_SIZE)
+    allowed, large = nn.Linear(WIDTH, 2 * WIDTH), nn.Sequential(*[nn.Linear(WIDTH, 2 * WIDTH) for _ in range(2)])
+    with packed_weights.in_use(allowed), packed_weights.in_use(large):
+        assert is_packed(allowed)
+        assert not any(is_packed(layer) for layer in large)
+
+
+def test_an_inner_block_changes_nothing() -> None:
+    layer, packed_weights = nn.Linear(WIDTH, 2 * WIDTH), PackedWeights()
+    with packed_weights.in_use(layer):
+        forward = layer.forward
+        with packed_weights.in_use(layer):
+            assert layer.forward is forward
+        assert layer.forward is forward
+
+
+@pytest.mark.parametrize("interrupted", [True, False])
+def test_nothing_is_left_on_the_layer(interrupted: bool) -> None:
+    layer = nn.Linear(WIDTH, 2 * WIDTH)
+    before = set(vars(layer))
+    with suppress(KeyboardInterrupt), PackedWeights().in_use(layer):
+        assert is_packed(layer)
+        if interrupted:
+            raise KeyboardInterrupt
+    assert set(vars(layer)) == before
+
+
+def test_weights_are_packed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though they are in use in one block after the other."""
+    layer, rows, packed_weights = nn.Linear(WIDTH, 2 * WIDTH), torch.randn(4, WIDTH), PackedWeights()
+    pack, packed = packed_linear._pack, []
+    monkeypatch.setattr(packed_linear, "_pack", lambda weight: packed.append(weight) or pack(weight))
+    for _ in range(3):
+        with torch.no_grad(), packed_weights.in_use(layer):
+            layer(rows)
+    assert len(packed) == 1
+
+
+def test_packed_weights_go_with_their_layer_and_stay_out_of_copies() -> None:
+    layer, packed_weights = nn.Linear(WIDTH, 2 * WIDTH), PackedWeights()
+    with torch.no_grad(), packed_weights.in_use(layer):
+        layer(torch.randn(4, WIDTH))
+    assert len(packed_weights._by_layer) == 1
+    for copied in (copy.deepcopy(packed_weights), pickle.loads(pickle.dumps(packed_weights))):
+        assert not copied._by_layer
+    del layer
+    gc.collect()
+    assert not packed_weights._by_layer
