@@ -37,11 +37,13 @@ def prepare_for_decoding(network: PredictorNetwork) -> Iterator[None]:
 
 @contextmanager
 def _eval_mode(network: nn.Module) -> Iterator[None]:
-    """Dropout off inside the block; afterwards every module is in the mode that it was in."""
-    modes = [(module, module.training) for module in network.modules()]
-    network.eval()
+    """Eval mode inside the block; afterwards every module is in the mode that it was in."""
+    # Sets the flags itself: `network.eval()` sets that of every module, which takes as long as several calls.
+    training = [module for module in network.modules() if module.training]
+    for module in training:
+        module.training = False
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for module in training:
+            module.training = True
