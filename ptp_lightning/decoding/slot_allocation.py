@@ -53,7 +53,7 @@ class CorrectLengths:
         """
         total = np.asarray(counts, dtype=float)
         if total.size < 2 or not (total >= 0).all() or not total.sum() > 0:
-            raise ValueError(f"expected numbers of windows with 0, 1, .. correct slots, found {list(counts)}")
+            raise ValueError(f"expected counts of windows with 0, 1, .. correct slots, found {list(counts)}")
         at_least = total[::-1].cumsum()[::-1]
         return cls(tuple(float(share) for share in at_least[1:] / at_least[0]))
 

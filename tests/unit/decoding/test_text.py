@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from ptp_lightning.decoding import Generation, generate, generate_batch
 from ptp_lightning.decoding.text import INCOMPLETE, IncrementalDetokenizer, end_of_text_ids
 from ptp_lightning.models.network import PredictorNetwork
+from ptp_lightning.predictor import ParallelTokenPredictor
 from ptp_lightning.sampling import SamplingConfig
 from tests.helpers.byte_tokenizer import END_OF_TEXT_ID, byte_tokenizer
 from tests.helpers.tiny_predictors import tiny_predictor
@@ -39,7 +40,7 @@ class TestGenerate:
             assert fast.num_calls <= fast.num_tokens + (fast.finish_reason == "eos")
 
     def test_the_method_of_the_predictor_is_the_same(self) -> None:
-        method = small().generate("def ", tokenizer=TOKENIZER, max_new_tokens=20, seed=2)
+        method = ParallelTokenPredictor(small()).generate("def ", tokenizer=TOKENIZER, max_new_tokens=20, seed=2)
         assert method.token_ids == continue_text(seed=2).token_ids
 
     def test_result(self) -> None:
