@@ -43,10 +43,10 @@ class TextsByPrompt:
         self.rows: list[int] = []
 
     def __call__(self, slot_logits: Tensor, auxiliaries: Tensor, starts: Sequence[int]) -> Tensor:
-        places = range(auxiliaries.shape[1])
+        offsets = range(auxiliaries.shape[1])
         rows = [[self.texts[row], start] for row, start in zip(self.rows, starts, strict=True)]
-        drafts = [[[*text, *[0] * 99][start + k] for k in places] for text, start in rows]
-        wrong = [[(start + k) % 4 == row % 4 for k in places] for row, (_, start) in zip(self.rows, rows, strict=True)]
+        drafts = [[[*text, *[0] * 99][start + k] for k in offsets] for text, start in rows]
+        wrong = [[(start + k) % 4 == row % 4 for k in offsets] for row, (_, start) in zip(self.rows, rows, strict=True)]
         return (torch.tensor(drafts) + torch.tensor(wrong)) % VOCABULARY
 
 

@@ -47,7 +47,7 @@ def test_positions_and_attention(lengths: list[int]) -> None:
                     other, place_there = slots[column - num_tokens]
                     sees = is_slot and other == anchor and place_there <= offset
                 else:
-                    sees = False  # behind the end of a shorter row
+                    sees = False  # after the end of a shorter row
                 assert mask[row, 0, query, key] == sees, (row, query, key)
 
 

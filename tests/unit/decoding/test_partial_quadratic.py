@@ -34,7 +34,7 @@ LENGTHS = CorrectLengths.geometric(0.6, 5)
 
 @cache
 def small(family: str = "llama", objective: str = "categorical", student: str = "gated_lora") -> PredictorNetwork:
-    """Decoding changes nothing in a predictor, so tests share them; "conditioned" is told the sampling settings."""
+    """Decoding changes nothing in a predictor, so tests share them; "conditioned" gets the sampling settings."""
     sampling_range = None
     if student == "conditioned":
         student, sampling_range = "gated_lora", SamplingRange(0.3, 1.2, 0.1, (None,), (1.0,))
@@ -70,15 +70,15 @@ def test_text_is_the_reference_text(family: str, objective: str, sampling: str) 
         assert decoded(predictor, settings).token_ids == reference(predictor, settings)
 
 
-@pytest.mark.parametrize("probability_right", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("acceptance_rate", [0.0, 0.7, 1.0])
 @pytest.mark.parametrize("student", STUDENTS)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_forced_drafts_change_nothing(family: str, student: str, probability_right: float) -> None:
+def test_forced_drafts_change_nothing(family: str, student: str, acceptance_rate: float) -> None:
     predictor = small(family, student=student)
     for seed, (window_length, budget) in enumerate([(2, 3), (3, 2), (7, 16), (16, 64)]):
         settings = GenerationSettings(SAMPLING["truncated"], 23, seed, frozenset(), window_length, budget)
         text = reference(predictor, settings)
-        draft = ForcedDraft([text], probability_right, VOCABULARY)
+        draft = ForcedDraft([text], acceptance_rate, VOCABULARY)
         lengths = CorrectLengths.geometric(0.8, 15)
         found = decoded(predictor, settings, drafter=draft, lengths=lengths)
         assert found.token_ids == text
@@ -129,14 +129,14 @@ class TestCounting:
         assert max(decoded(predictor, settings, drafter=draft).correct_per_cycle) == 3
 
 
-@pytest.mark.parametrize("probability_right", [0.0, 0.7, 1.0])
-def test_text_ends_where_the_reference_ends(probability_right: float) -> None:
+@pytest.mark.parametrize("acceptance_rate", [0.0, 0.7, 1.0])
+def test_text_ends_where_the_reference_ends(acceptance_rate: float) -> None:
     predictor = small()
     open_ended = GenerationSettings(max_new_tokens=24, seed=5, window_length=6)
     text = reference(predictor, open_ended)
     for end in dict.fromkeys(text):  # as first, middle and last token of what a call commits
         settings = replace(open_ended, end_of_text=frozenset({end}))
-        found = decoded(predictor, settings, drafter=ForcedDraft([text], probability_right, VOCABULARY))
+        found = decoded(predictor, settings, drafter=ForcedDraft([text], acceptance_rate, VOCABULARY))
         assert found.token_ids == text[: text.index(end) + 1]
         assert found.finish_reason == "eos"
 
@@ -146,8 +146,8 @@ def test_the_last_position_of_the_model_can_be_filled(family: str) -> None:
     predictor = tiny_predictor(family, vocab_size=VOCABULARY, max_position_embeddings=16)
     settings = GenerationSettings(max_new_tokens=11, window_length=16, slot_budget=64)
     text = reference(predictor, settings)
-    for right in (0.0, 1.0):
-        draft = ForcedDraft([text], right, VOCABULARY)
+    for acceptance_rate in (0.0, 1.0):
+        draft = ForcedDraft([text], acceptance_rate, VOCABULARY)
         lengths = CorrectLengths.geometric(0.9, 15)
         assert decoded(predictor, settings, drafter=draft, lengths=lengths).token_ids == text
 
@@ -156,7 +156,7 @@ def test_the_last_position_of_the_model_can_be_filled(family: str) -> None:
 @pytest.mark.parametrize("student", [*STUDENTS, "conditioned"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_slot_logits_are_those_of_training(family: str, student: str, objective: str) -> None:
-    """In the first pass and in each round: a branch knows the right part of the draft and no other branch."""
+    """In the first pass and each refinement step: a branch sees the correct part of the draft and no other branch."""
     predictor = small(family, objective, student)
     settings = GenerationSettings(max_new_tokens=16, window_length=5, slot_budget=12)
     u = pad(settings.auxiliaries(1, torch.device("cpu")), (0, 9))
@@ -171,7 +171,7 @@ def test_slot_logits_are_those_of_training(family: str, student: str, objective:
         expected = slot_logits_of_training(predictor, text, first, of_window, passes[-1] if passes else None)
         torch.testing.assert_close(slot_logits, expected, atol=1e-4, rtol=1e-4)
         draft = text[:, first + 1 : first + 1 + num_slots].clone()
-        draft[0, 1:] = (draft[0, 1:] + start + len(passes)) % VOCABULARY  # the first is right, the rest mostly not
+        draft[0, 1:] = (draft[0, 1:] + start + len(passes)) % VOCABULARY  # the first is correct, the rest mostly not
         passes.append(draft)
         return draft
 

@@ -60,7 +60,7 @@ class TestAllocate:
 
 class TestCorrectLengths:
     def test_of_counts(self) -> None:
-        lengths = CorrectLengths.from_counts([5, 3, 0, 2])  # windows with 0, 1, 2, 3 right slots
+        lengths = CorrectLengths.from_counts([5, 3, 0, 2])  # windows with 0, 1, 2, 3 correct slots
         assert lengths.survival == (0.5, 0.2, 0.2)
         assert lengths.probabilities(2).tolist() == pytest.approx([0.5, 0.3, 0.2])
         assert lengths.expected(2) == pytest.approx(0.7)
@@ -79,8 +79,8 @@ class TestCorrectLengths:
 
 class TestExpectedTokens:
     def test_a_draft_of_one_token(self) -> None:
-        # One slot. After a right draft (1/2) or a wrong one it is worth the same; ties go to the first branch, so there
-        # is a draft after a wrong one or none, and none after a right one: a draft in 2/3 of all calls.
+        # One slot. After a correct draft (1/2) or a wrong one it is worth the same; ties go to the first branch, so
+        # there is a draft after a wrong one or none, and none after a correct one: a draft in 2/3 of all calls.
         assert draft_length_distribution(CorrectLengths((0.5,)), 1).tolist() == pytest.approx([1 / 3, 2 / 3])
         assert expected_tokens(CorrectLengths((0.5,)), 1) == pytest.approx(1 + 2 / 3 * 1 / 2)
 
@@ -97,7 +97,7 @@ class TestExpectedTokens:
 
 class TestOfValidation:
     def test_the_exact_first_token_does_not_count(self) -> None:
-        counts = [0, 4, 2, 1, 1]  # windows with 0, 1, 2, 3, 4 right tokens
+        counts = [0, 4, 2, 1, 1]  # windows with 0, 1, 2, 3, 4 correct tokens
         assert CorrectLengths.from_validation(counts, 3).survival == (0.5, 0.25, 0.125)
         assert CorrectLengths.from_validation(counts, 2).survival == (0.5, 0.25)
 

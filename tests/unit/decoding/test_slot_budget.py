@@ -15,7 +15,7 @@ class TestBestBudget:
         found = best_budget(LENGTHS, CallCosts((1, 56), (1.0, 1.0)))
         assert expected_tokens(LENGTHS, found) == pytest.approx(expected_tokens(LENGTHS, 56))
 
-    def test_a_slow_device_does_not_propose_too_much(self) -> None:
+    def test_a_slow_device_does_not_draft_too_much(self) -> None:
         assert best_budget(LENGTHS, CallCosts((1, 56), (1.0, 56.0))) == 1
 
     def test_between_both(self) -> None:

@@ -37,8 +37,8 @@ SAMPLING = {
 FAMILIES = ["llama", "qwen2", "gpt2", "gpt_neox"]
 
 
-def forced(text: list[int], probability_right: float) -> ForcedDraft:
-    return ForcedDraft([text], probability_right, VOCABULARY)
+def forced(text: list[int], acceptance_rate: float) -> ForcedDraft:
+    return ForcedDraft([text], acceptance_rate, VOCABULARY)
 
 
 @cache
@@ -96,7 +96,7 @@ def test_text_is_the_reference_text(family: str, objective: str, sampling: str) 
 @pytest.mark.parametrize("sampling", [*SAMPLING, "hot"])
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_text_of_a_predictor_for_many_settings_is_the_reference_text(objective: str, sampling: str) -> None:
-    """Whatever the slots are told of the settings: inside the range they were trained for, or outside."""
+    """Whatever settings the slots are conditioned on: inside the range they were trained for, or outside."""
     predictor = conditioned(objective)
     config = SamplingConfig(2.0, top_k=3) if sampling == "hot" else SAMPLING[sampling]
     settings = GenerationSettings(config, 21, window_length=6)
@@ -152,15 +152,15 @@ def test_drafts_of_the_tested_students_are_both_right_and_wrong() -> None:
     assert cycles[1] > 0 and sum(cycles.values()) - cycles[1] > 5
 
 
-@pytest.mark.parametrize("probability_right", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("acceptance_rate", [0.0, 0.7, 1.0])
 @pytest.mark.parametrize("sampling", SAMPLING)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_forced_drafts_change_nothing(family: str, sampling: str, probability_right: float) -> None:
+def test_forced_drafts_change_nothing(family: str, sampling: str, acceptance_rate: float) -> None:
     predictor = small(family)
     for seed, window_length in enumerate((2, 3, 7, 16)):
         settings = GenerationSettings(SAMPLING[sampling], 23, seed, window_length=window_length)
         text = reference(predictor, settings)
-        assert accelerated(predictor, settings, drafter=forced(text, probability_right)).token_ids == text
+        assert accelerated(predictor, settings, drafter=forced(text, acceptance_rate)).token_ids == text
 
 
 class TestCounting:
@@ -206,15 +206,15 @@ class TestCounting:
 
 
 class TestEndOfText:
-    @pytest.mark.parametrize("probability_right", [0.0, 0.7, 1.0])
+    @pytest.mark.parametrize("acceptance_rate", [0.0, 0.7, 1.0])
     @pytest.mark.parametrize("window_length", [2, 8])
-    def test_text_ends_where_the_reference_ends(self, window_length: int, probability_right: float) -> None:
+    def test_text_ends_where_the_reference_ends(self, window_length: int, acceptance_rate: float) -> None:
         predictor = small()
         open_ended = GenerationSettings(max_new_tokens=24, seed=5, window_length=window_length)
         text = reference(predictor, open_ended)
         for end in dict.fromkeys(text):  # as first, middle, last and bonus token of windows
             settings = replace(open_ended, end_of_text=frozenset({end}))
-            decoded = accelerated(predictor, settings, drafter=forced(text, probability_right))
+            decoded = accelerated(predictor, settings, drafter=forced(text, acceptance_rate))
             assert decoded.token_ids == reference(predictor, settings) == text[: text.index(end) + 1]
             assert decoded.finish_reason == "eos"
 
@@ -222,12 +222,12 @@ class TestEndOfText:
         predictor = small()
         settings = GenerationSettings(max_new_tokens=24, seed=5, window_length=8)
         text = reference(predictor, settings)
-        place = next(k for k, token_id in enumerate(text) if k in (2, 3, 4) and token_id not in text[:k])
-        settings = replace(settings, end_of_text=frozenset({text[place]}))
+        position = next(k for k, token_id in enumerate(text) if k in (2, 3, 4) and token_id not in text[:k])
+        settings = replace(settings, end_of_text=frozenset({text[position]}))
         decoded = accelerated(predictor, settings, drafter=forced(text, 1.0))
-        assert decoded.correct_per_cycle == [place + 1]  # tokens 0 .. place
+        assert decoded.correct_per_cycle == [position + 1]  # tokens 0 .. position
 
-    def test_a_proposed_end_that_is_wrong_ends_nothing(self) -> None:
+    def test_a_drafted_end_that_is_wrong_ends_nothing(self) -> None:
         predictor = small()
         settings = GenerationSettings(max_new_tokens=12, window_length=4)
         text = reference(predictor, settings)
@@ -252,9 +252,9 @@ class TestRoom:
     def test_the_last_position_of_the_model_can_be_filled(self, family: str) -> None:
         predictor = tiny_predictor(family, vocab_size=VOCABULARY, max_position_embeddings=16)
         settings = GenerationSettings(max_new_tokens=11, window_length=16)
-        for right in (0.0, 1.0):
+        for acceptance_rate in (0.0, 1.0):
             text = reference(predictor, settings)
-            assert accelerated(predictor, settings, drafter=forced(text, right)).token_ids == text
+            assert accelerated(predictor, settings, drafter=forced(text, acceptance_rate)).token_ids == text
         for decode in (decode_autoregressively, decode_speculatively):
             with pytest.raises(ValueError, match=r"max_new_tokens <= 16 .* found 5 \+ 12: lower max_new_tokens"):
                 decode(predictor, [PROMPT], replace(settings, max_new_tokens=12))
@@ -266,12 +266,12 @@ class TestRoom:
 
 
 class TestSlots:
-    """Exactness cannot tell whether slots get their own u, place and context; agreement with training can."""
+    """Exactness cannot tell whether slots get their own u, position and context; agreement with training can."""
 
     @pytest.mark.parametrize("objective", OBJECTIVES)
     @pytest.mark.parametrize("family", FAMILIES)
     def test_slot_logits_are_those_of_training(self, family: str, objective: str) -> None:
-        """Of the first pass and of each round, which is told the draft of the pass before."""
+        """Of the first pass and of each refinement step, which is conditioned on the draft of the pass before."""
         predictor = small(family, objective)
         settings = GenerationSettings(max_new_tokens=14, window_length=5)
         u = settings.auxiliaries(1, torch.device("cpu"))
@@ -286,23 +286,23 @@ class TestSlots:
             of_window = u[:, start - 1 : start + num_slots]
             expected = slot_logits_of_training(predictor, text, first, of_window, earlier[-1] if earlier else None)
             torch.testing.assert_close(slot_logits, expected, atol=1e-4, rtol=1e-4)
-            right = text[:, first + 1 : first + 1 + num_slots]
-            # Right in the first window and then wrong; another draft in every round.
-            earlier.append((right + (start > 1) * (len(earlier) + 1)) % VOCABULARY)
+            correct = text[:, first + 1 : first + 1 + num_slots]
+            # Right in the first window and then wrong; another draft in every refinement step.
+            earlier.append((correct + (start > 1) * (len(earlier) + 1)) % VOCABULARY)
             return earlier[-1]
 
         accelerated(predictor, settings, drafter=compare)
         assert list(drafts) == [1, 7, 9, 11]  # 6 tokens, then 2 a cycle; the last two need no slot
-        rounds = predictor.num_refinement_steps  # a window of two slots cannot use more than two
+        steps = predictor.num_refinement_steps  # a window of two slots cannot use more than two
         assert [len(passes) for passes in drafts.values()] == [
-            1 + rounds,
-            1 + rounds,
-            1 + rounds,
-            1 + min(rounds, 2),
+            1 + steps,
+            1 + steps,
+            1 + steps,
+            1 + min(steps, 2),
         ]
 
-    @pytest.mark.parametrize(("order", "told"), [("descending", 0.0), ("vocabulary", 0.5), ("embedding", 0.5)])
-    def test_greedy_slots_are_told_a_likely_u(self, order: str, told: float) -> None:
+    @pytest.mark.parametrize(("order", "expected"), [("descending", 0.0), ("vocabulary", 0.5), ("embedding", 0.5)])
+    def test_greedy_slots_carry_a_likely_u(self, order: str, expected: float) -> None:
         predictor = small()
         settings = GenerationSettings(SamplingConfig(temperature=0, order=order), 6, window_length=4)  # pyright: ignore[reportArgumentType]
         seen: list[float] = []
@@ -311,7 +311,7 @@ class TestSlots:
         )
         accelerated(predictor, settings, drafter=forced(reference(predictor, settings), 1.0))
         hook.remove()
-        assert set(seen) == {told}
+        assert set(seen) == {expected}
 
 
 def test_the_decoder_leaves_the_gate_closed_after_an_error() -> None:

@@ -1,4 +1,4 @@
-"""The context of a batch: what a propose call leaves of the base model's own hidden states, and of the cache."""
+"""The context of a batch: a drafting call leaves the base model's own hidden states and the cache as they are."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ INPUT_IDS = torch.tensor([[5, 9, 7, 3, 8, 2, 6]])
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.inference_mode()
-def test_context_tokens_of_a_propose_call_keep_their_bits(dtype: torch.dtype) -> None:
+def test_context_tokens_of_a_drafting_call_keep_their_bits(dtype: torch.dtype) -> None:
     """Slots stand in the same call with the gate open, and are refined; the tokens before them must not notice."""
     predictor = tiny_predictor(dtype=dtype)
     settings = GenerationSettings(predictor.config.sampling)

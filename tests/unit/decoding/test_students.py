@@ -34,12 +34,12 @@ def small(student: str, family: str = "llama", objective: str = "categorical") -
 
 
 def forced(text: list[int], wrong: set[int]) -> Any:
-    """A drafter of the right tokens, except at some places of the new text."""
+    """A drafter of the correct tokens, except at some positions of the new text."""
 
     def draft(slot_logits: Tensor, auxiliaries: Tensor, starts: Sequence[int]) -> Tensor:
         (start,) = starts
-        places = range(start, start + auxiliaries.shape[1])
-        return torch.tensor([[(text[place] + (place in wrong)) % VOCABULARY for place in places]])
+        positions = range(start, start + auxiliaries.shape[1])
+        return torch.tensor([[(text[position] + (position in wrong)) % VOCABULARY for position in positions]])
 
     return draft
 
@@ -95,7 +95,7 @@ def test_every_call_counts(student: str, max_new_tokens: int, monkeypatch: pytes
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @by_student
 def test_slot_logits_are_those_of_training(student: str, family: str) -> None:
-    """After right and wrong drafts: the copy has read what was committed, and nothing else."""
+    """After correct and wrong drafts: the copy has read what was committed, and nothing else."""
     predictor = small(student, family)
     settings = GenerationSettings(max_new_tokens=14, window_length=5)
     u = settings.auxiliaries(1, torch.device("cpu"))
@@ -105,13 +105,13 @@ def test_slot_logits_are_those_of_training(student: str, family: str) -> None:
     def compare(slot_logits: Tensor, auxiliaries: Tensor, starts: Sequence[int]) -> Tensor:
         (start,) = starts
         first, num_slots = len(PROMPT) + start - 1, auxiliaries.shape[1]
-        right = text[:, first + 1 : first + 1 + num_slots]
+        correct = text[:, first + 1 : first + 1 + num_slots]
         if start not in seen:  # not yet refined
             seen.append(start)
             of_window = u[:, start - 1 : start + num_slots]
             expected = slot_logits_of_training(predictor, text, first, of_window, None)
             torch.testing.assert_close(slot_logits, expected, atol=1e-4, rtol=1e-4)
-        return (right + (start > 1)) % VOCABULARY  # right in the first window only
+        return (correct + (start > 1)) % VOCABULARY  # correct in the first window only
 
     assert decode_one(decode_speculatively, predictor, settings, drafter=compare).token_ids == text[0, 5:].tolist()
     assert seen == [1, 7, 9, 11]

@@ -43,7 +43,7 @@ def test_each_phase_ends_with_its_lap(decode: Decode, cycle: dict[str, int]) -> 
     num_cycles = len(decoded.correct_per_cycle) or len(decoded.token_ids)
     assert set(timer.seconds) == set(PHASES)
     for phase, laps_of_cycle in cycle.items():
-        # The last cycle has nothing to propose, or nothing to verify.
+        # The last cycle has nothing to draft, or nothing to verify.
         assert 0 <= laps_of_cycle * num_cycles - timer.seconds[phase] <= laps_of_cycle
 
 
