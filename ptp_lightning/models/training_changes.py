@@ -31,7 +31,8 @@ def prepare_for_training(model: PreTrainedModel, student: Student, lora: LoraSet
     gate and without gradients the model computes the same as before, bit for bit.
 
     Activation checkpointing (`checkpoint_layers`) and compilation (`compile_layers`) are options of the training
-    modules. What decoding changes is listed in a function of its own.
+    modules. What decoding changes is listed in
+    `ptp_lightning.decoding.preparation.prepare_for_decoding`.
 
     Args:
         model: the base model.
