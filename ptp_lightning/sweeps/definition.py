@@ -12,7 +12,7 @@ from optuna.distributions import distribution_to_json
 
 from ptp_lightning.sweeps.attributes import DEFINITION
 from ptp_lightning.sweeps.study import Study, short_name
-from ptp_lightning.utils.renamed_keys import current_class_path, current_key
+from ptp_lightning.utils.renamed_keys import RENAMED_KEYS, current_class_path, current_key
 
 # Keys of the base configuration that do not change results, or that the study sets.
 NOT_COMPARED = (
@@ -75,14 +75,22 @@ def require_same(stored: optuna.Study, definition: Mapping[str, Any]) -> None:
 def with_current_names(definition: Mapping[str, Any]) -> dict[str, Any]:
     """A stored definition of any version with the names of today, flattened.
 
-    >>> with_current_names({"base": {"refiner": {"rounds": 3}}})
-    {'base.refiner.num_refinement_steps': 3}
+    >>> with_current_names({"base": {"refiner": {"rounds": 3}}, "objective": {"metric": "best_of_{num_proposals}"}})
+    {'base.refiner.num_refinement_steps': 3, 'objective.metric': 'best_of_{num_drafts}'}
     """
+    ignored = tuple(f"base.{path}" for path in NOT_COMPARED)
     return {
-        current_key(key): current_class_path(value) if isinstance(value, str) else value
+        current_key(key): _current_value(key, value)
         for key, value in flattened(definition).items()
-        if not _is_below(key, tuple(f"base.{path}" for path in NOT_COMPARED))
+        if not _is_below(key, ignored)
     }
+
+
+def _current_value(key: str, value: Any) -> Any:
+    if key == "objective.metric":  # with names of parameters in braces
+        for old, new in RENAMED_KEYS.items():
+            value = value.replace(f"{{{short_name(old)}}}", f"{{{short_name(new)}}}")
+    return current_class_path(value) if isinstance(value, str) else value
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
