@@ -20,7 +20,7 @@ def prepare_for_training(model: PreTrainedModel, student: Student, lora: LoraSet
        before its window and the slots before it. One mask over all slots of a row would be quadratic in their number.
     2. *Norms and rotary attention* (`SUPPORTED_NORMS`, `SUPPORTED_ATTENTION`) are replaced by versions with fewer
        intermediates. Together they take 19 to 23 % off the peak memory of a step with 64 windows on a CPU, at equal
-       speed; each alone takes 5 to 10 %, because what it saves is lost in holes of the heap.
+       speed: norms alone take off 5 to 7 %, attention alone 12 to 13 %.
     3. If the student is an adapter, each adapted *linear layer* becomes a `GatedLoraLinear`: its update acts on slots
        only, and context tokens get the base model's hidden states, bit for bit.
     4. With an adapter, *SwiGLU MLPs* (`SUPPORTED_MLPS`) become a `GatedLoraMLP`, which saves x, gate(x) and up(x) for
