@@ -27,7 +27,7 @@ FIRST_FORMAT_VERSION = 1
 
 RENAMED_WEIGHTS = {"slot_encoder.token_places": "slot_encoder.token_ranks"} | {
     f"slot_encoder.{old}.{weight}": f"slot_encoder.{new}.{weight}"
-    for old, new in {"settings": "sampling_embedding", "refiner_settings": "refiner_sampling_embedding"}.items()
+    for old, new in {"settings": "sampling_encoder", "refiner_settings": "refiner_sampling_encoder"}.items()
     for weight in ("inner.weight", "inner.bias", "outer.weight")
 }
 """Names in `PredictorNetwork.trainable_state`: before and now."""

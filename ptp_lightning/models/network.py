@@ -18,7 +18,7 @@ from ptp_lightning.models.context import Context
 from ptp_lightning.models.layers.packed_linear import PackedWeights
 from ptp_lightning.models.refiner.lower_layers import LowerLayers
 from ptp_lightning.models.refiner.refiner import Refiner, RefinerContext
-from ptp_lightning.models.slots.sampling_embedding import SamplingEmbedding
+from ptp_lightning.models.slots.sampling_encoder import SamplingEncoder
 from ptp_lightning.models.slots.slot_encoder import SlotEncoder
 from ptp_lightning.models.token_order import require_permutation, similar_tokens_together
 from ptp_lightning.models.training_changes import prepare_for_training
@@ -66,9 +66,9 @@ class PredictorNetwork(nn.Module):
         if config.refiner.num_layers:
             self.slot_encoder.refiner = Refiner(backbone, config.refiner)
         if config.sampling_range is not None:
-            self.slot_encoder.sampling_embedding = SamplingEmbedding(*table.shape)
+            self.slot_encoder.sampling_encoder = SamplingEncoder(*table.shape)
             if config.refiner.num_layers:
-                self.slot_encoder.refiner_sampling_embedding = SamplingEmbedding(*table.shape)
+                self.slot_encoder.refiner_sampling_encoder = SamplingEncoder(*table.shape)
         if config.sampling.order == "embedding":
             ranks = similar_tokens_together(table) if token_ranks is None else token_ranks.clone()
             require_permutation(ranks, len(table))
@@ -176,8 +176,8 @@ class PredictorNetwork(nn.Module):
     def embed_slots(self, auxiliaries: Tensor, sampling: SamplingConfig) -> Tensor:
         """Input embeddings of slots: `[..., L]` float64 in [0, 1) to `[..., L - 1, H]`."""
         slots = self.slot_encoder(sampling.slot_auxiliaries(auxiliaries))
-        embedding = self.slot_encoder.sampling_embedding
-        return slots if embedding is None else slots + embedding(sampling)
+        encoder = self.slot_encoder.sampling_encoder
+        return slots if encoder is None else slots + encoder(sampling)
 
     def encode(
         self, batch: PackedBatch, sampling: SamplingConfig | None = None, end_of_text: int | None = None
@@ -267,8 +267,8 @@ class PredictorNetwork(nn.Module):
 
     def refiner_conditioning(self, sampling: SamplingConfig) -> Tensor | None:
         """Embedding `[H]` of the sampling settings for the refiner; None if it is trained for one setting alone."""
-        embedding = self.slot_encoder.refiner_sampling_embedding
-        return None if embedding is None else embedding(sampling)
+        encoder = self.slot_encoder.refiner_sampling_encoder
+        return None if encoder is None else encoder(sampling)
 
     def embed_draft(self, token_ids: Tensor) -> Tensor:
         """The refiner's input for drafted tokens, `[...]` to `[..., H]`; zeros if it is not conditioned on them."""

@@ -10,7 +10,8 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-# Parameters of embedding tables: Muon and weight decay are for matrices of linear layers only.
+# Parts of names of embeddings (of tokens, positions and auxiliaries), which get neither Muon nor weight decay. Renaming
+# a module in or out of this list changes how it is trained.
 EMBEDDING_NAMES = ("embed", "wte", "wpe")
 
 

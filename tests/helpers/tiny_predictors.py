@@ -72,6 +72,6 @@ def tiny_predictor(
                 parameter.normal_(std=0.1)
             elif name.startswith("student_copy"):
                 parameter += 0.05 * torch.randn_like(parameter)
-            elif ("refiner" in name or "sampling_embedding" in name) and not parameter.any():
+            elif ("refiner" in name or "sampling_encoder" in name) and not parameter.any():
                 parameter.normal_(std=0.2)
     return predictor.eval()

@@ -8,7 +8,7 @@ from ptp_lightning.models.refiner.refiner import Refiner
 from ptp_lightning.models.slots.auxiliary_embedding import AuxiliaryEmbedding
 from ptp_lightning.models.slots.auxiliary_features import AuxiliaryFeatures
 from ptp_lightning.models.slots.objectives import Objective
-from ptp_lightning.models.slots.sampling_embedding import SamplingEmbedding
+from ptp_lightning.models.slots.sampling_encoder import SamplingEncoder
 
 
 class SlotEncoder(nn.Module):
@@ -25,8 +25,8 @@ class SlotEncoder(nn.Module):
 
     Attributes:
         refiner: layers after the stack, if there are any. This and the following are set by `PredictorNetwork`.
-        sampling_embedding: conditions slots on the sampling settings, if the predictor is trained for several.
-        refiner_sampling_embedding: the same for the refiner.
+        sampling_encoder: conditions slots on the sampling settings, if the predictor is trained for several.
+        refiner_sampling_encoder: the same for the refiner.
         token_ranks: `[V]` int64, the order "embedding" if slots are trained in it (see `Sampler`).
     """
 
@@ -47,8 +47,8 @@ class SlotEncoder(nn.Module):
             AuxiliaryEmbedding(features, head, table.shape[1], scale) for _ in range(objective.num_inputs)
         )
         self.refiner: Refiner | None = None
-        self.sampling_embedding: SamplingEmbedding | None = None
-        self.refiner_sampling_embedding: SamplingEmbedding | None = None
+        self.sampling_encoder: SamplingEncoder | None = None
+        self.refiner_sampling_encoder: SamplingEncoder | None = None
         self.token_ranks: Tensor | None
         self.register_buffer("token_ranks", None)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ptp_lightning.models import PredictorConfig, PredictorNetwork
-from ptp_lightning.models.slots.sampling_embedding import SamplingEmbedding
+from ptp_lightning.models.slots.sampling_encoder import SamplingEncoder
 from ptp_lightning.models.slots.sampling_range import SamplingRange
 from ptp_lightning.sampling import SamplingConfig
 from tests.helpers.tiny_predictors import tiny_predictor
@@ -101,19 +101,19 @@ class TestRange:
             assert PredictorConfig.from_dict(config.to_dict()) == config
 
 
-class TestEmbedding:
+class TestSamplingEncoder:
     def test_says_nothing_before_it_is_trained(self) -> None:
-        embedding = SamplingEmbedding(64, 8)
-        assert embedding(BASE).tolist() == [0.0] * 8
-        embedding(BASE).sum().backward()
-        assert embedding.outer.weight.grad is not None and embedding.outer.weight.grad.any()
+        encoder = SamplingEncoder(64, 8)
+        assert encoder(BASE).tolist() == [0.0] * 8
+        encoder(BASE).sum().backward()
+        assert encoder.outer.weight.grad is not None and encoder.outer.weight.grad.any()
 
     def test_features(self) -> None:
-        embedding = SamplingEmbedding(64, 8)
-        assert embedding.features(SamplingConfig(0.7, 8, 0.9)) == pytest.approx([0, 0.7, 0.5, 0.9])
-        all_tokens = [embedding.features(SamplingConfig(0.7, top_k)) for top_k in (None, 64, 100)]
+        encoder = SamplingEncoder(64, 8)
+        assert encoder.features(SamplingConfig(0.7, 8, 0.9)) == pytest.approx([0, 0.7, 0.5, 0.9])
+        all_tokens = [encoder.features(SamplingConfig(0.7, top_k)) for top_k in (None, 64, 100)]
         assert all_tokens == [pytest.approx([0, 0.7, 1, 1])] * 3
-        assert embedding.features(SamplingConfig(0.0, 8, 0.9)) == embedding.features(SamplingConfig(0.0))
+        assert encoder.features(SamplingConfig(0.0, 8, 0.9)) == encoder.features(SamplingConfig(0.0))
 
 
 def hidden_states(
@@ -156,15 +156,15 @@ class TestPredictor:
         predictor = tiny_predictor()
         before, after = (hidden_states(predictor, SamplingConfig(t, k)) for t, k in ((0.5, 3), (2.0, None)))
         assert all(map(torch.equal, before, after))
-        assert not [name for name in predictor.trainable_state() if "sampling_embedding" in name]
+        assert not [name for name in predictor.trainable_state() if "sampling_encoder" in name]
 
     @torch.no_grad()
-    def test_an_untrained_embedding_changes_nothing(self) -> None:
+    def test_an_untrained_encoder_changes_nothing(self) -> None:
         predictor, plain = tiny_predictor(sampling_range=SamplingRange(top_k=(None,), top_p=(1.0,))), tiny_predictor()
         state = predictor.trainable_state()
         plain.load_trainable_state({name: state[name] for name in plain.trainable_state()})
         for name, weight in predictor.named_parameters():
-            if name.endswith("sampling_embedding.outer.weight"):
+            if name.endswith("sampling_encoder.outer.weight"):
                 weight.zero_()
         found, expected = (hidden_states(of, SamplingConfig(0.5)) for of in (predictor, plain))
         assert all(map(torch.equal, found, expected))

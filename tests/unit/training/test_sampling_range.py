@@ -15,6 +15,7 @@ from ptp_lightning.models.slots.objectives import Objective
 from ptp_lightning.models.slots.sampling_range import SamplingRange
 from ptp_lightning.sampling import Sampler, SamplingConfig
 from ptp_lightning.training.modules.distillation import DistillationModule, sampling_label
+from ptp_lightning.training.optimization import OptimizerSettings, configure
 from ptp_lightning.training.windows.dataset_windows import DatasetWindows
 from ptp_lightning.training.windows.student_windows import StudentWindows
 from ptp_lightning.training.windows.teacher_windows import TeacherWindows
@@ -24,6 +25,16 @@ from tests.helpers.tiny_distillation import by_objective, make_module, make_trai
 
 RANGE = SamplingRange(0.5, 1.5, greedy_probability=0.3, top_k=(4, 8), top_p=(0.8, 0.9))
 USUAL = SamplingConfig(temperature=0.8, top_k=8, top_p=0.9)
+
+
+def test_muon_trains_the_sampling_encoders() -> None:
+    """Their names must not contain that of an embedding, which AdamW trains."""
+    module = make_module(sampling_range=RANGE)
+    chosen: Any = configure(OptimizerSettings("muon"), module.predictor.named_parameters(), total_steps=10)
+    muon = {id(parameter) for parameter in chosen["optimizer"].optimizers[0].param_groups[0]["params"]}
+    trained = {name for name, parameter in module.predictor.named_parameters() if id(parameter) in muon}
+    for encoder in ("sampling_encoder", "refiner_sampling_encoder"):
+        assert {f"slot_encoder.{encoder}.inner.weight", f"slot_encoder.{encoder}.outer.weight"} <= trained
 
 
 def record_settings(module: DistillationModule) -> list[SamplingConfig]:
@@ -53,7 +64,7 @@ class TestTraining:
         make_trainer(tmp_path, max_steps=5, limit_val_batches=0).fit(module, datamodule=tiny_data())
         changed = {name for name, value in weights(module).items() if not torch.equal(value, before[name])}
         assert len(losses) == 5 and all(torch.tensor(losses).isfinite())
-        for name in ("sampling_embedding", "refiner_sampling_embedding"):
+        for name in ("sampling_encoder", "refiner_sampling_encoder"):
             assert f"slot_encoder.{name}.outer.weight" in changed
 
     def test_every_batch_draws_and_the_same_run_draws_the_same(self, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""SamplingEmbedding: conditions slots on the sampling settings, for adapters that are trained for several.
+"""SamplingEncoder: conditions slots on the sampling settings, for adapters that are trained for several.
 
 The token that u picks depends on temperature, top-k and top-p. A student that is conditioned on them can imitate the
 teacher under all of these settings.
@@ -16,14 +16,14 @@ from ptp_lightning.sampling import SamplingConfig
 HIDDEN_UNITS = 64
 
 
-class SamplingEmbedding(nn.Module):
+class SamplingEncoder(nn.Module):
     """Temperature, top-k and top-p to a vector that is added to the input of slots; zero at initialisation.
 
     Args:
         vocab_size: V, the value of top-k if all tokens are kept.
         hidden_size: H, width of the model.
 
-    >>> SamplingEmbedding(vocab_size=100, hidden_size=8)(SamplingConfig(temperature=0.7, top_k=50)).shape
+    >>> SamplingEncoder(vocab_size=100, hidden_size=8)(SamplingConfig(temperature=0.7, top_k=50)).shape
     torch.Size([8])
     """
 
