@@ -22,8 +22,8 @@ HELP = """usage: python -m ptp_lightning COMMAND [options]
   test         measure a checkpoint on the test split: --config ... --ckpt_path P
   plan         estimate the memory of a training step: --config ... [--gpus 8] [--memory 80GB] [--backbone 7b] [--json]
   pregenerate  sample completions of a teacher to train on: --config ... --output DIR [--num_completions 4 ...]
-  generate     continue text: --prompt TEXT | --prompts FILE [--ckpt_path P] [--temperature 0.7 ...] [--json]
-  evaluate     compare decoders on a benchmark: --output DIR [--benchmark spec_bench --questions FILE] [--ckpt_path P]
+  generate     continue text: --prompt TEXT | --prompts FILE [--model NAME | --ckpt_path P] [--temperature 0.7 ...]
+  evaluate     compare decoders on a benchmark: --output DIR [--benchmark spec_bench --questions FILE] [--model NAME]
   sweep        run or report an ablation study: run losses [--full] [--jobs 2]
   export       write an adapter folder for PEFT: --ckpt_path P --output DIR [--dtype bfloat16] [--overwrite]
 

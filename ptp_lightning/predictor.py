@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Self
 
 from ptp_lightning.decoding.generation import Generation
 from ptp_lightning.decoding.text import DecoderName, generate
-from ptp_lightning.export.checkpoint import load_network, save_network
-from ptp_lightning.models.backbone import BackboneSettings
+from ptp_lightning.export.checkpoint import DtypeName, load_network, save_network
 from ptp_lightning.models.config import PredictorConfig
 from ptp_lightning.models.network import PredictorNetwork
 from ptp_lightning.sampling import SamplingConfig
@@ -36,9 +35,26 @@ class ParallelTokenPredictor:
         self.network = network
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path | None = None, *, backbone: BackboneSettings | None = None) -> Self:
-        """An exported folder or a checkpoint, in eval mode; arguments and errors as in `load_network`."""
-        return cls(load_network(folder, backbone=backbone))
+    def from_pretrained(
+        cls,
+        folder: str | Path | None = None,
+        *,
+        dtype: DtypeName | torch.dtype = "auto",
+        base: str | Path | None = None,
+    ) -> Self:
+        """A predictor in eval mode, on the CPU; further errors as in `load_network`.
+
+        Args:
+            folder: an exported folder, a checkpoint, or the name of an adapter that ships with the package: "code", the
+                default, or "smollm2".
+            dtype: of the base model, "float32" or "bfloat16"; "auto" is that of the training.
+            base: a folder or hub id of a sibling of the base model, a fine-tune for instance, to use instead of it.
+
+        Raises:
+            ValueError: `dtype` is none of these, or the adapter does not fit `base`; names what differs.
+            FileNotFoundError: there is no such folder, checkpoint or base model.
+        """
+        return cls(load_network(folder, dtype=dtype, base=base))
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None, overwrite: bool = False) -> None:
         """Write a folder for `from_pretrained`, which PEFT opens too; arguments and errors as in `save_network`."""

@@ -17,6 +17,7 @@ from ptp_lightning.decoding.slot_budget import measure_best_budget
 from ptp_lightning.decoding.stop_strings import StopStrings
 from ptp_lightning.decoding.text import DecoderName, encode_prompt, end_of_text_ids, generate_batch, tokenizer_of
 from ptp_lightning.export.checkpoint import load_network
+from ptp_lightning.export.options import add_predictor_options, predictor_source
 from ptp_lightning.models.network import PredictorNetwork
 from ptp_lightning.sampling import SamplingConfig
 from ptp_lightning.utils.user_errors import refused_options
@@ -39,13 +40,14 @@ def run(args: Sequence[str]) -> None:
         options = _parser().parse_args(list(args))
     except ArgumentError as error:
         raise refused_options("generate", error) from error
+    source = predictor_source(options)
     prompts = _prompts(options.prompt, options.prompts)
     StopStrings(options.stop)  # refuses an empty one
     if options.batch_size < 1:
         raise ValueError(f"expected --batch_size >= 1, found {options.batch_size}")
     settings = _settings(options)  # refuses values out of range before the model is loaded
     device = select_device(options.device)
-    predictor = load_network(options.ckpt_path).to(device)
+    predictor = load_network(source, dtype=options.dtype, base=options.base).to(device)
     tokenizer = tokenizer_of(predictor)
     for number, prompt in enumerate(prompts, start=1):
         try:
@@ -128,7 +130,7 @@ def _parser() -> ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--ckpt_path", type=str, help="Lightning checkpoint or exported folder; by default the embedded adapter")
+    add_predictor_options(parser)
     add("--prompt", type=str, help="text to continue; if it begins with a dash, write --prompt=-TEXT")
     add("--prompts", type=str, help="file with one prompt per line")
     add("--max_new_tokens", type=int, default=64, help="the text ends here or at an end-of-text token")

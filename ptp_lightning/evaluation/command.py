@@ -36,9 +36,9 @@ from ptp_lightning.evaluation.report import Report
 from ptp_lightning.evaluation.runner import EvaluationPlan, prompt_of
 from ptp_lightning.evaluation.runner import run as run_plan
 from ptp_lightning.evaluation.summary import OVERALL, scores
-from ptp_lightning.export.checkpoint import load_network, read_predictor
+from ptp_lightning.export.checkpoint import load_network
+from ptp_lightning.export.options import add_predictor_options, predictor_source
 from ptp_lightning.models.backbone import load_backbone
-from ptp_lightning.models.config import PredictorConfig
 from ptp_lightning.models.network import PredictorNetwork
 from ptp_lightning.utils.user_errors import refused_options
 
@@ -63,6 +63,7 @@ def run(args: Sequence[str]) -> None:
         options = _parser().parse_args(list(args))
     except ArgumentError as error:
         raise refused_options("evaluate", error) from error
+    source = predictor_source(options)
     for name in ("limit", "seeds"):
         if options[name] is not None and options[name] < 1:
             raise ValueError(f"expected --{name} >= 1, found {options[name]}")
@@ -70,7 +71,7 @@ def run(args: Sequence[str]) -> None:
     settings = GenerationSettings(max_new_tokens=options.max_new_tokens)  # checked before the model is loaded
 
     device = select_device(options.device)
-    predictor = _load(options.ckpt_path, options.dtype).to(device).eval()
+    predictor = load_network(source, dtype=options.dtype, base=options.base).to(device).eval()
     tokenizer = tokenizer_of(predictor)
     settings = _complete_settings(settings, options, predictor, end_of_text_ids(predictor, tokenizer))
     temperatures = options.temperatures or [predictor.config.sampling.temperature]
@@ -92,13 +93,6 @@ def run(args: Sequence[str]) -> None:
     report = _report(plan, decoders, predictor, tokenizer, file, description)
     report.write(file.records.values(), folder)
     print(_summary(report, folder))
-
-
-def _load(path: str | None, dtype: Literal["float32", "bfloat16"] | None) -> PredictorNetwork:
-    if dtype is None:
-        return load_network(path)
-    backbone = PredictorConfig.from_dict(read_predictor(path).config).backbone
-    return load_network(path, backbone=replace(backbone, dtype=dtype))
 
 
 def _complete_settings(
@@ -138,7 +132,8 @@ def _describe(
         weights.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     content = repr([(question.question_id, question.turns) for question in plan.questions])
     return {
-        "checkpoint": options.ckpt_path or "the embedded adapter",
+        "checkpoint": predictor_source(options) or "the embedded adapter",
+        "base": options.base,
         "weights": weights.hexdigest()[:HASH_LENGTH],
         "benchmark": options.benchmark,
         "questions": options.questions,
@@ -252,7 +247,7 @@ def _parser() -> ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--ckpt_path", type=str, help="Lightning checkpoint or exported folder; by default the embedded adapter")
+    add_predictor_options(parser)
     add("--benchmark", type=Literal[tuple(BENCHMARKS)], default=HELD_OUT_CODE, help="format of the questions")
     add("--questions", type=str, help="file of the benchmark, as published; not needed for held_out_code")
     add("--output", type=str, required=True, help="folder of the report")
@@ -269,7 +264,6 @@ def _parser() -> ArgumentParser:
     add("--temperatures", type=float, nargs="+", help="0 is greedy; by default that of the adapter")
     add("--top_k", type=int, help="by default that of the adapter")
     add("--top_p", type=float, help="by default that of the adapter")
-    add("--dtype", type=Literal["float32", "bfloat16"], help="of the base model; by default as in training")
     add("--device", type=str, default="auto", help="auto uses a GPU if there is one")
     add("--window_length", type=int, help="tokens drafted per cycle; by default as in training")
     add(

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -28,21 +28,33 @@ from ptp_lightning.export.migrations import (
     require_known_format,
 )
 from ptp_lightning.export.model_card import model_card
-from ptp_lightning.models.backbone import BackboneSettings
+from ptp_lightning.export.other_base import (
+    BASE_KEY,
+    require_same_shapes,
+    require_same_tokenizer,
+    warn_of_other_weights,
+)
+from ptp_lightning.export.packaged_adapters import (
+    DEFAULT_ADAPTER,
+    PACKAGED_ADAPTERS,
+    SETTINGS_FILE,
+    packaged_adapter_folder,
+)
+from ptp_lightning.models.backbone import BackboneSettings, load_backbone
 from ptp_lightning.models.config import PredictorConfig
 from ptp_lightning.models.network import TOKEN_RANKS, PredictorNetwork
 from ptp_lightning.models.students import GatedLoraStudent
-from ptp_lightning.utils.pretrained import PATH_KEY, clear_errors, embedded_folder, few, listing
+from ptp_lightning.utils.pretrained import PATH_KEY, clear_errors, few, listing
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-EMBEDDED_ADAPTER = "embedded_adapter"
 ADAPTER_NAME = "default"
+DtypeName = Literal["auto", "float32", "bfloat16"]
+DTYPES: tuple[str, ...] = get_args(DtypeName)
 PREDICTOR_FOLDER = "predictor"  # of an export that brings its base model
 
-SETTINGS_FILE = "predictor.json"
 SLOT_ENCODER_FILE = "slot_encoder.safetensors"
 ADAPTER_FILE = "adapter_model.safetensors"
 CARD_FILE = "README.md"
@@ -70,24 +82,31 @@ class StoredPredictor(NamedTuple):
     training: dict[str, Any]
 
 
-def load_network(path: str | Path | None = None, *, backbone: BackboneSettings | None = None) -> PredictorNetwork:
+def load_network(
+    path: str | Path | None = None, *, dtype: DtypeName | torch.dtype = "auto", base: str | Path | None = None
+) -> PredictorNetwork:
     """A trained predictor in eval mode, on the CPU.
 
     Args:
-        path: a Lightning checkpoint of a module that trains a predictor, an exported folder, or None for the adapter
-            that ships with the package.
-        backbone: replaces the stored settings, if the base model has moved or another dtype is wanted.
+        path: a Lightning checkpoint of a module that trains a predictor, an exported folder, or the name of an adapter
+            that ships with the package (`PACKAGED_ADAPTERS`), by default "code".
+        dtype: of the base model's weights, "float32" or "bfloat16"; "auto" is that of the training.
+        base: a folder, a GGUF file or an id of the hub in place of the stored path of the base model: the same model
+            elsewhere, or a sibling such as a fine-tune. Architecture, sizes and tokenizer must be those of the
+            adapter's own base model. Other weights are a warning, because drafts may then be worse.
 
     Raises:
         FileNotFoundError: a file of the predictor or of its base model is missing.
-        ValueError: a file cannot be read, or weights, settings and base model do not belong together.
+        ValueError: an argument is out of range, a file cannot be read, or weights, settings and base model do not
+            belong together.
     """
-    return build_network(read_predictor(path), backbone)
+    return build_network(read_predictor(path), dtype=dtype, base=base)
 
 
 def read_predictor(path: str | Path | None = None) -> StoredPredictor:
     """Read what `load_network` needs; arguments and errors as there, without those about the base model."""
-    target = embedded_folder(EMBEDDED_ADAPTER) if path is None else Path(path).expanduser()
+    path = DEFAULT_ADAPTER if path is None else path
+    target = packaged_adapter_folder(str(path)) if path in PACKAGED_ADAPTERS else Path(path).expanduser()
     if (target / PREDICTOR_FOLDER / SETTINGS_FILE).is_file():
         stored = _read_folder(target / PREDICTOR_FOLDER)
         backbone = {"path": str(target), "dtype": stored.config["backbone"]["dtype"]}
@@ -97,14 +116,19 @@ def read_predictor(path: str | Path | None = None) -> StoredPredictor:
     if target.is_file():
         return _read_checkpoint(target)
     raise FileNotFoundError(
-        f"expected a Lightning checkpoint or an exported folder at {target}, found nothing: set {CHECKPOINT_KEY}"
+        f"expected a Lightning checkpoint or an exported folder at {target}, found nothing: set {CHECKPOINT_KEY}, or "
+        f"model to the name of a packaged adapter ({', '.join(PACKAGED_ADAPTERS)})"
     )
 
 
 def build_network(
-    stored: StoredPredictor, backbone: BackboneSettings | None = None, model: PreTrainedModel | None = None
+    stored: StoredPredictor,
+    *,
+    dtype: DtypeName | torch.dtype = "auto",
+    base: str | Path | None = None,
+    model: PreTrainedModel | None = None,
 ) -> PredictorNetwork:
-    """Build the network of a stored predictor; `backbone` and errors as in `load_network`.
+    """Build the network of a stored predictor; `dtype`, `base` and errors as in `load_network`.
 
     A `model` that is already loaded is used as the base model: its linear layers get the adapter.
     """
@@ -112,13 +136,33 @@ def build_network(
         config = PredictorConfig.from_dict(stored.config)
     except ValueError as error:
         raise ValueError(f"{stored.path}: {error}") from error
-    config = config if backbone is None else replace(config, backbone=backbone)
-    predictor = PredictorNetwork(config, model, token_ranks=_stored_order(stored, config))
+    trained_with = config.backbone
+    config = replace(config, backbone=_backbone(config, dtype, base))
+    if model is None:
+        model = load_backbone(config.backbone, key=BASE_KEY)
+    try:
+        predictor = PredictorNetwork(config, model, token_ranks=_stored_order(stored, config))
+    except ValueError as error:
+        if base is None:
+            raise
+        raise ValueError(f"the adapter {stored.path} does not fit {base}: {error}: set {BASE_KEY}") from error
+    if base is not None:
+        require_same_shapes(predictor.trainable_state(), stored.state, str(base))
     if predictor.base_fingerprint != stored.base_fingerprint:
-        raise ValueError(
-            f"expected the base model that {stored.path} was trained on (fingerprint {stored.base_fingerprint[:12]}), "
-            f"found another base model at {predictor.config.backbone.path!r} ({predictor.base_fingerprint[:12]}): set "
-            f"{PATH_KEY} (in Python, pass backbone=BackboneSettings(path=...))"
+        if base is None:
+            raise ValueError(
+                f"expected the base model that {stored.path} was trained on (fingerprint "
+                f"{stored.base_fingerprint[:12]}), found another base model at {config.backbone.path!r} "
+                f"({predictor.base_fingerprint[:12]}): set {BASE_KEY} to where the former is, or to this one to use "
+                "the adapter on it all the same"
+            )
+        same_tokenizer = require_same_tokenizer(trained_with, config.backbone)
+        warn_of_other_weights(
+            str(stored.path),
+            stored.base_fingerprint,
+            str(base),
+            predictor.base_fingerprint,
+            same_tokenizer=same_tokenizer,
         )
     try:
         predictor.load_trainable_state(stored.state)
@@ -126,6 +170,22 @@ def build_network(
         raise ValueError(f"{stored.path}: {error}") from error
     predictor.prefix_counts = stored.training.get("prefix_counts")
     return predictor.eval()
+
+
+def _backbone(config: PredictorConfig, dtype: DtypeName | torch.dtype, base: str | Path | None) -> BackboneSettings:
+    """The stored settings of the base model, or those that arguments of `load_network` ask for."""
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise ValueError(f"expected dtype to be one of {', '.join(DTYPES)}, found {name!r}: set dtype")
+    backbone = config.backbone
+    if base is not None:
+        if config.student.trains_base:
+            raise ValueError(
+                f"expected {BASE_KEY} for an adapter, found {type(config.student).__name__}, which has trained its "
+                f"base model: leave {BASE_KEY} out"
+            )
+        backbone = BackboneSettings(path=str(base), dtype=backbone.dtype)
+    return backbone if name == "auto" else replace(backbone, dtype=cast("Any", name))
 
 
 def save_network(

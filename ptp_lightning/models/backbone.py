@@ -56,11 +56,12 @@ class BackboneSettings:
             raise ValueError(f"{FROM_CONFIG_KEY} needs a model_type such as 'llama', found {sorted(self.from_config)}")
 
 
-def load_backbone(settings: BackboneSettings) -> "PreTrainedModel":
+def load_backbone(settings: BackboneSettings, *, key: str = PATH_KEY) -> "PreTrainedModel":
     """Load or build the model, in eval mode with SDPA attention and every parameter trainable.
 
     Args:
         settings: Where it comes from. Local paths never touch the network.
+        key: The configuration key of its path, for error messages.
 
     Raises:
         FileNotFoundError: The folder, the file, or its configuration or weights do not exist.
@@ -72,11 +73,11 @@ def load_backbone(settings: BackboneSettings) -> "PreTrainedModel":
     dtype = getattr(torch, settings.dtype)
     if settings.from_config is not None:
         return random_model(_config_from_dict(settings.from_config), dtype)
-    source = locate(settings.path, revision=settings.revision)
+    source = locate(settings.path, revision=settings.revision, key=key)
     is_local = "local_files_only" in source
     if is_local and "gguf_file" not in source:
-        _require_model_files(Path(source["pretrained_model_name_or_path"]), weights=not settings.random_weights)
-    with clear_errors(settings.path, PATH_KEY), quiet_transformers(progress_bar=not is_local):
+        _require_model_files(Path(source["pretrained_model_name_or_path"]), key, weights=not settings.random_weights)
+    with clear_errors(settings.path, key), quiet_transformers(progress_bar=not is_local):
         if settings.random_weights:
             config = AutoConfig.from_pretrained(**source)
             _drop_quantization(config)
@@ -86,7 +87,7 @@ def load_backbone(settings: BackboneSettings) -> "PreTrainedModel":
         )
     model, report = loaded
     if report["missing_keys"]:
-        raise ValueError(f"{PATH_KEY}={settings.path}: weights are missing for {few(report['missing_keys'])}")
+        raise ValueError(f"{key}={settings.path}: weights are missing for {few(report['missing_keys'])}")
     if report["unexpected_keys"]:
         warnings.warn(f"{settings.path}: unused weights: {few(report['unexpected_keys'])}", stacklevel=2)
     return _dequantized(model, dtype) if "gguf_file" in source else model.eval()
@@ -131,12 +132,12 @@ def _sampled_bytes(tensor: Tensor) -> bytes:
     return sample.cpu().view(torch.int16).numpy().tobytes()
 
 
-def _require_model_files(folder: Path, *, weights: bool) -> None:
+def _require_model_files(folder: Path, key: str, *, weights: bool) -> None:
     if not (folder / "config.json").is_file():
         hint = " (or to the .gguf file itself)" if any(folder.glob("*.gguf")) else ""
-        raise FileNotFoundError(f"expected config.json in {folder}, found {listing(folder)}: set {PATH_KEY}{hint}")
+        raise FileNotFoundError(f"expected config.json in {folder}, found {listing(folder)}: set {key}{hint}")
     if weights and not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
-        raise FileNotFoundError(f"expected *.safetensors weights in {folder}, found {listing(folder)}: set {PATH_KEY}")
+        raise FileNotFoundError(f"expected *.safetensors weights in {folder}, found {listing(folder)}: set {key}")
 
 
 def _config_from_dict(entries: dict[str, Any]) -> "PreTrainedConfig":

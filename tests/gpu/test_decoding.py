@@ -15,7 +15,7 @@ from ptp_lightning.decoding import (
 )
 from ptp_lightning.evaluation.near_ties import first_difference, is_explained_by_rounding
 from ptp_lightning.export.checkpoint import load_network
-from ptp_lightning.models import BackboneSettings, PredictorNetwork
+from ptp_lightning.models import PredictorNetwork
 from ptp_lightning.sampling import SamplingConfig
 from tests.helpers.tiny_predictors import tiny_predictor
 
@@ -37,7 +37,7 @@ NUM_TOKENS = 64
 def on_the_gpu(name: str, dtype: str) -> PredictorNetwork:
     """The shipped adapter with its trained model, or a tiny one of a family."""
     if name == SHIPPED:
-        return load_network(backbone=BackboneSettings(dtype=dtype)).to("cuda")  # pyright: ignore[reportArgumentType]
+        return load_network(dtype=dtype).to("cuda")  # pyright: ignore[reportArgumentType]
     return tiny_predictor(name, dtype=getattr(torch, dtype)).to("cuda")
 
 

@@ -66,7 +66,7 @@ class Evaluation:
 
 @pytest.fixture
 def evaluation(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Evaluation:
-    monkeypatch.setattr(command, "load_network", lambda path: PREDICTOR)
+    monkeypatch.setattr(command, "load_network", lambda path, **_: PREDICTOR)
     monkeypatch.setattr(command, "tokenizer_of", lambda predictor: TOKENIZER)
     monkeypatch.setattr(command, "load_backbone", plain_model)
     monkeypatch.delenv("PTP_TRACEBACK", raising=False)

@@ -10,8 +10,12 @@ import pytest
 from ptp_lightning import cli
 from ptp_lightning.decoding import CorrectLengths, GenerationSettings, command, generate, slot_budget
 from ptp_lightning.decoding.slot_budget import CallCosts
+from ptp_lightning.export import packaged_adapters
+from ptp_lightning.export.checkpoint import save_network
 from ptp_lightning.sampling import SamplingConfig
 from tests.helpers.byte_tokenizer import byte_tokenizer
+from tests.helpers.stored_predictors import trained
+from tests.helpers.tiny_models import tiny_llama
 from tests.helpers.tiny_predictors import tiny_predictor
 
 JSON_KEYS = ["prompt", "text", "token_ids", "num_calls", "num_tokens", "accepted_per_call", "seconds"]
@@ -53,7 +57,7 @@ class Shell:
 def shell(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Shell:
     shell = Shell(monkeypatch, capsys)
 
-    def load_network(path: str | None) -> object:
+    def load_network(path: str | None, **_: object) -> object:
         shell.loaded.append(path)
         return PREDICTOR
 
@@ -202,3 +206,40 @@ class TestHelp:
 
     def test_the_list_of_commands_names_generate(self) -> None:
         assert "\n  generate " in cli.HELP
+
+
+class TestPredictor:
+    """Which adapter, on which base model, in which dtype."""
+
+    def test_a_stored_adapter_in_another_dtype_on_another_base(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    ) -> None:
+        for name in ("base", "moved"):
+            tiny_llama(vocab_size=257).save_pretrained(tmp_path / name)
+            TOKENIZER.save_pretrained(tmp_path / name)
+        save_network(trained(tmp_path / "base"), tmp_path / "smollm2")
+        monkeypatch.setattr(packaged_adapters, "embedded_folder", tmp_path.joinpath)
+        shell = Shell(monkeypatch, capsys)
+        common = ["--prompt", "def ", "--max_new_tokens", "20"]
+        for dtype in ("float32", "bfloat16", "auto"):
+            (expected,) = shell.records("--model", "smollm2", "--dtype", dtype, *common)
+            for options in (
+                ["--ckpt_path", str(tmp_path / "smollm2")],
+                ["--model", "smollm2", "--base", str(tmp_path / "moved")],
+            ):
+                (record,) = shell.records(*options, "--dtype", dtype, *common)
+                assert record["token_ids"] == expected["token_ids"]
+
+    @pytest.mark.parametrize(
+        ("args", "message"),
+        [
+            (["--dtype", "float16"], "'float32'"),
+            (["--model", "llama"], "'smollm2'"),
+            (["--model", "code", "--ckpt_path", "x"], "one of --model and --ckpt_path, found both (code, x)"),
+        ],
+    )
+    def test_refused_options_name_what_is_allowed(self, shell: Shell, args: list[str], message: str) -> None:
+        output = shell("--prompt", "x", *args)
+        assert (output.status, output.out, shell.loaded) == (2, "", [])
+        assert output.err.startswith("error: ") and output.err.count("\n") == 1
+        assert message in output.err

@@ -14,7 +14,7 @@ from ptp_lightning.decoding import (
 )
 from ptp_lightning.evaluation.near_ties import first_difference, is_explained_by_rounding
 from ptp_lightning.export.checkpoint import load_network
-from ptp_lightning.models import BackboneSettings, PredictorNetwork
+from ptp_lightning.models import PredictorNetwork
 from ptp_lightning.sampling import SamplingConfig
 from tests.helpers.tiny_predictors import tiny_predictor
 
@@ -32,7 +32,7 @@ PROMPTS = ([9, 14, 6, 11, 20], [7] * 40, [31, 5], list(range(1, 31)), [12, 8, 8]
 def predictors(dtype: str) -> list[PredictorNetwork]:
     """The shipped adapter with its trained model, and tiny ones of each family."""
     tiny = [tiny_predictor(family, dtype=getattr(torch, dtype)) for family in FAMILIES]
-    return [load_network(backbone=BackboneSettings(dtype=dtype)), *tiny]  # pyright: ignore[reportArgumentType]
+    return [load_network(dtype=dtype), *tiny]  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.slow

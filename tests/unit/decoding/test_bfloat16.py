@@ -19,7 +19,6 @@ from ptp_lightning.decoding.batch_invariance import ATTENTION_NAME, batch_invari
 from ptp_lightning.decoding.lookahead import Lookahead
 from ptp_lightning.decoding.state import BatchContext
 from ptp_lightning.export.checkpoint import load_network
-from ptp_lightning.models.backbone import BackboneSettings
 from ptp_lightning.sampling import SamplingConfig
 from tests.helpers.tiny_decoding import PROMPT, Decode, decode_one, reference
 from tests.helpers.tiny_models import cast_weights, tiny_llama
@@ -43,7 +42,7 @@ def test_texts_are_the_reference_texts(family: str, decode: Decode) -> None:
 @torch.inference_mode()
 def test_hidden_states_of_the_shipped_model_do_not_depend_on_the_shape_of_the_call() -> None:
     """Bit for bit, with trained weights: a token alone, before a draft, and before a draft and slots."""
-    predictor = load_network(backbone=BackboneSettings(dtype="bfloat16"))
+    predictor = load_network(dtype="bfloat16")
     token_ids = torch.randint(5, 2000, (1, 120), generator=torch.Generator().manual_seed(0))
     settings = GenerationSettings(window_length=4)
     for length in range(60, 110, 10):

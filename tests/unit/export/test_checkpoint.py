@@ -17,7 +17,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from ptp_lightning.export import checkpoint
+from ptp_lightning.export import checkpoint, packaged_adapters
 from ptp_lightning.export.checkpoint import (
     ADAPTER_FILE,
     EXPORTED_FILES,
@@ -28,7 +28,6 @@ from ptp_lightning.export.checkpoint import (
     save_network,
 )
 from ptp_lightning.models import (
-    BackboneSettings,
     BinaryFeatures,
     CosineFeatures,
     LoraSettings,
@@ -138,8 +137,8 @@ class TestRoundTrip:
         assert '--ckpt_path "export"' in card
 
     def test_without_a_path_the_shipped_one(self, exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(checkpoint, "embedded_folder", lambda name: exported.with_name(f"{name} moved"))
-        with pytest.raises(FileNotFoundError, match="an exported folder at .*embedded_adapter moved, found nothing"):
+        monkeypatch.setattr(packaged_adapters, "embedded_folder", lambda name: exported.with_name(f"{name} moved"))
+        with pytest.raises(FileNotFoundError, match="the adapter 'code' .* at .*embedded_adapter moved, found nothing"):
             load_network()
         exported.rename(exported.with_name("embedded_adapter moved"))
         assert load_network().config.window_length == 4
@@ -147,21 +146,38 @@ class TestRoundTrip:
 
 class TestBaseModel:
     def test_another_one_is_refused(self, exported: Path, base: Path, other_base: Path) -> None:
-        moved = BackboneSettings(path=str(other_base))
-        with pytest.raises(ValueError, match=r"another base model at .*other_base.*: set predictor\.backbone\.path"):
-            load_network(exported, backbone=moved)
+        edit(exported, config=trained(base).config.to_dict() | {"backbone": {"path": str(other_base)}})
+        with pytest.raises(ValueError, match=r"another base model at .*other_base.*: set base"):
+            load_network(exported)
 
     def test_may_move(self, exported: Path, base: Path, tmp_path: Path) -> None:
         edit(exported, config=trained(base).config.to_dict() | {"backbone": {"path": str(tmp_path / "gone")}})
-        with pytest.raises(FileNotFoundError, match=r"model folder at .*gone, found nothing: set predictor\.backbone"):
+        with pytest.raises(FileNotFoundError, match=r"model folder at .*gone, found nothing: set base"):
             load_network(exported)
-        after = load_network(exported, backbone=BackboneSettings(path=str(base)))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            after = load_network(exported, base=base)
         assert torch.equal(slot_logits(after), slot_logits(trained(base)))
 
-    def test_may_be_rounded(self, exported: Path, base: Path) -> None:
-        after = load_network(exported, backbone=BackboneSettings(path=str(base), dtype="bfloat16"))
+    @pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16])
+    def test_may_be_rounded(self, exported: Path, dtype: Any) -> None:
+        after = load_network(exported, dtype=dtype)
         assert after.base_model.dtype == torch.bfloat16
+        assert after.config.backbone.dtype == "bfloat16"
         assert {weight.dtype for weight in after.trainable_state().values()} == {torch.float32}
+
+    def test_auto_is_the_dtype_of_the_training(self, base: Path, tmp_path: Path) -> None:
+        predictor = trained(base)
+        save_network(predictor, tmp_path / "half")
+        plain = predictor.config.to_dict()
+        edit(tmp_path / "half", config=plain | {"backbone": {"path": str(base), "dtype": "bfloat16"}})
+        for dtype, expected in (("auto", torch.bfloat16), ("float32", torch.float32)):
+            assert load_network(tmp_path / "half", dtype=dtype).base_model.dtype == expected  # pyright: ignore[reportArgumentType]
+
+    @pytest.mark.parametrize("dtype", ["float16", torch.float16, "half"])
+    def test_other_dtypes_are_refused(self, exported: Path, dtype: Any) -> None:
+        with pytest.raises(ValueError, match=r"one of auto, float32, bfloat16, found '(float16|half)': set dtype"):
+            load_network(exported, dtype=dtype)
 
 
 class TestBrokenFolder:

@@ -1,0 +1,37 @@
+"""Options of commands that open a predictor: which adapter, on which base model, in which dtype."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from ptp_lightning.export.checkpoint import DtypeName
+from ptp_lightning.export.packaged_adapters import DEFAULT_ADAPTER, PACKAGED_ADAPTERS
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
+
+
+def add_predictor_options(parser: ArgumentParser) -> None:
+    """Add `--model`, `--ckpt_path`, `--base` and `--dtype`."""
+    add = parser.add_argument
+    add(
+        "--model",
+        type=Literal[tuple(PACKAGED_ADAPTERS)],
+        help=f"an adapter that ships with the package; {DEFAULT_ADAPTER} if there is no --ckpt_path either",
+    )
+    add("--ckpt_path", type=str, help="Lightning checkpoint or exported folder, instead of --model")
+    add("--base", type=str, help="folder, .gguf file or hub id of a sibling of the base model to use instead of it")
+    add("--dtype", type=DtypeName, default="auto", help="of the base model; auto is that of the training")
+
+
+def predictor_source(options: Namespace) -> str | None:
+    """What `load_network` opens for the options; None for its default.
+
+    Raises:
+        ValueError: both `--model` and `--ckpt_path` are given.
+    """
+    if options.model is not None and options.ckpt_path is not None:
+        raise ValueError(
+            f"expected one of --model and --ckpt_path, found both ({options.model}, {options.ckpt_path}): leave one out"
+        )
+    return options.model if options.ckpt_path is None else options.ckpt_path
