@@ -266,7 +266,8 @@ def require_same_predictor(checkpoint: dict[str, Any], predictor: PredictorNetwo
             f"expected a checkpoint for the base model {predictor.config.backbone.path!r}, found one trained on other "
             f"base weights ({stored['config']['backbone']['path']!r}): set {PATH_KEY} or {CHECKPOINT_KEY}"
         )
-    own, trained = predictor.config, PredictorConfig.from_dict(stored["config"])
+    own = predictor.config
+    trained = PredictorConfig.from_dict(stored["config"], trusted_classes=own.class_paths())
     if type(trained.objective) is not type(own.objective):  # settings of its drafts may change after training
         raise ValueError(
             f"expected predictor.objective as configured, {own.objective}, found a checkpoint trained with "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -12,10 +13,13 @@ from ptp_lightning.models.slots.auxiliary_features import AuxiliaryFeatures
 from ptp_lightning.models.slots.continuous_features import CosineFeatures
 from ptp_lightning.models.slots.objectives import CategoricalObjective, Objective
 from ptp_lightning.models.slots.sampling_range import SamplingRange
+from ptp_lightning.models.stored_classes import class_path_of, require_trusted_classes, with_public_names
 from ptp_lightning.models.students import GatedLoraStudent, Student
 from ptp_lightning.sampling import SamplingConfig
 
-PUBLIC_HOME = "ptp_lightning.models"
+CHOSEN_BY_CLASS = ("objective", "features", "student")
+"""Fields of `PredictorConfig` that a configuration chooses by `class_path`."""
+TEXT_FIELDS = ("head",)
 
 
 @dataclass(frozen=True)
@@ -68,44 +72,36 @@ class PredictorConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `from_dict` and YAML files understand."""
-        chosen = {"objective": self.objective, "features": self.features, "student": self.student}
+        chosen = {name: getattr(self, name) for name in CHOSEN_BY_CLASS}
         return asdict(self) | {
-            name: {"class_path": _class_path(type(value)), "init_args": asdict(value)} for name, value in chosen.items()
+            name: {"class_path": class_path_of(part), "init_args": asdict(part)} for name, part in chosen.items()
         }
 
     @classmethod
-    def from_dict(cls, plain: dict[str, Any]) -> PredictorConfig:
+    def from_dict(cls, plain: dict[str, Any], *, trusted_classes: Collection[str] | None = ()) -> PredictorConfig:
         """Inverse of `to_dict`; also of data that name our classes by files where they stand or stood.
 
+        Args:
+            plain: the data.
+            trusted_classes: class paths that may be imported besides this package's own; None allows all.
+
         Raises:
-            ValueError: unknown keys or values of the wrong type.
+            ValueError: a class that is not trusted, unknown keys or values of the wrong type.
         """
         from jsonargparse import ArgumentParser
 
+        plain = with_public_names(plain)
+        if trusted_classes is not None:
+            require_trusted_classes(plain, TEXT_FIELDS, trusted_classes)
         parser = ArgumentParser(exit_on_error=False)
         parser.add_class_arguments(cls, "predictor")
         try:
-            plain = {key: _with_public_name(value) for key, value in plain.items()}
             return parser.instantiate(parser.parse_object({"predictor": plain}))["predictor"]
         except Exception as error:  # jsonargparse raises ArgumentError, TypeError or ValueError by cause
             raise ValueError(
                 f"expected the configuration of a predictor, found one that does not fit: {error}"
             ) from error
 
-
-def _class_path(chosen: type) -> str:
-    """As configurations name the class."""
-    return _public_name(f"{chosen.__module__}.{chosen.__qualname__}")
-
-
-def _with_public_name(entry: object) -> object:
-    """An entry of the plain data, whose class is renamed if it names one."""
-    if isinstance(entry, dict) and "class_path" in entry:
-        return entry | {"class_path": _public_name(entry["class_path"])}
-    return entry
-
-
-def _public_name(class_path: str) -> str:
-    """Our own classes by their public home, which stays when files are moved; others as they are."""
-    ours = class_path.startswith(f"{PUBLIC_HOME}.")
-    return f"{PUBLIC_HOME}.{class_path.rpartition('.')[2]}" if ours else class_path
+    def class_paths(self) -> set[str]:
+        """Class paths of the parts that a configuration chooses by class."""
+        return {class_path_of(getattr(self, name)) for name in CHOSEN_BY_CLASS}

@@ -18,6 +18,7 @@ EMBEDDED = "embedded"
 PATH_KEY = "predictor.backbone.path"
 TOKENIZER_KEY = "data.tokenizer"
 GGUF_MAGIC = b"GGUF"
+LOCAL = {"local_files_only": True, "trust_remote_code": False}
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
 
 
@@ -28,6 +29,8 @@ def embedded_folder(name: str = "embedded_teacher") -> Path:
 
 def locate(path: str, *, revision: str | None = None, key: str = PATH_KEY) -> dict[str, Any]:
     """Keyword arguments with which `from_pretrained` opens `path`; local files are opened without the network.
+
+    `trust_remote_code` is false: left out, transformers asks on the terminal whether to run a model's own code.
 
     Args:
         path: "embedded", the name of a packaged model ("smollm2"), a folder, a GGUF file, or a hub id.
@@ -40,21 +43,17 @@ def locate(path: str, *, revision: str | None = None, key: str = PATH_KEY) -> di
         ImportError: a GGUF file needs the package `gguf`.
     """
     if path in PACKAGED_MODELS:
-        return {"pretrained_model_name_or_path": str(packaged_folder(path, key=key)), "local_files_only": True}
+        return {"pretrained_model_name_or_path": str(packaged_folder(path, key=key)), **LOCAL}
     local = embedded_folder() if path == EMBEDDED else Path(path).expanduser()
     if local.is_dir():
-        return {"pretrained_model_name_or_path": str(local), "local_files_only": True}
+        return {"pretrained_model_name_or_path": str(local), **LOCAL}
     if local.is_file():
         _require_gguf(local, key)
-        return {
-            "pretrained_model_name_or_path": str(local.parent),
-            "gguf_file": local.name,
-            "local_files_only": True,
-        }
+        return {"pretrained_model_name_or_path": str(local.parent), "gguf_file": local.name, **LOCAL}
     if local.is_absolute() or local.suffix == ".gguf" or path.startswith((".", "~")) or path.count("/") > 1:
         expected = "GGUF file" if local.suffix == ".gguf" else "model folder"
         raise FileNotFoundError(f"expected a {expected} at {local}, found nothing: set {key}")
-    return {"pretrained_model_name_or_path": path, "revision": revision}
+    return {"pretrained_model_name_or_path": path, "revision": revision, "trust_remote_code": False}
 
 
 def load_tokenizer(path: str, *, revision: str | None = None, key: str = TOKENIZER_KEY) -> PreTrainedTokenizerBase:

@@ -1,4 +1,4 @@
-"""AtomicCheckpointIO: a checkpoint is written completely or not at all."""
+"""AtomicCheckpointIO: a checkpoint is written completely or not at all, and runs no code when it is read."""
 
 from __future__ import annotations
 
@@ -14,12 +14,27 @@ from ptp_lightning.utils.atomic_files import atomic_write
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint to a temporary file in the same folder and then renames it.
+    """Reads weights and plain data only, and writes atomically.
+
+    Lightning unpickles the whole file if its path is a URL, which runs any code that the file names.
+
+    It writes a checkpoint to a temporary file in the same folder and then renames it.
 
     Lightning writes to the system's temporary folder. If that is on another disk, the file is copied over the earlier
     checkpoint, which is lost if the disk is full or the process dies meanwhile; and the whole file is held in memory.
     On remote file systems (`s3://`) this class uses Lightning's implementation.
     """
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any = lambda storage, _: storage, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """See `CheckpointIO.load_checkpoint`; `weights_only` is always true.
+
+        Raises:
+            FileNotFoundError: nothing is at `path`.
+            pickle.UnpicklingError: the file holds more than weights and plain data.
+        """
+        return super().load_checkpoint(path, map_location, weights_only=True)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """See `CheckpointIO.save_checkpoint`.

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import errno
+import functools
+import http.server
+import pickle
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -73,3 +77,27 @@ def test_it_is_on_disk_before_it_is_in_its_place(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(Path, "replace", lambda draft, target: events.append(f"{target.name} replaced"))
     AtomicCheckpointIO().save_checkpoint({}, path)
     assert events == ["sync", "last.ckpt replaced", "sync"]
+
+
+class RunsCode:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, proof: Path) -> None:
+        self.proof = proof
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.proof,)
+
+
+@pytest.mark.parametrize("remote", [False, True], ids=["local", "URL"])
+def test_reading_runs_no_code(remote: bool, tmp_path: Path) -> None:
+    file = tmp_path / "hostile.ckpt"
+    torch.save({"state_dict": {}, "hostile": RunsCode(tmp_path / "proof")}, file)
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        path = f"http://127.0.0.1:{server.server_port}/{file.name}" if remote else file
+        with pytest.raises(pickle.UnpicklingError):
+            AtomicCheckpointIO().load_checkpoint(path, weights_only=False)
+        server.shutdown()
+    assert not (tmp_path / "proof").exists()
