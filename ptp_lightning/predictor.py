@@ -41,6 +41,7 @@ class ParallelTokenPredictor:
         *,
         dtype: DtypeName | torch.dtype = "auto",
         base: str | Path | None = None,
+        trust_custom_classes: bool = False,
     ) -> Self:
         """A predictor in eval mode, on the CPU; further errors as in `load_network`.
 
@@ -49,12 +50,13 @@ class ParallelTokenPredictor:
                 default, or "smollm2".
             dtype: of the base model, "float32" or "bfloat16"; "auto" is that of the training.
             base: a folder or hub id of a sibling of the base model, a fine-tune for instance, to use instead of it.
+            trust_custom_classes: let the stored configuration name classes outside of this package, which are imported.
 
         Raises:
             ValueError: `dtype` is none of these, or the adapter does not fit `base`; names what differs.
             FileNotFoundError: there is no such folder, checkpoint or base model.
         """
-        return cls(load_network(folder, dtype=dtype, base=base))
+        return cls(load_network(folder, dtype=dtype, base=base, trust_custom_classes=trust_custom_classes))
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None, overwrite: bool = False) -> None:
         """Write a folder for `from_pretrained`, which PEFT opens too; arguments and errors as in `save_network`."""

@@ -17,7 +17,7 @@ from ptp_lightning.decoding.slot_budget import measure_best_budget
 from ptp_lightning.decoding.stop_strings import StopStrings
 from ptp_lightning.decoding.text import DecoderName, encode_prompt, end_of_text_ids, generate_batch, tokenizer_of
 from ptp_lightning.export.checkpoint import load_network
-from ptp_lightning.export.options import add_predictor_options, predictor_source
+from ptp_lightning.export.options import add_predictor_options, predictor_options, predictor_source
 from ptp_lightning.models.network import PredictorNetwork
 from ptp_lightning.sampling import SamplingConfig
 from ptp_lightning.utils.user_errors import refused_options
@@ -47,7 +47,7 @@ def run(args: Sequence[str]) -> None:
         raise ValueError(f"expected --batch_size >= 1, found {options.batch_size}")
     settings = _settings(options)  # refuses values out of range before the model is loaded
     device = select_device(options.device)
-    predictor = load_network(source, dtype=options.dtype, base=options.base).to(device)
+    predictor = load_network(source, **predictor_options(options)).to(device)
     tokenizer = tokenizer_of(predictor)
     for number, prompt in enumerate(prompts, start=1):
         try:

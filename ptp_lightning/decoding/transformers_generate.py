@@ -143,7 +143,9 @@ def generate_with_folder(model: PreTrainedModel, inputs: Tensor | None = None, *
     if predictor is None:
         folder = _folder_of(model) / PREDICTOR_FOLDER
         model.set_attn_implementation("sdpa")  # which takes our boolean masks
-        predictor = build_network(read_predictor(folder), model=model).to(model.device)
+        # The folder's own code is running already, so its user trusts it.
+        network = build_network(read_predictor(folder), model=model, trust_custom_classes=True)
+        predictor = network.to(model.device)
         model.__dict__[CACHED_NETWORK] = predictor  # not as a submodule, because the predictor holds the model
     given = {name: value for name, value in options.items() if value is not None and name not in IGNORED_OPTIONS}
     result = type(model).generate(model, inputs, custom_generate=CustomGenerate(predictor), **given)  # pyright: ignore[reportAttributeAccessIssue]

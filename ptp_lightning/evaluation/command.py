@@ -37,7 +37,7 @@ from ptp_lightning.evaluation.runner import EvaluationPlan, prompt_of
 from ptp_lightning.evaluation.runner import run as run_plan
 from ptp_lightning.evaluation.summary import OVERALL, scores
 from ptp_lightning.export.checkpoint import load_network
-from ptp_lightning.export.options import add_predictor_options, predictor_source
+from ptp_lightning.export.options import add_predictor_options, predictor_options, predictor_source
 from ptp_lightning.models.backbone import load_backbone
 from ptp_lightning.models.network import PredictorNetwork
 from ptp_lightning.utils.user_errors import refused_options
@@ -71,7 +71,7 @@ def run(args: Sequence[str]) -> None:
     settings = GenerationSettings(max_new_tokens=options.max_new_tokens)  # checked before the model is loaded
 
     device = select_device(options.device)
-    predictor = load_network(source, dtype=options.dtype, base=options.base).to(device).eval()
+    predictor = load_network(source, **predictor_options(options)).to(device).eval()
     tokenizer = tokenizer_of(predictor)
     settings = _complete_settings(settings, options, predictor, end_of_text_ids(predictor, tokenizer))
     temperatures = options.temperatures or [predictor.config.sampling.temperature]

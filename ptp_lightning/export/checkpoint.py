@@ -60,6 +60,7 @@ ADAPTER_FILE = "adapter_model.safetensors"
 CARD_FILE = "README.md"
 EXPORTED_FILES = ("adapter_config.json", ADAPTER_FILE, SLOT_ENCODER_FILE, SETTINGS_FILE, CARD_FILE)
 
+FIRST_EMBEDDING_WEIGHTS = ("embeddings.0.head.0.weight", "embeddings.0.head.weight")  # head: mlp, linear
 ADAPTER_PREFIX = "language_model."  # names in PredictorNetwork.trainable_state
 SLOT_ENCODER_PREFIX = "slot_encoder."
 
@@ -83,7 +84,11 @@ class StoredPredictor(NamedTuple):
 
 
 def load_network(
-    path: str | Path | None = None, *, dtype: DtypeName | torch.dtype = "auto", base: str | Path | None = None
+    path: str | Path | None = None,
+    *,
+    dtype: DtypeName | torch.dtype = "auto",
+    base: str | Path | None = None,
+    trust_custom_classes: bool = False,
 ) -> PredictorNetwork:
     """A trained predictor in eval mode, on the CPU.
 
@@ -94,13 +99,15 @@ def load_network(
         base: a folder, a GGUF file or an id of the hub in place of the stored path of the base model: the same model
             elsewhere, or a sibling such as a fine-tune. Architecture, sizes and tokenizer must be those of the
             adapter's own base model. Other weights are a warning, because drafts may then be worse.
+        trust_custom_classes: let the stored configuration name classes outside of this package. Their import runs
+            their code.
 
     Raises:
         FileNotFoundError: a file of the predictor or of its base model is missing.
         ValueError: an argument is out of range, a file cannot be read, or weights, settings and base model do not
             belong together.
     """
-    return build_network(read_predictor(path), dtype=dtype, base=base)
+    return build_network(read_predictor(path), dtype=dtype, base=base, trust_custom_classes=trust_custom_classes)
 
 
 def read_predictor(path: str | Path | None = None) -> StoredPredictor:
@@ -126,14 +133,16 @@ def build_network(
     *,
     dtype: DtypeName | torch.dtype = "auto",
     base: str | Path | None = None,
+    trust_custom_classes: bool = False,
     model: PreTrainedModel | None = None,
 ) -> PredictorNetwork:
-    """Build the network of a stored predictor; `dtype`, `base` and errors as in `load_network`.
+    """Build the network of a stored predictor; other arguments and errors as in `load_network`.
 
     A `model` that is already loaded is used as the base model: its linear layers get the adapter.
     """
     try:
-        config = PredictorConfig.from_dict(stored.config)
+        config = PredictorConfig.from_dict(stored.config, trusted_classes=None if trust_custom_classes else ())
+        _require_stored_sizes(stored, config)
     except ValueError as error:
         raise ValueError(f"{stored.path}: {error}") from error
     trained_with = config.backbone
@@ -323,6 +332,21 @@ def _read_folder(folder: Path) -> StoredPredictor:
             state |= {in_state(key): value for key, value in load_file(folder / name).items()}
     config = migrated_config(about["config"])
     return StoredPredictor(folder, config, about["base_fingerprint"], migrated_state(state), about["training"])
+
+
+def _require_stored_sizes(stored: StoredPredictor, config: PredictorConfig) -> None:
+    """Refuse a configuration whose layers are larger than the stored weights, before memory is allocated for them."""
+    ranks = {len(value) for name, value in stored.state.items() if ".lora_A." in name}
+    if ranks - {config.lora.rank}:
+        raise ValueError(
+            f"expected predictor.lora.rank as in the stored weights, {few(ranks)}, found {config.lora.rank}"
+        )
+    inputs = {value.shape[1] for name, value in stored.state.items() if name.endswith(FIRST_EMBEDDING_WEIGHTS)}
+    if inputs - {config.features.num_features}:
+        raise ValueError(
+            f"expected predictor.features with as many features as in the stored weights, {few(inputs)}, found "
+            f"{config.features.num_features}"
+        )
 
 
 def _adapter_name(stored: str) -> str:

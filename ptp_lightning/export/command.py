@@ -19,6 +19,7 @@ from ptp_lightning.export.checkpoint import (
     save_network,
 )
 from ptp_lightning.export.model_folder import save_with_base_model
+from ptp_lightning.export.options import add_trust_option
 from ptp_lightning.utils.user_errors import refused_options
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def run(args: Sequence[str]) -> None:
         raise ValueError("expected --with_base_model without --overwrite, found both: choose a new --output")
     require_free_folder(options.output, overwrite=options.overwrite)  # before the model is loaded
     stored = read_predictor(options.ckpt_path)
-    predictor = build_network(stored)
+    predictor = build_network(stored, trust_custom_classes=options.trust_custom_classes)
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
     try:
         if options.with_base_model:
@@ -71,6 +72,7 @@ def _parser() -> ArgumentParser:
     add("--dtype", type=Literal["float32", "bfloat16"], help="of the weights on disk; by default the checkpoint's")
     add("--with_base_model", action="store_true", help="write a model folder that transformers opens by itself")
     add("--overwrite", action="store_true", help="replace an earlier export in that folder")
+    add_trust_option(parser)
     return parser
 
 

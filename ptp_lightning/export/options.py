@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ptp_lightning.export.checkpoint import DtypeName
 from ptp_lightning.export.packaged_adapters import DEFAULT_ADAPTER, PACKAGED_ADAPTERS
+from ptp_lightning.models.stored_classes import TRUST_OPTION
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
 
 def add_predictor_options(parser: ArgumentParser) -> None:
-    """Add `--model`, `--ckpt_path`, `--base` and `--dtype`."""
+    """Add `--model`, `--ckpt_path`, `--base`, `--dtype` and `--trust_custom_classes`."""
     add = parser.add_argument
     add(
         "--model",
@@ -22,6 +23,13 @@ def add_predictor_options(parser: ArgumentParser) -> None:
     add("--ckpt_path", type=str, help="Lightning checkpoint or exported folder, instead of --model")
     add("--base", type=str, help="folder, .gguf file or hub id of a sibling of the base model to use instead of it")
     add("--dtype", type=DtypeName, default="auto", help="of the base model; auto is that of the training")
+    add_trust_option(parser)
+
+
+def add_trust_option(parser: ArgumentParser) -> None:
+    """Add `--trust_custom_classes`."""
+    text = "import classes that the checkpoint names outside of ptp_lightning, which runs their code"
+    parser.add_argument(f"--{TRUST_OPTION}", action="store_true", help=text)
 
 
 def predictor_source(options: Namespace) -> str | None:
@@ -35,3 +43,8 @@ def predictor_source(options: Namespace) -> str | None:
             f"expected one of --model and --ckpt_path, found both ({options.model}, {options.ckpt_path}): leave one out"
         )
     return options.model if options.ckpt_path is None else options.ckpt_path
+
+
+def predictor_options(options: Namespace) -> dict[str, Any]:
+    """The other arguments of `load_network`."""
+    return {name: options[name] for name in ("dtype", "base", TRUST_OPTION)}

@@ -215,6 +215,42 @@ class TestBrokenFolder:
         with pytest.raises(ValueError, match=r"export: expected the configuration of a predictor.*window_size"):
             load_network(exported)
 
+    @pytest.mark.parametrize(
+        ("changes", "key"),
+        [
+            ({"lora": {"rank": 10**12}}, "lora.rank"),
+            ({"features": {"init_args": {"num_frequencies": 10**12}}}, "features"),
+        ],
+        ids=["rank", "features"],
+    )
+    def test_sizes_without_weights_allocate_nothing(self, exported: Path, changes: dict[str, Any], key: str) -> None:
+        config = json.loads((exported / SETTINGS_FILE).read_text())["config"]
+        for name, change in changes.items():
+            for entry, value in change.items():
+                config[name][entry] = {**config[name][entry], **value} if isinstance(value, dict) else value
+        edit(exported, config=config)
+        with pytest.raises(
+            ValueError, match=rf"{exported}: expected predictor\.{key} .*stored weights.*found 10{{12}}$"
+        ):
+            load_network(exported)
+
+    def test_a_class_of_somebody_else(self, exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Recipe of an attack: opened from the folder above, `my_adapter/evil.py` would be imported."""
+        (exported / "evil.py").write_text(
+            "from dataclasses import dataclass\n"
+            "from ptp_lightning.models import CosineFeatures\n"
+            "@dataclass(frozen=True)\n"
+            "class Features(CosineFeatures): ...\n"
+        )
+        monkeypatch.syspath_prepend(str(exported.parent))
+        config = json.loads((exported / SETTINGS_FILE).read_text())["config"]
+        config["features"]["class_path"] = f"{exported.name}.evil.Features"
+        edit(exported, config=config)
+        with pytest.raises(ValueError, match=rf"{exported}: .*'{exported.name}\.evil\.Features'.*trust_custom_classes"):
+            load_network(exported)
+        assert f"{exported.name}.evil" not in sys.modules
+        assert type(load_network(exported, trust_custom_classes=True).config.features).__name__ == "Features"
+
     @pytest.mark.parametrize("name", [ADAPTER_FILE, SLOT_ENCODER_FILE])
     def test_a_weight_is_missing_or_of_another_shape(self, exported: Path, name: str) -> None:
         weights = load_file(exported / name)
