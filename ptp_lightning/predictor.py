@@ -90,6 +90,8 @@ class ParallelTokenPredictor:
         end_of_text: Iterable[int] | None = None,
         stop: Sequence[str] = (),
         tokenizer: PreTrainedTokenizerBase | None = None,
+        chat: bool = False,
+        system: str | None = None,
         on_tokens: Callable[[list[int]], None] | None = None,
         on_text: Callable[[str], None] | None = None,
     ) -> Generation:
@@ -107,11 +109,14 @@ class ParallelTokenPredictor:
             end_of_text: token ids that end the text; by default those of the model and of the tokenizer.
             stop: strings before which the text ends.
             tokenizer: by default that of the base model.
+            chat: make a prompt of the text with the tokenizer's chat template; the answer ends with its turn.
+            system: the system prompt of a chat; by default that of the template, if it has one.
             on_tokens: is called with new token ids as soon as they are verified.
             on_text: the same with their text, in whole characters.
 
         Raises:
-            ValueError: a value is out of range, or the prompt is empty, too long, or has unknown token ids.
+            ValueError: a value is out of range, or the prompt is empty, too long, or has unknown token ids; with
+                `chat`, there is no chat template.
         """
         return generate(
             self.network,
@@ -125,6 +130,8 @@ class ParallelTokenPredictor:
             end_of_text=end_of_text,
             stop=stop,
             tokenizer=tokenizer,
+            chat=chat,
+            system=system,
             on_tokens=on_tokens,
             on_text=on_text,
         )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ptp_lightning.data.packing import TokenDocument
 from ptp_lightning.data.streaming.row_source import BadRowError
+from ptp_lightning.utils.chat_templates import render_chat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -159,12 +160,9 @@ class Chat(Rendering):
         self, messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, *, add_generation_prompt: bool = False
     ) -> str:
         try:
-            text: Any = tokenizer.apply_chat_template(
-                messages, chat_template=self.template, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        except Exception as error:  # templates may raise anything, for example for an unknown role
-            raise BadRowError(f"the chat template rejects a conversation: {error}") from error
-        return text
+            return render_chat(tokenizer, messages, template=self.template, add_generation_prompt=add_generation_prompt)
+        except ValueError as error:
+            raise BadRowError(str(error)) from error
 
 
 def value_at(row: Mapping[str, Any], path: str) -> Any:

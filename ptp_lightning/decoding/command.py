@@ -7,9 +7,15 @@ import sys
 from argparse import ArgumentError
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ptp_lightning.decoding.comparison import (
+    compare_decoders,
+    comparison_as_json,
+    comparison_lines,
+)
 from ptp_lightning.decoding.devices import select_device
 from ptp_lightning.decoding.generation import Generation, GenerationSettings
 from ptp_lightning.decoding.slot_allocation import expected_tokens
@@ -18,14 +24,18 @@ from ptp_lightning.decoding.stop_strings import StopStrings
 from ptp_lightning.decoding.text import DecoderName, encode_prompt, end_of_text_ids, generate_batch, tokenizer_of
 from ptp_lightning.export.checkpoint import load_network
 from ptp_lightning.export.options import add_predictor_options, predictor_options, predictor_source
+from ptp_lightning.models.backbone import load_backbone
 from ptp_lightning.models.network import PredictorNetwork
 from ptp_lightning.sampling import SamplingConfig
+from ptp_lightning.utils.chat_templates import require_chat_template
 from ptp_lightning.utils.user_errors import refused_options
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
+    from transformers import PreTrainedTokenizerBase
 
 MILLISECONDS_PER_SECOND = 1000
+CHAT_SEPARATOR = "\n\n"  # between a user's turn and the answer
 SAMPLING_OPTIONS = ("temperature", "top_k", "top_p")
 
 
@@ -45,42 +55,78 @@ def run(args: Sequence[str]) -> None:
     StopStrings(options.stop)  # refuses an empty one
     if options.batch_size < 1:
         raise ValueError(f"expected --batch_size >= 1, found {options.batch_size}")
+    _require_consistent(options)
     settings = _settings(options)  # refuses values out of range before the model is loaded
     device = select_device(options.device)
     predictor = load_network(source, **predictor_options(options)).to(device)
     tokenizer = tokenizer_of(predictor)
-    for number, prompt in enumerate(prompts, start=1):
-        try:
-            encode_prompt(predictor, prompt, tokenizer, settings)
-        except ValueError as error:
-            where = f"{options.prompts} line {number}" if options.prompts is not None else "--prompt"
-            raise ValueError(f"{where}: {error}") from error
-    settings = _completed(settings, options, predictor, end_of_text_ids(predictor, tokenizer))
+    encoded = _encoded(prompts, options, predictor, tokenizer, settings)
+    settings = _completed(settings, options, predictor, end_of_text_ids(predictor, tokenizer, chat=options.chat))
+    common: Any = {"decoder": options.decoder, "stop": options.stop, "tokenizer": tokenizer}
+    compare = None
+    if options.compare:
+        base_model = load_backbone(predictor.config.backbone).to(device)  # pyright: ignore[reportArgumentType]
+        compare = partial(compare_decoders, predictor, base_model, settings=settings, **common)
+    separator = CHAT_SEPARATOR if options.chat else ""  # between prompt and text
     for first in range(0, len(prompts), options.batch_size):
         some = prompts[first : first + options.batch_size]
         streams = len(some) == 1 and not options.json
         if streams:
-            print("\n" * min(first, 1) + some[0], end="", flush=True)
+            print("\n" * min(first, 1) + some[0] + separator, end="", flush=True)
         generations = generate_batch(
             predictor,
             some,
             max_new_tokens=settings.max_new_tokens,
             sampling=settings.sampling,
             seed=settings.seed,
-            decoder=options.decoder,
             window_length=settings.window_length,
             slot_budget=settings.slot_budget,
             end_of_text=settings.end_of_text,
-            stop=options.stop,
-            tokenizer=tokenizer,
+            chat=options.chat,
+            system=options.system,
             on_text=_stream if streams else None,
+            **common,
         )
         for number, generation in enumerate(generations, start=first):
+            measured = [] if compare is None else compare(encoded[number], num_tokens=generation.num_tokens)
             if options.json:
-                print(json.dumps(as_json(generation)), flush=True)
+                print(json.dumps(as_json(generation) | comparison_as_json(measured)), flush=True)
             else:
-                text = "" if streams else "\n" * min(number, 1) + generation.prompt + generation.text
-                print(f"{text}\n\n{_summary(generation)}", flush=True)
+                text = "" if streams else "\n" * min(number, 1) + generation.prompt + separator + generation.text
+                print("\n".join([f"{text}\n", _summary(generation), *comparison_lines(measured)]), flush=True)
+
+
+def _encoded(
+    prompts: Sequence[str],
+    options: Namespace,
+    predictor: PredictorNetwork,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: GenerationSettings,
+) -> list[list[int]]:
+    """Token ids of all prompts; refuses one that cannot be continued before the first text is written."""
+    if options.chat:
+        require_chat_template(tokenizer, "--chat")
+    encoded = []
+    for number, prompt in enumerate(prompts, start=1):
+        try:
+            encoded.append(
+                encode_prompt(predictor, prompt, tokenizer, settings, chat=options.chat, system=options.system)
+            )
+        except ValueError as error:
+            where = f"{options.prompts} line {number}" if options.prompts is not None else "--prompt"
+            raise ValueError(f"{where}: {error}") from error
+    return encoded
+
+
+def _require_consistent(options: Namespace) -> None:
+    """Refuse options that contradict each other."""
+    if options.system is not None and not options.chat:
+        raise ValueError("expected --system with --chat, found it alone: add --chat, or leave --system out")
+    if options.compare and options.batch_size > 1:
+        raise ValueError(
+            f"expected --batch_size 1 with --compare, which measures one text at a time, found {options.batch_size}: "
+            "leave one of them out"
+        )
 
 
 def _settings(options: Namespace) -> GenerationSettings:
@@ -154,6 +200,13 @@ def _parser() -> ArgumentParser:
     )
     add("--batch_size", type=int, default=1, help="prompts that are continued side by side; the texts are the same")
     add("--device", type=str, default="auto", help="auto takes a GPU where there is one")
+    add("--chat", action="store_true", help="a prompt is a user's turn; the chat template of the tokenizer is applied")
+    add("--system", type=str, help="system prompt of --chat; by default that of the template")
+    add(
+        "--compare",
+        action="store_true",
+        help="then measure this decoder, one token per call, and transformers.generate on the same prompts",
+    )
     add("--json", action="store_true", help="print one JSON object per prompt and nothing else")
     return parser
 

@@ -14,6 +14,7 @@ from ptp_lightning.decoding.stop_strings import StopStrings
 from ptp_lightning.decoding.timing import PhaseTimer
 from ptp_lightning.models.network import PredictorNetwork
 from ptp_lightning.sampling import SamplingConfig
+from ptp_lightning.utils.chat_templates import chat_prompt, end_of_turn_ids, require_chat_template, user_message
 from ptp_lightning.utils.pretrained import PATH_KEY, load_tokenizer
 
 if TYPE_CHECKING:
@@ -60,6 +61,9 @@ class Options(TypedDict, total=False):
         end_of_text: token ids that end the text; by default those of the model's generation settings and tokenizer.
         stop: strings before which the text ends. The token that completes one is the last of `token_ids`.
         tokenizer: by default the base model's, which each call loads.
+        chat: whether a prompt is the text of a user's turn, which the tokenizer's chat template makes a prompt of. The
+            end-of-turn token then ends the text, too. False by default.
+        system: with `chat`, the system prompt; by default that of the template, if it has one.
     """
 
     max_new_tokens: int
@@ -71,6 +75,8 @@ class Options(TypedDict, total=False):
     end_of_text: Iterable[int] | None
     stop: Sequence[str]
     tokenizer: PreTrainedTokenizerBase | None
+    chat: bool
+    system: str | None
 
 
 def tokenizer_of(predictor: PredictorNetwork) -> PreTrainedTokenizerBase:
@@ -133,7 +139,8 @@ def generate_batch(
     _require_known(options)
     tokenizer = options.get("tokenizer") or tokenizer_of(predictor)
     settings, decode = _settings(predictor, tokenizer, options)
-    encoded = [encode_prompt(predictor, prompt, tokenizer, settings) for prompt in prompts]
+    chat, system = options.get("chat", False), options.get("system")
+    encoded = [encode_prompt(predictor, prompt, tokenizer, settings, chat=chat, system=system) for prompt in prompts]
     detokenizers = [IncrementalDetokenizer(tokenizer, token_ids) for token_ids in encoded]
     stops = [StopStrings(options.get("stop", ())) for _ in prompts]
     pieces: list[list[str]] = [[] for _ in prompts]
@@ -193,11 +200,13 @@ def _settings(
     if decoder not in DECODERS:
         raise ValueError(f"expected decoder to be one of {', '.join(DECODERS)}, found {decoder!r}")
     end_of_text, window_length = options.get("end_of_text"), options.get("window_length")
+    if end_of_text is None:
+        end_of_text = end_of_text_ids(predictor, tokenizer, chat=options.get("chat", False))
     settings = GenerationSettings(
         sampling=options.get("sampling") or predictor.config.sampling,
         max_new_tokens=options.get("max_new_tokens", 64),
         seed=options.get("seed", 0),
-        end_of_text=end_of_text_ids(predictor, tokenizer) if end_of_text is None else frozenset(end_of_text),
+        end_of_text=frozenset(end_of_text),
         window_length=predictor.config.window_length if window_length is None else window_length,
         slot_budget=options.get("slot_budget", 16),
     )
@@ -209,13 +218,31 @@ def encode_prompt(
     prompt: str | Sequence[int],
     tokenizer: PreTrainedTokenizerBase,
     settings: GenerationSettings,
+    *,
+    chat: bool = False,
+    system: str | None = None,
 ) -> list[int]:
     """Token ids of a prompt, with the special tokens that the tokenizer puts before a text.
 
+    Args:
+        predictor: the model that continues it.
+        prompt: text or token ids.
+        tokenizer: of the base model.
+        settings: of the text.
+        chat: see `Options`.
+        system: see `Options`.
+
     Raises:
-        ValueError: it is empty, too long for `max_new_tokens` more, or has a token the model does not know.
+        ValueError: it is empty, too long for `max_new_tokens` more, or has a token the model does not know; with
+            `chat`, the tokenizer has no chat template, or the template refuses it.
     """
-    token_ids = tokenizer.encode(prompt, verbose=False) if isinstance(prompt, str) else list(prompt)
+    if chat:
+        if not isinstance(prompt, str):
+            raise ValueError("expected the text of a user's turn with chat, found token ids: leave chat out")
+        require_chat_template(tokenizer, "chat")
+        token_ids = chat_prompt(tokenizer, user_message(prompt, system)) if prompt else []
+    else:
+        token_ids = tokenizer.encode(prompt, verbose=False) if isinstance(prompt, str) else list(prompt)
     require_room(predictor, len(token_ids), settings)
     vocabulary = predictor.base_model.config.vocab_size
     if unknown := [token_id for token_id in token_ids if not 0 <= token_id < vocabulary]:
@@ -225,11 +252,20 @@ def encode_prompt(
     return token_ids
 
 
-def end_of_text_ids(predictor: PredictorNetwork, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Tokens that end a text: those of the model's generation settings, and the tokenizer's."""
+def end_of_text_ids(
+    predictor: PredictorNetwork, tokenizer: PreTrainedTokenizerBase, *, chat: bool = False
+) -> frozenset[int]:
+    """Tokens that end a text: those of the model's generation settings, the tokenizer's, and in a chat the end of turn.
+
+    Raises:
+        ValueError: with `chat`, the tokenizer has no chat template.
+    """
     of_model: int | list[int] | None = getattr(predictor.base_model.generation_config, "eos_token_id", None)
     of_tokenizer: int | None = tokenizer.eos_token_id  # pyright: ignore[reportAssignmentType]
     ids = of_model if isinstance(of_model, list) else [of_model]
+    if chat:
+        require_chat_template(tokenizer, "chat")
+        ids = [*ids, *end_of_turn_ids(tokenizer)]
     return frozenset(token_id for token_id in (*ids, of_tokenizer) if token_id is not None)
 
 

@@ -73,7 +73,8 @@ def run(args: Sequence[str]) -> None:
     device = select_device(options.device)
     predictor = load_network(source, **predictor_options(options)).to(device).eval()
     tokenizer = tokenizer_of(predictor)
-    settings = _complete_settings(settings, options, predictor, end_of_text_ids(predictor, tokenizer))
+    ends = end_of_text_ids(predictor, tokenizer, chat=tokenizer.chat_template is not None)  # see make_prompt
+    settings = _complete_settings(settings, options, predictor, ends)
     temperatures = options.temperatures or [predictor.config.sampling.temperature]
     for temperature in temperatures:
         replace(settings.sampling, temperature=temperature)  # checks the range

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from ptp_lightning.utils.chat_templates import chat_prompt, user_message
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -40,10 +42,7 @@ def make_prompt(
             for pair in history
             for role, content in zip(("user", "assistant"), pair, strict=True)
         ]
-        text = tokenizer.apply_chat_template(
-            [*messages, {"role": "user", "content": turn}], tokenize=False, add_generation_prompt=True
-        )
-        token_ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)  # pyright: ignore[reportArgumentType]
+        token_ids = chat_prompt(tokenizer, [*messages, *user_message(turn)])
     else:
         earlier = [part for pair in history for part in pair]
         token_ids = tokenizer.encode(SEPARATOR.join([*earlier, turn]), verbose=False)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ptp_lightning.decoding import DECODERS, GenerationSettings
+from ptp_lightning.decoding.comparison import generate_arguments
 from ptp_lightning.decoding.timing import PhaseTimer
 from ptp_lightning.models.layers.packed_linear import PackedWeights
 from ptp_lightning.models.network import PredictorNetwork
@@ -127,7 +128,7 @@ class TransformersDecoder(Decoder):
             warnings.simplefilter("ignore")  # about generation settings that the arguments replace
             begin = perf_counter()
             output = self._model.generate(  # pyright: ignore[reportCallIssue]
-                input_ids, attention_mask=torch.ones_like(input_ids), **_generate_arguments(settings), **self._options
+                input_ids, attention_mask=torch.ones_like(input_ids), **generate_arguments(settings), **self._options
             )
             token_ids = output[0, len(prompt) :].tolist()
             seconds = perf_counter() - begin
@@ -170,21 +171,6 @@ def make_decoders(
         elif name != AUTOREGRESSIVE:
             decoders.append(PredictorDecoder(name, predictor))
     return decoders
-
-
-def _generate_arguments(settings: GenerationSettings) -> dict[str, Any]:
-    """The settings as arguments of `generate`, which also applies temperature, top-k and top-p in this order."""
-    sampling = settings.sampling
-    chosen: dict[str, Any] = {"do_sample": sampling.temperature > 0}
-    if sampling.temperature > 0:
-        chosen |= {"temperature": sampling.temperature, "top_k": sampling.top_k or 0, "top_p": sampling.top_p or 1.0}
-    ends = sorted(settings.end_of_text)
-    return {
-        "max_new_tokens": settings.max_new_tokens,
-        "eos_token_id": ends or None,
-        "pad_token_id": ends[0] if ends else 0,
-        **chosen,
-    }
 
 
 @contextmanager
