@@ -98,22 +98,26 @@ class WindowMetrics(_SumMetric):
         self.add_state("nats", torch.zeros(window_length, dtype=torch.float64), dist_reduce_fx="sum")
 
     @torch.no_grad()
-    def update(self, correct: Tensor, mask: Tensor, nll: Tensor | None = None) -> None:
+    def update(
+        self, correct: Tensor, mask: Tensor, nll: Tensor | None = None, has_likelihood: Tensor | None = None
+    ) -> None:
         """Add windows.
 
         Args:
             correct: [..., L] bool, whether the draft equals the reference token.
             mask: [..., L] bool, valid positions: a prefix of each window, possibly empty. The rest is not read.
             nll: [..., L] float, `-log P_student` of the reference token in nats; None does not update the perplexity.
+            has_likelihood: [..., L] bool, tokens that the student can predict; the perplexity is that of these tokens.
+                None for all.
 
         Raises:
             ValueError: if a shape is not [..., L], or if a mask has a hole.
         """
-        shapes = [list(tensor.shape) for tensor in (correct, mask, nll) if tensor is not None]
+        shapes = [list(tensor.shape) for tensor in (correct, mask, nll, has_likelihood) if tensor is not None]
         if any(shape != shapes[0] or shape[-1:] != [self.window_length] for shape in shapes):
             raise ValueError(
-                f"Expected equal sizes [..., {self.window_length}] of correct, mask and nll, found {shapes}; "
-                "the last one is `window_length`."
+                f"Expected equal sizes [..., {self.window_length}] of correct, mask, nll and has_likelihood, found "
+                f"{shapes}; the last one is `window_length`."
             )
         correct = correct.reshape(-1, self.window_length).bool()
         mask = mask.reshape(-1, self.window_length).bool()
@@ -131,8 +135,9 @@ class WindowMetrics(_SumMetric):
         self.num_given_prefix += (mask & prefix_before).sum(0)
         if nll is not None:
             nll = nll.reshape(-1, self.window_length).double()
-            self.nats += torch.where(mask, nll, 0.0).sum(0)
-            self.num_likelihoods += mask.sum(0)
+            counted = mask if has_likelihood is None else mask & has_likelihood.reshape(-1, self.window_length)
+            self.nats += torch.where(counted, nll, 0.0).sum(0)
+            self.num_likelihoods += counted.sum(0)
 
     def compute(self) -> WindowSummary:
         """The means over everything added since the last reset, over all ranks."""

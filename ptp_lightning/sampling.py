@@ -14,6 +14,8 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from ptp_lightning.draft_vocabulary import DraftVocabulary
+
 Order = Literal["vocabulary", "descending", "embedding"]
 
 SMALLEST_TEMPERATURE = 1e-6  # below this, logit differences overflow float32; exactly 0 is greedy
@@ -297,23 +299,38 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class Sampler:
-    """Sampling settings with the permutation of the order "embedding".
+    """Sampling settings with what depends on the predictor: its token order and its draft vocabulary.
 
     Args:
         settings: how logits become a distribution.
-        token_ranks: `[V]` int64, the rank of each token; None for the other orders.
+        token_ranks: `[V]` int64, the rank of each token in the order "embedding"; None for the other orders.
+        draft_vocabulary: the tokens that slots can draft; None for all.
+        columns: the tokens that the columns of logits stand for; None for all. Set by `for_student`.
     """
 
     settings: SamplingConfig
     token_ranks: Tensor | None = None
+    draft_vocabulary: DraftVocabulary | None = None
+    columns: DraftVocabulary | None = None
 
     def for_student(self) -> Sampler:
-        """See `SamplingConfig.for_student`."""
-        return replace(self, settings=self.settings.for_student())
+        """For logits of slots; see `SamplingConfig.for_student`.
+
+        >>> sampler = Sampler(SamplingConfig(), draft_vocabulary=DraftVocabulary(torch.tensor([2, 5])))
+        >>> sampler.for_student().distribution(torch.tensor([0.0, 0.0]))
+        TokenDistribution(probabilities=tensor([0.5000, 0.5000]), token_ids=tensor([2, 5]))
+        """
+        return replace(self, settings=self.settings.for_student(), columns=self.draft_vocabulary)
 
     def distribution(self, logits: Tensor) -> TokenDistribution:
         """See `SamplingConfig.distribution`."""
-        return self.settings.distribution(logits, self.token_ranks)
+        if self.columns is None:
+            return self.settings.distribution(logits, self.token_ranks)
+        tokens = self.columns.token_ids
+        listed = self.settings.distribution(logits, None if self.token_ranks is None else self.token_ranks[tokens])
+        return listed._replace(
+            token_ids=tokens.expand(logits.shape) if listed.token_ids is None else tokens[listed.token_ids]
+        )
 
     def teacher_and_target(self, logits: Tensor) -> tuple[TokenDistribution, TokenDistribution]:
         """See `SamplingConfig.teacher_and_target`."""

@@ -31,14 +31,14 @@ class GraphDecoder:
     """Partial quadratic decoding of one text; without branches, autoregressive decoding.
 
     Args:
-        predictor: in eval mode; with branches, it must have neither a refiner nor a copy of the base model.
+        predictor: in eval mode; with branches, it must have neither a correction nor a copy of the base model.
         settings: of the text.
         prompt_length: of all prompts.
         branches: slots after 0, 1, .. D correct tokens of a draft of D tokens; empty for autoregressive decoding.
         forced_draft: draft token for each position of the text, which replaces the predictor's; -1 after the end.
 
     Raises:
-        ValueError: there are branches, and the predictor has a refiner or a copy of the base model; or a branch is
+        ValueError: there are branches, and the predictor has a correction or a copy of the base model; or a branch is
             longer than a draft.
     """
 
@@ -51,8 +51,8 @@ class GraphDecoder:
         branches: Sequence[int] = (),
         forced_draft: Tensor | None = None,
     ) -> None:
-        if branches and (predictor.refiner is not None or predictor.student_copy is not None):
-            raise ValueError("expected a predictor with neither a refiner nor a copied student, found one of them")
+        if branches and (predictor.correction is not None or predictor.student_copy is not None):
+            raise ValueError("expected a predictor with neither a correction nor a copied student, found one of them")
         draft_length = max(0, len(branches) - 1)
         if max(branches, default=0) > draft_length:
             raise ValueError(

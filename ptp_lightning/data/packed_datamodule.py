@@ -1,7 +1,7 @@
 """PackedDataModule: base class of the data modules of packed batches; data loaders and resumption."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,6 +52,17 @@ class PackedDataModule(LightningDataModule, ABC):
     @abstractmethod
     def fixed_batches(self, split: Split) -> list[PackedBatch]:
         """This rank's batches of the validation or test split, the same on every call."""
+
+    def training_texts(self) -> Iterator[Sequence[int]]:
+        """Token ids of training texts for counts, without prompts; the same on every call and every rank.
+
+        Raises:
+            ValueError: the data are not text.
+        """
+        raise ValueError(
+            f"expected text beside predictor.draft_vocabulary, found {type(self).__name__}: set "
+            "predictor.draft_vocabulary to null"
+        )
 
     def train_dataloader(self) -> DataLoader[PackedBatch]:
         """Endless batches, resumed where a loaded checkpoint was written."""

@@ -1,7 +1,8 @@
 """TextDataModule: base class of the data modules whose tokens come from text."""
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 from ptp_lightning.data.packed_datamodule import PackedDataModule
@@ -35,6 +36,11 @@ class TextDataModule(PackedDataModule):
         Args:
             num_documents: how many are needed; which ones is up to the class. None: all, once each.
         """
+
+    def training_texts(self) -> Iterator[Sequence[int]]:
+        """See `PackedDataModule.training_texts`."""
+        for document in self.training_documents(None):
+            yield list(compress(document.token_ids, document.completion_mask))
 
     @property
     def vocab_size(self) -> int:

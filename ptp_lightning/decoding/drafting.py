@@ -1,4 +1,4 @@
-"""Drafts: the tokens that the slots of a call predict, after refinement."""
+"""Drafts: the tokens that the slots of a call predict, after correction."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ptp_lightning.decoding.state import BatchContext
-from ptp_lightning.models.refiner.refiner import refine_draft
+from ptp_lightning.models.correction.correction import CorrectionHead
+from ptp_lightning.models.correction.draft_order import draft_left_to_right, refine_draft
 from ptp_lightning.models.slots.objectives import Objective
 from ptp_lightning.sampling import Sampler
 
@@ -22,7 +23,7 @@ class Drafter(Protocol):
         """Tokens `starts[b]` .. `starts[b] + J - 1` of the new text of each row.
 
         Args:
-            slot_logits: `[B, J, V]`, J >= 1.
+            slot_logits: `[B, J, N]`, J >= 1, of the tokens that slots can draft.
             auxiliaries: `[B, J]`, of the drafted tokens.
             starts: number of new tokens of each row before the first drafted one.
 
@@ -70,9 +71,18 @@ def draft_windows(
     predictor = context.predictor
     drafted = [start + 1 for start in starts]
     auxiliaries = context.auxiliaries(drafted, num_slots)
+    if predictor.corrects_left_to_right:
+        assert isinstance(predictor.correction, CorrectionHead), "no other correction runs in this order"
+        next_logits = predictor.correction.next_logits(slots, predictor.slot_logits)
+
+        def predict_next(slot: int, token_ids: Tensor) -> Tensor:
+            logits = next_logits(slot, predictor.embed(token_ids))
+            return drafter(logits, auxiliaries[:, slot : slot + 1], [start + slot for start in drafted])
+
+        return draft_left_to_right(first, num_slots, predict_next)
 
     def predict_again(token_ids: Tensor) -> Tensor:
-        return drafter(predictor.slot_logits(context.refine(slots, token_ids)), auxiliaries, drafted)
+        return drafter(predictor.slot_logits(context.correct(slots, token_ids)), auxiliaries, drafted)
 
     draft = torch.cat([first, drafter(predictor.slot_logits(slots), auxiliaries, drafted)], dim=1)
     return refine_draft(draft, predictor.num_refinement_steps, predict_again)

@@ -80,7 +80,7 @@ def measure_costs(
     lengths: CorrectLengths,
     clock: Callable[[], float] = perf_counter,
 ) -> CallCosts:
-    """Measure calls with several numbers of slots; each reads, picks, refines and drafts as the decoder does.
+    """Measure calls with several numbers of slots; each reads, picks, corrects and drafts as the decoder does.
 
     Args:
         predictor: the network.

@@ -17,12 +17,13 @@ from ptp_lightning.decoding.lookahead import Lookahead, positions_and_mask
 from ptp_lightning.decoding.preparation import prepare_for_decoding
 from ptp_lightning.decoding.ragged_cache import RaggedCache
 from ptp_lightning.decoding.timing import PhaseTimer
+from ptp_lightning.models.correction.correction import CorrectionHead
+from ptp_lightning.models.correction.decoder_refiner import Refiner, RefinerContext
 from ptp_lightning.models.network import PredictorNetwork
-from ptp_lightning.models.refiner.refiner import RefinerContext
 
 
 class BatchContext:
-    """B texts as the networks of a predictor have read them: the base model, a student's copy of it, and the refiner.
+    """B texts as the networks of a predictor have read them: the base model, a student's copy of it, and a `Refiner`.
 
     Slots share the base model's call if they run in the same network. A copy has its own call for them, in which it
     first reads the tokens that it has not read yet.
@@ -57,7 +58,7 @@ class BatchContext:
         self._cache = RaggedCache(num_rows, capacity)
         self._latest: _LatestCall | None = None
         refiner = predictor.refiner
-        self._refiner = None if refiner is None else _RefinerPairs(predictor, num_rows, capacity)
+        self._refiner = None if refiner is None else _RefinerPairs(predictor, refiner, num_rows, capacity)
         self._copy = None if predictor.student_copy is None else _StudentCopy(predictor, num_rows, capacity)
 
     @property
@@ -118,19 +119,21 @@ class BatchContext:
         if self._copy is not None:
             self._copy.keep(latest.token_ids, counts)
 
-    def refine(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
-        """Refine slots that follow the kept tokens; without a call of the network.
+    def correct(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
+        """Correct slots that follow the kept tokens, all in parallel; without a call of the network.
 
         Args:
             hidden: `[B, J, H]`, last hidden states of slots.
             token_ids: `[B, J]`, the tokens that they stand for.
 
         Returns:
-            `[B, J, H]`.
+            `[B, J, H]` or `[B, J, H + F]`, for `slot_logits`.
         """
-        assert self._refiner is not None, "checked by predictor.num_refinement_steps"
-        conditioning = self.predictor.refiner_conditioning(self.sampling.settings)
-        return self._refiner.refine(hidden, self.predictor.embed_draft(token_ids), conditioning)
+        embeddings = self.predictor.embed_draft(token_ids)
+        if self._refiner is None:
+            assert isinstance(self.predictor.correction, CorrectionHead), "checked by predictor.num_refinement_steps"
+            return self.predictor.correction(hidden, embeddings)
+        return self._refiner.refine(hidden, embeddings, self.predictor.refiner_conditioning(self.sampling.settings))
 
     def select(self, rows: Sequence[int]) -> None:
         """Drop all rows but these, and put these in this order."""
@@ -235,16 +238,16 @@ class _RefinerPairs:
     """The pairs of the texts that the refiner has read. It reads when a draft is refined.
 
     Args:
-        predictor: has a refiner.
+        predictor: the network.
+        refiner: its correction.
         num_rows: B.
         capacity: see `RaggedCache`.
     """
 
-    def __init__(self, predictor: PredictorNetwork, num_rows: int, capacity: int) -> None:
-        assert predictor.refiner is not None
+    def __init__(self, predictor: PredictorNetwork, refiner: Refiner, num_rows: int, capacity: int) -> None:
         self._predictor = predictor
         self._caches = (RaggedCache(num_rows, capacity), RaggedCache(num_rows, capacity))
-        self._context = RefinerContext(predictor.refiner, predictor.lower_layers, self._caches)
+        self._context = RefinerContext(refiner, predictor.lower_layers, self._caches)
         self._unread: list[_UnreadPairs] = []
 
     def append(self, hidden: Tensor, embeddings: Tensor, counts: Sequence[int]) -> None:
@@ -254,7 +257,7 @@ class _RefinerPairs:
             self._unread.append(_UnreadPairs(hidden[:, :longest], embeddings[:, :longest], list(counts)))
 
     def refine(self, hidden: Tensor, embeddings: Tensor, conditioning: Tensor | None) -> Tensor:
-        """See `BatchContext.refine`."""
+        """See `BatchContext.correct`."""
         if not self._unread:
             return self._context.refine(hidden, embeddings, *self._layout(hidden.shape[1]), conditioning)
         *earlier, latest = self._unread

@@ -19,7 +19,7 @@ class PhaseTimer:
     |---|---|
     | forward | the network on tokens and slots |
     | verifying | the base model's output head, its picks, and the comparison with the draft |
-    | drafting | the slots' output head, their tokens, and the refiner |
+    | drafting | the slots' output head, their tokens, and the correction |
     | bookkeeping | all else |
 
     Args:

@@ -288,10 +288,10 @@ def require_same_predictor(checkpoint: dict[str, Any], predictor: PredictorNetwo
                 f"expected predictor.{key} as configured, {getattr(own, key)}, found a checkpoint trained with "
                 f"{getattr(trained, key)}: change predictor.{key} to the checkpoint's, or train again"
             )
-    if trained.refiner.base_layers != own.refiner.base_layers:  # no weight depends on it
+    if trained.base_layers != own.base_layers:  # no weight depends on it
         raise ValueError(
-            f"expected predictor.refiner.base_layers as configured, {own.refiner.base_layers}, found a checkpoint "
-            f"trained with {trained.refiner.base_layers}: change it to the checkpoint's, or train again"
+            f"expected predictor.correction.init_args.base_layers as configured, {own.base_layers}, found a checkpoint "
+            f"trained with {trained.base_layers}: change it to the checkpoint's, or train again"
         )
 
 
@@ -337,10 +337,9 @@ def _read_folder(folder: Path) -> StoredPredictor:
 def _require_stored_sizes(stored: StoredPredictor, config: PredictorConfig) -> None:
     """Refuse a configuration whose layers are larger than the stored weights, before memory is allocated for them."""
     ranks = {len(value) for name, value in stored.state.items() if ".lora_A." in name}
-    if ranks - {config.lora.rank}:
-        raise ValueError(
-            f"expected predictor.lora.rank as in the stored weights, {few(ranks)}, found {config.lora.rank}"
-        )
+    largest = max([config.lora.rank, *config.lora.rank_pattern.values()])
+    if ranks and largest > max(ranks):
+        raise ValueError(f"expected predictor.lora.rank as in the stored weights, {few(ranks)}, found {largest}")
     inputs = {value.shape[1] for name, value in stored.state.items() if name.endswith(FIRST_EMBEDDING_WEIGHTS)}
     if inputs - {config.features.num_features}:
         raise ValueError(

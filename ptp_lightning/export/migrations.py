@@ -1,9 +1,9 @@
 """Stored files of earlier versions: migrated to the names of today when they are read.
 
-| file | version 0.1 | version 0.2 |
-|---|---|---|
-| `predictor.json` of an exported folder | `format_version` 1 | 2 |
-| Lightning checkpoint, entry `predictor` | no `format_version` | 2 |
+| file | version 0.1 | version 0.2 | since `predictor.correction` |
+|---|---|---|---|
+| `predictor.json` of an exported folder | `format_version` 1 | 2 | 3 |
+| Lightning checkpoint, entry `predictor` | no `format_version` | 2 | 3 |
 
 Renamed settings are those of `ptp_lightning.utils.renamed_keys`; renamed weights are below. Both tables are closed.
 """
@@ -19,18 +19,20 @@ from ptp_lightning.utils.renamed_keys import with_current_names
 CHECKPOINT_KEY = "ckpt_path"
 """The option that names files of predictors."""
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """The format that this version writes."""
 
 FIRST_FORMAT_VERSION = 1
 """That of version 0.1, also of checkpoints without an entry."""
 
-RENAMED_WEIGHTS = {"slot_encoder.token_places": "slot_encoder.token_ranks"} | {
-    f"slot_encoder.{old}.{weight}": f"slot_encoder.{new}.{weight}"
-    for old, new in {"settings": "sampling_encoder", "refiner_settings": "refiner_sampling_encoder"}.items()
-    for weight in ("inner.weight", "inner.bias", "outer.weight")
+RENAMED_WEIGHTS = {
+    "slot_encoder.token_places": "slot_encoder.token_ranks",
+    "slot_encoder.settings.": "slot_encoder.sampling_encoder.",
+    "slot_encoder.refiner_settings.": "slot_encoder.correction_sampling_encoder.",
+    "slot_encoder.refiner_sampling_encoder.": "slot_encoder.correction_sampling_encoder.",
+    "slot_encoder.refiner.": "slot_encoder.correction.",
 }
-"""Names in `PredictorNetwork.trainable_state`: before and now."""
+"""Names in `PredictorNetwork.trainable_state`, or their beginnings up to a dot: before and now."""
 
 
 def require_known_format(version: object, source: str) -> None:
@@ -53,16 +55,22 @@ def require_known_format(version: object, source: str) -> None:
 def migrated_config(config: dict[str, Any]) -> dict[str, Any]:
     """Plain data of a predictor's configuration of any version, with the names of today.
 
-    >>> migrated_config({"refiner": {"num_layers": 1, "rounds": 3}})
-    {'refiner': {'num_layers': 1, 'num_refinement_steps': 3}}
+    >>> migrated_config({"window_length": 8, "refiner": {"num_layers": 0, "rounds": 3}})
+    {'window_length': 8, 'correction': None}
     """
     return with_current_names(config)
 
 
 def migrated_state(state: dict[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
     """Weights of any version by the names of today, which all begin with `prefix`."""
-    names = {prefix + old: prefix + new for old, new in RENAMED_WEIGHTS.items()}
-    return {names.get(name, name): value for name, value in state.items()}
+    return {prefix + _current_weight(name.removeprefix(prefix)): value for name, value in state.items()}
+
+
+def _current_weight(name: str) -> str:
+    for old, new in RENAMED_WEIGHTS.items():
+        if name == old or (old.endswith(".") and name.startswith(old)):
+            return new + name.removeprefix(old)
+    return name
 
 
 def migrate_checkpoint(checkpoint: dict[str, Any], source: str) -> None:

@@ -11,7 +11,7 @@ TITLES = {
     "categorical": "categorical (C-PTP): a slot predicts a distribution, from which the token's auxiliary picks",
     "one_hot": "one-hot (O-PTP): a slot also carries its token's auxiliary, and its most likely token is drafted",
     "independent": "independent (MTP baseline): slots carry no auxiliaries and predict marginals",
-    "sequential": "sequential (baseline): slots carry no auxiliaries, the refiner is conditioned on the draft",
+    "sequential": "sequential (baseline): slots carry no auxiliaries, the correction is conditioned on the draft",
 }
 
 TEMPLATE = """\
@@ -69,7 +69,10 @@ def model_card(config: PredictorConfig, base_fingerprint: str, name: str, traini
         "Sampling": f"temperature {sampling.temperature}, top-k {sampling.top_k or 'off'}, top-p {sampling.top_p}, "
         f"{sampling.order} order",
         "Trained for": "these settings only" if config.sampling_range is None else f"`{config.sampling_range}`",
-        "Refiner": _refiner(config),
+        "Correction": "none" if config.correction is None else f"`{config.correction}`",
+        "Draft vocabulary": "all tokens"
+        if config.draft_vocabulary is None
+        else f"the {config.draft_vocabulary:,} most frequent tokens of the training data",
         "LoRA": f"rank {config.lora.rank}, alpha {config.lora.alpha}, on `{config.lora.target_modules}`",
     } | {_label(tag): _number(value) for tag, value in training.items() if not isinstance(value, list)}
     return TEMPLATE.format(
@@ -80,14 +83,6 @@ def model_card(config: PredictorConfig, base_fingerprint: str, name: str, traini
         folder=json.dumps(name),
         shell_folder=json.dumps(name),
     )
-
-
-def _refiner(config: PredictorConfig) -> str:
-    if config.refiner.num_layers == 0:
-        return "none"
-    conditioned = "conditioned on the draft" if config.objective.conditions_on_draft else "not conditioned on the draft"
-    refiner = config.refiner
-    return f"layers {refiner.num_layers}, refinement steps {refiner.num_refinement_steps}, {conditioned}"
 
 
 def _label(tag: str) -> str:

@@ -8,6 +8,7 @@ from ptp_lightning.losses.divergences import (
     ReverseKullbackLeibler,
     TotalVariation,
 )
+from ptp_lightning.losses.draft_vocabulary import over_draft_vocabulary
 from ptp_lightning.losses.likelihoods import BinaryCrossEntropy, CrossEntropy
 from ptp_lightning.losses.mixture import MixedLoss, WeightedLoss
 from ptp_lightning.losses.overlap import NegativeLogOverlap
@@ -41,5 +42,6 @@ __all__ = [
     "TotalVariation",
     "UniformWeights",
     "WeightedLoss",
+    "over_draft_vocabulary",
     "require_sound",
 ]

@@ -2,9 +2,11 @@
 
 from ptp_lightning.models.backbone import BackboneSettings
 from ptp_lightning.models.config import PredictorConfig
+from ptp_lightning.models.correction.decoder_refiner import DecoderRefiner
+from ptp_lightning.models.correction.markov_head import MarkovHead
+from ptp_lightning.models.correction.token_conditioned_head import TokenConditionedHead
 from ptp_lightning.models.lora.gated_lora import LoraSettings
 from ptp_lightning.models.network import PredictorNetwork
-from ptp_lightning.models.refiner.refiner import RefinerSettings
 from ptp_lightning.models.slots.continuous_features import (
     CosineFeatures,
     FourierFeatures,
@@ -36,6 +38,7 @@ __all__ = [
     "BinaryFeatures",
     "CategoricalObjective",
     "CosineFeatures",
+    "DecoderRefiner",
     "FloatBitFeatures",
     "FourierFeatures",
     "FullCopyStudent",
@@ -43,12 +46,12 @@ __all__ = [
     "IndependentObjective",
     "LinearInterpolationFeatures",
     "LoraSettings",
+    "MarkovHead",
     "MultiscaleHatFeatures",
     "OneHotObjective",
     "PredictorConfig",
     "PredictorNetwork",
     "RawFloatFeatures",
-    "RefinerSettings",
     "RoundingFeatures",
     "SamplingRange",
     "SawtoothFeatures",
@@ -56,4 +59,5 @@ __all__ = [
     "SequentialObjective",
     "SharedStudent",
     "ThresholdFeatures",
+    "TokenConditionedHead",
 ]

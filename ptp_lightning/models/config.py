@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from ptp_lightning.models.backbone import BackboneSettings
+from ptp_lightning.models.correction.correction import Correction, HeadCorrection
+from ptp_lightning.models.correction.decoder_refiner import DecoderRefiner
 from ptp_lightning.models.lora.gated_lora import LoraSettings
-from ptp_lightning.models.refiner.refiner import RefinerSettings
 from ptp_lightning.models.slots.auxiliary_features import AuxiliaryFeatures
 from ptp_lightning.models.slots.continuous_features import CosineFeatures
 from ptp_lightning.models.slots.objectives import CategoricalObjective, Objective
@@ -17,7 +18,7 @@ from ptp_lightning.models.stored_classes import class_path_of, require_trusted_c
 from ptp_lightning.models.students import GatedLoraStudent, Student
 from ptp_lightning.sampling import SamplingConfig
 
-CHOSEN_BY_CLASS = ("objective", "features", "student")
+CHOSEN_BY_CLASS = ("objective", "features", "student", "correction")
 """Fields of `PredictorConfig` that a configuration chooses by `class_path`."""
 TEXT_FIELDS = ("head",)
 
@@ -34,12 +35,16 @@ class PredictorConfig:
         lora: size of the adapter, where the student has one.
         sampling: the distribution of the base model that is imitated; intervals and targets are defined by it.
         window_length: L, tokens predicted in one call; the first is exact, L - 1 come from slots.
-        refiner: layers after the stack that are told the slots' tokens (see `Refiner`); none by default.
+        correction: predicts a slot's token again, given the token before it (see `Correction`); none by default.
         student: which network runs the slots, and what of it is trained: adapters, a copy, or the base model itself.
         sampling_range: train for all of these settings and tell slots which one is in use; by default `sampling` alone.
+        draft_vocabulary: N, the number of tokens that slots can draft: the most frequent ones of the training data.
+            It makes the output head of slots cheaper; verification, and with it the text, covers all tokens. None
+            for all tokens.
 
     Raises:
-        ValueError: windows have no slots, or `sampling` is not one of the settings to be trained for.
+        ValueError: windows have no slots, `sampling` is not one of the settings to be trained for, or a correction
+            does not suit the objective.
     """
 
     backbone: BackboneSettings = field(default_factory=BackboneSettings)
@@ -49,9 +54,10 @@ class PredictorConfig:
     lora: LoraSettings = field(default_factory=LoraSettings)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     window_length: int = 16
-    refiner: RefinerSettings = field(default_factory=RefinerSettings)
+    correction: Correction | None = None
     student: Student = field(default_factory=GatedLoraStudent)
     sampling_range: SamplingRange | None = None
+    draft_vocabulary: int | None = None
 
     def __post_init__(self) -> None:
         if self.window_length < 2:
@@ -63,6 +69,14 @@ class PredictorConfig:
                 f"expected predictor.sampling, the settings that are used by default, within predictor.sampling_range, "
                 f"found {self.sampling} outside {self.sampling_range}: widen the range"
             )
+        if self.draft_vocabulary is not None and self.draft_vocabulary < 1:
+            raise ValueError(f"expected predictor.draft_vocabulary null or >= 1, found {self.draft_vocabulary}")
+        if isinstance(self.correction, HeadCorrection) and not self.objective.conditions_on_draft:
+            raise ValueError(
+                f"expected a predictor.objective that is conditioned on drafted tokens beside predictor.correction "
+                f"{type(self.correction).__name__}, which corrects by them, found {type(self.objective).__name__}: "
+                "set predictor.objective to ptp_lightning.models.SequentialObjective, or predictor.correction to null"
+            )
 
     def is_trained_for(self, sampling: SamplingConfig) -> bool:
         """Whether slots learn these settings."""
@@ -70,11 +84,16 @@ class PredictorConfig:
             return sampling == self.sampling
         return sampling.order == self.sampling.order and self.sampling_range.covers(sampling)
 
+    @property
+    def base_layers(self) -> int:
+        """Number of the base model's first layers that encode drafted tokens for the correction."""
+        return self.correction.base_layers if isinstance(self.correction, DecoderRefiner) else 0
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `from_dict` and YAML files understand."""
-        chosen = {name: getattr(self, name) for name in CHOSEN_BY_CLASS}
         return asdict(self) | {
-            name: {"class_path": class_path_of(part), "init_args": asdict(part)} for name, part in chosen.items()
+            name: {"class_path": class_path_of(part), "init_args": asdict(part)}
+            for name, part in self._parts_by_class().items()
         }
 
     @classmethod
@@ -104,4 +123,8 @@ class PredictorConfig:
 
     def class_paths(self) -> set[str]:
         """Class paths of the parts that a configuration chooses by class."""
-        return {class_path_of(getattr(self, name)) for name in CHOSEN_BY_CLASS}
+        return {class_path_of(part) for part in self._parts_by_class().values()}
+
+    def _parts_by_class(self) -> dict[str, Any]:
+        parts = {name: getattr(self, name) for name in CHOSEN_BY_CLASS}
+        return {name: part for name, part in parts.items() if part is not None}

@@ -15,16 +15,19 @@ from ptp_lightning.models.attention.masks import context_mask
 from ptp_lightning.models.backbone import architecture_fingerprint, fingerprint, load_backbone
 from ptp_lightning.models.config import PredictorConfig
 from ptp_lightning.models.context import Context
+from ptp_lightning.models.correction.correction import CorrectionHead, CorrectionModule
+from ptp_lightning.models.correction.decoder_refiner import Refiner, RefinerContext
+from ptp_lightning.models.correction.lower_layers import LowerLayers
+from ptp_lightning.models.draft_head import DraftHead, as_vocabulary, require_draft_vocabulary
 from ptp_lightning.models.layers.packed_linear import PackedWeights
-from ptp_lightning.models.refiner.lower_layers import LowerLayers
-from ptp_lightning.models.refiner.refiner import Refiner, RefinerContext
+from ptp_lightning.models.output_head import apply_head, output_head, require_plain_head
 from ptp_lightning.models.slots.sampling_encoder import SamplingEncoder
 from ptp_lightning.models.slots.slot_encoder import SlotEncoder
 from ptp_lightning.models.token_order import require_permutation, similar_tokens_together
 from ptp_lightning.models.training_changes import prepare_for_training
 from ptp_lightning.sampling import Sampler, SamplingConfig
 
-TOKEN_RANKS = "slot_encoder.token_ranks"
+TOKEN_RANKS, DRAFT_TOKEN_IDS = "slot_encoder.token_ranks", "slot_encoder.draft_token_ids"
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
@@ -45,7 +48,8 @@ class PredictorNetwork(nn.Module):
     Attributes:
         attention: chooses the attention back-end of windows.
         packed_weights: copies of linear weights for decoding on a CPU, empty until then (see `prepare_for_decoding`).
-        lower_layers: encode tokens for the refiner; None if it reads their embeddings.
+        lower_layers: encode tokens for a `Refiner`; None if it reads their embeddings.
+        draft_head: the output head over the draft vocabulary; None without one.
         prefix_counts: of a trained predictor, the number of validation windows with 0, 1, .. L correct tokens; None if
             unknown. Decoders allocate their slots accordingly.
     """
@@ -61,14 +65,14 @@ class PredictorNetwork(nn.Module):
         self.base_fingerprint = (architecture_fingerprint if config.student.trains_base else fingerprint)(backbone)
         self.packed_weights = PackedWeights()
         table: Tensor = backbone.get_input_embeddings().weight  # pyright: ignore[reportAssignmentType]
-        _require_plain_head(backbone)
+        require_plain_head(backbone)
         self.slot_encoder = SlotEncoder(config.objective, config.features, config.head, table)
-        if config.refiner.num_layers:
-            self.slot_encoder.refiner = Refiner(backbone, config.refiner)
+        if config.correction is not None:
+            self.slot_encoder.correction = config.correction.build(backbone, config.draft_vocabulary or len(table))
         if config.sampling_range is not None:
             self.slot_encoder.sampling_encoder = SamplingEncoder(*table.shape)
-            if config.refiner.num_layers:
-                self.slot_encoder.refiner_sampling_encoder = SamplingEncoder(*table.shape)
+            if self.refiner is not None:
+                self.slot_encoder.correction_sampling_encoder = SamplingEncoder(*table.shape)
         if config.sampling.order == "embedding":
             ranks = similar_tokens_together(table) if token_ranks is None else token_ranks.clone()
             require_permutation(ranks, len(table))
@@ -77,8 +81,11 @@ class PredictorNetwork(nn.Module):
         self.attention = AttentionChoice(backbone)
         # PEFT changes the layers of this model in place. The tuple hides it from torch, which would register it twice.
         self._base_model = (backbone,)
-        depth = config.refiner.base_layers
+        depth = config.base_layers
         self.lower_layers = LowerLayers(self.base_model, depth, self.gate) if depth else None
+        self.draft_head = None
+        if config.draft_vocabulary is not None:
+            self._add_draft_head(config.draft_vocabulary, len(table))
         self.train()
 
     def train(self, mode: bool = True) -> Self:
@@ -107,13 +114,54 @@ class PredictorNetwork(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The base model's output head, for hidden states of context tokens: `[..., H]` to `[..., V]`."""
-        return _apply_head(self.base_model, hidden)
+        return apply_head(self.base_model, hidden)
 
-    def slot_logits(self, hidden: Tensor) -> Tensor:
-        """The student's output head, for hidden states of slots, refined or not: `[..., H]` to `[..., V]`."""
-        if self.student_copy is None:
-            return self.logits(hidden)
-        return _apply_head(self.student_copy, hidden)
+    def slot_logits(self, slots: Tensor) -> Tensor:
+        """The student's output head, for slots `[..., H]`, or corrected ones `[..., H + F]`, see `CorrectionHead`.
+
+        Returns:
+            `[..., N]` for the tokens of the draft vocabulary; without one, N = V.
+        """
+        hidden_size = self.slot_encoder.placeholder.shape[0]
+        if slots.shape[-1] == hidden_size:
+            return self._slot_head(slots)
+        assert isinstance(self.correction, CorrectionHead), "no other correction adds features"
+        logits = self._slot_head(slots[..., :hidden_size])
+        return logits + self.correction.logit_bias(slots[..., hidden_size:])
+
+    def choose_draft_vocabulary(self, token_ids: Tensor) -> None:
+        """Set the tokens `[N]` that slots can draft.
+
+        Raises:
+            ValueError: they are not N ascending token ids.
+        """
+        own = self.slot_encoder.draft_token_ids
+        assert own is not None, "the predictor has a draft vocabulary"
+        require_draft_vocabulary(token_ids, len(own), self.base_model.config.vocab_size)
+        own.copy_(token_ids)
+        self._gather_draft_head()
+
+    def _slot_head(self, hidden: Tensor) -> Tensor:
+        if self.draft_head is None:
+            return apply_head(self.student_model, hidden)
+        ids = self.slot_encoder.draft_token_ids
+        assert ids is not None, "set with draft_head"
+        return self.draft_head(hidden, output_head(self.student_model), ids)
+
+    def _add_draft_head(self, size: int, vocab_size: int) -> None:
+        if size > vocab_size:
+            raise ValueError(f"expected predictor.draft_vocabulary null or <= {vocab_size} (all tokens), found {size}")
+        self.draft_head = DraftHead(output_head(self.student_model), size)
+        self.slot_encoder.draft_token_ids = torch.arange(size, dtype=torch.int32)
+        self._gather_draft_head()
+        self.draft_head.is_chosen = False
+        self.register_load_state_dict_post_hook(PredictorNetwork._gather_draft_head)
+
+    def _gather_draft_head(self, *_: object) -> None:
+        ids = self.slot_encoder.draft_token_ids
+        assert self.draft_head is not None and ids is not None, "the predictor has a draft vocabulary"
+        self.draft_head.gather(output_head(self.student_model), ids)
+        self.draft_head.is_chosen = True
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """The base model's token embeddings: `[...]` to `[..., H]`."""
@@ -160,7 +208,7 @@ class PredictorNetwork(nn.Module):
         return _run_stack(self.student_model, embeddings, position_ids, mask, cache, window_keys)
 
     def sampler(self, sampling: SamplingConfig | None = None) -> Sampler:
-        """These settings, by default the predictor's own, with the token order of this predictor.
+        """These settings, by default the predictor's own, with its token order and draft vocabulary.
 
         Raises:
             ValueError: the predictor was not trained in the order "embedding", so it has no such order.
@@ -171,7 +219,8 @@ class PredictorNetwork(nn.Module):
                 f"expected the order of predictor.sampling, {self.config.sampling.order!r}, found 'embedding', which "
                 "only predictors trained in it store: set sampling.order"
             )
-        return Sampler(sampling, self.slot_encoder.token_ranks if sampling.order == "embedding" else None)
+        ranks = self.slot_encoder.token_ranks if sampling.order == "embedding" else None
+        return Sampler(sampling, ranks, as_vocabulary(self.slot_encoder.draft_token_ids))
 
     def embed_slots(self, auxiliaries: Tensor, sampling: SamplingConfig) -> Tensor:
         """Input embeddings of slots: `[..., L]` float64 in [0, 1) to `[..., L - 1, H]`."""
@@ -237,79 +286,98 @@ class PredictorNetwork(nn.Module):
         return self.attention.choose(model.device, model.dtype)
 
     @property
-    def refiner(self) -> Refiner | None:
-        """The layers after the stack, if there are any."""
-        return self.slot_encoder.refiner
+    def correction(self) -> CorrectionModule | None:
+        """What predicts drafts again, if there is one."""
+        return self.slot_encoder.correction
 
-    def refiner_context(self, context: Context) -> RefinerContext:
-        """The pairs of the context for `refine`, with gradients for the refiner's keys and values."""
-        assert self.refiner is not None, "checked by the caller"
+    @property
+    def refiner(self) -> Refiner | None:
+        """The correction, if it reads the context."""
+        return self.correction if isinstance(self.correction, Refiner) else None
+
+    def correction_context(self, context: Context) -> RefinerContext | None:
+        """What `correct` reads of the context: the pairs of a `Refiner`, with gradients for its keys and values."""
+        if self.refiner is None:
+            return None
         pairs = RefinerContext(self.refiner, self.lower_layers)
         tokens = self.embed(context.batch.input_ids)
         pairs.read(context.hidden, tokens, context.batch.position_ids, context_mask(context.batch.document_ids))
         return pairs
 
-    def refine(self, context: Context, pairs: RefinerContext, hidden: Tensor, token_ids: Tensor) -> Tensor:
-        """Refine the slots of packed windows.
+    def correct(self, context: Context, pairs: RefinerContext | None, hidden: Tensor, token_ids: Tensor) -> Tensor:
+        """Correct the slots of packed windows, all in parallel.
 
         Args:
             context: of `encode`.
-            pairs: its `refiner_context`.
+            pairs: its `correction_context`.
             hidden: `[B, N, L - 1, H]`, of `slot_hidden`.
             token_ids: `[B, N, L - 1]`, the tokens at the slots' positions.
 
         Returns:
-            `[B, N, L - 1, H]`.
+            `[B, N, L - 1, H]` or `[B, N, L - 1, H + F]`, for `slot_logits`.
         """
-        conditioning = self.refiner_conditioning(context.sampling.settings)
         tokens = self.embed_draft(token_ids)
+        if pairs is None:
+            assert isinstance(self.correction, CorrectionHead), "checked by the caller"
+            return self.correction(hidden, tokens)
+        conditioning = self.refiner_conditioning(context.sampling.settings)
         return pairs.refine_windows(context.batch, hidden, tokens, conditioning, self.attention)
 
     def refiner_conditioning(self, sampling: SamplingConfig) -> Tensor | None:
-        """Embedding `[H]` of the sampling settings for the refiner; None if it is trained for one setting alone."""
-        encoder = self.slot_encoder.refiner_sampling_encoder
+        """Embedding `[H]` of the sampling settings for a `Refiner`; None if it is trained for one setting alone."""
+        encoder = self.slot_encoder.correction_sampling_encoder
         return None if encoder is None else encoder(sampling)
 
     def embed_draft(self, token_ids: Tensor) -> Tensor:
-        """The refiner's input for drafted tokens, `[...]` to `[..., H]`; zeros if it is not conditioned on them."""
+        """The correction's input for drafted tokens, `[...]` to `[..., H]`; zeros if it is not conditioned on them."""
         embeddings = self.embed(token_ids)
         return embeddings if self.config.objective.conditions_on_draft else torch.zeros_like(embeddings)
 
     @property
+    def corrects_left_to_right(self) -> bool:
+        """Whether drafts are corrected slot after slot."""
+        return self.config.correction is not None and self.config.correction.is_left_to_right
+
+    @property
     def num_refinement_steps(self) -> int:
-        """How often a draft is refined; once if the refiner is not conditioned on it."""
-        if self.refiner is None:
+        """How often a draft is corrected in parallel; once if the correction is not conditioned on it."""
+        if self.config.correction is None or self.corrects_left_to_right:
             return 0
-        return self.config.refiner.num_refinement_steps if self.config.objective.conditions_on_draft else 1
+        return self.config.correction.num_refinement_steps if self.config.objective.conditions_on_draft else 1
 
     def trainable_state(self) -> dict[str, Tensor]:
         """Names and values of all trained weights: the student and the slot encoder, no frozen weight.
 
-        The token order is included if there is one, because trained slots depend on it.
+        Token order and draft vocabulary are included if there are any, because trained slots depend on them.
         """
-        trainable = {name for name, parameter in self.named_parameters() if parameter.requires_grad} | {TOKEN_RANKS}
-        return {name: value for name, value in self.state_dict().items() if name in trainable}
+        trainable = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        kept = trainable | {TOKEN_RANKS, DRAFT_TOKEN_IDS}
+        return {name: value for name, value in self.state_dict().items() if name in kept}
 
     def require_trainable_state(self, state: dict[str, Tensor]) -> None:
         """Refuse weights that are not those of this predictor.
 
         Raises:
-            ValueError: a weight is missing, unknown or of another shape, or the token order is no permutation.
+            ValueError: a weight is missing, unknown or of another shape, the token order is no permutation, or the
+                draft vocabulary is none.
         """
         own = self.trainable_state()
         if wrong := sorted(own.keys() ^ state.keys()):
             raise ValueError(
                 f"expected the {len(own)} weights of this predictor, found a checkpoint that differs in {wrong[:4]}: "
-                "set predictor.student, predictor.lora, predictor.objective, predictor.head, predictor.refiner, "
-                "predictor.sampling_range or predictor.sampling.order"
+                "set predictor.student, predictor.lora, predictor.objective, predictor.head, "
+                "predictor.correction, predictor.draft_vocabulary, predictor.sampling_range or predictor.sampling.order"
             )
         if shapes := [name for name in own if own[name].shape != state[name].shape]:
             raise ValueError(
                 f"expected {shapes[0]} of shape {list(own[shapes[0]].shape)}, found {list(state[shapes[0]].shape)}: "
-                "set predictor.lora.rank, predictor.features or predictor.refiner"
+                "set predictor.lora.rank, predictor.features, predictor.correction or predictor.draft_vocabulary"
             )
         if TOKEN_RANKS in state:
             require_permutation(state[TOKEN_RANKS], len(own[TOKEN_RANKS]))
+        if DRAFT_TOKEN_IDS in state:
+            size, vocab_size = len(own[DRAFT_TOKEN_IDS]), self.base_model.config.vocab_size
+            require_draft_vocabulary(state[DRAFT_TOKEN_IDS], size, vocab_size)
 
     def load_trainable_state(self, state: dict[str, Tensor]) -> None:
         """Inverse of `trainable_state`; raises as `require_trainable_state`."""
@@ -328,38 +396,3 @@ def _run_stack(
     """See `PredictorNetwork.run_decoder`."""
     decoder = getattr(model, model.base_model_prefix)
     return run_layers(decoder, embeddings.to(model.dtype), position_ids, mask, cache, window_keys)
-
-
-def _apply_head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    head = _output_head(model)
-    weight: Tensor = head.weight  # pyright: ignore[reportAssignmentType]
-    return head(hidden.to(weight.dtype))
-
-
-def _output_head(model: PreTrainedModel) -> nn.Module:
-    head = model.get_output_embeddings()
-    if head is None:
-        raise ValueError(
-            f"expected a causal language model with an output head, found {type(model).__name__} without: set "
-            "predictor.backbone.path"
-        )
-    return head
-
-
-@torch.no_grad()
-def _require_plain_head(model: PreTrainedModel) -> None:
-    """Refuse models that scale or cap their logits after the head, because losses apply the head alone."""
-    token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-    decoder = getattr(model, model.base_model_prefix)
-    expected = model(input_ids=token, use_cache=False).logits
-    if not expected.isfinite().all():
-        raise ValueError(
-            "expected finite logits of the base model, found a NaN or infinity: its weights are broken, set "
-            "predictor.backbone.path"
-        )
-    found = _output_head(model)(decoder(input_ids=token, use_cache=False).last_hidden_state)
-    if not torch.allclose(expected, found, atol=1e-3, rtol=1e-3):
-        raise ValueError(
-            f"expected logits = head(last hidden state), found that {type(model).__name__} changes them afterwards "
-            "(scaling or capping), which is not supported: choose another predictor.backbone.path"
-        )

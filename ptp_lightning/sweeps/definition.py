@@ -12,7 +12,7 @@ from optuna.distributions import distribution_to_json
 
 from ptp_lightning.sweeps.attributes import DEFINITION
 from ptp_lightning.sweeps.study import Study, short_name
-from ptp_lightning.utils.renamed_keys import RENAMED_KEYS, current_class_path, current_key
+from ptp_lightning.utils.renamed_keys import RENAMED_KEYS, current_class_path, current_correction, current_key
 
 # Keys of the base configuration that do not change results, or that the study sets.
 NOT_COMPARED = (
@@ -75,15 +75,24 @@ def require_same(stored: optuna.Study, definition: Mapping[str, Any]) -> None:
 def with_current_names(definition: Mapping[str, Any]) -> dict[str, Any]:
     """A stored definition of any version with the names of today, flattened.
 
-    >>> with_current_names({"base": {"refiner": {"rounds": 3}}, "objective": {"metric": "best_of_{num_proposals}"}})
-    {'base.refiner.num_refinement_steps': 3, 'objective.metric': 'best_of_{num_drafts}'}
+    >>> with_current_names({"settings": {"refiner.rounds": 3}, "objective": {"metric": "best_of_{num_proposals}"}})
+    {'settings.correction.init_args.num_refinement_steps': 3, 'objective.metric': 'best_of_{num_drafts}'}
     """
     ignored = tuple(f"base.{path}" for path in NOT_COMPARED)
     return {
         current_key(key): _current_value(key, value)
-        for key, value in flattened(definition).items()
+        for key, value in _with_corrections(flattened(definition)).items()
         if not _is_below(key, ignored)
     }
+
+
+def _with_corrections(flat: dict[str, Any]) -> dict[str, Any]:
+    """Every whole `predictor.refiner` of a flattened definition as `predictor.correction`."""
+    for parent in [key.removesuffix(".num_layers") for key in flat if key.endswith("predictor.refiner.num_layers")]:
+        refiner = {key.removeprefix(f"{parent}."): value for key, value in flat.items() if _is_below(key, (parent,))}
+        flat = {key: value for key, value in flat.items() if not _is_below(key, (parent,))}
+        flat |= flattened({current_key(parent): current_correction(refiner)})
+    return flat
 
 
 def _current_value(key: str, value: Any) -> Any:
@@ -94,7 +103,7 @@ def _current_value(key: str, value: Any) -> Any:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """One line for each key at which nested data differ.
+    """One line for each key at which nested data differ; a key without a value counts as null.
 
     >>> differences({"a": {"b": 1}}, {"a": {"b": 2}})
     ['a.b: was 1, is 2']
@@ -104,7 +113,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return [
         f"{path}: was {_shown(old.get(path, missing))}, is {_shown(new.get(path, missing))}"
         for path in sorted(old.keys() | new.keys())
-        if old.get(path, missing) != new.get(path, missing)
+        if old.get(path) != new.get(path)
     ]
 
 

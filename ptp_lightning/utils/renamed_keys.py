@@ -1,6 +1,7 @@
 """Names of version 0.1 in configurations and their names of today: an old name is an error that states the new one.
 
-The tables are closed. Stored files of version 0.1 are not refused but migrated, see `ptp_lightning.export.migrations`.
+The tables are closed. Stored files with these names are not refused but migrated, see
+`ptp_lightning.export.migrations`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from typing import Any
 
 RENAMED_KEYS = {
     # configurations of runs
-    "refiner.rounds": "refiner.num_refinement_steps",
+    "refiner.rounds": "correction.num_refinement_steps",
+    "predictor.refiner": "predictor.correction",
     "series.fitted_share": "series.fit_fraction",
     "model.num_proposals": "model.num_drafts",
     "optimizer.other_learning_rate": "optimizer.adamw_learning_rate",
@@ -31,6 +33,11 @@ RENAMED_KEYS = {
     "prepare.passed_on": "prepare.forwarded_keys",
 }
 """Parts of dotted keys, `init_args` left out: before and now."""
+
+REFINER_CLASS = "ptp_lightning.models.DecoderRefiner"
+"""What `predictor.refiner` with one layer or more is now."""
+
+REFINER_ADVICE = f"  (a refiner is a class now: {{class_path: {REFINER_CLASS}, init_args: {{..}}}}, or null for none)"
 
 RENAMED_MODULES = {
     "data.completions_datamodule": "data",
@@ -84,26 +91,48 @@ def current_key(key: str) -> str:
     """A dotted key of version 0.1 as it is now; others as they are.
 
     >>> current_key("model.init_args.predictor.refiner.rounds")
-    'model.init_args.predictor.refiner.num_refinement_steps'
+    'model.init_args.predictor.correction.init_args.num_refinement_steps'
     """
     parts = key.split(".")
     for old, new in RENAMED_KEYS.items():
         positions = _positions(parts, old.split("."))
         for position, part in zip(positions, new.split("."), strict=False):
             parts[position] = part
+        if positions and "refiner" in old:  # its settings are now those of a class
+            settings = parts.index("correction", positions[0]) + 1
+            if parts[settings : settings + 1] not in ([], ["init_args"]):
+                parts.insert(settings, "init_args")
     return ".".join(parts)
+
+
+def current_correction(refiner: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The settings `predictor.refiner` of version 0.1 as the `predictor.correction` that they are now.
+
+    >>> current_correction({"num_layers": 1, "rounds": 3})
+    {'class_path': 'ptp_lightning.models.DecoderRefiner', 'init_args': {'num_layers': 1, 'num_refinement_steps': 3}}
+    >>> current_correction({"num_layers": 0}) is None
+    True
+    """
+    if not refiner.get("num_layers", 0):  # 0 was the default
+        return None
+    settings = {"num_refinement_steps" if name == "rounds" else name: value for name, value in refiner.items()}
+    return {"class_path": REFINER_CLASS, "init_args": settings}
 
 
 def with_current_names(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested data with the keys and class paths of today; lists stay as they are.
 
-    >>> with_current_names({"refiner": {"rounds": 3}})
-    {'refiner': {'num_refinement_steps': 3}}
+    >>> with_current_names({"refiner": {"num_layers": 1}})
+    {'correction': {'class_path': 'ptp_lightning.models.DecoderRefiner', 'init_args': {'num_layers': 1}}}
     """
     renamed: dict[str, Any] = {}
+    depth = len(current_key(prefix).split(".")) - 1
     for key, value in config.items():
         path = f"{prefix}{key}"
-        now = current_key(path).split(".")[prefix.count(".") :]
+        if key == "refiner" and isinstance(value, Mapping):
+            renamed["correction"] = current_correction(value)
+            continue
+        now = current_key(path).split(".")[depth:]
         if isinstance(value, Mapping):
             value = with_current_names(value, f"{path}.")
         elif isinstance(value, str):
@@ -126,7 +155,8 @@ def require_current_names(config: Mapping[str, Any], source: str) -> None:
     Traceback (most recent call last):
     ...
     ValueError: my.yaml: names of version 0.1, rename them
-      refiner.rounds -> refiner.num_refinement_steps
+      refiner.rounds -> correction.init_args.num_refinement_steps
+      (a refiner is a class now: {class_path: ptp_lightning.models.DecoderRefiner, init_args: {..}}, or null for none)
     """
     renamed: dict[str, str] = {}
     for key, value in _entries(config):
@@ -136,6 +166,8 @@ def require_current_names(config: Mapping[str, Any], source: str) -> None:
             renamed[value] = path
     if renamed:
         lines = [f"  {old} -> {new}" for old, new in renamed.items()]
+        if any("refiner" in old for old in renamed):
+            lines.append(REFINER_ADVICE)
         raise ValueError("\n".join([f"{source}: names of version 0.1, rename them", *lines]))
 
 

@@ -23,10 +23,10 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 from ptp_lightning.models import (
     BackboneSettings,
     CosineFeatures,
+    DecoderRefiner,
     FullCopyStudent,
     LoraSettings,
     PredictorConfig,
-    RefinerSettings,
     SharedStudent,
 )
 from ptp_lightning.sampling import SamplingConfig
@@ -96,7 +96,7 @@ def make_module(run: Run, folder: Path) -> LightningModule:
     if run.kind == "copy":
         config = replace(config, student=FullCopyStudent())
     elif run.backbone["model_type"] == "llama":
-        config = replace(config, refiner=RefinerSettings(num_layers=1, intermediate_size=16, base_layers=1))
+        config = replace(config, correction=DecoderRefiner(num_layers=1, intermediate_size=16, base_layers=1))
     source = DatasetWindows(Centres())
     return DistillationModule(config, source=source, val_source=source, optimizer=optimizer, **run.module)
 

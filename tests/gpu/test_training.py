@@ -55,7 +55,8 @@ def test_loss_and_gradients_are_those_of_the_cpu(source: WindowSource) -> None:
         sample = source.sample(module.predictor, context, generator)
         hidden = module.predictor.slot_hidden(context, sample.auxiliaries)
         loss = (
-            module._refined_loss(context, hidden, sample).total + module._first_pass_loss(context, hidden, sample).total
+            module._corrected_loss(context, hidden, sample).total
+            + module._first_pass_loss(context, hidden, sample).total
         )
         loss.backward()
         gradients = {
@@ -178,7 +179,7 @@ def test_no_step_waits_for_the_device(source: WindowSource) -> None:
         sample = source.sample(module.predictor, context, keyed_generator(number))
         hidden = module.predictor.slot_hidden(context, sample.auxiliaries)
         loss = module._first_pass_loss(context, hidden, sample)
-        (loss.total / loss.count + module._refined_loss(context, hidden, sample).total).backward()
+        (loss.total / loss.count + module._corrected_loss(context, hidden, sample).total).backward()
 
     step(0)  # what is made once may wait
     torch.cuda.set_sync_debug_mode("error")

@@ -8,21 +8,21 @@ from torch import Tensor
 
 from ptp_lightning.models import (
     BackboneSettings,
+    DecoderRefiner,
     LoraSettings,
     PredictorConfig,
     PredictorNetwork,
-    RefinerSettings,
 )
 from ptp_lightning.sampling import SamplingConfig
 from tests.helpers.tiny_windows import one_document
 
 SAMPLING = SamplingConfig(temperature=0.7, top_k=5, top_p=0.9, order="vocabulary")
-REFINER = RefinerSettings(num_layers=2, intermediate_size=24, num_refinement_steps=2)
+REFINER = DecoderRefiner(num_layers=2, intermediate_size=24, num_refinement_steps=2)
 
 
 def trained(base: Path | str, **config: Any) -> PredictorNetwork:
     """A predictor whose trained weights are all random, so that a lost weight is noticed."""
-    settings = {"window_length": 4, "lora": LoraSettings(rank=2), "sampling": SAMPLING, "refiner": REFINER} | config
+    settings = {"window_length": 4, "lora": LoraSettings(rank=2), "sampling": SAMPLING, "correction": REFINER} | config
     predictor = PredictorNetwork(PredictorConfig(BackboneSettings(path=str(base)), **settings)).eval()
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
@@ -38,5 +38,7 @@ def slot_logits(predictor: PredictorNetwork) -> Tensor:
     context = predictor.encode(one_document(ids, torch.tensor([[2, 5]])))
     auxiliaries = torch.arange(1, 9, dtype=torch.float64).reshape(1, 2, 4) / 10
     hidden = predictor.slot_hidden(context, auxiliaries)
-    refined = predictor.refine(context, predictor.refiner_context(context), hidden, ids[:, None, :3].expand(1, 2, 3))
-    return predictor.logits(torch.cat([hidden, refined]))
+    refined = predictor.correct(
+        context, predictor.correction_context(context), hidden, ids[:, None, :3].expand(1, 2, 3)
+    )
+    return torch.cat([predictor.slot_logits(hidden), predictor.slot_logits(refined)])

@@ -55,8 +55,9 @@ def shrink(path: Path, corpus: Path, folder: Path) -> Path:
     arguments.get("predictor", arguments)["backbone"] = {"path": "embedded", "from_config": SHRUNKEN}
     if "lora" in arguments.get("predictor", {}):
         arguments["predictor"]["lora"] |= {"rank": 2}
-    if "base_layers" in arguments.get("predictor", {}).get("refiner", {}):
-        arguments["predictor"]["refiner"] |= {"base_layers": 1}
+    correction = (arguments.get("predictor", {}).get("correction") or {}).get("init_args", {})
+    if "base_layers" in correction:
+        correction |= {"base_layers": 1}
     if "output" in arguments:
         arguments |= {"output": str(folder / "model"), "compile": False}
     data = config["data"]["init_args"]

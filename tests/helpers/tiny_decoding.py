@@ -51,7 +51,7 @@ def slot_logits_of_training(
     hidden = predictor.slot_hidden(context, auxiliaries.unsqueeze(1))
     if draft is not None:
         stands_for = torch.cat([text[:, first : first + 1], draft], dim=1)[:, None, :-1]
-        hidden = predictor.refine(context, predictor.refiner_context(context), hidden, stands_for)
+        hidden = predictor.correct(context, predictor.correction_context(context), hidden, stands_for)
     return predictor.slot_logits(hidden[:, 0])
 
 

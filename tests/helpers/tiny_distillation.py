@@ -13,8 +13,8 @@ from torch import Tensor
 from ptp_lightning.losses import CrossEntropy, KullbackLeibler, Loss, PositionWeights, UniformWeights
 from ptp_lightning.models.backbone import BackboneSettings
 from ptp_lightning.models.config import PredictorConfig
+from ptp_lightning.models.correction.decoder_refiner import DecoderRefiner
 from ptp_lightning.models.lora.gated_lora import LoraSettings
-from ptp_lightning.models.refiner.refiner import RefinerSettings
 from ptp_lightning.models.slots.continuous_features import CosineFeatures
 from ptp_lightning.models.slots.objectives import (
     CategoricalObjective,
@@ -67,7 +67,7 @@ def make_module(
         "lora": LoraSettings(rank=2),
         "sampling": SamplingConfig(temperature=0.8, top_k=8, top_p=0.9),
         "window_length": 4,
-        "refiner": RefinerSettings(num_layers=1, intermediate_size=16),
+        "correction": DecoderRefiner(num_layers=1, intermediate_size=16),
     }
     torch.manual_seed(base_seed)
     return DistillationModule(

@@ -1,5 +1,6 @@
 """Tiny predictors with random, clearly non-zero adapters, for tests."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -7,17 +8,20 @@ from transformers import PreTrainedModel
 
 from ptp_lightning.models import (
     CategoricalObjective,
+    DecoderRefiner,
     FullCopyStudent,
     GatedLoraStudent,
     IndependentObjective,
     LoraSettings,
+    MarkovHead,
     OneHotObjective,
     PredictorConfig,
     PredictorNetwork,
-    RefinerSettings,
     SequentialObjective,
     SharedStudent,
+    TokenConditionedHead,
 )
+from ptp_lightning.models.correction.correction import Correction
 from ptp_lightning.models.slots.objectives import Objective
 from ptp_lightning.models.slots.sampling_range import SamplingRange
 from ptp_lightning.models.students import Student
@@ -31,6 +35,15 @@ OBJECTIVES: dict[str, Objective] = {
 STUDENTS: dict[str, Student] = {
     student.name: student for student in (GatedLoraStudent(), FullCopyStudent(), SharedStudent())
 }
+REFINER = DecoderRefiner(num_layers=1, num_refinement_steps=2, base_layers=1)
+CORRECTIONS: dict[str, Correction] = {
+    "refiner": REFINER,
+    "token_conditioned": TokenConditionedHead(intermediate_size=24),
+    "token_conditioned_parallel": TokenConditionedHead(intermediate_size=24, order="parallel", num_refinement_steps=2),
+    "markov": MarkovHead(rank=5),
+    "markov_parallel": MarkovHead(rank=5, order="parallel", num_refinement_steps=2),
+}
+"""One row for each correction and order."""
 
 
 def sharpen(model: PreTrainedModel, factor: float) -> None:
@@ -50,18 +63,27 @@ def tiny_predictor(
     sharpness: float = 2.0,
     student: str = "gated_lora",
     sampling_range: SamplingRange | None = None,
+    correction: Correction | None = REFINER,
+    draft_vocabulary: Sequence[int] | None = None,
     **model: Any,
 ) -> PredictorNetwork:
-    """In eval mode; `sharpness` as in `sharpen`; `model` are further arguments of the builder in TINY_MODELS."""
+    """In eval mode, with random weights everywhere.
+
+    Args:
+        draft_vocabulary: ascending token ids; None for all tokens.
+        sharpness: as in `sharpen`.
+        **model: further arguments of the builder in TINY_MODELS.
+    """
     backbone = cast_weights(TINY_MODELS[family](**model), dtype)
     config = PredictorConfig(
         objective=OBJECTIVES[objective],
         lora=LoraSettings(rank=4),
         sampling=sampling,
         window_length=window_length,
-        refiner=RefinerSettings(num_layers=1, num_refinement_steps=2, base_layers=1),
+        correction=correction,
         student=STUDENTS[student],
         sampling_range=sampling_range,
+        draft_vocabulary=None if draft_vocabulary is None else len(draft_vocabulary),
     )
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(1)
@@ -72,6 +94,8 @@ def tiny_predictor(
                 parameter.normal_(std=0.1)
             elif name.startswith("student_copy"):
                 parameter += 0.05 * torch.randn_like(parameter)
-            elif ("refiner" in name or "sampling_encoder" in name) and not parameter.any():
+            elif ("correction" in name or "sampling_encoder" in name) and not parameter.any():
                 parameter.normal_(std=0.2)
+        if draft_vocabulary is not None:
+            predictor.choose_draft_vocabulary(torch.tensor(draft_vocabulary))
     return predictor.eval()

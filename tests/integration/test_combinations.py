@@ -92,7 +92,7 @@ def combinations() -> list[dict[str, Any]]:
                 "head": "linear" if index < len(FEATURES) else "mlp",
                 "student": as_yaml("models", (student, {})),
                 # The divisors keep these apart from the lists of two and three entries.
-                "refiner": refiner(index) if index // 2 % 2 else {"num_layers": 0},
+                "correction": refiner(index) if index // 2 % 2 else None,
                 "sampling": {"temperature": 0.7, "top_k": 50, "top_p": 0.9, "order": order},
                 "sampling_range": RANGE if index // 3 % 2 else None,
             },
@@ -108,7 +108,8 @@ def combinations() -> list[dict[str, Any]]:
 def refiner(index: int) -> dict[str, Any]:
     """Starts and numbers of base layers in all pairs; for the divisors see `combinations`."""
     start = "last_layers" if index // 4 % 2 else "random"
-    return {"num_layers": 1, "num_refinement_steps": 2, "base_layers": index % 3, "start": start}
+    settings = {"num_layers": 1, "num_refinement_steps": 2, "base_layers": index % 3, "start": start}
+    return {"class_path": "ptp_lightning.models.DecoderRefiner", "init_args": settings}
 
 
 def named(combination: dict[str, Any]) -> str:

@@ -304,7 +304,7 @@ def test_a_full_disk(config: Path, tmp_path: Path, run: Run, monkeypatch: pytest
                 "--model.init_args.predictor.student=ptp_lightning.models.SharedStudent",
                 "--model.init_args.predictor.objective=ptp_lightning.models.CategoricalObjective",
                 "--model.init_args.predictor.sampling.temperature=1.0",
-                "--model.init_args.predictor.refiner.num_layers=0",
+                "--model.init_args.predictor.correction=null",
             ],
             ["frozen teacher", "InverseAutoregressiveModule", "set model"],
         ),

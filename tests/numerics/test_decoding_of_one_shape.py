@@ -21,10 +21,10 @@ from ptp_lightning.decoding import GenerationSettings, decode_autoregressively
 from ptp_lightning.decoding.lookahead import Lookahead
 from ptp_lightning.models import (
     BackboneSettings,
+    DecoderRefiner,
     LoraSettings,
     PredictorConfig,
     PredictorNetwork,
-    RefinerSettings,
 )
 from ptp_lightning.models.attention import blocks as blocks_module
 from ptp_lightning.models.attention.block_attention import VisibleKeys
@@ -162,10 +162,10 @@ def test_a_graph_is_made_behind_calls_on_another_stream(monkeypatch: pytest.Monk
     assert happened == [*warm_up, "capture begins", "call", "capture ends", "replay"]
 
 
-def test_a_refiner_is_rejected() -> None:
-    model = predictor(refiner=RefinerSettings(num_layers=1))
+def test_a_correction_is_rejected() -> None:
+    model = predictor(correction=DecoderRefiner(num_layers=1))
     assert GraphDecoder(model, settings(SAMPLING["greedy"]), len(PROMPT)).decode(PROMPT)[1] == NUM_TOKENS
-    with pytest.raises(ValueError, match="neither a refiner nor a copied student"):
+    with pytest.raises(ValueError, match="neither a correction nor a copied student"):
         GraphDecoder(model, settings(SAMPLING["greedy"]), len(PROMPT), (1, 0))
 
 

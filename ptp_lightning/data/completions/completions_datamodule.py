@@ -147,6 +147,11 @@ class CompletionsDataModule(PackedDataModule):
         }
         return CompletionStream(self._rows("train"), self._require_table(), row_length=self.row_length, **settings)
 
+    def training_texts(self) -> Iterator[Sequence[int]]:
+        """See `PackedDataModule.training_texts`."""
+        table = self._require_table()
+        return (table.completion_ids.of(row) for row in self._rows_of_split("train"))
+
     def fixed_batches(self, split: Split) -> list[PackedBatch]:
         """See `PackedDataModule.fixed_batches`."""
         rows = list(pack_completions(self._require_table(), self._rows(split), self.row_length))
@@ -160,17 +165,22 @@ class CompletionsDataModule(PackedDataModule):
 
     def _rows(self, split: Split) -> Sequence[int]:
         """Row numbers of the table for this rank."""
-        prompts = self._require_table().prompts
-        chosen = [number for number in np.unique(prompts).tolist() if split_of(f"prompt {number}") == split]
-        shard = self.shard_spec()
-        rows = shard.select(np.flatnonzero(np.isin(prompts, chosen)).tolist())
+        shard, of_split = self.shard_spec(), self._rows_of_split(split)
+        rows = shard.select(of_split)
         if not rows:
+            num_prompts = len(np.unique(self._require_table().prompts[of_split]))
             raise ValueError(
                 f"expected completions in the {split} split of {self.folder.path} for rank {shard.rank} of "
-                f"{shard.world_size}, found {len(chosen)} prompts there: pregenerate more prompts (90 % train, 5 % "
+                f"{shard.world_size}, found {num_prompts} prompts there: pregenerate more prompts (90 % train, 5 % "
                 f"validation, 5 % test) or set {FOLDER_KEY}"
             )
         return rows
+
+    def _rows_of_split(self, split: Split) -> list[int]:
+        """Row numbers of the table for all ranks."""
+        prompts = self._require_table().prompts
+        chosen = [number for number in np.unique(prompts).tolist() if split_of(f"prompt {number}") == split]
+        return np.flatnonzero(np.isin(prompts, chosen)).tolist()
 
 
 def _require_complete(folder: CompletionFolder) -> None:

@@ -1,7 +1,7 @@
 """Objectives: which auxiliaries a slot carries, and how its logits give a token (Theorems 1 and 2 of the paper)."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -18,7 +18,7 @@ class Objective(ABC):
     name: ClassVar[str]
     num_inputs: ClassVar[int]
     conditions_on_draft: ClassVar[bool] = True
-    """Whether the refiner is conditioned on the drafted tokens at the slots' positions."""
+    """Whether a correction is conditioned on the drafted tokens at the slots' positions."""
     predicts_distribution: ClassVar[bool] = True
     """Whether logits are a distribution of the next token, to be compared with a target distribution."""
 
@@ -28,7 +28,13 @@ class Objective(ABC):
 
     @abstractmethod
     def tokens_from_logits(self, logits: Tensor, auxiliaries: Tensor, sampling: Sampler) -> Tensor:
-        """Tokens `[...]` from logits `[..., V]` and the auxiliaries `[...]` of the predicted tokens."""
+        """Tokens `[...]` from logits of slots and the auxiliaries `[...]` of the predicted tokens.
+
+        Args:
+            logits: `[..., N]`, N = V without a draft vocabulary.
+            auxiliaries: `[...]` float64.
+            sampling: of the windows; knows the draft vocabulary.
+        """
 
     @abstractmethod
     def correct_probability(
@@ -37,7 +43,7 @@ class Objective(ABC):
         """The probability that a slot drafts the reference token: `[...]`, float32 or better, without gradient.
 
         Args:
-            logits: `[..., V]`.
+            logits: `[..., N]`, N = V without a draft vocabulary.
             token_ids: `[...]`, the reference tokens.
             teacher: distributions `[..., K]` that the tokens were picked from.
             sampling: of the windows.
@@ -66,7 +72,9 @@ class OneHotObjective(Objective):
         Raises:
             ValueError: a NaN or infinity among the logits.
         """
-        token_ids = SamplingConfig(temperature=0).distribution(logits).token_ids
+        token_ids = (
+            replace(sampling.for_student(), settings=SamplingConfig(temperature=0)).distribution(logits).token_ids
+        )
         assert token_ids is not None, "greedy distributions list their one token"
         return token_ids.squeeze(-1)
 
@@ -74,8 +82,9 @@ class OneHotObjective(Objective):
     def correct_probability(
         self, logits: Tensor, token_ids: Tensor, teacher: TokenDistribution, sampling: Sampler
     ) -> Tensor:
-        """The student's probability of the reference token; `teacher` and `sampling` are not read."""
-        return SamplingConfig().distribution(logits).probability_of(token_ids)
+        """The student's probability of the reference token; `teacher` and sampling settings are not read."""
+        prediction = replace(sampling.for_student(), settings=SamplingConfig()).distribution(logits)
+        return prediction.probability_of(token_ids)
 
 
 @dataclass(frozen=True)
@@ -138,7 +147,7 @@ class IndependentObjective(PickingObjective):
 
 @dataclass(frozen=True)
 class SequentialObjective(IndependentObjective):
-    """Slots that carry nothing, as in MTP, with a refiner that is conditioned on the draft, as in Hydra heads.
+    """Slots that carry nothing, as in MTP, with a correction that is conditioned on the draft, as in Hydra heads.
 
     u is used only to pick drafted tokens. The difference to PTP measures the benefit of auxiliaries in slots.
     """

@@ -4,7 +4,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from ptp_lightning.models.refiner.refiner import Refiner
+from ptp_lightning.models.correction.correction import CorrectionModule
 from ptp_lightning.models.slots.auxiliary_embedding import AuxiliaryEmbedding
 from ptp_lightning.models.slots.auxiliary_features import AuxiliaryFeatures
 from ptp_lightning.models.slots.objectives import Objective
@@ -24,10 +24,11 @@ class SlotEncoder(nn.Module):
         token_embeddings: `[V, H]`, for the initialisation.
 
     Attributes:
-        refiner: layers after the stack, if there are any. This and the following are set by `PredictorNetwork`.
+        correction: predicts drafts again, if there is one. This and the following are set by `PredictorNetwork`.
         sampling_encoder: conditions slots on the sampling settings, if the predictor is trained for several.
-        refiner_sampling_encoder: the same for the refiner.
+        correction_sampling_encoder: the same for a `Refiner`.
         token_ranks: `[V]` int64, the order "embedding" if slots are trained in it (see `Sampler`).
+        draft_token_ids: `[N]` int32, ascending, the tokens that slots can draft; None for all.
     """
 
     def __init__(
@@ -46,11 +47,13 @@ class SlotEncoder(nn.Module):
         self.embeddings = nn.ModuleList(
             AuxiliaryEmbedding(features, head, table.shape[1], scale) for _ in range(objective.num_inputs)
         )
-        self.refiner: Refiner | None = None
+        self.correction: CorrectionModule | None = None
         self.sampling_encoder: SamplingEncoder | None = None
-        self.refiner_sampling_encoder: SamplingEncoder | None = None
+        self.correction_sampling_encoder: SamplingEncoder | None = None
         self.token_ranks: Tensor | None
         self.register_buffer("token_ranks", None)
+        self.draft_token_ids: Tensor | None
+        self.register_buffer("draft_token_ids", None)
 
     def forward(self, auxiliaries: Tensor) -> Tensor:
         """Map auxiliaries `[..., L]` to `[..., L - 1, H]`."""

@@ -18,8 +18,8 @@ def shard(module: LightningModule, layers: Iterable[nn.Module], mesh: DeviceMesh
     """Shard a module, in `configure_model`. A second call has no effect.
 
     A layer is gathered, with its adapters, for each of its calls. The other parameters (embeddings and output heads,
-    which may be tied; norms; the slot encoder with its refiner) are gathered for a whole step, because a step uses them
-    outside of any single `forward`.
+    which may be tied; norms; the slot encoder with its correction) are gathered for a whole step, because a step uses
+    them outside of any single `forward`.
 
     Args:
         module: the training module.
@@ -40,6 +40,8 @@ def shard(module: LightningModule, layers: Iterable[nn.Module], mesh: DeviceMesh
         )
     for layer in layers:
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
-    fully_shard(module, mesh=mesh, reshard_after_forward=False)
+    # The rows of the draft head are copied from the sharded output head, and are read outside of any `forward`.
+    draft_rows = {parameter for name, parameter in module.named_parameters() if ".draft_head." in name}
+    fully_shard(module, mesh=mesh, reshard_after_forward=False, ignored_params=draft_rows)
     for step in STEPS:
         register_fsdp_forward_method(module, step)

@@ -17,6 +17,7 @@ from ptp_lightning.losses import (
     PositionWeights,
     SlotTargets,
     UniformWeights,
+    over_draft_vocabulary,
     require_sound,
 )
 from ptp_lightning.metrics import PositionMeans, WindowMetrics, as_tags
@@ -46,8 +47,8 @@ class DistillationModule(PredictorModule):
         source: of the windows in training.
         val_source: of the windows in validation; the teacher's own samples are what decoding has to predict.
         optimizer: optimiser and schedule.
-        first_pass_loss_weight: weight of the loss before refinement relative to the loss after it; has no effect
-            without a refiner.
+        first_pass_loss_weight: weight of the loss before correction relative to the loss after it. It has no effect
+            without a correction, and with one that drafts from left to right, which uses corrected predictions alone.
         num_drafts: M; if M > 1, validation also drafts every window M times, chooses the draft whose auxiliaries lie
             closest to the centres of their intervals, and logs `val/correct_tokens_best_of_{M}` (see
             `ptp_lightning.training.modules.best_of`).
@@ -118,17 +119,22 @@ class DistillationModule(PredictorModule):
         source = self.source.choose(progress, keyed_generator(self.seed, "source", self.global_step, batch_idx))
         sample = source.sample(self.predictor, context, generator)
         hidden = self.predictor.slot_hidden(context, sample.auxiliaries)
-        prediction = first_pass = self._first_pass_loss(context, hidden, sample)
-        if self.predictor.refiner is not None:
-            prediction = self._refined_loss(context, hidden, sample)
+        corrects = self.predictor.correction is not None
+        if self.predictor.corrects_left_to_right:
+            prediction = first_pass = self._corrected_loss(context, hidden, sample)
+        else:
+            prediction = first_pass = self._first_pass_loss(context, hidden, sample)
+            if corrects:
+                prediction = self._corrected_loss(context, hidden, sample)
         # Both losses count the same slots, but weights may depend on the student's predictions.
         mean_count, first_pass_count = self._mean_counts(batch, prediction, first_pass)
         total = prediction.total
-        if self.predictor.refiner is not None:
+        if first_pass is not prediction:
             # The ratio is exactly 1 if the weights do not depend on the student.
             total = total + self.first_pass_loss_weight * (first_pass.total * (mean_count / first_pass_count))
         self.log("train/loss_nats", prediction.total.detach() / mean_count, prog_bar=True)
-        self.log("train/first_pass_loss_nats", first_pass.total.detach() / first_pass_count)
+        if not self.predictor.corrects_left_to_right:
+            self.log("train/first_pass_loss_nats", first_pass.total.detach() / first_pass_count)
         return total / mean_count
 
     def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
@@ -158,18 +164,18 @@ class DistillationModule(PredictorModule):
     def _first_pass_loss(self, context: Context, hidden: Tensor, sample: WindowSample) -> LossSum:
         return self._slot_loss(hidden, sample, context.sampling)
 
-    def _refined_loss(self, context: Context, hidden: Tensor, sample: WindowSample) -> LossSum:
-        """Loss of refined slots that are conditioned on the same tokens as the teacher's distributions.
+    def _corrected_loss(self, context: Context, hidden: Tensor, sample: WindowSample) -> LossSum:
+        """Loss of corrected slots that are conditioned on the same tokens as the teacher's distributions.
 
         In windows of the teacher or the dataset these are the correct tokens: decoding uses a slot only if all tokens
         before it are correct, so training assumes it. In windows that the student wrote they are the student's.
         """
-        pairs = self.predictor.refiner_context(context)
-        refined = self.predictor.refine(context, pairs, hidden, sample.conditioning_ids[..., :-1])
-        return self._slot_loss(refined, sample, context.sampling)
+        pairs = self.predictor.correction_context(context)
+        corrected = self.predictor.correct(context, pairs, hidden, sample.conditioning_ids[..., :-1])
+        return self._slot_loss(corrected, sample, context.sampling)
 
     def _slot_loss(self, hidden: Tensor, sample: WindowSample, sampling: Sampler) -> LossSum:
-        """Loss of the slots' hidden states `[B, N, L - 1, H]`; tokens are drafted with `sampling`."""
+        """Loss of the slots' states `[B, N, L - 1, ..]`, for `slot_logits`; tokens are drafted with `sampling`."""
         mask = sample.mask[..., 1:]
         flat = sample.target.at(SLOT_POSITIONS).flatten()
         targets = SlotTargets(sample.token_ids[..., 1:].flatten(), flat, mask.flatten().to(torch.float32))
@@ -178,8 +184,9 @@ class DistillationModule(PredictorModule):
             if self.position_weights.needs_correct_probability
             else None
         )
-        losses = self.loss.slot_losses(hidden.flatten(0, 2), self.predictor.slot_logits, targets, measure)
-        return self.loss.weighted_sum(losses, self.position_weights(mask, losses.measured_on(mask)).flatten())
+        loss = over_draft_vocabulary(self.loss, sampling.draft_vocabulary)
+        losses = loss.slot_losses(hidden.flatten(0, 2), self.predictor.slot_logits, targets, measure)
+        return loss.weighted_sum(losses, self.position_weights(mask, losses.measured_on(mask)).flatten())
 
     def _log_window_metrics(self, stage: str) -> None:
         more: dict[str, float] = {}
@@ -212,7 +219,8 @@ class DistillationModule(PredictorModule):
         sample, logits = self._measure(context, source, generator, self.val_metrics)
         if self.predictor.config.objective.predicts_distribution:
             target, mask = sample.target.at(SLOT_POSITIONS).flatten().materialize(), sample.mask[..., 1:]
-            divergences = KullbackLeibler().per_slot(logits.flatten(0, -2), sample.token_ids[..., 1:].flatten(), target)
+            divergence = over_draft_vocabulary(KullbackLeibler(), context.sampling.draft_vocabulary)
+            divergences = divergence.per_slot(logits.flatten(0, -2), sample.token_ids[..., 1:].flatten(), target)
             positions = torch.arange(1, self.predictor.config.window_length, device=mask.device).expand_as(mask)
             self.val_divergences.update(divergences.view_as(mask)[mask], positions[mask])
         if self.num_drafts > 1:
@@ -229,18 +237,23 @@ class DistillationModule(PredictorModule):
         generator: torch.Generator,
         metrics: WindowMetrics,
     ) -> tuple[WindowSample, Tensor]:
-        """Windows under the settings of the context, and the student's logits `[B, N, L - 1, V]` for them."""
+        """Windows under the settings of the context, and the student's logits `[B, N, L - 1, ..]` for them."""
         sample = source.sample(self.predictor, context, generator)
         # The first token needs no slot: decoding picks it from the base model's own distribution.
         first = sample.teacher.at((..., 0)).materialize()
         first_nll = -first.probability_of(sample.token_ids[..., 0]).log()
         draft = student_draft(self.predictor, context, sample.auxiliaries, pick(sample.auxiliaries[..., 0], first))
         logits = self.predictor.slot_logits(draft.hidden).float()
-        nll = F.cross_entropy(logits.flatten(0, -2), sample.token_ids[..., 1:].flatten(), reduction="none")
+        columns, found = sample.token_ids[..., 1:], None
+        if context.sampling.draft_vocabulary is not None:
+            columns, found = context.sampling.draft_vocabulary.columns(columns)
+            found = F.pad(found, (1, 0), value=True)
+        nll = F.cross_entropy(logits.flatten(0, -2), columns.flatten(), reduction="none")
         metrics.update(
             draft.token_ids == sample.token_ids,
             sample.mask,
             torch.cat([first_nll.unsqueeze(-1), nll.view_as(logits[..., 0])], dim=-1),
+            found,
         )
         return sample, logits
 

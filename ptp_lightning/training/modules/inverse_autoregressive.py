@@ -86,8 +86,8 @@ class InverseAutoregressiveModule(PredictorModule):
         compile: `torch.compile` decoder layers in training; see `PredictorModule`.
 
     Raises:
-        ValueError: the student, objective, loss, position weights, refiner or temperature does not support teacher-free
-            training; names the key.
+        ValueError: the student, objective, loss, position weights, correction, draft vocabulary or temperature does not
+            support teacher-free training; names the key.
     """
 
     def __init__(
@@ -258,10 +258,15 @@ def require_teacher_free(config: PredictorConfig) -> None:
             "independent and sequential slots are conditioned on no auxiliary: set predictor.objective to "
             "ptp_lightning.models.CategoricalObjective"
         )
-    if config.refiner.num_layers:
+    if config.correction is not None:
         raise ValueError(
-            f"expected no refiner, found predictor.refiner.num_layers {config.refiner.num_layers}: auxiliaries are "
-            "inferred from the slots' predictions, and only distillation trains a refiner; set it to 0"
+            f"expected no predictor.correction, found {type(config.correction).__name__}: auxiliaries are inferred "
+            "from the slots' predictions, and only distillation trains a correction; set it to null"
+        )
+    if config.draft_vocabulary is not None:
+        raise ValueError(
+            f"expected no predictor.draft_vocabulary, found {config.draft_vocabulary}: auxiliaries are inferred from "
+            "the slots' predictions, which must know every token; set it to null"
         )
     if config.sampling.temperature != 1:
         raise ValueError(

@@ -15,6 +15,7 @@ from ptp_lightning.batch import PackedBatch
 from ptp_lightning.data.completions.completions import FOLDER_KEY, CompletionSettings
 from ptp_lightning.data.completions.completions_datamodule import CompletionsDataModule
 from ptp_lightning.data.packed_datamodule import PackedDataModule
+from ptp_lightning.draft_vocabulary import first_tokens, most_frequent_tokens
 from ptp_lightning.export.checkpoint import require_same_predictor
 from ptp_lightning.export.migrations import FORMAT_VERSION, migrate_checkpoint
 from ptp_lightning.metrics import WindowSummary, as_tags
@@ -29,6 +30,9 @@ from ptp_lightning.training.optimization import OptimizerSettings, configure
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+COUNTED_TOKENS = 2**23
+"""Of the training data, for the draft vocabulary; the ranks of frequent tokens are known long before."""
 
 
 class PredictorModule(TrainingModule):
@@ -102,8 +106,21 @@ class PredictorModule(TrainingModule):
         self.end_of_text = data.end_of_text
 
     def on_fit_start(self) -> None:
-        """Silence Lightning's warning about the base model, which is in eval mode on purpose."""
+        """Choose the draft vocabulary unless a checkpoint brought one.
+
+        Also silence Lightning's warning about the base model, which is in eval mode on purpose.
+
+        Raises:
+            ValueError: there is a draft vocabulary, but the data are not text.
+        """
         warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode", category=PossibleUserWarning)
+        head = self.predictor.draft_head
+        if head is not None and not head.is_chosen:
+            data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+            size, vocab_size = self.predictor.config.draft_vocabulary, self.predictor.base_model.config.vocab_size
+            assert size is not None, "there is a draft head"
+            texts = first_tokens(data.training_texts(), COUNTED_TOKENS)
+            self.predictor.choose_draft_vocabulary(most_frequent_tokens(texts, size, vocab_size))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The configured optimiser and schedule for all trained weights."""

@@ -16,7 +16,7 @@ from ptp_lightning.training.windows.student_draft import without_dropout
 def student_probe(predictor: PredictorNetwork, context: Context, token_ids: Tensor) -> StudentProbe:
     """A function of auxiliaries that compares the student's draft with given windows.
 
-    A refiner is conditioned on the given tokens, as in training: predictions after a wrong token are of no use.
+    A correction is conditioned on the given tokens, as in training: predictions after a wrong token are of no use.
 
     Args:
         predictor: base model and student.
@@ -36,11 +36,11 @@ def student_probe(predictor: PredictorNetwork, context: Context, token_ids: Tens
     def probe(auxiliaries: Tensor) -> ProbeResult:
         with without_dropout(predictor):
             hidden = predictor.slot_hidden(context, auxiliaries)
-            if predictor.refiner is not None:
-                pairs = predictor.refiner_context(context)
-                hidden = predictor.refine(context, pairs, hidden, token_ids[..., :-1])
+            if predictor.correction is not None:
+                pairs = predictor.correction_context(context)
+                hidden = predictor.correct(context, pairs, hidden, token_ids[..., :-1])
         later = token_ids[..., 1:]
-        results = map_chunks(probe_chunk, hidden.flatten(0, 2), auxiliaries[..., 1:].flatten(), later.flatten())
+        results = map_chunks(probe_chunk, hidden.flatten(0, -2), auxiliaries[..., 1:].flatten(), later.flatten())
 
         def with_first(value: float, chunks: list[Tensor]) -> Tensor:
             return torch.nn.functional.pad(torch.cat(chunks).view_as(later), (1, 0), value=value)

@@ -29,7 +29,7 @@ class StudentWindows(WindowSource):
     agrees with its targets everywhere. A student that ignores u (the independent baseline) learns the continuation of
     its own incompatible tokens instead of the teacher's marginals.
 
-    Each call costs one pass of the student, the refinement steps, and one parallel pass of the base model over
+    Each call costs one pass of the student, its correction, and one parallel pass of the base model over
     B x N x (L - 1) tokens. A window ends after the student's end-of-text token.
     """
 

@@ -106,7 +106,7 @@ def test_text_of_a_predictor_for_many_settings_is_the_reference_text(objective: 
 @pytest.mark.parametrize("student", ["gated_lora", "full_copy"])
 def test_slots_and_refiner_are_conditioned_on_the_settings_of_the_text(student: str) -> None:
     predictor = conditioned(student=student)
-    seen: dict[str, set[SamplingConfig]] = {"sampling_encoder": set(), "refiner_sampling_encoder": set()}
+    seen: dict[str, set[SamplingConfig]] = {"sampling_encoder": set(), "correction_sampling_encoder": set()}
     hooks = [
         predictor.slot_encoder.get_submodule(name).register_forward_pre_hook(
             lambda _, inputs, heard=heard: heard.add(inputs[0])
@@ -117,7 +117,7 @@ def test_slots_and_refiner_are_conditioned_on_the_settings_of_the_text(student: 
     decode_one(decode_speculatively, predictor, settings)
     for hook in hooks:
         hook.remove()
-    assert seen == {"sampling_encoder": {settings.sampling}, "refiner_sampling_encoder": {settings.sampling}}
+    assert seen == {"sampling_encoder": {settings.sampling}, "correction_sampling_encoder": {settings.sampling}}
 
 
 def test_drafts_depend_on_the_settings_the_slots_are_conditioned_on() -> None:
@@ -132,7 +132,7 @@ def test_drafts_depend_on_the_settings_the_slots_are_conditioned_on() -> None:
             drafts[-1].append(slot_logits)
             return torch.zeros_like(auxiliaries, dtype=torch.long)
 
-        modules = (predictor.slot_encoder.sampling_encoder, predictor.slot_encoder.refiner_sampling_encoder)
+        modules = (predictor.slot_encoder.sampling_encoder, predictor.slot_encoder.correction_sampling_encoder)
         hooks = [m.register_forward_pre_hook(lambda _, inputs, given=given: (given,)) for m in modules if m]
         accelerated(predictor, settings, drafter=remember)
         for hook in hooks:

@@ -35,7 +35,7 @@ def test_context_tokens_of_a_drafting_call_keep_their_bits(dtype: torch.dtype) -
     assert not torch.equal(slot_hidden, expected[:, 7:])
 
     context.keep([7])
-    refined = context.refine(slot_hidden, INPUT_IDS[:, :3])
+    refined = context.correct(slot_hidden, INPUT_IDS[:, :3])
     assert refined.dtype == dtype and not torch.equal(refined, slot_hidden)
     assert context.num_calls == 1
     again, _ = context.read(INPUT_IDS[:, :2])

@@ -133,7 +133,7 @@ class TestRoundTrip:
         assert card.startswith(f'---\nlibrary_name: peft\nbase_model: "{base}"\n')
         assert "temperature 0.7, top-k 5, top-p 0.9, vocabulary order" in card
         assert "4 tokens, the first exact, 3 from slots" in card
-        assert "| Refiner | layers 2, refinement steps 2, conditioned on the draft |" in card
+        assert "| Correction | `DecoderRefiner(num_layers=2, intermediate_size=24, num_refinement_steps=2, " in card
         assert '--ckpt_path "export"' in card
 
     def test_without_a_path_the_shipped_one(self, exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,10 +199,10 @@ class TestBrokenFolder:
         with pytest.raises(ValueError, match=rf"ckpt_path=.*{SETTINGS_FILE} cannot be read"):
             load_network(exported)
 
-    @pytest.mark.parametrize("found", [None, 3])
+    @pytest.mark.parametrize("found", [None, 4])
     def test_another_format(self, exported: Path, found: int | None) -> None:
         edit(exported, format_version=found)
-        with pytest.raises(ValueError, match=rf"expected format_version 1 to 2 in .*, found {found}"):
+        with pytest.raises(ValueError, match=rf"expected format_version 1 to 3 in .*, found {found}"):
             load_network(exported)
 
     def test_settings_that_lack_an_entry(self, exported: Path) -> None:

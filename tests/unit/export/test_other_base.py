@@ -16,7 +16,7 @@ from ptp_lightning.export.checkpoint import SETTINGS_FILE, load_network, save_ne
 from ptp_lightning.models import PredictorNetwork, SharedStudent
 from ptp_lightning.models.students import Student
 from tests.helpers.byte_tokenizer import byte_tokenizer
-from tests.helpers.stored_predictors import REFINER, trained
+from tests.helpers.stored_predictors import trained
 from tests.helpers.tiny_models import tiny_llama, tiny_qwen2
 
 VOCABULARY = 257
@@ -108,7 +108,7 @@ def test_a_missing_one_is_one_line(adapter: Path, tmp_path: Path) -> None:
 
 def test_a_student_that_trained_its_base_model_has_no_sibling(own_base: Path, tmp_path: Path) -> None:
     student: Student = SharedStudent()
-    predictor = trained(own_base, student=student, refiner=type(REFINER)())
+    predictor = trained(own_base, student=student, correction=None)
     state = {f"predictor.{name}": value for name, value in predictor.trainable_state().items()}
     about = {"config": predictor.config.to_dict(), "base_fingerprint": predictor.base_fingerprint}
     checkpoint = {"predictor": about | {"format_version": 2}, "state_dict": state, "global_step": 1}

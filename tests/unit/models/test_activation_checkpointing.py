@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ptp_lightning.models import LoraSettings, PredictorConfig, PredictorNetwork, RefinerSettings
+from ptp_lightning.models import DecoderRefiner, LoraSettings, PredictorConfig, PredictorNetwork
 from ptp_lightning.models.layers.activation_checkpointing import checkpoint_layers
 from ptp_lightning.models.layers.decoder_stack import decoder_layers
 from tests.helpers.tiny_models import TINY_MODELS
@@ -21,9 +21,9 @@ LENGTH = 5
 def make_predictor(family: str, student: str, checkpointed: bool) -> PredictorNetwork:
     """Trained a little, with a refiner where that is possible, and dropout in the adapter."""
     torch.manual_seed(1)
-    refiner = RefinerSettings() if student == "shared" else RefinerSettings(num_layers=1)
+    refiner = None if student == "shared" else DecoderRefiner(num_layers=1)
     lora = LoraSettings(rank=4, dropout=0.5)
-    config = PredictorConfig(lora=lora, window_length=LENGTH, refiner=refiner, student=STUDENTS[student])
+    config = PredictorConfig(lora=lora, window_length=LENGTH, correction=refiner, student=STUDENTS[student])
     predictor = PredictorNetwork(config, TINY_MODELS[family](vocab_size=30))
     for parameter in predictor.parameters():
         if parameter.requires_grad and not parameter.any():
@@ -42,8 +42,8 @@ def loss(predictor: PredictorNetwork, auxiliaries: Tensor) -> Tensor:
     hidden = predictor.slot_hidden(context, auxiliaries)
     again = predictor.slot_hidden(context, 1 - auxiliaries)
     if predictor.refiner is not None:
-        pairs = predictor.refiner_context(context)
-        hidden = predictor.refine(context, pairs, hidden, auxiliaries[..., 1:].mul(30).long())
+        pairs = predictor.correction_context(context)
+        hidden = predictor.correct(context, pairs, hidden, auxiliaries[..., 1:].mul(30).long())
     assert context.cache.get_seq_length() == make_batch().input_ids.shape[1]
     return predictor.slot_logits(hidden + 2 * again).logsumexp(-1).sum()
 

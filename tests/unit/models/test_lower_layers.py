@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from ptp_lightning.models.correction.lower_layers import LowerLayers
 from ptp_lightning.models.lora.gated_lora import LoraSettings, add_gated_lora
-from ptp_lightning.models.refiner.lower_layers import LowerLayers
 from tests.helpers.tiny_models import TINY_MODELS
 
 NUM_LAYERS = 3

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
-from ptp_lightning.models import LoraSettings, PredictorConfig, PredictorNetwork, RefinerSettings
-from ptp_lightning.models.refiner.refiner import Refiner, refine_draft
+from ptp_lightning.models import DecoderRefiner, LoraSettings, PredictorConfig, PredictorNetwork
+from ptp_lightning.models.correction.decoder_refiner import Refiner
+from ptp_lightning.models.correction.draft_order import refine_draft
 from ptp_lightning.models.slots.objectives import (
     CategoricalObjective,
     IndependentObjective,
@@ -52,12 +53,12 @@ def make_predictor(
         objective=objective,
         lora=LoraSettings(rank=4),
         window_length=WINDOW_LENGTH,
-        refiner=RefinerSettings(num_layers=2, base_layers=base_layers, start=start),
+        correction=DecoderRefiner(num_layers=2, base_layers=base_layers, start=start),
     )
     predictor = PredictorNetwork(config, TINY_MODELS[family](vocab_size=VOCAB_SIZE)).double().eval()
     if trained:
         for name, parameter in predictor.named_parameters():
-            if ("lora_B" in name or "refiner" in name) and not parameter.any():
+            if ("lora_B" in name or "correction" in name) and not parameter.any():
                 torch.nn.init.normal_(parameter, std=0.2)
     return predictor
 
@@ -75,7 +76,7 @@ def inputs() -> tuple[Tensor, Tensor, Tensor]:
 @torch.no_grad()
 def refined(predictor: PredictorNetwork, input_ids: Tensor, hidden: Tensor, tokens: Tensor) -> Tensor:
     context = predictor.encode(make_batch(input_ids))
-    return predictor.refine(context, predictor.refiner_context(context), hidden, tokens)
+    return predictor.correct(context, predictor.correction_context(context), hidden, tokens)
 
 
 @torch.no_grad()
@@ -135,8 +136,8 @@ class TestWhatASlotHears:
             with torch.no_grad():
                 context = predictor.encode(one_document(own_input_ids, torch.tensor([[length]])))
                 hidden = predictor.slot_hidden(context, auxiliaries[row, window].view(1, 1, -1))
-                single = predictor.refine(
-                    context, predictor.refiner_context(context), hidden, tokens[row, window].view(1, 1, -1)
+                single = predictor.correct(
+                    context, predictor.correction_context(context), hidden, tokens[row, window].view(1, 1, -1)
                 )
             # Other shapes, other kernels, and rotary angles in single precision: equal up to rounding.
             torch.testing.assert_close(packed[row, window], single[0, 0], atol=2e-5, rtol=2e-5)
@@ -148,7 +149,7 @@ class TestLastLayers:
     @torch.no_grad()
     def test_say_what_the_base_model_says(self, family: str, num_layers: int) -> None:
         model = TINY_MODELS[family](vocab_size=VOCAB_SIZE)
-        refiner = Refiner(model, RefinerSettings(num_layers=num_layers, start="last_layers"))
+        refiner = Refiner(model, DecoderRefiner(num_layers=num_layers, start="last_layers"))
         read: list[Tensor] = []
         decoder: Any = model.get_decoder()
         handle = decoder.layers[-num_layers].register_forward_pre_hook(lambda _, states: read.append(states[0]))
@@ -165,7 +166,7 @@ class TestLastLayers:
 
     def test_read_states_and_tokens_at_the_scale_of_the_stream(self) -> None:
         model = TINY_MODELS["llama"](vocab_size=VOCAB_SIZE)
-        refiner = Refiner(model, RefinerSettings(num_layers=1, start="last_layers"))
+        refiner = Refiner(model, DecoderRefiner(num_layers=1, start="last_layers"))
         read: list[Tensor] = []
         decoder: Any = model.get_decoder()
         decoder.layers[-1].register_forward_pre_hook(lambda _, states: read.append(states[0]))
@@ -178,7 +179,7 @@ class TestLastLayers:
     def test_are_copies_to_be_trained_in_single_precision(self) -> None:
         model = TINY_MODELS["llama"](vocab_size=VOCAB_SIZE).to(torch.bfloat16)
         before = {name: weight.clone() for name, weight in model.state_dict().items()}
-        config = PredictorConfig(lora=LoraSettings(rank=4), refiner=RefinerSettings(1, start="last_layers"))
+        config = PredictorConfig(lora=LoraSettings(rank=4), correction=DecoderRefiner(1, start="last_layers"))
         predictor = PredictorNetwork(config, model)
         refiner = predictor.refiner
         assert refiner is not None
@@ -221,9 +222,9 @@ def test_who_is_told_the_draft(objective: Objective) -> None:
     assert predictor.num_refinement_steps == (1 if objective in NOT_TOLD else 3)
 
 
-def test_without_a_refiner_there_are_no_rounds() -> None:
+def test_without_a_correction_there_are_no_steps() -> None:
     predictor = PredictorNetwork(PredictorConfig(lora=LoraSettings(rank=2)), TINY_MODELS["llama"]())
-    assert predictor.refiner is None and predictor.num_refinement_steps == 0
+    assert predictor.correction is None and predictor.refiner is None and predictor.num_refinement_steps == 0
 
 
 def test_asking_twice_changes_nothing() -> None:
@@ -232,8 +233,8 @@ def test_asking_twice_changes_nothing() -> None:
     hidden = slot_hidden(predictor)
     with torch.no_grad():
         context = predictor.encode(make_batch(input_ids))
-        pairs = predictor.refiner_context(context)
-        first, second = (predictor.refine(context, pairs, hidden, tokens) for _ in range(2))
+        pairs = predictor.correction_context(context)
+        first, second = (predictor.correct(context, pairs, hidden, tokens) for _ in range(2))
     assert torch.equal(first, second)
 
 
@@ -272,56 +273,54 @@ class TestRounds:
 class TestRefusals:
     @pytest.mark.parametrize(
         ("key", "minimum"),
-        [("num_layers", 0), ("intermediate_size", 1), ("num_refinement_steps", 1), ("base_layers", 0)],
+        [("num_layers", 1), ("intermediate_size", 1), ("num_refinement_steps", 1), ("base_layers", 0)],
     )
     def test_sizes_out_of_range(self, key: str, minimum: int) -> None:
         values: dict[str, Any] = {key: minimum - 1}
-        with pytest.raises(ValueError, match=f"predictor.refiner.{key} >= {minimum}, found {minimum - 1}"):
-            RefinerSettings(**values)
+        with pytest.raises(ValueError, match=f"predictor.correction.init_args.{key} >= {minimum}, found {minimum - 1}"):
+            DecoderRefiner(**values)
 
     def test_more_base_layers_than_there_are(self) -> None:
-        with pytest.raises(ValueError, match="predictor.refiner.base_layers <= 2 .*found 3"):
+        with pytest.raises(ValueError, match="predictor.correction.init_args.base_layers <= 2 .*found 3"):
             make_predictor(base_layers=3)
 
-    def test_base_layers_without_a_refiner(self) -> None:
-        with pytest.raises(ValueError, match="num_layers >= 1 beside predictor.refiner.base_layers 1, found 0"):
-            RefinerSettings(base_layers=1)
-
     def test_heads_of_odd_width(self) -> None:
-        with pytest.raises(ValueError, match="found 15 and 3: set predictor.refiner.num_layers to 0"):
-            Refiner(GPT2LMHeadModel(GPT2Config(n_embd=15, n_head=3, n_layer=1, vocab_size=8)), RefinerSettings())
+        with pytest.raises(ValueError, match="found 15 and 3: set predictor.correction to null"):
+            Refiner(GPT2LMHeadModel(GPT2Config(n_embd=15, n_head=3, n_layer=1, vocab_size=8)), DecoderRefiner())
 
     @pytest.mark.parametrize("family", [family for family in TINY_MODELS if family not in LIKE_LLAMA])
     def test_last_layers_of_another_kind(self, family: str) -> None:
         with pytest.raises(
-            ValueError, match="the arguments of Llama's layers, found GPT.*set predictor.refiner.start to random"
+            ValueError,
+            match="the arguments of Llama's layers, found GPT.*set predictor.correction.init_args.start to random",
         ):
             make_predictor(family, start="last_layers")
 
     @pytest.mark.parametrize(
         ("settings", "instead"),
         [
-            (RefinerSettings(1, start="last_layers"), "set predictor.refiner.start to random"),
-            (RefinerSettings(1, base_layers=1), "set predictor.refiner.base_layers to 0"),
+            (DecoderRefiner(1, start="last_layers"), "set predictor.correction.init_args.start to random"),
+            (DecoderRefiner(1, base_layers=1), "set predictor.correction.init_args.base_layers to 0"),
         ],
     )
-    def test_layers_that_are_not_found(self, settings: RefinerSettings, instead: str) -> None:
+    def test_layers_that_are_not_found(self, settings: DecoderRefiner, instead: str) -> None:
         """Two lists of the same length: which are the layers?"""
         model = TINY_MODELS["llama"]()
         decoder: Any = model.get_decoder()
         decoder.others = torch.nn.ModuleList([torch.nn.Identity(), torch.nn.Identity()])
         with pytest.raises(ValueError, match=f"one list of 2 layers in LlamaModel, found 2: {instead}"):
-            PredictorNetwork(PredictorConfig(lora=LoraSettings(rank=2), refiner=settings), model)
+            PredictorNetwork(PredictorConfig(lora=LoraSettings(rank=2), correction=settings), model)
 
     def test_more_last_layers_than_there_are(self) -> None:
-        with pytest.raises(ValueError, match="predictor.refiner.num_layers <= 2 .*found 3"):
-            Refiner(TINY_MODELS["llama"](), RefinerSettings(num_layers=3, start="last_layers"))
+        with pytest.raises(ValueError, match="predictor.correction.init_args.num_layers <= 2 .*found 3"):
+            Refiner(TINY_MODELS["llama"](), DecoderRefiner(num_layers=3, start="last_layers"))
 
-    @pytest.mark.parametrize("values", [{"num_layers": 0}, {"num_layers": 1, "intermediate_size": 8}])
-    def test_last_layers_of_another_size(self, values: dict[str, int]) -> None:
-        with pytest.raises(ValueError, match="no intermediate_size beside predictor.refiner.start last_layers"):
-            RefinerSettings(**values, start="last_layers")
+    def test_last_layers_of_another_size(self) -> None:
+        with pytest.raises(
+            ValueError, match="intermediate_size beside predictor.correction.init_args.start last_layers"
+        ):
+            DecoderRefiner(num_layers=1, intermediate_size=8, start="last_layers")
 
     def test_an_unknown_start(self) -> None:
         with pytest.raises(ValueError, match="start random or last_layers, found 'first'"):
-            RefinerSettings(num_layers=1, start="first")  # pyright: ignore[reportArgumentType]
+            DecoderRefiner(num_layers=1, start="first")  # pyright: ignore[reportArgumentType]

@@ -124,7 +124,7 @@ def hidden_states(
     context = predictor.encode(make_batch(input_ids), sampling)
     slots = predictor.slot_hidden(context, torch.full((*WINDOW_STARTS.shape, 4), u, dtype=torch.float64))
     tokens = torch.full(slots.shape[:-1], 3)
-    refined = predictor.refine(context, predictor.refiner_context(context), torch.ones_like(slots), tokens)
+    refined = predictor.correct(context, predictor.correction_context(context), torch.ones_like(slots), tokens)
     return context.hidden, slots, refined
 
 

@@ -109,8 +109,8 @@ def test_classes_are_stored_by_their_public_names() -> None:
 
 def test_base_layers_have_no_weights_but_must_agree(base: Path) -> None:
     """A refiner that learned from what one layer says of a token cannot read what none says."""
-    with_one, without = (trained(base, refiner=replace(REFINER, base_layers=number)) for number in (1, 0))
+    with_one, without = (trained(base, correction=replace(REFINER, base_layers=number)) for number in (1, 0))
     stored = {"config": with_one.config.to_dict(), "base_fingerprint": with_one.base_fingerprint}
     require_same_predictor({"predictor": stored}, with_one)
-    with pytest.raises(ValueError, match="refiner.base_layers as configured, 0, found a checkpoint .* with 1"):
+    with pytest.raises(ValueError, match="base_layers as configured, 0, found a checkpoint .* with 1"):
         require_same_predictor({"predictor": stored}, without)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ptp_lightning.models import LoraSettings, PredictorConfig, PredictorNetwork, RefinerSettings
+from ptp_lightning.models import DecoderRefiner, LoraSettings, PredictorConfig, PredictorNetwork
 from ptp_lightning.models.backbone import architecture_fingerprint, fingerprint
 from tests.helpers.tiny_models import TINY_MODELS
 from tests.helpers.tiny_predictors import STUDENTS, tiny_predictor
@@ -144,14 +144,14 @@ def test_refined_slots_depend_on_the_draft(student: str) -> None:
     draft = torch.zeros(2, 3, LENGTH - 1, dtype=torch.long)
     with torch.no_grad():
         context = predictor.encode(make_batch(input_ids))
-        hidden, pairs = predictor.slot_hidden(context, auxiliaries), predictor.refiner_context(context)
-        first, second = (predictor.refine(context, pairs, hidden, each) for each in (draft, draft + 1))
+        hidden, pairs = predictor.slot_hidden(context, auxiliaries), predictor.correction_context(context)
+        first, second = (predictor.correct(context, pairs, hidden, each) for each in (draft, draft + 1))
     assert first.shape == hidden.shape and not torch.equal(first, second)
 
 
 @pytest.mark.parametrize("student", STUDENTS)
 def test_configuration_there_and_back(student: str) -> None:
-    config = PredictorConfig(student=STUDENTS[student], refiner=RefinerSettings(num_layers=1))
+    config = PredictorConfig(student=STUDENTS[student], correction=DecoderRefiner(num_layers=1))
     assert PredictorConfig.from_dict(config.to_dict()) == config
     older = {key: value for key, value in config.to_dict().items() if key != "student"}
     assert PredictorConfig.from_dict(older).student == STUDENTS["gated_lora"]

@@ -59,10 +59,10 @@ def test_groups_are_layers_with_their_adapters_and_the_rest(student: Student) ->
     module = make_module(LLAMA | {"num_hidden_layers": 3}, student=student)
     sizes = {name: 4 * parameter.numel() for name, parameter in module.named_parameters()}
     trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
-    first = [name for name in sizes if ".layers.0." in name and "refiner" not in name]
+    first = [name for name in sizes if ".layers.0." in name and "correction" not in name]
     if isinstance(student, FullCopyStudent):
         first = [name for name in first if "student_copy" in name]
-    layers = [name for name in sizes if ".layers." in name and "refiner" not in name]
+    layers = [name for name in sizes if ".layers." in name and "correction" not in name]
     groups = layer_groups(module)
     assert groups.layer == sum(sizes[name] for name in first)
     assert groups.layer_gradients == sum(sizes[name] for name in first if name in trained)

@@ -12,8 +12,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from ptp_lightning.batch import PackedBatch
 from ptp_lightning.losses import CrossEntropy, KullbackLeibler
+from ptp_lightning.models.correction.decoder_refiner import DecoderRefiner
 from ptp_lightning.models.lora.gated_lora import LoraSettings
-from ptp_lightning.models.refiner.refiner import RefinerSettings
 from ptp_lightning.models.slots.objectives import OneHotObjective
 from ptp_lightning.models.students import FullCopyStudent
 from ptp_lightning.planning.command import full_batch
@@ -44,7 +44,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "weights": {
         "student": FullCopyStudent(),
         "window_length": 2,
-        "refiner": RefinerSettings(),
+        "correction": None,
         "loss": KullbackLeibler(chunk_size=16),
     },
     # Mostly logits: the vocabulary is much larger than everything else.
@@ -52,7 +52,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "backbone": NETWORK | {"vocab_size": 32768, "hidden_size": 32, "intermediate_size": 32},
         "source": DatasetWindows(),
         "sampling": SamplingConfig(),  # gives every token a probability above 0, so that no token is masked
-        "refiner": RefinerSettings(),
+        "correction": None,
     },
 }
 
@@ -143,7 +143,7 @@ def test_accumulated_gradients_exist_in_the_backward_pass() -> None:
 
 @pytest.mark.usefixtures("with_trainer")
 def test_the_estimate_of_a_validation_step() -> None:
-    settings = SETTINGS["activations"] | {"refiner": RefinerSettings(num_layers=1, num_refinement_steps=1)}
+    settings = SETTINGS["activations"] | {"correction": DecoderRefiner(num_layers=1, num_refinement_steps=1)}
     expected = measured(settings, validates=True).peaks["validation"][ACTIVATIONS]
     module, batch = make(settings).eval(), real_batch()
 

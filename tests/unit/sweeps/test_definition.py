@@ -11,6 +11,7 @@ from ptp_lightning.sweeps.definition import MAX_SHOWN, definition_of, difference
 from ptp_lightning.sweeps.run import open_study
 from ptp_lightning.sweeps.storage import open_storage
 from ptp_lightning.sweeps.study import Study
+from ptp_lightning.utils.renamed_keys import REFINER_CLASS
 from tests.helpers.tiny_study import letters
 
 BASE = {
@@ -58,9 +59,13 @@ def test_another_one_is_refused_with_the_difference(
 def test_a_study_of_version_0_1_continues(tmp_path: Path) -> None:
     """Its storage has the old names, and keys that are not compared any more."""
     stored = open_study(letters(), "letters", open_storage(str(tmp_path / "study.journal"), create=True))
-    now = {"predictor": {"refiner": {"num_refinement_steps": 3}}, "loss": {"class_path": "ptp_lightning.losses.KL"}}
+    settings = {"num_layers": 1, "num_refinement_steps": 3}
+    now = {
+        "predictor": {"correction": {"class_path": REFINER_CLASS, "init_args": settings}},
+        "loss": {"class_path": "ptp_lightning.losses.KL"},
+    }
     before = {
-        "predictor": {"refiner": {"rounds": 3}, "student": {"init_args": {}}},
+        "predictor": {"refiner": {"num_layers": 1, "rounds": 3}, "student": {"init_args": {}}},
         "loss": {"class_path": "ptp_lightning.losses.KL"},
     }
     definition = definition_of(letters(), {"model": now, "source": "ptp_lightning.training.TeacherWindows"})
@@ -71,7 +76,7 @@ def test_a_study_of_version_0_1_continues(tmp_path: Path) -> None:
     stored.set_user_attr(DEFINITION, definition | {"base": old_base})
     require_same(stored, definition)
     stored.set_user_attr(DEFINITION, definition | {"base": old_base | {"model.predictor.refiner.rounds": 4}})
-    with pytest.raises(ValueError, match="base.model.predictor.refiner.num_refinement_steps: was 4, is 3"):
+    with pytest.raises(ValueError, match="base.model.predictor.correction.init_args.num_refinement_steps: was 4, is 3"):
         require_same(stored, definition)
 
 

@@ -161,7 +161,7 @@ def test_what_ended_is_not_trained_again_but_failures_on_demand(location: str) -
 
 def test_points_of_version_0_1_are_recognised(location: str) -> None:
     """A finished one holds its point; a waiting one is replaced, because its parameters have other names."""
-    settings = {"predictor.refiner.num_refinement_steps": IntDistribution(1, 2, step=1)}
+    settings = {"predictor.correction.init_args.num_refinement_steps": IntDistribution(1, 2, step=1)}
     queue = queue_at(location, letters(settings=settings))
     for number in (1, 2):
         point = json.dumps([{"predictor.refiner.rounds": number}, 0, None])
@@ -173,7 +173,7 @@ def test_points_of_version_0_1_are_recognised(location: str) -> None:
     trial = queue.take()
     assert trial is not None
     assert trial.number == 2
-    assert trial.suggest_int("predictor.refiner.num_refinement_steps", 1, 2) == 2
+    assert trial.suggest_int("predictor.correction.init_args.num_refinement_steps", 1, 2) == 2
     assert queue.take() is None
 
 

@@ -15,8 +15,8 @@ from ptp_lightning.losses import KullbackLeibler, Loss
 from ptp_lightning.models.backbone import BackboneSettings
 from ptp_lightning.models.config import PredictorConfig
 from ptp_lightning.models.context import Context
+from ptp_lightning.models.correction.decoder_refiner import DecoderRefiner, RefinerContext
 from ptp_lightning.models.lora.gated_lora import LoraSettings
-from ptp_lightning.models.refiner.refiner import RefinerContext, RefinerSettings
 from ptp_lightning.models.slots.objectives import Objective, OneHotObjective
 from ptp_lightning.models.students import FullCopyStudent
 from ptp_lightning.sampling import SamplingConfig
@@ -128,14 +128,14 @@ class TestTraining:
         module = make_module()
         context = module._encode(next(iter(tiny_data().train_dataloader())))
         sample = TeacherWindows().sample(module.predictor, context, torch.Generator().manual_seed(0))
-        monkeypatch.setattr(module.predictor, "refine", teacher_in_place_of_the_refiner(module))
+        monkeypatch.setattr(module.predictor, "correct", teacher_in_place_of_the_refiner(module))
         hidden = torch.full((2, 3, 3, 16), torch.nan)  # whatever the slots say, the teacher does not listen
         # Before the temperature and without truncation, the teacher is its own optimum.
         plain = SamplingConfig().distribution(module.predictor.logits(true_hidden(module, context, sample)))
-        loss = module._refined_loss(context, hidden, sample._replace(target=plain))
+        loss = module._corrected_loss(context, hidden, sample._replace(target=plain))
         assert float(loss.total) == pytest.approx(0, abs=1e-4) and float(loss.count) == 2 * 3 * 3
         earlier = sample._replace(conditioning_ids=sample.token_ids.roll(1, dims=-1), target=plain)
-        assert float(module._refined_loss(context, hidden, earlier).total) > 1
+        assert float(module._corrected_loss(context, hidden, earlier).total) > 1
 
     @pytest.mark.parametrize("weight", [0.0, 0.5])
     def test_weight_of_the_first_pass(self, tmp_path: Path, weight: float) -> None:
@@ -285,9 +285,10 @@ class TestValidation:
     ) -> None:
         """With the teacher in place of the refiner, a token is correct once all tokens before it are."""
         module = make_module(
-            sampling=SamplingConfig(), refiner=RefinerSettings(num_layers=1, num_refinement_steps=num_refinement_steps)
+            sampling=SamplingConfig(),
+            correction=DecoderRefiner(num_layers=1, num_refinement_steps=num_refinement_steps),
         )
-        monkeypatch.setattr(module.predictor, "refine", teacher_in_place_of_the_refiner(module))
+        monkeypatch.setattr(module.predictor, "correct", teacher_in_place_of_the_refiner(module))
         trainer = make_trainer(tmp_path, limit_val_batches=1.0)
         metrics = trainer.validate(module, datamodule=tiny_data(eval_rows=8), verbose=False)[0]
         correct = [metrics[f"val/accuracy_given_prefix/position_{position:02d}"] == 1.0 for position in range(4)]

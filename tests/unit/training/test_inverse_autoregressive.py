@@ -18,11 +18,11 @@ from ptp_lightning.models import (
     BackboneSettings,
     CategoricalObjective,
     CosineFeatures,
+    DecoderRefiner,
     FullCopyStudent,
     IndependentObjective,
     OneHotObjective,
     PredictorConfig,
-    RefinerSettings,
     SharedStudent,
 )
 from ptp_lightning.models.attention.masks import context_mask, slot_mask
@@ -50,7 +50,7 @@ def make_module(
     backbone: dict[str, Any] | None = LLAMA, path: str = "embedded", **options: Any
 ) -> InverseAutoregressiveModule:
     """The same weights on every call."""
-    fields = ("objective", "student", "refiner", "sampling", "sampling_range", "window_length")
+    fields = ("objective", "student", "correction", "sampling", "sampling_range", "window_length")
     predictor = {key: options.pop(key) for key in fields if key in options}
     defaults = {"features": CosineFeatures(4), "window_length": 4, "student": SharedStudent()}
     torch.manual_seed(0)
@@ -264,7 +264,7 @@ class TestCheckpoint:
         ({"student": FullCopyStudent()}, "found FullCopyStudent: set predictor.student to .*SharedStudent"),
         ({"objective": OneHotObjective()}, "categorical objective, found one_hot.*set predictor.objective"),
         ({"objective": IndependentObjective()}, "found independent.*set predictor.objective"),
-        ({"refiner": RefinerSettings(num_layers=1)}, "predictor.refiner.num_layers 1"),
+        ({"correction": DecoderRefiner(num_layers=1)}, "no predictor.correction, found DecoderRefiner"),
         ({"sampling_range": SamplingRange(top_k=(None,), top_p=(1.0,))}, "no predictor.sampling_range, found"),
         ({"sampling": SamplingConfig(temperature=0.7)}, "temperature 1, found 0.7"),
         ({"autoregressive_loss_weight": -1.0}, "autoregressive_loss_weight >= 0, found -1"),

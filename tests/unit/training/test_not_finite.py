@@ -23,7 +23,7 @@ BROKEN_BATCH = 5  # the second one of the third step
 def breaks(module: DistillationModule, where: str) -> list[PackedBatch]:
     """Let one batch have a loss or a gradient that is no number; returns all batches, as they come."""
     seen: list[PackedBatch] = []
-    step, total = module.training_step, module._refined_loss
+    step, total = module.training_step, module._corrected_loss
     bias = module.predictor.slot_encoder.placeholder
     bias.register_hook(lambda gradient: gradient * torch.inf if where == "gradient" and is_broken() else gradient)
 
@@ -38,7 +38,7 @@ def breaks(module: DistillationModule, where: str) -> list[PackedBatch]:
         seen.append(batch)
         return step(batch, batch_idx)
 
-    module.training_step, module._refined_loss = training_step, refined
+    module.training_step, module._corrected_loss = training_step, refined
     return seen
 
 

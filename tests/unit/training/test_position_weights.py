@@ -136,8 +136,8 @@ def test_both_losses_are_means_of_their_own(tmp_path: Path, weights: PositionWei
     module = make_module()
     module.position_weights = weights
     seen: dict[str, LossSum] = {}
-    refined_loss, first_pass_loss = module._refined_loss, module._first_pass_loss
-    module._refined_loss = lambda *arguments: seen.setdefault("refined", refined_loss(*arguments))
+    refined_loss, first_pass_loss = module._corrected_loss, module._first_pass_loss
+    module._corrected_loss = lambda *arguments: seen.setdefault("refined", refined_loss(*arguments))
     module._first_pass_loss = lambda *arguments: seen.setdefault("first pass", first_pass_loss(*arguments))
     losses = record_losses(module)
     trainer = make_trainer(tmp_path, max_steps=1)
@@ -170,7 +170,7 @@ def test_ranks_share_one_mean(monkeypatch: pytest.MonkeyPatch, weights: Position
     batch: PackedBatch = next(iter(tiny_data().train_dataloader()))
     local = []
     for refined, first_pass in sums:
-        monkeypatch.setattr(module, "_refined_loss", lambda *_, loss=refined: loss)
+        monkeypatch.setattr(module, "_corrected_loss", lambda *_, loss=refined: loss)
         monkeypatch.setattr(module, "_first_pass_loss", lambda *_, loss=first_pass: loss)
         local.append(float(module.training_step(batch, 0)))
     assert sum(local) / 2 == pytest.approx(3 / 0.25 + 0.5 * 4 / 0.5)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ptp_lightning.models.backbone import BackboneSettings
 from ptp_lightning.models.config import PredictorConfig
+from ptp_lightning.models.correction.decoder_refiner import DecoderRefiner
 from ptp_lightning.models.lora.gated_lora import LoraSettings
-from ptp_lightning.models.refiner.refiner import RefinerSettings
 from ptp_lightning.models.students import FullCopyStudent, SharedStudent
 from ptp_lightning.sampling import SamplingConfig
 from ptp_lightning.training.modules.autoregressive import AutoregressiveModule
@@ -66,7 +66,7 @@ def distillation(optimizer: OptimizerSettings) -> DistillationModule:
         lora=LoraSettings(rank=2),
         sampling=SamplingConfig(temperature=0.8, top_k=8, top_p=0.9),
         window_length=4,
-        refiner=RefinerSettings(num_layers=1),
+        correction=DecoderRefiner(num_layers=1),
     )
     return DistillationModule(config, optimizer=optimizer)
 

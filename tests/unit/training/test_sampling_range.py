@@ -33,7 +33,7 @@ def test_muon_trains_the_sampling_encoders() -> None:
     chosen: Any = configure(OptimizerSettings("muon"), module.predictor.named_parameters(), total_steps=10)
     muon = {id(parameter) for parameter in chosen["optimizer"].optimizers[0].param_groups[0]["params"]}
     trained = {name for name, parameter in module.predictor.named_parameters() if id(parameter) in muon}
-    for encoder in ("sampling_encoder", "refiner_sampling_encoder"):
+    for encoder in ("sampling_encoder", "correction_sampling_encoder"):
         assert {f"slot_encoder.{encoder}.inner.weight", f"slot_encoder.{encoder}.outer.weight"} <= trained
 
 
@@ -64,7 +64,7 @@ class TestTraining:
         make_trainer(tmp_path, max_steps=5, limit_val_batches=0).fit(module, datamodule=tiny_data())
         changed = {name for name, value in weights(module).items() if not torch.equal(value, before[name])}
         assert len(losses) == 5 and all(torch.tensor(losses).isfinite())
-        for name in ("sampling_encoder", "refiner_sampling_encoder"):
+        for name in ("sampling_encoder", "correction_sampling_encoder"):
             assert f"slot_encoder.{name}.outer.weight" in changed
 
     def test_every_batch_draws_and_the_same_run_draws_the_same(self, tmp_path: Path) -> None:

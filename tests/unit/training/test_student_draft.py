@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ptp_lightning.auxiliary import draw_auxiliaries, pick, token_interval
 from ptp_lightning.models.context import Context
+from ptp_lightning.models.correction.decoder_refiner import DecoderRefiner
 from ptp_lightning.models.lora.gated_lora import LoraSettings
-from ptp_lightning.models.refiner.refiner import RefinerSettings
 from ptp_lightning.models.students import FullCopyStudent, GatedLoraStudent, Student
 from ptp_lightning.sampling import SamplingConfig
 from ptp_lightning.training.modules.distillation import DistillationModule
@@ -46,7 +46,7 @@ def windows(
         objective=chosen,
         loss=loss,
         lora=LoraSettings(rank=2, dropout=dropout),
-        refiner=RefinerSettings(num_layers=int(refiner), intermediate_size=16, num_refinement_steps=2),
+        correction=DecoderRefiner(intermediate_size=16, num_refinement_steps=2) if refiner else None,
         student=student,
     )
     with torch.no_grad():
@@ -69,8 +69,8 @@ def logits_conditioned_on(case: Windows, token_ids: Tensor | None) -> Tensor:
     predictor = case.module.predictor
     hidden = predictor.slot_hidden(case.context, case.auxiliaries)
     if token_ids is not None:
-        pairs = predictor.refiner_context(case.context)
-        hidden = predictor.refine(case.context, pairs, hidden, token_ids[..., :-1])
+        pairs = predictor.correction_context(case.context)
+        hidden = predictor.correct(case.context, pairs, hidden, token_ids[..., :-1])
     return predictor.slot_logits(hidden).float()
 
 
@@ -84,7 +84,7 @@ class TestPropose:
         # Once without the refiner and two refinement steps with it; one step if it is not conditioned on the draft.
         for _ in range(3 if config.objective.conditions_on_draft else 2):
             logits = logits_conditioned_on(case, draft)
-            drafted = config.objective.tokens_from_logits(logits, case.auxiliaries[..., 1:], config.sampling)
+            drafted = config.objective.tokens_from_logits(logits, case.auxiliaries[..., 1:], case.context.sampling)
             draft = torch.cat([first.unsqueeze(-1), drafted], dim=-1)
         found = student_draft(case.module.predictor, case.context, case.auxiliaries, first)
         assert draft is not None and torch.equal(found.token_ids, draft)
@@ -97,7 +97,7 @@ class TestPropose:
         config = case.module.predictor.config
         found = student_draft(case.module.predictor, case.context, case.auxiliaries, torch.full((2, 3), 7))
         logits = logits_conditioned_on(case, None)
-        drafted = config.objective.tokens_from_logits(logits, case.auxiliaries[..., 1:], config.sampling)
+        drafted = config.objective.tokens_from_logits(logits, case.auxiliaries[..., 1:], case.context.sampling)
         assert torch.equal(found.token_ids[..., 1:], drafted) and (found.token_ids[..., 0] == 7).all()
 
 
@@ -110,7 +110,7 @@ class TestProbe:
         case = windows(objective, refiner, student=student)
         config = case.module.predictor.config
         logits = logits_conditioned_on(case, case.token_ids if refiner else None)
-        drafted = config.objective.tokens_from_logits(logits, case.auxiliaries[..., 1:], config.sampling)
+        drafted = config.objective.tokens_from_logits(logits, case.auxiliaries[..., 1:], case.context.sampling)
         correct = student_probe(case.module.predictor, case.context, case.token_ids)(case.auxiliaries).correct
         assert correct[..., 0].all()
         assert torch.equal(correct[..., 1:], drafted == case.token_ids[..., 1:])

@@ -139,7 +139,7 @@ class TestAPerfectStudent:
             return hidden
 
         monkeypatch.setattr(predictor, "slot_hidden", slot_hidden)
-        monkeypatch.setattr(predictor, "refine", lambda context, pairs, hidden, token_ids: hidden)
+        monkeypatch.setattr(predictor, "correct", lambda context, pairs, hidden, token_ids: hidden)
         return predictor
 
     def test_writes_the_teachers_windows(self, predictor: PredictorNetwork) -> None:
@@ -170,8 +170,8 @@ class TestTraining:
             conditioned_on.append(token_ids)
             return hidden
 
-        monkeypatch.setattr(module.predictor, "refine", refine)
-        module._refined_loss(context, torch.zeros(2, 3, 3, 16), found)
+        monkeypatch.setattr(module.predictor, "correct", refine)
+        module._corrected_loss(context, torch.zeros(2, 3, 3, 16), found)
         assert len(conditioned_on) == 1 and torch.equal(conditioned_on[0], found.conditioning_ids[..., :-1])
 
     @pytest.mark.parametrize(("objective", "_"), PAIRS, ids=[pair[0].name for pair in PAIRS])

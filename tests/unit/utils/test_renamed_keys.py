@@ -57,7 +57,9 @@ def test_names_of_today_stay(key: str) -> None:
 
 
 def test_keys_are_renamed_around_init_args() -> None:
-    assert current_key("a.refiner.init_args.rounds.b") == "a.refiner.init_args.num_refinement_steps.b"
+    assert current_key("a.refiner.init_args.rounds.b") == "a.correction.init_args.num_refinement_steps.b"
+    assert current_key("a.predictor.refiner") == "a.predictor.correction"
+    assert current_key("a.predictor.refiner.num_layers") == "a.predictor.correction.init_args.num_layers"
     assert current_key("a.rounds") == "a.rounds"
 
 
@@ -83,10 +85,14 @@ def test_options_and_studies_of_version_0_1_are_refused(
 ) -> None:
     option = "--model.init_args.predictor.refiner.rounds=3"
     message = refusal(monkeypatch, capsys, "fit", "--config", "gated_lora", option)
-    assert "refiner.rounds -> model.init_args.predictor.refiner.num_refinement_steps" in message
+    assert "refiner.rounds -> model.init_args.predictor.correction.init_args.num_refinement_steps" in message
     (tmp_path / "study.yaml").write_text("also: [a]\nprepare: [{makes: b}]\noverrides: {x.refiner.rounds: 1}")
     message = refusal(monkeypatch, capsys, "sweep", "run", str(tmp_path / "study.yaml"))
-    for line in ("also -> extra_metrics", "prepare.makes -> prepare.output", "rounds -> overrides.x.refiner.num_refi"):
+    for line in (
+        "also -> extra_metrics",
+        "prepare.makes -> prepare.output",
+        "rounds -> overrides.x.correction.init_args.num_refi",
+    ):
         assert line in message
 
 

@@ -36,7 +36,10 @@ class LowerLayers:
 
     def __init__(self, model: PreTrainedModel, num_layers: int, gate: Gate) -> None:
         decoder, name, layers = decoder_stack(
-            model, num_layers, "predictor.refiner.base_layers", "set predictor.refiner.base_layers to 0"
+            model,
+            num_layers,
+            "predictor.correction.init_args.base_layers",
+            "set predictor.correction.init_args.base_layers to 0",
         )
         # A shallow copy with a shorter list of layers runs the model's own forward, with its masks and positions.
         shallow: Any = copy.copy(decoder)

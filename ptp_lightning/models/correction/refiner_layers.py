@@ -42,7 +42,7 @@ def new_layers(
     if hidden_size % (2 * num_heads):
         raise ValueError(
             f"expected a base model whose width is a multiple of twice its number of heads, found {hidden_size} and "
-            f"{num_heads}: set predictor.refiner.num_layers to 0"
+            f"{num_heads}: set predictor.correction to null"
         )
     config = LlamaConfig(
         hidden_size=hidden_size,
@@ -60,8 +60,8 @@ def last_layers(model: PreTrainedModel, num_layers: int) -> tuple[list[nn.Module
     Raises:
         ValueError: the base model has fewer layers, or its layers take other arguments than Llama's.
     """
-    new_instead = "set predictor.refiner.start to random"
-    decoder, _, layers = decoder_stack(model, num_layers, "predictor.refiner.num_layers", new_instead)
+    new_instead = "set predictor.correction.init_args.start to random"
+    decoder, _, layers = decoder_stack(model, num_layers, "predictor.correction.init_args.num_layers", new_instead)
     rotary: nn.Module | None = getattr(decoder, "rotary_emb", None)
     if rotary is None or not set(inspect.signature(layers[-1].forward).parameters) >= LAYER_ARGUMENTS:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Refiner: decoder layers after the stack that condition slots on the drafted tokens they stand for.
+"""DecoderRefiner: decoder layers after the stack that condition slots on the drafted tokens they stand for.
 
 After the stack there is a draft: a token for every slot. The first token is exact, t_i = Pick(u_i, Q_i); each later one
 is predicted by the slot before it. The refiner pairs the last hidden state of a position with the token at that
@@ -10,7 +10,6 @@ Only slots are refined. A wrong pair makes a worse draft; it never changes a com
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -20,23 +19,24 @@ from torch import Tensor, nn
 from ptp_lightning.batch import PackedBatch
 from ptp_lightning.models.attention.choice import AttentionChoice
 from ptp_lightning.models.attention.interface import WindowKeys
-from ptp_lightning.models.refiner.layers import last_layers, new_layers, stream_scale
-from ptp_lightning.models.refiner.lower_layers import LowerLayers
+from ptp_lightning.models.correction.correction import KEY, Correction, CorrectionModule, require_at_least
+from ptp_lightning.models.correction.lower_layers import LowerLayers
+from ptp_lightning.models.correction.normalization import normalized
+from ptp_lightning.models.correction.refiner_layers import last_layers, new_layers, stream_scale
 
 if TYPE_CHECKING:
     from transformers import Cache, DynamicCache, PreTrainedModel
 
-RMS_EPSILON = 1e-6
 HIDDEN_SHARE = 1 / 3
 """Weight of the hidden state in what copied layers read at the start of training; the rest is the token's weight."""
 
 
 @dataclass(frozen=True)
-class RefinerSettings:
-    """Size of the refiner, and how often it runs.
+class DecoderRefiner(Correction):
+    """Decoder layers over slots and context, as `Refiner`; drafts are refined in parallel.
 
     Args:
-        num_layers: number of decoder layers, of the base model's width and number of heads; 0 for no refiner.
+        num_layers: number of decoder layers, of the base model's width and number of heads.
         intermediate_size: width of their MLPs, three times the model's width by default; for new layers only.
         num_refinement_steps: how often a draft is refined. After step k, token k + 1 no longer changes, so more than
             window_length - 1 steps have no effect. A step runs `num_layers` + `base_layers` layers and the output head
@@ -50,37 +50,41 @@ class RefinerSettings:
         ValueError: a value is out of range, or two contradict each other; names the key.
     """
 
-    num_layers: int = 0
+    num_layers: int = 1
     intermediate_size: int | None = None
     num_refinement_steps: int = 3
     base_layers: int = 0
     start: Literal["random", "last_layers"] = "random"
 
     def __post_init__(self) -> None:
-        for name, minimum in (
-            ("num_layers", 0),
-            ("intermediate_size", 1),
-            ("num_refinement_steps", 1),
-            ("base_layers", 0),
-        ):
+        minimums = {"num_layers": 1, "intermediate_size": 1, "num_refinement_steps": 1, "base_layers": 0}
+        for name, minimum in minimums.items():
             value = getattr(self, name)
-            if value is not None and value < minimum:
-                raise ValueError(f"expected predictor.refiner.{name} >= {minimum}, found {value}")
-        if self.base_layers and not self.num_layers:
-            raise ValueError(
-                "expected predictor.refiner.num_layers >= 1 beside predictor.refiner.base_layers "
-                f"{self.base_layers}, found 0: only a refiner reads their output"
-            )
+            if value is not None:
+                require_at_least(name, value, minimum)
         if self.start not in ("random", "last_layers"):
-            raise ValueError(f"expected predictor.refiner.start random or last_layers, found {self.start!r}")
-        if self.start == "last_layers" and (self.num_layers == 0 or self.intermediate_size is not None):
+            raise ValueError(f"expected {KEY}.start random or last_layers, found {self.start!r}")
+        if self.start == "last_layers" and self.intermediate_size is not None:
             raise ValueError(
-                "expected predictor.refiner.num_layers >= 1 and no intermediate_size beside predictor.refiner.start "
-                f"last_layers, whose size is the base model's, found {self.num_layers} and {self.intermediate_size}"
+                f"expected no {KEY}.intermediate_size beside {KEY}.start last_layers, whose size is the base model's, "
+                f"found {self.intermediate_size}"
             )
 
+    @property
+    def is_left_to_right(self) -> bool:
+        """See `Correction`: a step runs all slots, because they attend to each other."""
+        return False
 
-class Refiner(nn.Module):
+    def build(self, model: PreTrainedModel, num_logits: int) -> Refiner:
+        """See `Correction.build`.
+
+        Raises:
+            ValueError: rotary embeddings do not fit the base model's heads, or its layers cannot be copied.
+        """
+        return Refiner(model, self)
+
+
+class Refiner(CorrectionModule):
     """Decoder layers over pairs of a last hidden state and the token at its position.
 
     Args:
@@ -91,7 +95,7 @@ class Refiner(nn.Module):
         ValueError: rotary embeddings do not fit the base model's heads, or its layers cannot be copied.
     """
 
-    def __init__(self, model: PreTrainedModel, settings: RefinerSettings) -> None:
+    def __init__(self, model: PreTrainedModel, settings: DecoderRefiner) -> None:
         super().__init__()
         hidden_size = cast(int, model.config.hidden_size)
         self.join = nn.Linear(2 * hidden_size, hidden_size, bias=False)
@@ -141,13 +145,13 @@ class Refiner(nn.Module):
         Returns:
             `[B, T, H]` in the dtype of `hidden`, for the base model's output head.
         """
-        pairs = torch.cat([_normalized(hidden, self.join), _normalized(token_embeddings, self.join)], dim=-1)
+        pairs = torch.cat([normalized(hidden, self.join), normalized(token_embeddings, self.join)], dim=-1)
         stream = self.join(pairs) if conditioning is None else self.join(pairs) + conditioning
         position_embeddings = self.rotary(stream, position_ids)
         windows = {} if window_keys is None else {"window_keys": window_keys}
         for layer in self.layers:
             stream = layer(stream, attention_mask=mask, cache=cache, position_embeddings=position_embeddings, **windows)
-        return hidden + self.out(_normalized(stream, self.out)).to(hidden.dtype)
+        return hidden + self.out(normalized(stream, self.out)).to(hidden.dtype)
 
 
 class RefinerContext:
@@ -234,24 +238,3 @@ class RefinerContext:
         if self._lower_layers is None:
             return embeddings
         return self._lower_layers(embeddings, position_ids, mask, self._lower_cache)
-
-
-def refine_draft(draft: Tensor, num_refinement_steps: int, predict: Callable[[Tensor], Tensor]) -> Tensor:
-    """Predict all tokens of a draft but the first again, several times, each time from the draft of the last step.
-
-    Args:
-        draft: `[..., L]` token ids, the first exact.
-        num_refinement_steps: each predicts L - 1 tokens at once. Step k settles token k + 1, so at most L - 1 are made.
-        predict: from the tokens `[..., L - 1]` that slots stand for to the tokens that they predict.
-
-    >>> refine_draft(torch.tensor([1, 0, 0, 0]), 2, lambda token_ids: 2 * token_ids)
-    tensor([1, 2, 4, 0])
-    """
-    for _ in range(min(num_refinement_steps, draft.shape[-1] - 1)):
-        draft = torch.cat([draft[..., :1], predict(draft[..., :-1])], dim=-1)
-    return draft
-
-
-def _normalized(states: Tensor, reader: nn.Linear) -> Tensor:
-    """States with a root mean square of one, in the dtype of the layer that reads them."""
-    return nn.functional.rms_norm(states.to(reader.weight.dtype), states.shape[-1:], eps=RMS_EPSILON)
