@@ -15,6 +15,7 @@ import rich
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
@@ -116,11 +117,15 @@ class RunSummary(Callback):
             self.last = summary
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Print how to resume after Ctrl-C; `ModelCheckpoint` with `save_on_exception` writes its file after this."""
+        """Print how to resume after Ctrl-C or SIGTERM.
+
+        `ModelCheckpoint` with `save_on_exception` writes its file after this.
+        """
         checkpoint = trainer.checkpoint_callback
-        if isinstance(exception, KeyboardInterrupt) and isinstance(checkpoint, ModelCheckpoint):
+        stopped = isinstance(exception, KeyboardInterrupt | SIGTERMException)
+        if stopped and isinstance(checkpoint, ModelCheckpoint):
             _print_line("Stopped", f"at step {trainer.global_step}; checkpoints in {_short(str(checkpoint.dirpath))}")
-            _print_line("Resume", "the same command with --ckpt_path and the newest of them")
+            _print_line("Resume", "the same command with --ckpt_path last")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Print the summary, after the progress bar is closed."""

@@ -5,18 +5,21 @@ import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
-from os.path import isfile
+from os.path import isdir, isfile
 from typing import Any, NoReturn, TypeVar
 
 import torch
 import yaml
 from jsonargparse import set_parsing_settings
 from lightning import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from ptp_lightning.training.distributed.termination import TerminateTogether
+from ptp_lightning.training.run_folder import SaveRunConfig, newest_checkpoint
 from ptp_lightning.utils.named_files import find_yaml
 from ptp_lightning.utils.renamed_keys import require_current_names
 from ptp_lightning.utils.user_errors import EXIT_CODE, plain_reason
@@ -43,6 +46,9 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "plugins": {"class_path": "ptp_lightning.training.distributed.checkpoint_io.AtomicCheckpointIO"},
 }
 """Of the keys below `trainer`. `callbacks` in a configuration replaces the list, `callbacks+` adds to it."""
+
+TERMINATED = 128 + 15  # the exit status of a process that SIGTERM has ended, as shells report it
+logger = logging.getLogger(__name__)
 
 CONFIG_OPTIONS = ("-c", "--config")
 
@@ -86,15 +92,38 @@ class TrainingCLI(LightningCLI):
         parser.set_defaults({f"checkpoint.{name}": value for name, value in CHECKPOINT_DEFAULTS.items()})
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Add the `ModelCheckpoint`; remove the progress bar if `trainer.enable_progress_bar` is false."""
+        """Add the `ModelCheckpoint`; remove callbacks that need a progress bar or a logger where there is none."""
         trainer: Any = self._get(self.config_init, "trainer")
         callbacks = trainer.callbacks or []
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
+        if trainer.logger is False:
+            callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
         if trainer.enable_progress_bar is False:
             callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
         if trainer.enable_checkpointing is not False and not any(isinstance(one, Checkpoint) for one in callbacks):
             callbacks.append(self._get(self.config_init, "checkpoint"))
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        """Replace `ckpt_path: last` by a file.
+
+        Raises:
+            ValueError: `ckpt_path` is a folder, or there is nothing to validate or test.
+        """
+        options = super()._prepare_subcommand_kwargs(subcommand)
+        path = options.get("ckpt_path")
+        if path == "last":
+            newest = newest_checkpoint(self.trainer)
+            if newest is None and subcommand != "fit":
+                raise ValueError("expected an earlier run for ckpt_path last, found none: set ckpt_path to a file")
+            logger.info("No earlier run: starting anew" if newest is None else f"Resuming from {newest}")
+            options["ckpt_path"] = None if newest is None else str(newest)
+        elif path is not None and isdir(path):
+            raise ValueError(
+                f"expected a checkpoint file, found the folder {path}: set ckpt_path (exported folders serve generate, "
+                "evaluate and from_pretrained)"
+            )
+        return options
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing; in Lightning the checkpoint's hyperparameters override the command line."""
@@ -106,7 +135,12 @@ AnyCLI = TypeVar("AnyCLI", bound=TrainingCLI)
 def run(args: list[str] | None = None) -> None:
     """Run `fit`, `validate` or `test`; `args` are by default those of the command line."""
     show_own_messages()
-    parsed(TrainingCLI, PlainErrorParser, args)
+    try:
+        parsed(TrainingCLI, PlainErrorParser, args)
+    except MisconfigurationException as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    except SIGTERMException:
+        sys.exit(TERMINATED)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         _leave_together()
 
@@ -139,7 +173,7 @@ def parsed(
         seed_everything_default=0,
         parser_kwargs={"parser_mode": "omegaconf+"},
         parser_class=parser_class,
-        save_config_kwargs={"overwrite": True},
+        save_config_callback=SaveRunConfig,
         args=with_found_configs(args),
         **options,
     )

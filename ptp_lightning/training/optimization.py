@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.optim.lr_scheduler import LambdaLR
 
 # Parts of names of embeddings (of tokens, positions and auxiliaries), which get neither Muon nor weight decay. Renaming
 # a module in or out of this list changes how it is trained.
@@ -90,10 +91,43 @@ class JointOptimizer(torch.optim.Optimizer):
         self._share_groups()
 
 
+class StepSchedule(LambdaLR):
+    """A schedule that a checkpoint resumes at a step, with the peak rates and the shape that are configured now.
+
+    A `LambdaLR` would restore the peak rates, and the optimiser the rate, of the earlier run.
+
+    >>> weight = nn.Parameter(torch.zeros(1))
+    >>> def halved(rate):
+    ...     return StepSchedule(torch.optim.SGD([weight], lr=rate), lambda step: 0.5)
+    >>> resumed = halved(rate=8.0)
+    >>> resumed.load_state_dict(halved(rate=2.0).state_dict())
+    >>> resumed.optimizer.param_groups[0]["lr"]
+    4.0
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of steps."""
+        return {"last_epoch": self.last_epoch}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on after as many steps; other entries, as Lightning stored them for `LambdaLR`, are not used."""
+        self.resume_at(state_dict["last_epoch"])
+
+    def resume_at(self, step: int) -> None:
+        """Set the rates of a step."""
+        self.last_epoch = step
+        self._last_lr = [rate * scale(step) for rate, scale in zip(self.base_lrs, self.lr_lambdas, strict=True)]
+        for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
+            group["lr"] = rate
+
+
 def configure(
     settings: OptimizerSettings, named_parameters: Iterable[tuple[str, nn.Parameter]], total_steps: float
 ) -> OptimizerLRScheduler:
     """Optimiser and per-step schedule (warm-up, constant, linear decay) in Lightning's format.
+
+    A resumed run takes the state of the optimiser (its moments) and the number of steps from the checkpoint, and all
+    settings, learning rates among them, from its own configuration.
 
     Args:
         settings: optimiser and schedule.
@@ -139,8 +173,36 @@ def configure(
         decay = min(1.0, max(total_steps - step, 0) / decay_steps)
         return warmup * decay
 
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
+    schedule = StepSchedule(optimizer, scale)
+    for member in optimizer.optimizers if isinstance(optimizer, JointOptimizer) else [optimizer]:
+        _keep_settings(member)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def _keep_settings(optimizer: torch.optim.Optimizer) -> None:
+    """Let an optimiser that loads a state take no settings from it."""
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+
+    def restore(loaded: torch.optim.Optimizer) -> None:
+        for group, configured in zip(loaded.param_groups, settings, strict=True):
+            group.update(configured)
+
+    optimizer.register_load_state_dict_post_hook(restore)
+
+
+def require_same_optimizer(settings: OptimizerSettings, checkpoint: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint of another optimiser, whose state has other entries.
+
+    Raises:
+        ValueError: names the key.
+    """
+    for state in checkpoint.get("optimizer_states", []):
+        found = "muon" if "optimizers" in state else "adamw"
+        if found != settings.name:
+            raise ValueError(
+                f"expected a checkpoint of optimizer.name {settings.name}, found one of {found}: set optimizer.name to "
+                f"{found}, or start anew without ckpt_path"
+            )
 
 
 def _require_rows_for_all(trainable: Mapping[str, nn.Parameter], matrices: set[int]) -> None:

@@ -7,6 +7,7 @@ from argparse import ArgumentError
 from collections.abc import Callable
 
 EXIT_CODE = 2
+INTERRUPTED = 128 + 2  # the exit status of a process that SIGINT has ended, as shells report it
 
 # Lines in which jsonargparse reports its search through type unions and dumps the whole value. They hide the one line
 # about the misspelt or refused key.
@@ -31,6 +32,9 @@ def run_plainly(dispatch: Callable[[list[str]], None]) -> None:
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {plain_reason(str(error))}", file=sys.stderr)
         sys.exit(EXIT_CODE)
+    except KeyboardInterrupt:
+        print("\nstopped by Ctrl-C", file=sys.stderr)
+        sys.exit(INTERRUPTED)
 
 
 def refused_options(command: str, error: ArgumentError) -> ValueError:

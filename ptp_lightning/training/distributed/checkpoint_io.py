@@ -11,6 +11,7 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import get_filesystem
 
 from ptp_lightning.utils.atomic_files import atomic_write
+from ptp_lightning.utils.pretrained import clear_errors
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -32,9 +33,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
         Raises:
             FileNotFoundError: nothing is at `path`.
-            pickle.UnpicklingError: the file holds more than weights and plain data.
+            ValueError: the file is no checkpoint, is not complete, or holds more than weights and plain data.
         """
-        return super().load_checkpoint(path, map_location, weights_only=True)
+        with clear_errors(path, "ckpt_path"):
+            return super().load_checkpoint(path, map_location, weights_only=True)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """See `CheckpointIO.save_checkpoint`.

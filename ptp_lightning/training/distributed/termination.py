@@ -1,9 +1,11 @@
-"""TerminateTogether: how a training of several processes ends early."""
+"""TerminateTogether: how a training ends early."""
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+import threading
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -14,11 +16,12 @@ from ptp_lightning.training.modules.training_module import NotFiniteError
 
 
 class TerminateTogether(Callback):
-    """Stops all processes before the next step after one of them has received SIGTERM or SIGINT (Ctrl-C).
+    """Stops all processes before the next optimiser step after one of them has received SIGTERM or SIGINT (Ctrl-C).
 
-    Lightning's own signal handler calls collective operations. These can interleave with the reduction of gradients,
-    and the processes deadlock (Lightning issue 20806). Here the handler only records the signal; the processes exchange
-    it at the start of each batch. With a single process Lightning's handler is used.
+    Python and Lightning would stop anywhere, also while weights are updated, so that a checkpoint written then could be
+    half a step ahead. Lightning's handler also calls collective operations, which can interleave with the reduction of
+    gradients, and the processes deadlock (Lightning issue 20806). Here the handler only records the signal; the
+    processes exchange it at the start of each step. A second Ctrl-C stops at once.
 
     A process that fails by itself ends at once, and its launcher ends the others. It must not write a checkpoint, which
     is a collective operation, while the others wait in another one; the run resumes from the last checkpoint. A second
@@ -31,8 +34,8 @@ class TerminateTogether(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Replace the handlers of Lightning, which Lightning removes itself, and of Python."""
-        if trainer.world_size > 1:
-            self._received, self._all_agreed = None, False
+        self._received, self._all_agreed = None, False
+        if threading.current_thread() is threading.main_thread():  # no other may handle signals
             for sent in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(sent, self._record)
 
@@ -43,9 +46,12 @@ class TerminateTogether(Callback):
             SIGTERMException: one of the processes has received a signal.
             KeyboardInterrupt: this process has received SIGINT.
         """
-        if trainer.world_size == 1:
+        if batch_idx % trainer.accumulate_grad_batches:
             return
-        if trainer.strategy.reduce_boolean_decision(self._received is not None, all=False):
+        stop = self._received is not None
+        if trainer.world_size > 1:
+            stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
+        if stop:
             self._all_agreed = True
             raise KeyboardInterrupt if self._received == signal.SIGINT else SIGTERMException
 
@@ -71,6 +77,7 @@ class TerminateTogether(Callback):
         self._received = sent
         if sent == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+            os.write(sys.stderr.fileno(), b"\nStopping before the next step; Ctrl-C again stops at once\n")
 
 
 def _describe(status: int) -> str:

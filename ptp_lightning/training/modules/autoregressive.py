@@ -128,7 +128,7 @@ class AutoregressiveModule(TrainingModule):
         total = nats.sum()
         loss = total / self._mean_counts(batch, LossSum(total, (labels != IGNORED_LABEL).sum())).squeeze()
         self.log("train/loss_nats", loss, prog_bar=True)
-        return loss
+        return loss * self._share_of_step()
 
     def on_validation_epoch_start(self) -> None:
         """Reset the sums."""

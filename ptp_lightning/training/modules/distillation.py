@@ -112,11 +112,11 @@ class DistillationModule(PredictorModule):
 
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
         """Loss in nats per slot, normalised by the weights of the slots of all ranks."""
-        generator = keyed_generator(self.seed, "train", self.global_rank, self.global_step, batch_idx)
-        context = self._encode(batch, self._training_settings(batch_idx))
+        generator = keyed_generator(self.seed, "train", self.global_rank, self.global_step, self.micro_batch)
+        context = self._encode(batch, self._training_settings())
         progress = min(1.0, self.global_step / self.trainer.estimated_stepping_batches)
         # Not keyed by the rank: all ranks make the same choice, see `MixtureWindows`.
-        source = self.source.choose(progress, keyed_generator(self.seed, "source", self.global_step, batch_idx))
+        source = self.source.choose(progress, keyed_generator(self.seed, "source", self.global_step, self.micro_batch))
         sample = source.sample(self.predictor, context, generator)
         hidden = self.predictor.slot_hidden(context, sample.auxiliaries)
         corrects = self.predictor.correction is not None
@@ -135,7 +135,7 @@ class DistillationModule(PredictorModule):
         self.log("train/loss_nats", prediction.total.detach() / mean_count, prog_bar=True)
         if not self.predictor.corrects_left_to_right:
             self.log("train/first_pass_loss_nats", first_pass.total.detach() / first_pass_count)
-        return total / mean_count
+        return total / mean_count * self._share_of_step()
 
     def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
         """Draft every window and compare with the teacher's picks for the same auxiliaries."""
@@ -153,12 +153,12 @@ class DistillationModule(PredictorModule):
         """Log the tags of the finished test."""
         self._log_window_metrics("test")
 
-    def _training_settings(self, batch_idx: int) -> SamplingConfig:
+    def _training_settings(self) -> SamplingConfig:
         """Sampling settings of this batch; each rank and micro-batch draws its own, so that a step averages."""
         config = self.predictor.config
         if config.sampling_range is None:
             return config.sampling
-        generator = keyed_generator(self.seed, "sampling", self.global_rank, self.global_step, batch_idx)
+        generator = keyed_generator(self.seed, "sampling", self.global_rank, self.global_step, self.micro_batch)
         return config.sampling_range.draw(config.sampling, generator)
 
     def _first_pass_loss(self, context: Context, hidden: Tensor, sample: WindowSample) -> LossSum:

@@ -136,7 +136,7 @@ class InverseAutoregressiveModule(PredictorModule):
 
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
         """Loss in nats per slot, plus the weighted loss per token; each normalised by its count over all ranks."""
-        generator = keyed_generator(self.seed, "train", self.global_rank, self.global_step, batch_idx)
+        generator = keyed_generator(self.seed, "train", self.global_rank, self.global_step, self.micro_batch)
         context = self._encode(batch)
         windows = self._inverted(context, generator)
         slot_loss = self._slot_loss(context, windows)
@@ -148,7 +148,7 @@ class InverseAutoregressiveModule(PredictorModule):
         total = slot_nats + self.autoregressive_loss_weight * token_nats
         self.log("train/loss_nats", slot_nats.detach(), prog_bar=True)
         self.log("train/autoregressive_loss_nats", token_nats.detach())
-        return total
+        return total * self._share_of_step()
 
     def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
         """Likelihood of held-out windows, and agreement with the network's own samples."""

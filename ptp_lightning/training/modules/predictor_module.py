@@ -149,6 +149,7 @@ class PredictorModule(TrainingModule):
         """
         migrate_checkpoint(checkpoint, "the checkpoint")
         require_same_predictor(checkpoint, self.predictor)
+        super().on_load_checkpoint(checkpoint)
         state: dict[str, Tensor] = checkpoint["state_dict"]
         self.predictor.require_trainable_state({name.removeprefix("predictor."): state[name] for name in state})
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
 from lightning import LightningModule
@@ -16,8 +16,9 @@ from torch.optim import Optimizer
 from ptp_lightning.batch import PackedBatch
 from ptp_lightning.losses import LossSum
 from ptp_lightning.models.layers.decoder_stack import decoder_layers
+from ptp_lightning.training.alignment import align_with_step
 from ptp_lightning.training.distributed.sharding import shard
-from ptp_lightning.training.optimization import OptimizerSettings
+from ptp_lightning.training.optimization import OptimizerSettings, require_same_optimizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,11 +35,13 @@ class MicroBatch(NamedTuple):
         batch: of this rank.
         totals: `[losses]`, this rank's losses.
         mean_totals: `[losses]`, means of the losses over ranks.
+        mean_count: `[]`, mean over ranks of the count of the first loss, by which a step is normalised.
     """
 
     batch: PackedBatch
     totals: Tensor
     mean_totals: Tensor
+    mean_count: Tensor
 
 
 class TrainingModule(LightningModule, ABC):
@@ -67,9 +70,22 @@ class TrainingModule(LightningModule, ABC):
         """Decoder layers of all networks; raises as `decoder_stack` with advice on what to do `instead`."""
         return decoder_layers(self.networks, instead)
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another optimiser; raises as `require_same_optimizer`."""
+        require_same_optimizer(self.optimizer_settings, checkpoint)
+
     def on_train_start(self) -> None:
-        """Discard micro-batches of an interrupted run."""
+        """Begin with a whole optimiser step, also where an earlier run was interrupted within one."""
         self._micro_batches = []
+        align_with_step(self.trainer)
+
+    @property
+    def micro_batch(self) -> int:
+        """Index of the present batch among all batches of the training, for random numbers.
+
+        It follows from the optimiser step, because Lightning's `batch_idx` is not the same after an interruption.
+        """
+        return self.global_step * self.trainer.accumulate_grad_batches + len(self._micro_batches)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Stop before losses or gradients that are not finite reach the weights, so that checkpoints stay usable.
@@ -78,6 +94,7 @@ class TrainingModule(LightningModule, ABC):
             NotFiniteError: on all processes; names the file that holds the batch.
         """
         micro_batches, self._micro_batches = self._micro_batches, []
+        self._normalise(micro_batches)
         norm = torch.zeros(())
         # In float16 gradients overflow occasionally, and the scaler skips such steps.
         if getattr(self.trainer.precision_plugin, "scaler", None) is None:
@@ -97,8 +114,27 @@ class TrainingModule(LightningModule, ABC):
         totals = torch.stack([loss.total.detach() for loss in losses])
         counts = torch.stack([loss.count for loss in losses]).to(totals.dtype)
         means = self.trainer.strategy.reduce(torch.stack([totals, counts]), reduce_op="mean")
-        self._micro_batches.append(MicroBatch(batch, totals, means[0]))
-        return torch.where(means[1] > 0, means[1], 1.0)
+        self._micro_batches.append(MicroBatch(batch, totals, means[0], means[1, 0]))
+        return _divisor(means[1])
+
+    def _share_of_step(self) -> Tensor:
+        """By what a micro-batch multiplies its mean loss, so that all slots of a step have the same weight.
+
+        It is the count of this micro-batch over that of the first one of the step: 1 without accumulation.
+        `_normalise` replaces the latter by the mean over all, which is known when the step is complete.
+        """
+        first, latest = (_divisor(self._micro_batches[k].mean_count) for k in (0, -1))
+        return latest / first
+
+    def _normalise(self, micro_batches: list[MicroBatch]) -> None:
+        """Divide the gradients of several micro-batches by the count of all of them, see `_share_of_step`."""
+        accumulated = self.trainer.accumulate_grad_batches
+        if accumulated == 1 or not micro_batches:
+            return
+        counts = torch.stack([entry.mean_count for entry in micro_batches])
+        # Lightning has divided each loss by `accumulated`, also where an epoch ends with fewer micro-batches.
+        scale = accumulated * _divisor(counts[0]) / _divisor(counts.sum())
+        torch._foreach_mul_([parameter.grad for parameter in self.parameters() if parameter.grad is not None], scale)
 
     def _raise_not_finite(self, micro_batches: list[MicroBatch], norm: float) -> NoReturn:
         """Store the suspect batches of this rank and raise."""
@@ -119,3 +155,8 @@ class TrainingModule(LightningModule, ABC):
             f"{losses.flatten().tolist()} on rank {self.global_rank} and gradients of norm {norm}: {location}; lower "
             "optimizer.learning_rate, set trainer.gradient_clip_val, or try trainer.precision: 32-true"
         )
+
+
+def _divisor(count: Tensor) -> Tensor:
+    """A count to divide by: 1 in place of 0, where the sum is 0 too."""
+    return torch.where(count > 0, count, 1.0)

@@ -71,7 +71,8 @@ def test_it_stops_before_the_step(tmp_path: Path, where: str, blamed: list[int])
 def test_a_scaler_may_leave_a_step_out() -> None:
     """Float16 overflows now and then: its gradient scaler then takes no step and scales less."""
     module = make_module()
-    module._trainer = SimpleNamespace(precision_plugin=SimpleNamespace(scaler=object()))  # pyright: ignore[reportAttributeAccessIssue]
+    trainer = SimpleNamespace(precision_plugin=SimpleNamespace(scaler=object()), accumulate_grad_batches=1)
+    module._trainer = trainer  # pyright: ignore[reportAttributeAccessIssue]
     placeholder = module.predictor.slot_encoder.placeholder
     placeholder.grad = torch.full_like(placeholder, torch.inf)
     module.on_before_optimizer_step(torch.optim.SGD([placeholder]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,15 @@ def pretraining(optimizer: OptimizerSettings) -> AutoregressiveModule:
 
 
 def fit(
-    make: Any, name: str, directory: Path, record: Record, checkpoint: Path | None = None, **options: Any
+    make: Any,
+    name: str,
+    directory: Path,
+    record: Record,
+    checkpoint: Path | None = None,
+    *,
+    more_callbacks: Sequence[Callback] = (),
+    save_on_exception: bool = False,
+    **options: Any,
 ) -> dict[str, Tensor]:
     """Six steps with a validation after every second batch and last.ckpt at step 3; gives the weights."""
     torch.manual_seed(0)
@@ -107,7 +116,13 @@ def fit(
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[record, ModelCheckpoint(directory, save_last=True, save_top_k=0, every_n_train_steps=3)],
+        callbacks=[
+            record,
+            *more_callbacks,
+            ModelCheckpoint(
+                directory, save_last=True, save_top_k=0, every_n_train_steps=3, save_on_exception=save_on_exception
+            ),
+        ],
         **options,
     )
     trainer.fit(module, datamodule=tiny_data(), ckpt_path=checkpoint)
@@ -151,3 +166,114 @@ def test_epochs_limited_by_the_trainer_resume_too(tmp_path: Path) -> None:
     assert limited.losses[:2] == whole.losses[:2]
     assert resumed.losses == limited.losses[3:]
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+class StopIn(Callback):
+    """Raises in one hook, the first time after some batches of this run."""
+
+    def __init__(self, hook: str, num_batches: int) -> None:
+        self._num_batches = num_batches
+        self._left = num_batches
+        setattr(self, hook, self._stop)
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self._left -= 1
+
+    def _stop(self, *_: Any) -> None:
+        if self._left <= 0:
+            raise PowerCutError
+
+
+STOPS = [
+    ("on_after_backward", 1),
+    ("on_before_optimizer_step", 1),
+    ("on_before_backward", 2),
+    ("on_train_batch_end", 1),
+    ("on_validation_start", 1),
+    ("on_after_backward", 2),
+    ("on_before_zero_grad", 1),
+]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_chain_of_stops_in_the_middle_of_batches(tmp_path: Path, accumulate: int) -> None:
+    """Each run resumes from the checkpoint that the exception of the last one left, and writes a periodic one too."""
+    whole = Record()
+    options = {"accumulate_grad_batches": accumulate}
+    expected = fit(distillation, "muon", tmp_path / "whole", whole, **options)
+
+    checkpoint, losses = None, {}
+    for number, stop in enumerate([*STOPS, None]):
+        record, folder = Record(), tmp_path / str(number)
+        callbacks = [] if stop is None else [StopIn(*stop)]
+        found = None
+        try:
+            found = fit(
+                distillation,
+                "muon",
+                folder,
+                record,
+                checkpoint,
+                more_callbacks=callbacks,
+                save_on_exception=True,
+                **options,
+            )
+        except PowerCutError:
+            written = sorted(folder.glob("*.ckpt"), key=lambda file: file.stat().st_mtime_ns)
+            checkpoint = written[-1] if written else checkpoint  # nothing is written before the first step
+        losses |= dict(record.losses)
+        if found is not None:
+            break
+    assert losses == dict(whole.losses)
+    assert found is not None and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_settings_of_the_optimizer_are_those_of_the_command(tmp_path: Path) -> None:
+    """A checkpoint holds moments and the number of steps; rates, weight decay and schedule are configured anew."""
+    torch.manual_seed(0)
+    module = distillation(OptimizerSettings("muon", 0.01, 0.02, weight_decay=0.1, warmup_steps=0, decay_fraction=0))
+    run_for(module, 3, tmp_path)
+    settings = OptimizerSettings("muon", 0.001, 0.002, weight_decay=0.3, betas=(0.8, 0.9), warmup_steps=8)
+    torch.manual_seed(0)
+    resumed = distillation(settings)
+    rates = Rates()
+    run_for(resumed, 6, tmp_path / "resumed", rates, ckpt_path=tmp_path / "last.ckpt")
+    scale = [(step + 1) / 8 for step in (3, 4, 5)]
+    scale[2] *= 1 / 2  # the last two of six steps decay: max(int(6 * 0.4), 1) = 2, and the sixth is halfway
+    assert rates.of_groups == [[pytest.approx(0.001 * s), pytest.approx(0.002 * s)] for s in scale]
+    assert rates.others == [(0.3, None), (0.0, (0.8, 0.9))]
+
+
+def test_another_optimizer_is_refused(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    run_for(distillation(OptimizerSettings("muon")), 1, tmp_path)
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match="expected a checkpoint of optimizer.name adamw, found one of muon: set"):
+        run_for(distillation(OptimizerSettings("adamw")), 2, tmp_path, ckpt_path=tmp_path / "last.ckpt")
+
+
+class Rates(Callback):
+    """The settings of the optimiser's groups in each step."""
+
+    def __init__(self) -> None:
+        self.of_groups: list[list[float]] = []
+        self.others: list[tuple[float, tuple[float, float] | None]] = []
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        self.of_groups.append([group["lr"] for group in optimizer.param_groups])
+        self.others = [(group["weight_decay"], group.get("betas")) for group in optimizer.param_groups]
+
+
+def run_for(
+    module: LightningModule, steps: int, folder: Path, *callbacks: Callback, ckpt_path: Path | None = None
+) -> None:
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        limit_val_batches=0,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[*callbacks, ModelCheckpoint(folder, save_last=True, save_top_k=0, every_n_train_steps=1)],
+    )
+    trainer.fit(module, datamodule=tiny_data(), ckpt_path=ckpt_path)

@@ -1,0 +1,64 @@
+"""The folder of a run: where its configuration is stored, and where its newest checkpoint is found."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import SaveConfigCallback
+
+from ptp_lightning.utils.atomic_files import write_atomically
+
+if TYPE_CHECKING:
+    from lightning import LightningModule, Trainer
+    from lightning.pytorch.loggers import Logger
+
+CONFIG_FILE = "config.yaml"
+LAST_CHECKPOINTS = "last*.ckpt"
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Writes the complete configuration into the run's own folder, and nowhere else.
+
+    Lightning writes it to the current folder where there is no logger, over a file of the same name, and to the folder
+    of all runs with loggers such as W&B.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write the file, on rank zero, if the run has a folder."""
+        folder = run_folder(trainer)
+        if folder is None or not trainer.is_global_zero or self.already_saved:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / CONFIG_FILE, self.parser.dump(self.config, skip_none=False).encode())
+        self.already_saved = True
+
+
+def run_folder(trainer: Trainer) -> Path | None:
+    """The folder of the run's first logger that writes files; None without one."""
+    folders = (_folder(logger) for logger in trainer.loggers)
+    return next((folder for folder in folders if folder is not None), None)
+
+
+def newest_checkpoint(trainer: Trainer) -> Path | None:
+    """The newest `last.ckpt` of the runs with the name of this one; None if there is none."""
+    candidates: list[Path] = []
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.dirpath is not None:
+            candidates += Path(callback.dirpath).glob(LAST_CHECKPOINTS)
+    for logger in trainer.loggers:
+        if (folder := _folder(logger)) is not None:
+            candidates += folder.parent.glob(f"*/checkpoints/{LAST_CHECKPOINTS}")
+    candidates += (Path(trainer.default_root_dir) / "checkpoints").glob(LAST_CHECKPOINTS)
+    return max(candidates, key=os.path.getmtime, default=None)
+
+
+def _folder(logger: Logger) -> Path | None:
+    own = getattr(logger, "log_dir", None)
+    if isinstance(own, str | os.PathLike):
+        return Path(own)
+    if logger.save_dir is None or logger.name is None or logger.version is None:
+        return None
+    return Path(logger.save_dir, logger.name, str(logger.version))
