@@ -28,6 +28,7 @@ from ptp_lightning.models.backbone import load_backbone
 from ptp_lightning.models.network import PredictorNetwork
 from ptp_lightning.sampling import SamplingConfig
 from ptp_lightning.utils.chat_templates import require_chat_template
+from ptp_lightning.utils.text_files import read_lines
 from ptp_lightning.utils.user_errors import refused_options
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ def _encoded(
                 encode_prompt(predictor, prompt, tokenizer, settings, chat=options.chat, system=options.system)
             )
         except ValueError as error:
-            where = f"{options.prompts} line {number}" if options.prompts is not None else "--prompt"
+            where = f"{options.prompts}, prompt {number}" if options.prompts is not None else "--prompt"
             raise ValueError(f"{where}: {error}") from error
     return encoded
 
@@ -216,16 +217,7 @@ def _prompts(prompt: str | None, file: str | None) -> list[str]:
         raise ValueError(f"expected one of --prompt and --prompts, found {'neither' if prompt is None else 'both'}")
     if prompt is not None:
         return [prompt]
-    path = Path(str(file)).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"expected a file with one prompt per line at {path}, found none: set --prompts")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"expected UTF-8 text in {path}, found {error}: set --prompts") from error
-    if not text:
-        raise ValueError(f"expected one prompt per line in {path}, found an empty file: set --prompts")
-    return text.removesuffix("\n").split("\n")
+    return [line for _, line in read_lines(Path(str(file)).expanduser(), "one prompt per line", "--prompts")]
 
 
 def _describe(sampling: SamplingConfig) -> str:

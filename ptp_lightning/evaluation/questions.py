@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ptp_lightning.data.corpus import StandardLibrary
+from ptp_lightning.utils.text_files import read_lines
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Question:
 
 def spec_bench(row: dict[str, Any], number: int) -> Question:
     """Spec-Bench (Xia et al., 2024): question_id, category, turns."""
+    if not isinstance(row["turns"], list):
+        raise TypeError(f"{type(row['turns']).__name__} instead of a list of turns")
     return Question(str(row["question_id"]), str(row["category"]), tuple(row["turns"]))
 
 
@@ -90,12 +93,7 @@ def read_questions(benchmark: str, path: str | Path | None = None, limit: int | 
         return held_out_code()[:limit]
     if path is None:
         raise ValueError(f"expected --questions with --benchmark {benchmark}, found none")
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"expected the questions of {benchmark} at {path}, found no file: set --questions")
-    questions = list(_questions(benchmark, path))
-    if not questions:
-        raise ValueError(f"expected questions in {path}, found none: set --questions")
+    questions = list(_questions(benchmark, Path(path).expanduser()))
     seen: set[str] = set()
     for question in questions:
         if question.question_id in seen:
@@ -108,23 +106,24 @@ def read_questions(benchmark: str, path: str | Path | None = None, limit: int | 
 
 def _questions(benchmark: str, path: Path) -> Iterator[Question]:
     parse = BENCHMARKS[benchmark]
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"expected UTF-8 text in {path}, found {error}: set --questions") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    for number, line in read_lines(path, f"the questions of {benchmark}", "--questions"):
         if parse is None:
             yield Question(str(number), PROMPTS, (line,))
             continue
         try:
-            question = parse(json.loads(line), number)
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise TypeError(f"{type(row).__name__} instead of an object")
+            question = parse(row, number)
+        except (json.JSONDecodeError, KeyError, TypeError, RecursionError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else str(error)
             raise ValueError(f"{path}, line {number}: expected a question of {benchmark}, found {reason}") from error
         if not question.turns or not all(isinstance(turn, str) and turn for turn in question.turns):
-            raise ValueError(f"{path}, line {number}: expected turns of text, found {question.turns!r}")
+            raise ValueError(f"{path}, line {number}: expected turns of text, found {question.turns!r:.80}")
+        try:
+            "".join(question.turns).encode()
+        except UnicodeEncodeError as error:  # JSON can contain unpaired surrogates
+            raise ValueError(f"{path}, line {number}: expected Unicode text, found {error}") from error
         yield question
 
 

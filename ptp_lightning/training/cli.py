@@ -73,6 +73,8 @@ class PlainErrorParser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the reason and the command for help, and exit with status 2."""
         print(f"error: {plain_reason(message)}", file=sys.stderr)
+        if "checkpoint.every_n_train_steps" in message:
+            print("tip: by default it is trainer.val_check_interval, here a whole number of steps", file=sys.stderr)
         print(f"tip: python -m ptp_lightning {self.command} --help lists the options", file=sys.stderr)
         sys.exit(EXIT_CODE)
 
@@ -138,7 +140,7 @@ def run(args: list[str] | None = None) -> None:
     try:
         parsed(TrainingCLI, PlainErrorParser, args)
     except MisconfigurationException as error:
-        raise ValueError(" ".join(str(error).split())) from error
+        raise ValueError(f"{' '.join(str(error).split())}: change the settings of trainer") from error
     except SIGTERMException:
         sys.exit(TERMINATED)
     if torch.distributed.is_available() and torch.distributed.is_initialized():

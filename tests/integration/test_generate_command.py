@@ -174,14 +174,14 @@ class TestErrors:
         assert output.err.startswith("error: ") and output.err.count("\n") == 1
         assert message in output.err
 
-    def test_an_empty_line_is_found_before_anything_is_printed(self, shell: Shell, tmp_path: Path) -> None:
+    def test_a_prompt_that_is_too_long_is_found_before_anything_is_printed(self, shell: Shell, tmp_path: Path) -> None:
         file = tmp_path / "prompts.txt"
-        file.write_text("def \n\nclass")
+        file.write_text("def \n\n" + "class " * 5000)
         output = shell("--prompts", str(file))
         assert (output.status, output.out) == (2, "")
-        assert "prompts.txt line 2: expected a prompt of at least one token" in output.err
+        assert "prompts.txt, prompt 2: expected" in output.err
 
-    @pytest.mark.parametrize(("content", "message"), [(b"", "an empty file"), (b"\xff\n", "UTF-8")])
+    @pytest.mark.parametrize(("content", "message"), [(b"", "no lines"), (b"\n", "no lines"), (b"\xff\n", "UTF-8")])
     def test_unusable_files_of_prompts(self, shell: Shell, tmp_path: Path, content: bytes, message: str) -> None:
         file = tmp_path / "prompts.txt"
         file.write_bytes(content)

@@ -1,5 +1,6 @@
 """Questions in published formats, and errors for invalid files."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -87,7 +88,10 @@ class TestErrors:
             ('{"question_id": 1, "category": "a", "turns": []}', "line 2: expected turns of text"),
             ('{"question_id": 1, "category": "a", "turns": [""]}', "line 2: expected turns of text"),
             ('{"question_id": 0, "category": "a", "turns": ["x"]}', "found '0' twice"),
-            ("[]", "line 2: expected a question of spec_bench"),
+            ("[]", "line 2: expected a question of spec_bench, found list instead of an object"),
+            ('{"question_id": 1, "category": "a", "turns": "hi there"}', "found str instead of a list of turns"),
+            ("[" * 100_000, "line 2: expected a question of spec_bench, found maximum recursion depth"),
+            ('{"question_id": 1, "category": "a", "turns": ["\\ud800"]}', "line 2: expected Unicode text, found"),
         ],
     )
     def test_an_invalid_line(self, line: str, reason: str, tmp_path: Path) -> None:
@@ -99,8 +103,23 @@ class TestErrors:
     def test_empty_file_and_other_bytes(self, tmp_path: Path) -> None:
         path = tmp_path / "q.jsonl"
         path.write_bytes(b"\n")
-        with pytest.raises(ValueError, match="expected questions in"):
+        with pytest.raises(ValueError, match="expected the questions of gsm8k in .*, found no lines with text"):
             read_questions("gsm8k", path)
         path.write_bytes(b"\xff\xfe")
         with pytest.raises(ValueError, match="expected UTF-8"):
             read_questions("gsm8k", path)
+
+
+@pytest.mark.parametrize("char", ["\u2028", "\x85", "\x0b", "\x0c", "\x1c"], ids=ascii)
+def test_no_character_but_a_line_feed_ends_a_question(char: str, tmp_path: Path) -> None:
+    line = json.dumps({"question_id": 1, "category": "a", "turns": [f"a{char}b"]}, ensure_ascii=False)
+    (tmp_path / "q.jsonl").write_text(f"\ufeff{line}\r\n\n", encoding="utf-8", newline="")
+    assert [question.turns for question in read_questions("spec_bench", tmp_path / "q.jsonl")] == [(f"a{char}b",)]
+
+
+def test_a_compressed_file_as_published(tmp_path: Path) -> None:
+    row = {"task_id": "HumanEval/0", "prompt": "def f():\n"}
+    (tmp_path / "HumanEval.jsonl.gz").write_bytes(gzip.compress(json.dumps(row).encode()))
+    assert [question.turns for question in read_questions("humaneval", tmp_path / "HumanEval.jsonl.gz")] == [
+        ("def f():\n",)
+    ]

@@ -1,0 +1,127 @@
+"""What people do with `fit`: no logger, another logger, `--ckpt_path last`, odd epochs; each works or says why not."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from ptp_lightning.training import cli
+from tests.helpers.tiny_configs import CORPUS_LINE, shrink
+
+CONFIG = Path(__file__).parents[2] / "configs" / "gated_lora.yaml"
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A tiny run in the current folder, as its user's `config.yaml`."""
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text(CORPUS_LINE * 400)
+    plain = yaml.safe_load(shrink(CONFIG, corpus, tmp_path).read_text())
+    plain["trainer"] |= {"fast_dev_run": False, "max_steps": 2, "num_sanity_val_steps": 0, "val_check_interval": 2}
+    plain["trainer"]["logger"] = {
+        "class_path": "lightning.pytorch.loggers.CSVLogger",
+        "init_args": {"save_dir": "runs", "name": "tiny"},
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(plain))
+    monkeypatch.chdir(tmp_path)
+    return path
+
+
+def fit(*options: Any, command: str = "fit") -> None:
+    cli.run([command, "--config", "config.yaml", *map(str, options)])
+
+
+def steps_of(path: Path) -> int:
+    return torch.load(path, weights_only=True)["global_step"]
+
+
+def test_without_a_logger_or_a_progress_bar_nothing_of_the_user_is_overwritten(config: Path) -> None:
+    before = config.read_bytes()
+    fit("--trainer.logger", "false", "--trainer.enable_progress_bar", "false")
+    assert config.read_bytes() == before
+    assert steps_of(Path("checkpoints/last.ckpt")) == 2
+
+
+def test_the_configuration_is_written_into_the_folder_of_the_run(config: Path) -> None:
+    fit("--trainer.max_steps", 1)
+    written = yaml.safe_load(Path("runs/tiny/version_0/config.yaml").read_text())
+    assert written["trainer"]["max_steps"] == 1
+
+
+def test_ckpt_path_last_is_that_of_the_newest_run(config: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="ptp_lightning")
+    fit("--ckpt_path", "last")
+    assert "No earlier run: starting anew" in caplog.text
+    fit("--ckpt_path", "last", "--trainer.max_steps", 4)
+    assert f"Resuming from {Path('runs/tiny/version_0/checkpoints/last.ckpt')}" in caplog.text
+    fit("--ckpt_path", "last", "--trainer.max_steps", 6)
+    assert [steps_of(Path(f"runs/tiny/version_{k}/checkpoints/last.ckpt")) for k in range(3)] == [2, 4, 6]
+
+
+def test_last_of_no_run_cannot_be_validated(config: Path) -> None:
+    with pytest.raises(ValueError, match="expected an earlier run for ckpt_path last, found none"):
+        fit("--ckpt_path", "last", command="validate")
+
+
+@pytest.mark.parametrize("content", [b"", b"some text\n", b"PK\x03\x04 cut off"], ids=["empty", "text", "truncated"])
+def test_a_file_that_is_no_checkpoint(content: bytes, config: Path) -> None:
+    Path("bad.ckpt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"^ckpt_path=.*bad\.ckpt cannot be read: [^\n]*$"):
+        fit("--ckpt_path", "bad.ckpt")
+
+
+def test_a_folder_is_no_checkpoint(config: Path) -> None:
+    with pytest.raises(ValueError, match="expected a checkpoint file, found the folder"):
+        fit("--ckpt_path", ".")
+
+
+def test_an_epoch_that_does_not_divide_into_steps(config: Path) -> None:
+    """Seven batches in threes: the third step of an epoch has one batch."""
+    fit("--trainer.limit_train_batches", 7, "--trainer.accumulate_grad_batches", 3, "--trainer.max_steps", 8)
+    assert steps_of(Path("runs/tiny/version_0/checkpoints/last.ckpt")) == 8
+
+
+def test_validations_go_by_steps(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        fit("--trainer.val_check_interval", 0.25)
+    assert "trainer.val_check_interval, here a whole number of steps" in capsys.readouterr().err
+
+
+def test_a_misconfigured_trainer_is_one_line(config: Path) -> None:
+    with pytest.raises(ValueError, match=r"^No supported gpu backend found.*: change the settings of trainer$"):
+        fit("--trainer.accelerator", "gpu")
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_before_the_next_step(
+    sent: signal.Signals, config: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
+    folder = Path("runs/tiny/version_0/checkpoints")
+
+    def send() -> None:
+        while not any(folder.glob("*.ckpt")):
+            time.sleep(0.05)
+        os.kill(os.getpid(), sent)
+
+    threading.Thread(target=send, daemon=True).start()
+    try:
+        with pytest.raises(SystemExit):
+            fit("--trainer.max_steps", 100_000)
+        assert signal.getsignal(signal.SIGTERM) == before[signal.SIGTERM]
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+    last = max(folder.glob("*.ckpt"), key=os.path.getmtime)
+    text = "".join(capfd.readouterr())
+    assert f"at step {steps_of(last)};" in text
+    assert "Traceback" not in text
