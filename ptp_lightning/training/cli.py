@@ -70,6 +70,15 @@ class PlainErrorParser(LightningArgumentParser):
 
     command = "fit"
 
+    def parse_args(self, args: Sequence[str] | None = None, *more: Any, **options: Any) -> Any:
+        """See `ArgumentParser.parse_args`.
+
+        For arguments of a class jsonargparse calls this again. It writes `null` as `None` then, and takes it for text.
+        """
+        if args is not None:
+            args = [f"{arg.removesuffix('None')}null" if arg.endswith("=None") else arg for arg in args]
+        return super().parse_args(args, *more, **options)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the reason and the command for help, and exit with status 2."""
         print(f"error: {plain_reason(message)}", file=sys.stderr)

@@ -22,6 +22,7 @@ NAMES = {
     "joint",
     "losses",
     "objective",
+    "what_u_is_worth",
     "window",
 }
 MARKOV = {"model_type": "llama", "vocab_size": 9, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,

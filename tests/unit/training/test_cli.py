@@ -7,6 +7,9 @@ import pytest
 import yaml
 from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint, ProgressBar
 
+from ptp_lightning.models import DecoderRefiner, MarkovHead, PredictorConfig
+from ptp_lightning.models.correction.correction import Correction
+from ptp_lightning.sweeps.training_run import ParsingCLI
 from ptp_lightning.training.callbacks import RunSummary
 from ptp_lightning.training.cli import PlainErrorParser, TrainingCLI, parsed
 
@@ -67,3 +70,22 @@ def test_callbacks_replace_or_extend_the_defaults(key: str, has_defaults: bool, 
 def test_a_logger_keeps_its_other_defaults_when_it_is_named(build: Any) -> None:
     logger = build({"trainer": {"logger": {"init_args": {"name": "here"}}}}).trainer.logger
     assert (logger.name, logger.save_dir) == ("here", "runs")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["=null"], None),
+        (["=ptp_lightning.models.MarkovHead", ".init_args.rank=3"], MarkovHead(rank=3)),
+        ([".init_args.num_refinement_steps=2"], DecoderRefiner(num_refinement_steps=2)),
+    ],
+    ids=["none", "another", "its settings"],
+)
+def test_a_correction_is_replaced_or_removed_on_the_command_line(
+    options: list[str], expected: Correction | None
+) -> None:
+    arguments = [f"--model.init_args.predictor.correction{option}" for option in options]
+    cli = parsed(ParsingCLI, PlainErrorParser, ["--config", "gated_lora", *arguments], run=False)
+    plain = cli.config.as_dict()["model"]["init_args"]["predictor"]["correction"]
+    found = None if plain is None else PredictorConfig.from_dict({"correction": plain}).correction
+    assert found == expected
