@@ -184,9 +184,8 @@ def parsed(
         seed_everything_default=0,
         parser_kwargs={"parser_mode": "omegaconf+"},
         parser_class=parser_class,
-        save_config_callback=SaveRunConfig,
         args=with_found_configs(args),
-        **options,
+        **({"save_config_callback": SaveRunConfig} | options),
     )
 
 
