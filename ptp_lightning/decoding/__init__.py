@@ -11,7 +11,7 @@ from ptp_lightning.decoding.partial_quadratic import decode_partially_quadratica
 from ptp_lightning.decoding.slot_allocation import CorrectLengths
 from ptp_lightning.decoding.speculative import decode_speculatively
 from ptp_lightning.decoding.text import DECODERS, generate, generate_batch
-from ptp_lightning.decoding.transformers_generate import CustomGenerate
+from ptp_lightning.decoding.transformers_generate import CustomGenerate, generate_with_predictor
 
 __all__ = [
     "DECODERS",
@@ -27,4 +27,5 @@ __all__ = [
     "decode_speculatively",
     "generate",
     "generate_batch",
+    "generate_with_predictor",
 ]

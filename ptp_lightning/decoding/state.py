@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from ptp_lightning.decoding.batch_invariance import batch_invariant
+from ptp_lightning.decoding.exclusive import exclusive
 from ptp_lightning.decoding.generation import GenerationSettings, OnTokens, VerifiedTexts, require_prompts
 from ptp_lightning.decoding.lookahead import Lookahead, positions_and_mask
 from ptp_lightning.decoding.preparation import prepare_for_decoding
@@ -333,6 +334,8 @@ def begin_decoding(
 ) -> Iterator[Start]:
     """Check the prompts and prepare the network; at the end of the block the network is as it was.
 
+    Other threads wait until then, see `exclusive`.
+
     Args:
         predictor: see `prepare_for_decoding`.
         prompts: B lists of token ids.
@@ -346,7 +349,7 @@ def begin_decoding(
     require_prompts(predictor, prompts, settings)
     counts = [len(prompt) for prompt in prompts]
     padded = [[*prompt, *[0] * (max(counts) - len(prompt))] for prompt in prompts]
-    with prepare_for_decoding(predictor):
+    with exclusive(predictor), prepare_for_decoding(predictor):
         context = BatchContext(predictor, settings, counts, timer)
         texts = VerifiedTexts(settings, len(prompts), on_tokens)
         yield Start(context, texts, torch.tensor(padded, device=context.device), counts)

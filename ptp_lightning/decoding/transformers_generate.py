@@ -3,12 +3,19 @@
     model.generate(**inputs, do_sample=True, max_new_tokens=64, custom_generate=CustomGenerate(predictor))
 
 Arguments keep their meaning: `GenerationConfig` says how to sample and when to stop, stopping criteria are called after
-every token, and the result is a tensor of prompts with their texts. Logits processors other than temperature, top-k and
-top-p are refused, because u picks tokens from distributions that only these three shape.
+every token, a streamer gets the tokens as soon as they are verified, and the result is a tensor of prompts with their
+texts. Logits processors other than temperature, top-k and top-p are refused, because u picks tokens from distributions
+that only these three shape.
+
+transformers does not pass `tokenizer` on to a callable, so that `stop_strings` needs `generate_with_predictor`, or
+`stopping_criteria=[StopStringCriteria(tokenizer, ["END"])]`.
 """
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +30,7 @@ from ptp_lightning.sampling import SamplingConfig
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+    from transformers.generation.streamers import BaseStreamer
 
 SUPPORTED_PROCESSORS = ("TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper")
 CRITERIA_IN_SETTINGS = ("MaxLengthCriteria", "EosTokenCriteria")
@@ -75,6 +83,36 @@ class CustomGenerate:
         Raises:
             ValueError: this is not the predictor's base model, or a setting is not supported; names it.
         """
+        streamer = _streamer_of_caller()
+        with _ended(streamer):
+            return self._generate(
+                model,
+                input_ids,
+                logits_processor,
+                stopping_criteria,
+                generation_config,
+                streamer,
+                seed,
+                decoder,
+                window_length,
+                slot_budget,
+                model_kwargs.get("attention_mask"),
+            )
+
+    def _generate(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        streamer: BaseStreamer | None,
+        seed: int | None,
+        decoder: DecoderName,
+        window_length: int | None,
+        slot_budget: int,
+        mask: Tensor | None,
+    ) -> Tensor:
         predictor = self._predictor
         if model is not predictor.base_model:
             raise ValueError(
@@ -91,7 +129,8 @@ class CustomGenerate:
         if seed is None:
             seed = int(torch.randint(MAX_SEED, ()))
         num_prompts, prompt_length = input_ids.shape
-        mask = model_kwargs.get("attention_mask")
+        if streamer is not None and num_prompts > 1:
+            raise ValueError(f"expected a single prompt with a streamer, found {num_prompts}: leave streamer out")
         mask = torch.ones_like(input_ids) if mask is None else mask
         prompts = [row[kept.bool()].tolist() for row, kept in zip(input_ids, mask, strict=True)]
         ends: int | list[int] | None = generation_config.eos_token_id
@@ -110,6 +149,8 @@ class CustomGenerate:
         def receive(row: int, new: list[int]) -> int | None:
             for count, token_id in enumerate(new, start=1):
                 texts[row].append(token_id)
+                if streamer is not None:
+                    streamer.put(input_ids.new_tensor([token_id]).cpu())
                 if criteria:
                     so_far = torch.cat([input_ids[row], input_ids.new_tensor(texts[row])]).unsqueeze(0)
                     if any(bool(one(so_far, None).all()) for one in criteria):
@@ -147,10 +188,60 @@ def generate_with_folder(model: PreTrainedModel, inputs: Tensor | None = None, *
         network = build_network(read_predictor(folder), model=model, trust_custom_classes=True)
         predictor = network.to(model.device)
         model.__dict__[CACHED_NETWORK] = predictor  # not as a submodule, because the predictor holds the model
+    return generate_with_predictor(predictor, inputs, **options)
+
+
+def generate_with_predictor(predictor: PredictorNetwork, inputs: Tensor | None = None, **options: Any) -> Tensor:
+    """`predictor.base_model.generate` with several verified tokens per call.
+
+    Args:
+        predictor: its student drafts, and its base model verifies.
+        inputs: as in `model.generate`.
+        **options: likewise; also `seed`, `decoder`, `window_length` and `slot_budget`, see `CustomGenerate`.
+
+    Raises:
+        ValueError: an option is not supported; names it.
+    """
+    from transformers import StopStringCriteria
+
+    model: Any = predictor.base_model
     given = {name: value for name, value in options.items() if value is not None and name not in IGNORED_OPTIONS}
-    result = type(model).generate(model, inputs, custom_generate=CustomGenerate(predictor), **given)  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer, stop_strings = given.pop("tokenizer", None), given.pop("stop_strings", None)
+    if stop_strings is not None:
+        if tokenizer is None:
+            raise ValueError("expected a tokenizer with stop_strings, found none: set tokenizer")
+        criteria = list(given.get("stopping_criteria", []))
+        given["stopping_criteria"] = [*criteria, StopStringCriteria(tokenizer, stop_strings)]
+    # Of the class, because the generate method of a model that was opened with code of its own may be that code.
+    result = type(model).generate(model, inputs, custom_generate=CustomGenerate(predictor), **given)
     assert isinstance(result, Tensor)
     return result
+
+
+@contextmanager
+def _ended(streamer: BaseStreamer | None) -> Iterator[None]:
+    """End the stream, also after an error: its reader may wait in another thread."""
+    try:
+        yield
+    finally:
+        if streamer is not None:
+            streamer.end()
+
+
+def _streamer_of_caller() -> BaseStreamer | None:
+    """The `streamer` of the call of transformers' `generate` in which this runs.
+
+    transformers gives the prompt to the streamer but does not pass it on to a callable, which would leave a reader of
+    the stream waiting for ever.
+    """
+    from transformers import GenerationMixin
+
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code is inspect.unwrap(GenerationMixin.generate).__code__:
+            return frame.f_locals.get("streamer")
+        frame = frame.f_back
+    return None
 
 
 def _folder_of(model: PreTrainedModel) -> Path:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, TextIteratorStreamer
 
-from ptp_lightning.decoding import generate
+from ptp_lightning.decoding import generate, generate_with_predictor
 from ptp_lightning.decoding.transformers_generate import CustomGenerate
 from ptp_lightning.export.checkpoint import CARD_FILE, EXPORTED_FILES, PREDICTOR_FOLDER, load_network
 from ptp_lightning.export.model_folder import GENERATE_FILE, save_with_base_model
@@ -70,6 +71,20 @@ def expected(predictor: PredictorNetwork, seed: int) -> list[int]:
         end_of_text=(),
         tokenizer=byte_tokenizer(),
     ).token_ids
+
+
+class Received:
+    """A streamer that keeps what it gets."""
+
+    def __init__(self) -> None:
+        self.token_ids: list[int] = []
+        self.ended = 0
+
+    def put(self, value: Tensor) -> None:
+        self.token_ids += value.flatten().tolist()
+
+    def end(self) -> None:
+        self.ended += 1
 
 
 def call(predictor: PredictorNetwork, input_ids: Tensor = PROMPT, **options: Any) -> list[list[int]]:
@@ -136,6 +151,65 @@ class TestCustomGenerate:
     ) -> None:
         with pytest.raises(ValueError, match=reason):
             call(predictor, **(SAMPLED | options))
+
+    def test_a_streamer_gets_the_prompt_and_each_token_and_the_end(self, predictor: PredictorNetwork) -> None:
+        streamer = Received()
+        (text,) = call(predictor, streamer=streamer, **SAMPLED)
+        assert streamer.token_ids == text
+        assert streamer.ended == 1
+
+    def test_a_reader_of_the_stream_does_not_wait_for_ever(self, predictor: PredictorNetwork) -> None:
+        streamer = TextIteratorStreamer(byte_tokenizer(), skip_prompt=True, timeout=20)  # pyright: ignore[reportArgumentType]
+        thread = threading.Thread(target=lambda: call(predictor, streamer=streamer, **SAMPLED))
+        thread.start()
+        assert "".join(streamer) == byte_tokenizer().decode(expected(predictor, 3))
+        thread.join()
+
+    def test_a_stream_ends_with_an_error_too(self, predictor: PredictorNetwork) -> None:
+        streamer = Received()
+        with pytest.raises(ValueError, match="expected window_length"):
+            call(predictor, streamer=streamer, window_length=1, **SAMPLED)
+        assert streamer.ended == 1
+
+    def test_a_streamer_takes_one_text(self, predictor: PredictorNetwork) -> None:
+        with pytest.raises(ValueError, match="expected a single prompt with a streamer, found 2"):
+            call(predictor, PROMPT.expand(2, -1), streamer=Received(), **SAMPLED)
+
+    def test_stop_strings(self, predictor: PredictorNetwork) -> None:
+        text = expected(predictor, 3)
+        position = next(k for k in range(2, 12) if byte_tokenizer().decode([text[k]]).isascii())
+        stop = byte_tokenizer().decode([text[position]])
+        (found,) = generate_with_predictor(
+            predictor,
+            PROMPT,
+            max_new_tokens=12,
+            eos_token_id=None,
+            pad_token_id=0,
+            seed=3,
+            stop_strings=[stop],
+            tokenizer=byte_tokenizer(),
+            **SAMPLED,
+        ).tolist()
+        assert found == PROMPT[0].tolist() + text[: text.index(text[position]) + 1]
+
+    def test_stop_strings_need_a_tokenizer(self, predictor: PredictorNetwork) -> None:
+        with pytest.raises(ValueError, match="set tokenizer"):
+            generate_with_predictor(predictor, PROMPT, stop_strings=["a"])
+
+    def test_several_threads_get_their_own_texts(self, predictor: PredictorNetwork) -> None:
+        wanted = {seed: expected(predictor, seed) for seed in range(3)}
+        found: list[bool] = []
+
+        def job(seed: int) -> None:
+            for _ in range(3):
+                found.append(call(predictor, seed=seed, **SAMPLED)[0][4:] == wanted[seed])
+
+        threads = [threading.Thread(target=job, args=(seed,)) for seed in wanted]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert found == [True] * 9
 
     def test_another_model_is_refused(self, predictor: PredictorNetwork) -> None:
         model: Any = tiny_llama(vocab_size=257)
