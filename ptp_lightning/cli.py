@@ -21,7 +21,7 @@ HELP = """usage: python -m ptp_lightning COMMAND [options]
   validate     measure a checkpoint on the validation split: --config ... --ckpt_path P
   test         measure a checkpoint on the test split: --config ... --ckpt_path P
   plan         estimate the memory of a training step: --config ... [--gpus 8] [--memory 80GB] [--backbone 7b] [--json]
-  pregenerate  sample completions of a teacher to train on: --config ... --output DIR [--num_completions 4 ...]
+  pregenerate  sample completions of a teacher to train on: --config ... --output DIR [--self_prompted ...]
   generate     continue text: --prompt TEXT | --prompts FILE [--model NAME | --ckpt_path P] [--temperature 0.7 ...]
   evaluate     compare decoders on a benchmark: --output DIR [--benchmark spec_bench --questions FILE] [--model NAME]
   sweep        run or report an ablation study: run losses [--full] [--jobs 2]

@@ -4,33 +4,57 @@ from __future__ import annotations
 
 import shutil
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import Namespace
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
-from ptp_lightning.data.completions.completions import CompletionFolder, CompletionSettings, prompts_fingerprint
+from ptp_lightning.data.completions.completions import (
+    Completion,
+    CompletionFolder,
+    CompletionSettings,
+    prompts_fingerprint,
+)
 from ptp_lightning.data.text_datamodule import TextDataModule
 from ptp_lightning.decoding.generation import OnTokens, require_room
-from ptp_lightning.decoding.text import end_of_text_ids
+from ptp_lightning.decoding.text import end_of_text_ids, tokenizer_of
 from ptp_lightning.models.network import PredictorNetwork
+from ptp_lightning.pregeneration.progress import ShardProgress, progress_bar
+from ptp_lightning.pregeneration.prompt_files import prompt_token_ids, prompts_of_texts, read_prompt_texts
 from ptp_lightning.pregeneration.prompts import find_prompts
 from ptp_lightning.pregeneration.teacher_completions import complete_folder, generation_settings, sample_shard
+from ptp_lightning.pregeneration.topics import read_topics
+from ptp_lightning.pregeneration.user_turns import (
+    UserTurnPlan,
+    longest_opening,
+    require_more_prompts,
+    write_user_turns,
+)
 from ptp_lightning.training.cli import PlainErrorParser, TrainingCLI, parsed
 from ptp_lightning.training.modules.predictor_module import PredictorModule, require_known_tokens
+from ptp_lightning.utils.chat_templates import require_chat_template
 
 SIZES = ("num_completions", "max_new_tokens", "prompt_tokens", "num_prompts", "batch_size", "shard_prompts")
 PROMPT_TOKENS_HELP = (
     "prompts are the prompts of documents (skipped if no completion fits into data.row_length after them); for a "
-    "document without a prompt, its first tokens, at most this many"
+    "document without a prompt, its first tokens, at most this many; with --self_prompted, the longest user turn"
 )
-NUM_PROMPTS_HELP = "null is all; otherwise evenly spaced over a corpus, or the first ones of a stream"
+NUM_PROMPTS_HELP = (
+    "null is all; otherwise evenly spaced over a corpus, or the first ones of a stream or of --prompts; with "
+    "--self_prompted, those of --prompts included"
+)
+PROMPTS_HELP = "FILE:COLUMN of JSON lines each, instead of data; user turns, if the tokenizer has a chat template"
+SELF_PROMPTED_HELP = "a chat model writes user turns itself, instead of data or after --prompts, and answers them"
+TOPICS_HELP = "YAML list of system, weight and openings that steer --self_prompted; by default that of the package"
 MAX_BYTES_PER_TOKEN = 4  # before compression
 MILLION = 1_000_000
+NO_DATA = "lightning.LightningDataModule"
 INTERRUPTED = 130  # exit status after Ctrl-C, as in a shell
 
 TRAINING_CONFIG = """\
@@ -60,6 +84,10 @@ class PregenerateCLI(TrainingCLI):
         add("--max_new_tokens", type=int, default=192, help="maximum length of a completion")
         add("--prompt_tokens", type=int, default=64, help=PROMPT_TOKENS_HELP)
         add("--num_prompts", type=int | None, default=None, help=NUM_PROMPTS_HELP)
+        add("--prompts", type=str, nargs="+", default=[], help=PROMPTS_HELP)
+        add("--self_prompted", action="store_true", help=SELF_PROMPTED_HELP)
+        add("--topics", type=str | None, default=None, help=TOPICS_HELP)
+        add("--greedy_fraction", type=float, default=0.0, help="share of the prompts whose first completion is greedy")
         add("--batch_size", type=int, default=32, help="completions generated in parallel; has no effect on them")
         add("--seed", type=int, default=0, help="from which the seeds of all completions are derived")
         add("--shard_prompts", type=int, default=64, help="prompts per file; a killed run loses at most one file")
@@ -67,11 +95,23 @@ class PregenerateCLI(TrainingCLI):
         parser.add_method_arguments(Trainer, "fit", skip=skip)
 
     def before_instantiate_classes(self) -> None:
-        """Check the options before a model is loaded."""
+        """Check the options, and read the files of prompts and topics, before a model is loaded."""
+        options = self.config
         for name in SIZES:
-            value: int | None = self.config[name]
+            value: int | None = options[name]
             if value is not None and value < 1:
                 raise ValueError(f"expected --{name} >= 1, found {value}")
+        if not 0 <= options.greedy_fraction <= 1:
+            raise ValueError(f"expected --greedy_fraction between 0 and 1, found {options.greedy_fraction}")
+        if options.topics is not None and not options.self_prompted:
+            raise ValueError("expected --topics with --self_prompted, found it alone: add --self_prompted")
+        self.prompt_texts = read_prompt_texts(options.prompts)
+        self.topics = read_topics(options.topics) if options.self_prompted else []
+        if options.self_prompted:
+            require_more_prompts(options.num_prompts, len(self.prompt_texts))
+        self.reads_data = not (options.self_prompted or options.prompts)
+        if not self.reads_data:  # its files need not exist, but the parser requires data of some class
+            options["data"] = Namespace(class_path=NO_DATA)
 
 
 def run(args: Sequence[str]) -> None:
@@ -81,38 +121,116 @@ def run(args: Sequence[str]) -> None:
 
     Raises:
         ValueError: an option is out of range, there is no teacher or no text, or the folder was created with other
-            settings or has too little space. These are checked before generation. Also if the disk is full.
+            settings or has too little space. These are checked before generation. Also if the disk is full, or a chat
+            model writes hardly any user turn.
         FileNotFoundError: a file of the configuration does not exist.
     """
     cli = parsed(PregenerateCLI, PregenerateParser, list(args), run=False, save_config_callback=None)
     options: Any = cli.config
-    data, predictor = _require_text(cli.datamodule), _require_teacher(cli.model)
+    if not cli.reads_data:
+        predictor = _require_teacher(cli.model).to(cli.trainer.strategy.root_device).eval()
+        settings, prompts = _own_prompts(cli, predictor)
+        row_length = 0
+    else:
+        data, predictor = _require_text(cli.datamodule), _require_teacher(cli.model)
+        settings, prompts = _prompts_of_data(options, data, predictor)
+        predictor = predictor.to(cli.trainer.strategy.root_device).eval()
+        row_length = data.row_length
+    with _stoppable(options.output):
+        folder = CompletionFolder.create(options.output, settings)
+        progress = _complete(folder, prompts, predictor, options.batch_size, "shards")
+    print(_summary(folder, progress, max(row_length, max(map(len, prompts)) + settings.max_new_tokens)))
+
+
+def _prompts_of_data(
+    options: Any, data: TextDataModule, predictor: PredictorNetwork
+) -> tuple[CompletionSettings, list[list[int]]]:
+    """Prompts of the training documents."""
     data.setup("fit")
     require_known_tokens(predictor, data)
+    assert data.tokenizer is not None, "setup was called"
     max_prompt_tokens = max(options.prompt_tokens, data.row_length - options.max_new_tokens)
     prompts = find_prompts(data, options.num_prompts, options.prompt_tokens, max_prompt_tokens)
-    settings = _settings(options, data, predictor, prompts)
-    longest = max(map(len, prompts))
-    require_room(predictor, longest, generation_settings(settings, []))
-    predictor = predictor.to(cli.trainer.strategy.root_device).eval()
+    ending_ids = end_of_text_ids(predictor, data.tokenizer)
+    settings = _settings(options, predictor, prompts, data.end_of_text, ending_ids, data.tokenizer_path)
+    require_room(predictor, max(map(len, prompts)), generation_settings(settings, []))
+    return settings, prompts
 
-    def sample(shard: int, on_tokens: OnTokens) -> Any:
-        return sample_shard(predictor, settings, prompts, shard, options.batch_size, on_tokens)
 
+def _own_prompts(cli: PregenerateCLI, predictor: PredictorNetwork) -> tuple[CompletionSettings, list[list[int]]]:
+    """Prompts of files, and of user turns that the teacher writes now, as far as they are not written yet."""
+    options: Any = cli.config
+    tokenizer = tokenizer_of(predictor)
+    is_chat = tokenizer.chat_template is not None
+    ending_ids = end_of_text_ids(predictor, tokenizer, chat=is_chat)
+    end_of_text: Any = tokenizer.eos_token_id
+
+    def settings_of(prompts: list[list[int]]) -> CompletionSettings:
+        path = predictor.config.backbone.path
+        return _settings(options, predictor, prompts, end_of_text, ending_ids, path)
+
+    limit = predictor.max_positions
+    max_length = None if limit is None else limit - options.max_new_tokens
+    prompts = prompts_of_texts(cli.prompt_texts, tokenizer, max_length)[: options.num_prompts]
+    if options.self_prompted:
+        require_chat_template(tokenizer, "--self_prompted")
+        plan = UserTurnPlan(
+            topics=cli.topics,
+            num_turns=require_more_prompts(options.num_prompts, len(prompts)),
+            max_tokens=options.prompt_tokens,
+            seed=options.seed,
+            max_prompt_length=max_length,
+        )
+        template = settings_of([])
+        turns = replace(generation_settings(template, []), max_new_tokens=options.prompt_tokens)
+        require_room(predictor, longest_opening(plan.topics, tokenizer), turns)
+        with _stoppable(options.output):
+            texts = write_user_turns(
+                plan,
+                Path(options.output).expanduser(),
+                template,
+                tokenizer,
+                partial(_complete, predictor=predictor, batch_size=options.batch_size, title="user turns"),
+                known=cli.prompt_texts,
+            )
+        prompts += [prompt_token_ids(text, tokenizer) for text in texts]
+    elif not prompts or len(prompts) < (options.num_prompts or 0):
+        raise ValueError(
+            f"expected {options.num_prompts or 'some'} prompts of at most {max_length} tokens in --prompts, found "
+            f"{len(prompts)}: lower --num_prompts, or set --prompts"
+        )
+    settings = settings_of(prompts)
+    require_room(predictor, max(map(len, prompts)), generation_settings(settings, []))
+    return settings, prompts
+
+
+def _complete(
+    folder: CompletionFolder, prompts: Sequence[list[int]], predictor: PredictorNetwork, batch_size: int, title: str
+) -> ShardProgress:
+    """Write the missing shards of a folder."""
+
+    def sample(shard: int, on_tokens: OnTokens) -> list[Completion]:
+        return sample_shard(predictor, folder.settings, prompts, shard, batch_size, on_tokens)
+
+    _require_space(folder, max(map(len, prompts)))
+    with progress_bar(folder, title) as progress:
+        complete_folder(folder, sample, progress)
+    return progress
+
+
+@contextmanager
+def _stoppable(output: str) -> Iterator[None]:
+    """Says how to continue after Ctrl-C, and what to do if the folder cannot be written to."""
     try:
-        folder = CompletionFolder.create(options.output, settings)
-        _require_space(folder, longest)
-        with _progress_bar(folder) as progress:
-            complete_folder(folder, sample, progress)
+        yield
     except OSError as error:  # no permission, no space
         raise ValueError(
-            f"cannot write {options.output}: {error}: free space and repeat the command, which continues the run, or "
+            f"cannot write {output}: {error}: free space and repeat the command, which continues the run, or "
             "choose another --output"
         ) from error
     except KeyboardInterrupt:
-        print(f"Stopped      repeat the same command to continue in {options.output}", file=sys.stderr)
+        print(f"Stopped      repeat the same command to continue in {output}", file=sys.stderr)
         sys.exit(INTERRUPTED)
-    print(_summary(folder, progress, max(data.row_length, longest + settings.max_new_tokens)))
 
 
 def _require_text(data: LightningDataModule | None) -> TextDataModule:
@@ -140,9 +258,13 @@ def _require_teacher(model: LightningModule) -> PredictorNetwork:
 
 
 def _settings(
-    options: Any, data: TextDataModule, predictor: PredictorNetwork, prompts: list[list[int]]
+    options: Any,
+    predictor: PredictorNetwork,
+    prompts: list[list[int]],
+    end_of_text: int | None,
+    ending_ids: frozenset[int],
+    tokenizer: str | None,
 ) -> CompletionSettings:
-    assert data.tokenizer is not None, "setup was called"
     backbone = predictor.config.backbone
     return CompletionSettings(
         teacher=predictor.base_fingerprint,
@@ -156,9 +278,10 @@ def _settings(
         prompts=prompts_fingerprint(prompts),
         shard_prompts=options.shard_prompts,
         vocab_size=predictor.base_model.config.vocab_size,
-        end_of_text=data.end_of_text,
-        ending_ids=tuple(sorted(end_of_text_ids(predictor, data.tokenizer))),
-        tokenizer=data.tokenizer_path,
+        end_of_text=end_of_text,
+        ending_ids=tuple(sorted(ending_ids)),
+        tokenizer=tokenizer,
+        greedy_fraction=options.greedy_fraction,
     )
 
 
@@ -176,65 +299,7 @@ def _require_space(folder: CompletionFolder, longest_prompt: int) -> None:
         )
 
 
-class _Progress:
-    """A progress bar of the shards of all processes and of the tokens of this process.
-
-    Attributes:
-        num_tokens: sampled by this process.
-        seconds: since the start.
-    """
-
-    def __init__(self, bar: Any, settings: CompletionSettings) -> None:
-        self.num_tokens = 0
-        self._bar = bar
-        self._settings = settings
-        self._finished = 0
-        self._in_shard = 0
-        self._begin = time.perf_counter()
-        self._task: Any = None
-
-    @property
-    def seconds(self) -> float:
-        """Since the start."""
-        return time.perf_counter() - self._begin
-
-    def on_shards(self, num_finished: int) -> None:
-        """See `ProgressListener.on_shards`."""
-        self._finished, self._in_shard = num_finished, 0
-        if self._task is None:  # earlier shards must not count for the speed
-            self._task = self._bar.add_task("", total=self._settings.num_shards, completed=num_finished)
-        self._update()
-
-    def on_tokens(self, num_tokens: int) -> None:
-        """See `ProgressListener.on_tokens`."""
-        self.num_tokens += num_tokens
-        self._in_shard += num_tokens
-        self._update()
-
-    def _update(self) -> None:
-        settings = self._settings
-        tokens_per_shard = settings.shard_prompts * settings.num_completions * settings.max_new_tokens
-        completed = min(self._finished + self._in_shard / tokens_per_shard, settings.num_shards)
-        self._bar.update(self._task, completed=completed, description=f"{self.num_tokens / self.seconds:,.0f} tokens/s")
-
-
-@contextmanager
-def _progress_bar(folder: CompletionFolder) -> Iterator[_Progress]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("shards"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.description}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        yield _Progress(bar, folder.settings)
-
-
-def _summary(folder: CompletionFolder, progress: _Progress, row_length: int) -> str:
+def _summary(folder: CompletionFolder, progress: ShardProgress, row_length: int) -> str:
     settings, (num_tokens, num_bytes) = folder.settings, folder.sizes()
     speed = f", {progress.num_tokens / progress.seconds:,.0f} tokens per second" if progress.num_tokens else ""
     return "\n".join(

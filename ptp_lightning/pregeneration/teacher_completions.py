@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 from typing import Protocol
 
@@ -17,10 +18,12 @@ from ptp_lightning.utils.file_lock import FileLock, remove_locks
 POLL_SECONDS = 1.0  # while other processes work on the remaining shards
 
 
-def generation_settings(settings: CompletionSettings, keys: Sequence[tuple[int, int]]) -> GenerationSettings:
-    """Decoder settings for these pairs of (prompt number, completion number)."""
+def generation_settings(
+    settings: CompletionSettings, keys: Sequence[tuple[int, int]], *, greedy: bool = False
+) -> GenerationSettings:
+    """Decoder settings for these pairs of (prompt number, completion number), all of them greedy or none."""
     return GenerationSettings(
-        sampling=settings.sampling,
+        sampling=replace(settings.sampling, temperature=0.0) if greedy else settings.sampling,
         max_new_tokens=settings.max_new_tokens,
         seed=tuple(settings.seed_of(*key) for key in keys),
         end_of_text=frozenset(settings.ending_ids),
@@ -46,16 +49,15 @@ def sample_shard(
         on_tokens: see `decode_autoregressively`; row numbers are within a batch.
     """
     keys = list(product(settings.prompts_of(shard), range(settings.num_completions)))
-    completions: list[Completion] = []
-    for begin in range(0, len(keys), batch_size):
-        batch = keys[begin : begin + batch_size]
-        generation = generation_settings(settings, batch)
-        texts = decode_autoregressively(predictor, [prompts[prompt] for prompt, _ in batch], generation, on_tokens)
-        completions += [
-            Completion(prompt, completion, settings.seed_of(prompt, completion), list(prompts[prompt]), text.token_ids)
-            for (prompt, completion), text in zip(batch, texts, strict=True)
-        ]
-    return completions
+    token_ids: dict[tuple[int, int], list[int]] = {}
+    for greedy in (False, True):  # a batch has one temperature
+        alike = [key for key in keys if settings.is_greedy(*key) == greedy]
+        for begin in range(0, len(alike), batch_size):
+            batch = alike[begin : begin + batch_size]
+            generation = generation_settings(settings, batch, greedy=greedy)
+            texts = decode_autoregressively(predictor, [prompts[prompt] for prompt, _ in batch], generation, on_tokens)
+            token_ids |= {key: text.token_ids for key, text in zip(batch, texts, strict=True)}
+    return [Completion(*key, settings.seed_of(*key), list(prompts[key[0]]), token_ids[key]) for key in keys]
 
 
 class SampleShard(Protocol):

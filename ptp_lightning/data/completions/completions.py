@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 SETTINGS_FILE = "completions.json"
 FOLDER_KEY = "data.folder"
+DEFAULTS_OF_EARLIER_FOLDERS = {"greedy_fraction": 0.0}  # entries that this format version did not always have
 COMPRESSION = "zstd"
 # Paths may differ between runs that use the same model and tokenizer; other fields identify them.
 PATH_FIELDS = frozenset({"teacher_path", "tokenizer"})
@@ -50,6 +51,7 @@ class CompletionSettings:
         end_of_text: the end-of-text token id, if there is one.
         ending_ids: all token ids that end a completion, ascending.
         tokenizer: path or hub id of the tokenizer, if the prompts are text.
+        greedy_fraction: share of the prompts whose first completion is greedy, whatever `sampling` says.
         format_version: of the folder.
     """
 
@@ -67,6 +69,7 @@ class CompletionSettings:
     end_of_text: int | None
     ending_ids: tuple[int, ...]
     tokenizer: str | None
+    greedy_fraction: float = 0.0
     format_version: int = FORMAT_VERSION
 
     @property
@@ -83,6 +86,11 @@ class CompletionSettings:
         """The seed of one completion, 0 .. 2^63 - 1. It does not depend on the order or process of generation."""
         digest = hashlib.sha256(f"{self.seed}/completion/{prompt}/{completion}".encode()).digest()
         return int.from_bytes(digest[:8], "big") >> 1
+
+    def is_greedy(self, prompt: int, completion: int) -> bool:
+        """Whether a completion consists of the most likely tokens."""
+        digest = hashlib.sha256(f"{self.seed}/greedy/{prompt}".encode()).digest()
+        return completion == 0 and int.from_bytes(digest[:8], "big") < self.greedy_fraction * 2**64
 
     def differences(self, other: CompletionSettings) -> list[str]:
         """Names of the settings that differ; paths are ignored."""
@@ -105,6 +113,7 @@ class CompletionSettings:
         if version != FORMAT_VERSION:
             raise ValueError(f"expected format_version {FORMAT_VERSION}, found {version!r}")
         names = {field.name for field in fields(cls)}
+        plain = DEFAULTS_OF_EARLIER_FOLDERS | plain
         if plain.keys() != names:
             raise ValueError(f"expected the entries {sorted(names)}, found {sorted(plain)}")
         sampling, ending_ids = SamplingConfig(**plain["sampling"]), tuple(plain["ending_ids"])
