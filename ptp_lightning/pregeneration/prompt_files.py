@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING
 from ptp_lightning.data.rendering import require_unicode, text_at
 from ptp_lightning.data.streaming.row_source import BadRowError
 from ptp_lightning.utils.chat_templates import chat_prompt, user_message
+from ptp_lightning.utils.text_files import read_lines
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PROMPTS_KEY = "--prompts"
+EXPECTED = "a file of JSON lines"
 FINAL_PUNCTUATION = ".?!: "
 
 
@@ -76,36 +78,29 @@ def same_words(text: str) -> str:
 def _texts(entry: str) -> list[str]:
     name, _, column = entry.rpartition(":")
     path = Path(name).expanduser()
-    if not path.is_file():
-        whole = Path(entry).expanduser()
-        if whole.is_file():
-            raise ValueError(
-                f"expected FILE:COLUMN, found {entry} without a column{_columns(whole)}: set {PROMPTS_KEY}"
-            )
-        raise FileNotFoundError(f"expected a file of JSON lines at {path}, found none: set {PROMPTS_KEY}")
+    if not path.is_file() and Path(entry).expanduser().is_file():
+        raise ValueError(f"expected FILE:COLUMN, found {entry} without a column{_columns(entry)}: set {PROMPTS_KEY}")
     texts = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise BadRowError(f"expected a JSON object, found {line.strip()!r:.40}")
-                text = text_at(row, column).strip()
-                require_unicode(text)
-            except ValueError as error:  # JSONDecodeError and BadRowError are ValueErrors
-                raise ValueError(f"{path}, line {number}: {error} (column of {PROMPTS_KEY})") from error
-            if text:
-                texts.append(text)
+    for number, line in read_lines(path, EXPECTED, PROMPTS_KEY):
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise BadRowError(f"expected a JSON object, found {line.strip()!r:.40}")
+            text = text_at(row, column).strip()
+            require_unicode(text)
+        except ValueError as error:  # JSONDecodeError and BadRowError are ValueErrors
+            raise ValueError(f"{path}, line {number}: {error} (column of {PROMPTS_KEY})") from error
+        if text:
+            texts.append(text)
     if not texts:
         raise ValueError(f"expected texts in column {column!r} of {path}, found none: set {PROMPTS_KEY}")
     return texts
 
 
-def _columns(path: Path) -> str:
+def _columns(file: str) -> str:
+    """The columns of the first row, for an error message; nothing if there is none."""
     try:
-        with path.open(encoding="utf-8") as lines:
-            return f" ({', '.join(json.loads(lines.readline()))})"
-    except ValueError:  # no JSON
+        (_, line), *_ = read_lines(Path(file).expanduser(), EXPECTED, PROMPTS_KEY)
+        return f" ({', '.join(json.loads(line))})"
+    except (ValueError, TypeError):
         return ""

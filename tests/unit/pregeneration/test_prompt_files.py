@@ -65,5 +65,5 @@ def test_invalid_rows_are_named(content: str, message: str, rows: Path) -> None:
 
 
 def test_a_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"JSON lines at .*nowhere.jsonl, found none: set --prompts"):
+    with pytest.raises(FileNotFoundError, match=r"JSON lines at .*nowhere.jsonl, found no file: set --prompts"):
         read_prompt_texts([f"{tmp_path}/nowhere.jsonl:question"])
