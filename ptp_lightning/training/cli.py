@@ -174,6 +174,7 @@ def parsed(
     require_current_names(options_of(args), "command line")
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     silence_library_noise()
+    options.setdefault("save_config_callback", SaveRunConfig)
     return cli_class(
         LightningModule,
         LightningDataModule,
@@ -185,7 +186,7 @@ def parsed(
         parser_kwargs={"parser_mode": "omegaconf+"},
         parser_class=parser_class,
         args=with_found_configs(args),
-        **({"save_config_callback": SaveRunConfig} | options),
+        **options,
     )
 
 

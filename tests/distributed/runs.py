@@ -26,6 +26,7 @@ from ptp_lightning.models import (
     DecoderRefiner,
     FullCopyStudent,
     LoraSettings,
+    MarkovHead,
     PredictorConfig,
     SharedStudent,
 )
@@ -63,6 +64,8 @@ RUNS: dict[str, Run] = {
     "adapter": Run(),
     "adapter_tied": Run(backbone=GPT2),
     "copy": Run("copy", TIED),
+    "heads": Run("heads"),
+    "heads_tied": Run("heads", TIED),
     "shared": Run("shared", TIED),
     "autoregressive": Run("autoregressive", TIED),
     "muon": Run(optimizer="muon"),
@@ -95,6 +98,8 @@ def make_module(run: Run, folder: Path) -> LightningModule:
     config = replace(config, sampling=SamplingConfig(temperature=0.8), lora=LoraSettings(run.rank))
     if run.kind == "copy":
         config = replace(config, student=FullCopyStudent())
+    elif run.kind == "heads":
+        config = replace(config, correction=MarkovHead(rank=4), draft_vocabulary=10)
     elif run.backbone["model_type"] == "llama":
         config = replace(config, correction=DecoderRefiner(num_layers=1, intermediate_size=16, base_layers=1))
     source = DatasetWindows(Centres())

@@ -57,6 +57,9 @@ class SharedRows(PackedDataModule):
     def end_of_text(self) -> int | None:
         return None
 
+    def training_texts(self) -> Iterator[list[int]]:
+        return (row for number in range(4) for row in rows(number).input_ids.tolist())
+
     def training_stream(self) -> IterableDataset[PackedBatch]:
         return SharedStream(self)
 

@@ -16,6 +16,7 @@ from ptp_lightning.cli import main
 from ptp_lightning.data.rendering import Rendering
 from ptp_lightning.data.streaming.row_source import RowSource
 from ptp_lightning.losses import Loss, PositionWeights
+from ptp_lightning.models.correction.correction import Correction
 from ptp_lightning.models.slots.auxiliary_features import AuxiliaryFeatures
 from ptp_lightning.models.slots.objectives import Objective
 from ptp_lightning.models.students import Student
@@ -50,6 +51,11 @@ STRATEGIES: list[Choice] = [
 STUDENTS = ["GatedLoraStudent", "FullCopyStudent"]
 ORDERS = ["vocabulary", "descending", "embedding"]
 RANGE = {"min_temperature": 0.5, "max_temperature": 0.9, "top_k": [5, 50]}
+HEADS: list[Choice] = [
+    ("TokenConditionedHead", {"intermediate_size": 16}),
+    ("MarkovHead", {"rank": 4, "order": "parallel"}),
+    ("", {}),  # none
+]
 WEIGHTS: list[Choice] = [("UniformWeights", {}), ("GeometricWeights", {"decay": 0.8}), ("AcceptedLengthWeights", {})]
 
 
@@ -92,7 +98,8 @@ def combinations() -> list[dict[str, Any]]:
                 "head": "linear" if index < len(FEATURES) else "mlp",
                 "student": as_yaml("models", (student, {})),
                 # The divisors keep these apart from the lists of two and three entries.
-                "correction": refiner(index) if index // 2 % 2 else None,
+                "correction": refiner(index) if index // 2 % 2 else head(index, objective),
+                "draft_vocabulary": 300 if index % 3 == 1 else None,
                 "sampling": {"temperature": 0.7, "top_k": 50, "top_p": 0.9, "order": order},
                 "sampling_range": RANGE if index // 3 % 2 else None,
             },
@@ -110,6 +117,12 @@ def refiner(index: int) -> dict[str, Any]:
     start = "last_layers" if index // 4 % 2 else "random"
     settings = {"num_layers": 1, "num_refinement_steps": 2, "base_layers": index % 3, "start": start}
     return {"class_path": "ptp_lightning.models.DecoderRefiner", "init_args": settings}
+
+
+def head(index: int, objective: str) -> dict[str, Any] | None:
+    """The corrections without attention, in both orders, and none; a head needs the draft."""
+    name, arguments = HEADS[index // 4 % len(HEADS)]
+    return as_yaml("models", (name, arguments)) if name and objective != "IndependentObjective" else None
 
 
 def named(combination: dict[str, Any]) -> str:
@@ -179,6 +192,7 @@ def test_a_run_is_reproduced_by_the_configuration_it_saved(
         (Objective, "models", LOSSES),
         (AuxiliaryFeatures, "models", FEATURES),
         (Student, "models", [*STUDENTS, "SharedStudent"]),  # the last one is teacher-free
+        (Correction, "models", ["DecoderRefiner", *(name for name, _ in HEADS if name)]),
         (Loss, "losses", {loss for losses in LOSSES.values() for loss in losses}),
         (PositionWeights, "losses", [name for name, _ in WEIGHTS]),
         (AuxiliaryStrategy, "auxiliary_strategies", [name for name, _ in STRATEGIES]),
