@@ -40,6 +40,7 @@ from ptp_lightning.export.packaged_adapters import (
     SETTINGS_FILE,
     packaged_adapter_folder,
 )
+from ptp_lightning.export.stored_sizes import require_stored_sizes
 from ptp_lightning.models.backbone import BackboneSettings, load_backbone
 from ptp_lightning.models.config import PredictorConfig
 from ptp_lightning.models.network import TOKEN_RANKS, PredictorNetwork
@@ -60,7 +61,6 @@ ADAPTER_FILE = "adapter_model.safetensors"
 CARD_FILE = "README.md"
 EXPORTED_FILES = ("adapter_config.json", ADAPTER_FILE, SLOT_ENCODER_FILE, SETTINGS_FILE, CARD_FILE)
 
-FIRST_EMBEDDING_WEIGHTS = ("embeddings.0.head.0.weight", "embeddings.0.head.weight")  # head: mlp, linear
 ADAPTER_PREFIX = "language_model."  # names in PredictorNetwork.trainable_state
 SLOT_ENCODER_PREFIX = "slot_encoder."
 
@@ -142,7 +142,7 @@ def build_network(
     """
     try:
         config = PredictorConfig.from_dict(stored.config, trusted_classes=None if trust_custom_classes else ())
-        _require_stored_sizes(stored, config)
+        require_stored_sizes(stored.state, config)
     except ValueError as error:
         raise ValueError(f"{stored.path}: {error}") from error
     trained_with = config.backbone
@@ -332,20 +332,6 @@ def _read_folder(folder: Path) -> StoredPredictor:
             state |= {in_state(key): value for key, value in load_file(folder / name).items()}
     config = migrated_config(about["config"])
     return StoredPredictor(folder, config, about["base_fingerprint"], migrated_state(state), about["training"])
-
-
-def _require_stored_sizes(stored: StoredPredictor, config: PredictorConfig) -> None:
-    """Refuse a configuration whose layers are larger than the stored weights, before memory is allocated for them."""
-    ranks = {len(value) for name, value in stored.state.items() if ".lora_A." in name}
-    largest = max([config.lora.rank, *config.lora.rank_pattern.values()])
-    if ranks and largest > max(ranks):
-        raise ValueError(f"expected predictor.lora.rank as in the stored weights, {few(ranks)}, found {largest}")
-    inputs = {value.shape[1] for name, value in stored.state.items() if name.endswith(FIRST_EMBEDDING_WEIGHTS)}
-    if inputs - {config.features.num_features}:
-        raise ValueError(
-            f"expected predictor.features with as many features as in the stored weights, {few(inputs)}, found "
-            f"{config.features.num_features}"
-        )
 
 
 def _adapter_name(stored: str) -> str:

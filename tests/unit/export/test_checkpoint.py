@@ -220,8 +220,10 @@ class TestBrokenFolder:
         [
             ({"lora": {"rank": 10**12}}, "lora.rank"),
             ({"features": {"init_args": {"num_frequencies": 10**12}}}, "features"),
+            ({"correction": {"init_args": {"num_layers": 10**12}}}, "correction.init_args.num_layers"),
+            ({"correction": {"init_args": {"intermediate_size": 10**12}}}, "correction.init_args.intermediate_size"),
         ],
-        ids=["rank", "features"],
+        ids=["rank", "features", "layers of a refiner", "width of a refiner"],
     )
     def test_sizes_without_weights_allocate_nothing(self, exported: Path, changes: dict[str, Any], key: str) -> None:
         config = json.loads((exported / SETTINGS_FILE).read_text())["config"]

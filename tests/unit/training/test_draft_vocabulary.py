@@ -1,6 +1,7 @@
 """Training with a draft vocabulary: where its tokens come from, what the loss reads, and what is stored."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ptp_lightning.export.checkpoint import load_network, save_network
+from ptp_lightning.export.stored_sizes import require_stored_sizes
 from ptp_lightning.losses import AcceptedLengthWeights, CrossEntropy, KullbackLeibler, Loss, UniformWeights
 from ptp_lightning.models import (
     CategoricalObjective,
@@ -83,6 +85,24 @@ def test_it_is_stored_with_the_adapter(base: Path, tmp_path: Path, correction: C
         network.load_trainable_state(damaged)
     with pytest.raises(ValueError, match=r"differs in .*draft_token_ids.*set .*predictor.draft_vocabulary"):
         trained(base, correction=correction).load_trainable_state(network.trainable_state())
+
+
+@pytest.mark.parametrize(
+    ("correction", "changes", "key"),
+    [
+        (HEAD, {"draft_vocabulary": 10**12}, "draft_vocabulary"),
+        (HEAD, {"correction": TokenConditionedHead(10**12)}, "correction.init_args.intermediate_size"),
+        (MarkovHead(rank=3), {"correction": MarkovHead(10**12)}, "correction.init_args.rank"),
+    ],
+    ids=["draft vocabulary", "token-conditioned", "markov"],
+)
+def test_declared_sizes_without_weights_are_refused(
+    base: Path, correction: Correction, changes: dict[str, Any], key: str
+) -> None:
+    network = trained(base, correction=correction, draft_vocabulary=SIZE)
+    require_stored_sizes(network.trainable_state(), network.config)
+    with pytest.raises(ValueError, match=rf"expected predictor\.{key} as in the stored weights, \d+, found 10{{12}}$"):
+        require_stored_sizes(network.trainable_state(), replace(network.config, **changes))
 
 
 @pytest.mark.parametrize("correction", [None, HEAD, MarkovHead(rank=3), TokenConditionedHead(8, order="parallel")])
