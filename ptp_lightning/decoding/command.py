@@ -29,7 +29,7 @@ from ptp_lightning.models.network import PredictorNetwork
 from ptp_lightning.sampling import SamplingConfig
 from ptp_lightning.utils.chat_templates import require_chat_template
 from ptp_lightning.utils.text_files import read_lines
-from ptp_lightning.utils.user_errors import refused_options
+from ptp_lightning.utils.user_errors import refused_options, warnings_as_notes
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -59,7 +59,8 @@ def run(args: Sequence[str]) -> None:
     _require_consistent(options)
     settings = _settings(options)  # refuses values out of range before the model is loaded
     device = select_device(options.device)
-    predictor = load_network(source, **predictor_options(options)).to(device)
+    with warnings_as_notes():
+        predictor = load_network(source, **predictor_options(options)).to(device)
     tokenizer = tokenizer_of(predictor)
     encoded = _encoded(prompts, options, predictor, tokenizer, settings)
     settings = _completed(settings, options, predictor, end_of_text_ids(predictor, tokenizer, chat=options.chat))

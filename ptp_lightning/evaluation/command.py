@@ -40,7 +40,7 @@ from ptp_lightning.export.checkpoint import load_network
 from ptp_lightning.export.options import add_predictor_options, predictor_options, predictor_source
 from ptp_lightning.models.backbone import load_backbone
 from ptp_lightning.models.network import PredictorNetwork
-from ptp_lightning.utils.user_errors import refused_options
+from ptp_lightning.utils.user_errors import refused_options, warnings_as_notes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -71,7 +71,8 @@ def run(args: Sequence[str]) -> None:
     settings = GenerationSettings(max_new_tokens=options.max_new_tokens)  # checked before the model is loaded
 
     device = select_device(options.device)
-    predictor = load_network(source, **predictor_options(options)).to(device).eval()
+    with warnings_as_notes():
+        predictor = load_network(source, **predictor_options(options)).to(device).eval()
     tokenizer = tokenizer_of(predictor)
     ends = end_of_text_ids(predictor, tokenizer, chat=tokenizer.chat_template is not None)  # see make_prompt
     settings = _complete_settings(settings, options, predictor, ends)

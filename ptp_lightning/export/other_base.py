@@ -24,6 +24,7 @@ PROBES = (
     "def f(x):\n\treturn x**2 + 1  # 3.14159\n",
     "Übergröße, naïve café, 東京, 🙂",
     "  two  blanks\r\n\n",
+    "Steps:\n\n1. One\n\n22. Two,  3\n",
 )
 """Texts that tokenizers of one vocabulary may still split in different ways: case, digits, blanks, bytes, accents."""
 

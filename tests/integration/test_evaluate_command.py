@@ -95,6 +95,13 @@ def test_reports_every_decoder_and_exact_texts(evaluation: Evaluation) -> None:
     assert "T 0.7 speculative" in out and str(evaluation.output / "report.md") in out
 
 
+def test_another_base_model_is_another_evaluation(evaluation: Evaluation) -> None:
+    assert evaluation("--decoders", "autoregressive")[0] == 0
+    assert json.loads((evaluation.output / "run.json").read_text())["base"] is None
+    status, _, err = evaluation("--decoders", "autoregressive", "--base", "fine_tune")
+    assert status == 2 and "base None, found 'fine_tune': choose another --output" in err
+
+
 def test_greedy_texts_of_transformers_are_identical(evaluation: Evaluation) -> None:
     """The baselines run the same model with the same settings."""
     assert evaluation("--temperatures", "0")[0] == 0
@@ -184,6 +191,9 @@ def test_long_prompts_are_truncated(evaluation: Evaluation) -> None:
         (["--slot_budget", "0"], "expected slot_budget >= 1, found 0"),
         (["--questions", "none.jsonl"], "set --questions"),
         (["--benchmark", "mmlu"], "--benchmark"),
+        (["--dtype", "half"], "'bfloat16'"),
+        (["--model", "llama"], "'smollm2'"),
+        (["--model", "code", "--ckpt_path", "x"], "expected one of --model and --ckpt_path, found both (code, x)"),
     ],
 )
 def test_errors_are_raised_before_the_first_answer(args: list[str], reason: str, evaluation: Evaluation) -> None:

@@ -16,7 +16,7 @@ from ptp_lightning.sampling import SamplingConfig
 from tests.helpers.byte_tokenizer import byte_tokenizer
 from tests.helpers.stored_predictors import trained
 from tests.helpers.tiny_models import tiny_llama
-from tests.helpers.tiny_predictors import tiny_predictor
+from tests.helpers.tiny_predictors import sharpen, tiny_predictor
 
 JSON_KEYS = ["prompt", "text", "token_ids", "num_calls", "num_tokens", "accepted_per_call", "seconds"]
 PREDICTOR = tiny_predictor(vocab_size=257, sampling=SamplingConfig(temperature=0.7, top_k=50, top_p=0.9))
@@ -154,7 +154,7 @@ class TestErrors:
         [
             ([], "expected one of --prompt and --prompts, found neither"),
             (["--prompt", "x", "--prompts", "y"], "found both"),
-            (["--prompts", "missing.txt"], "missing.txt, found none: set --prompts"),
+            (["--prompts", "missing.txt"], "missing.txt, found no file: set --prompts"),
             (["--prompt", ""], "--prompt: expected a prompt of at least one token"),
             (["--prompt", "x", "--max_new_tokens", "0"], "max_new_tokens >= 1, found 0"),
             (["--prompt", "x", "--max_new_tokens", "256"], "lower max_new_tokens"),
@@ -229,6 +229,21 @@ class TestPredictor:
             ):
                 (record,) = shell.records(*options, "--dtype", dtype, *common)
                 assert record["token_ids"] == expected["token_ids"]
+
+    def test_another_base_model_is_one_note(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    ) -> None:
+        for name, scale in (("base", 1.0), ("fine_tune", 1.5)):
+            model = tiny_llama(vocab_size=257)
+            sharpen(model, scale)
+            model.save_pretrained(tmp_path / name)
+            TOKENIZER.save_pretrained(tmp_path / name)
+        save_network(trained(tmp_path / "base"), tmp_path / "adapter")
+        options = ["--ckpt_path", str(tmp_path / "adapter"), "--base", str(tmp_path / "fine_tune")]
+        capsys.readouterr()
+        output = Shell(monkeypatch, capsys)(*options, "--prompt", "x", "--max_new_tokens", "3")
+        assert output.status == 0
+        assert output.err.startswith(f"note: {tmp_path / 'fine_tune'} (fingerprint ") and output.err.count("\n") == 1
 
     @pytest.mark.parametrize(
         ("args", "message"),

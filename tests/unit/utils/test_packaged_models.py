@@ -2,6 +2,7 @@
 
 import hashlib
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,21 @@ def test_it_is_the_model_in_the_package(installed: Path) -> None:
     torch.testing.assert_close(model(INPUT_IDS).logits, tiny_llama()(INPUT_IDS).logits)
     assert len(load_tokenizer("tiny")) >= 64
     assert "tiny_package" not in sys.modules
+
+
+@pytest.mark.parametrize("splits_digits", [True, False])
+def test_digits_are_taken_one_by_one_where_the_model_learned_it(
+    installed: Path, monkeypatch: pytest.MonkeyPatch, splits_digits: bool
+) -> None:
+    model = replace(packaged_models.PACKAGED_MODELS["tiny"], splits_digits=splits_digits)
+    monkeypatch.setitem(packaged_models.PACKAGED_MODELS, "tiny", model)
+    pre_tokenizer = load_tokenizer("tiny").backend_tokenizer.pre_tokenizer  # pyright: ignore[reportAttributeAccessIssue,reportOptionalMemberAccess]
+    pieces = [piece for piece, _ in pre_tokenizer.pre_tokenize_str("to\n\n12")]
+    assert pieces == (["to", "ĊĊ", "1", "2"] if splits_digits else ["to", "Ċ", "Ċ", "12"])
+
+
+def test_smollm2_takes_digits_one_by_one() -> None:
+    assert packaged_models.PACKAGED_MODELS["smollm2"].splits_digits
 
 
 def test_it_is_dequantised_once(installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
