@@ -1,10 +1,13 @@
 """Decoders write the reference text with every correction, and with slots that cannot draft every token."""
 
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.overrides import TorchFunctionMode
 
 from ptp_lightning.decoding import (
     GenerationSettings,
@@ -12,7 +15,9 @@ from ptp_lightning.decoding import (
     decode_partially_quadratically,
     decode_speculatively,
 )
+from ptp_lightning.decoding.drafting import StudentDrafter
 from ptp_lightning.models.correction.correction import CorrectionHead, NextLogits, SlotHead
+from ptp_lightning.models.correction.draft_order import draft_left_to_right
 from ptp_lightning.models.network import PredictorNetwork
 from ptp_lightning.sampling import SamplingConfig
 from tests.helpers.tiny_decoding import PROMPT, Decode, decode_one, reference
@@ -110,3 +115,31 @@ def test_slots_are_conditioned_on_the_drafted_token_before(monkeypatch: pytest.M
     with torch.inference_mode():
         expected = original_read(torch.tensor([draft[:-1]]))
     assert torch.equal(torch.cat(own, dim=1), expected)
+
+
+class _OnGPU(TorchFunctionMode):
+    """Lets code take its paths for GPUs."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return True if func == Tensor.is_cuda.__get__ else func(*args, **(kwargs or {}))  # pyright: ignore
+
+
+@pytest.mark.parametrize("correction", ["token_conditioned", "markov"])
+@pytest.mark.parametrize("sampling", SAMPLING)
+def test_slots_are_drafted_without_waiting_for_the_device(correction: str, sampling: str) -> None:
+    """Fake tensors have no values, and reading one raises: so no slot waits for the tokens before it."""
+    predictor = small(correction)
+    head = predictor.correction
+    assert isinstance(head, CorrectionHead)
+    drafter = StudentDrafter(predictor.config.objective, predictor.sampler(SAMPLING[sampling]))
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), _OnGPU():
+        slots, u = torch.empty(3, 4, 32), torch.empty(3, 4, dtype=torch.float64)
+        next_logits = head.next_logits(slots, predictor.slot_logits)
+
+        def predict(slot: int, token_ids: Tensor) -> Tensor:
+            return drafter(next_logits(slot, predictor.embed(token_ids)), u[:, slot : slot + 1], [0, 0, 0])
+
+        draft = draft_left_to_right(torch.empty(3, 1, dtype=torch.long), 4, predict)
+        assert draft.shape == (3, 5)
+        with pytest.raises(DataDependentOutputException):
+            draft[0, 0].item()

@@ -21,6 +21,7 @@ from ptp_lightning.models import (
     DecoderRefiner,
     FullCopyStudent,
     IndependentObjective,
+    MarkovHead,
     OneHotObjective,
     PredictorConfig,
     SharedStudent,
@@ -50,7 +51,7 @@ def make_module(
     backbone: dict[str, Any] | None = LLAMA, path: str = "embedded", **options: Any
 ) -> InverseAutoregressiveModule:
     """The same weights on every call."""
-    fields = ("objective", "student", "correction", "sampling", "sampling_range", "window_length")
+    fields = ("objective", "student", "correction", "draft_vocabulary", "sampling", "sampling_range", "window_length")
     predictor = {key: options.pop(key) for key in fields if key in options}
     defaults = {"features": CosineFeatures(4), "window_length": 4, "student": SharedStudent()}
     torch.manual_seed(0)
@@ -265,6 +266,8 @@ class TestCheckpoint:
         ({"objective": OneHotObjective()}, "categorical objective, found one_hot.*set predictor.objective"),
         ({"objective": IndependentObjective()}, "found independent.*set predictor.objective"),
         ({"correction": DecoderRefiner(num_layers=1)}, "no predictor.correction, found DecoderRefiner"),
+        ({"correction": MarkovHead()}, "no predictor.correction, found MarkovHead"),
+        ({"draft_vocabulary": 8}, "no predictor.draft_vocabulary, found 8"),
         ({"sampling_range": SamplingRange(top_k=(None,), top_p=(1.0,))}, "no predictor.sampling_range, found"),
         ({"sampling": SamplingConfig(temperature=0.7)}, "temperature 1, found 0.7"),
         ({"autoregressive_loss_weight": -1.0}, "autoregressive_loss_weight >= 0, found -1"),
