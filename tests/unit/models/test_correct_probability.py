@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ptp_lightning.auxiliary import pick, token_interval
 from ptp_lightning.models.slots.objectives import interval_overlap
-from ptp_lightning.sampling import SamplingConfig, TokenDistribution
+from ptp_lightning.sampling import Sampler, SamplingConfig, TokenDistribution
 from tests.helpers.tiny_predictors import OBJECTIVES
 
 GRID = 2000
@@ -35,11 +35,11 @@ def slots(seed: int, sampling: SamplingConfig) -> tuple[Tensor, Tensor, TokenDis
 def test_share_of_the_teachers_interval(objective: str, sampling: SamplingConfig) -> None:
     """Every u of a fine grid in the token's interval drafts a token; the fraction of correct drafts is counted."""
     logits, tokens, teacher = slots(0, sampling)
-    found = OBJECTIVES[objective].correct_probability(logits, tokens, teacher, sampling)
+    found = OBJECTIVES[objective].correct_probability(logits, tokens, teacher, Sampler(sampling))
     lower, upper = token_interval(teacher, tokens)
     r = (torch.arange(GRID, dtype=torch.float64) + 0.5) / GRID
     u = lower[:, None] + r * (upper - lower)[:, None]
-    drafted = OBJECTIVES[objective].tokens_from_logits(logits[:, None].expand(-1, GRID, -1), u, sampling)
+    drafted = OBJECTIVES[objective].tokens_from_logits(logits[:, None].expand(-1, GRID, -1), u, Sampler(sampling))
     counted = (drafted == tokens[:, None]).double().mean(-1)
     # An interval has two ends, each of which a cell of the grid may straddle.
     torch.testing.assert_close(found, counted, rtol=0, atol=2 / GRID)
@@ -49,14 +49,16 @@ def test_share_of_the_teachers_interval(objective: str, sampling: SamplingConfig
 def test_one_hot_is_the_students_probability() -> None:
     sampling = SAMPLINGS[2]
     logits, tokens, teacher = slots(1, sampling)
-    found = OBJECTIVES["one_hot"].correct_probability(logits, tokens, teacher, sampling)
+    found = OBJECTIVES["one_hot"].correct_probability(logits, tokens, teacher, Sampler(sampling))
     torch.testing.assert_close(found, logits.softmax(-1)[torch.arange(40), tokens])
 
 
 @pytest.mark.parametrize("objective", list(OBJECTIVES))
 def test_no_gradient(objective: str) -> None:
     logits, tokens, teacher = slots(2, SamplingConfig())
-    correct = OBJECTIVES[objective].correct_probability(logits.requires_grad_(), tokens, teacher, SamplingConfig())
+    correct = OBJECTIVES[objective].correct_probability(
+        logits.requires_grad_(), tokens, teacher, Sampler(SamplingConfig())
+    )
     assert not correct.requires_grad
 
 
@@ -80,4 +82,4 @@ def test_a_greedy_student_is_correct_or_wrong() -> None:
     teacher = greedy.distribution(torch.tensor([[0.0, 1.0, 0.0]]).expand(2, -1))
     tokens = torch.tensor([1, 1])
     for objective in PICKING:
-        assert OBJECTIVES[objective].correct_probability(logits, tokens, teacher, greedy).tolist() == [1, 0]
+        assert OBJECTIVES[objective].correct_probability(logits, tokens, teacher, Sampler(greedy)).tolist() == [1, 0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -80,16 +81,14 @@ class TestTraining:
         assert len({config.temperature for config in runs[0][0]}) > 5
         assert all(RANGE.covers(config) for config in runs[0][0])
 
-    def test_micro_batches_and_ranks_draw_their_own(self) -> None:
+    def test_micro_batches_and_ranks_draw_their_own(self, monkeypatch: pytest.MonkeyPatch) -> None:
         module = make_module(sampling_range=RANGE)
         module._trainer = None
         settings = []
-        for rank in (0, 1):
-            type(module).global_rank, kept = property(lambda _, rank=rank: rank), type(module).global_rank
-            try:
-                settings += [module._training_settings(batch_idx) for batch_idx in (0, 1)]
-            finally:
-                type(module).global_rank = kept
+        for rank, micro_batch in product((0, 1), repeat=2):
+            monkeypatch.setattr(type(module), "global_rank", rank)
+            monkeypatch.setattr(type(module), "micro_batch", micro_batch)
+            settings.append(module._training_settings())
         assert len(set(settings)) == 4
 
     def test_without_a_range_all_batches_have_the_usual_settings(self, tmp_path: Path) -> None:
