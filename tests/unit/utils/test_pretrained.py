@@ -23,10 +23,13 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
+LOCAL = {"local_files_only": True, "trust_remote_code": False}
+
+
 class TestLocate:
     def test_embedded(self) -> None:
         found = locate("embedded")
-        assert found == {"pretrained_model_name_or_path": str(embedded_folder()), "local_files_only": True}
+        assert found == {"pretrained_model_name_or_path": str(embedded_folder())} | LOCAL
         assert embedded_folder().parts[-3:] == ("ptp_lightning", "assets", "embedded_teacher")
         assert (embedded_folder() / "tokenizer.json").is_file()
 
@@ -34,7 +37,7 @@ class TestLocate:
         monkeypatch.chdir(folder.parent)
         monkeypatch.setenv("HOME", str(folder.parent))
         for path, opened in ((str(folder), str(folder)), ("model", "model"), ("~/model", str(folder))):
-            assert locate(path, revision="v1") == {"pretrained_model_name_or_path": opened, "local_files_only": True}
+            assert locate(path, revision="v1") == {"pretrained_model_name_or_path": opened} | LOCAL
 
     @pytest.mark.parametrize("name", ["model.gguf", "model.bin"])
     def test_gguf_is_known_by_its_content(self, tmp_path: Path, name: str) -> None:
@@ -43,7 +46,7 @@ class TestLocate:
         assert locate(str(tmp_path / name)) == {
             "pretrained_model_name_or_path": str(tmp_path),
             "gguf_file": name,
-            "local_files_only": True,
+            **LOCAL,
         }
 
     @pytest.mark.parametrize("name", ["model.gguf", "model.safetensors", "last.ckpt"])
@@ -64,7 +67,8 @@ class TestLocate:
 
     @pytest.mark.parametrize("path", ["gpt2", "someone/model"])
     def test_hub_id(self, path: str) -> None:
-        assert locate(path, revision="v1") == {"pretrained_model_name_or_path": path, "revision": "v1"}
+        expected = {"pretrained_model_name_or_path": path, "revision": "v1", "trust_remote_code": False}
+        assert locate(path, revision="v1") == expected
 
     def test_package_for_gguf_is_asked_for(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "model.gguf").write_bytes(b"GGUF\x03")
