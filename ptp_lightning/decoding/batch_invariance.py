@@ -1,17 +1,22 @@
-"""Batch invariance: in 16 bits, a token's hidden state does not depend on what else its call reads.
+"""Batch invariance of any model: a token's hidden state does not depend on what else its call reads.
 
 All decoders promise the same text, but one reads a token alone and another reads it together with a draft. Kernels for
-one row and for several rows add in different orders. In bfloat16 such a difference can round a result to the next
-number; a few layers later every hidden state differs, and near-ties between tokens are decided differently. Therefore
+one row and for several rows add in different orders. Such a difference can round a result to the next number; a few
+layers later every hidden state differs, and tokens are picked differently where u is near a border. Therefore
 
 * attention is computed in float64, where the differences are too small to change what a result is rounded to;
 * on a GPU the means of norms are computed in float64 as well;
 * on a GPU matrix products, whose kernel depends on the number of rows, get `PRODUCT_ROWS` rows at a time, padded with
-  zeros. Padding is free where reading the weights takes longest.
+  zeros. Padding is free where reading the weights takes longest. On a CPU, this holds for the layers of GPT-2, which
+  are not `nn.Linear`; all others are row-invariant inside `prepare_for_decoding`.
 
-On a CPU, linear layers and norms compute each row in the same way.
+On a CPU this is done in float32 and in 16 bits. Two things are likely rather than certain there. A float64 result is
+rounded alike; a number differs with a chance of about 1e-9 in float32, and of less in bfloat16. And torch, which
+divides activations among threads, does not divide a vector of float32 numbers. Models that `JoinedDecoder` supports
+need neither.
 
-Models in float32 stay as they are: their differences are too small to decide between tokens.
+On a GPU, models in float32 stay as they are. Differences between calls of different shapes are small there, but they
+exist, and a u that is very near a border is picked otherwise.
 """
 
 from __future__ import annotations
@@ -24,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from transformers.pytorch_utils import Conv1D
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,15 +40,15 @@ PRODUCT_ROWS = 64
 
 @contextmanager
 def batch_invariant(model: PreTrainedModel) -> Iterator[None]:
-    """Make calls of a 16-bit model, or of parts of it such as its head, batch-invariant inside the block.
+    """Make calls of a model, or of parts of it such as its head, batch-invariant inside the block.
 
     The model's attention function is exchanged for the block. On a GPU, torch's matrix products and means are exchanged
     as well, by a `TorchFunctionMode`: it reaches those of every module, adapters included, and changes no module.
 
     Args:
-        model: in another dtype it stays as it is.
+        model: on another device than a CPU it stays as it is unless it has 16 bits.
     """
-    if model.dtype not in (torch.bfloat16, torch.float16):
+    if model.device.type != "cpu" and model.dtype not in (torch.bfloat16, torch.float16):
         yield
         return
     _register()
@@ -50,14 +56,14 @@ def batch_invariant(model: PreTrainedModel) -> Iterator[None]:
     before = config._attn_implementation
     config._attn_implementation = ATTENTION_NAME
     try:
-        with _BatchInvariantRows() if _products_depend_on_rows(model.device) else nullcontext():
+        with _BatchInvariantRows() if _products_depend_on_rows(model) else nullcontext():
             yield
     finally:
         config._attn_implementation = before
 
 
-def _products_depend_on_rows(device: torch.device) -> bool:
-    return device.type != "cpu"
+def _products_depend_on_rows(model: PreTrainedModel) -> bool:
+    return model.device.type != "cpu" or any(isinstance(module, Conv1D) for module in model.modules())
 
 
 class _BatchInvariantRows(TorchFunctionMode):

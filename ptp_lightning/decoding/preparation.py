@@ -16,10 +16,13 @@ def prepare_for_decoding(network: PredictorNetwork) -> Iterator[None]:
 
     * The mode of all modules, for the whole block: eval mode, because dropout would make a text depend on more than its
       seed.
-    * `forward` of large float32 linear layers on a CPU, for the whole block: `PackedWeights`, because a call that
-      verifies a draft spends half of its time on rearranging weights.
-    * Attention of a 16-bit base model, and its matrix products and means on a GPU, for each of its calls:
-      `batch_invariant`, because a token's hidden state must not depend on what else a call reads.
+    * `forward` of linear layers on a CPU, for the whole block: `PackedWeights`, because a call that verifies a draft
+      spends half of its time on rearranging weights, and because products must be row-invariant.
+    * Attention of the base model, and its matrix products and means on a GPU, for each of its calls: `batch_invariant`,
+      because a token's hidden state must not depend on what else a call reads.
+
+    Nothing is changed in a Llama-like base model on a CPU: a `JoinedDecoder` of a text reads its weights and takes the
+    place of its decoder. It keeps the same promise with few operations, and without exceptions.
 
     Two more things differ from a plain call and change nothing in the model. Each call gets a `RaggedCache`, where the
     next call overwrites a rejected draft, with a mask and position ids of its own (`positions_and_mask`). And the gate

@@ -15,13 +15,16 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+COLUMN_MULTIPLE = 64  # the memory of each head and of each block of positions is aligned alike in every cache
+
 
 class RaggedCache(Cache):
     """A transformers cache whose rows grow only by `keep`.
 
     Args:
         num_rows: B.
-        capacity: initial number of columns; if a row needs more, the cache grows by a copy.
+        capacity: initial number of columns, rounded up to a multiple of `COLUMN_MULTIPLE`; if a row needs more, the
+            cache grows by a copy.
 
     Attributes:
         lengths: number of kept tokens of each row.
@@ -35,7 +38,7 @@ class RaggedCache(Cache):
 
     def __init__(self, num_rows: int, capacity: int) -> None:
         self.lengths = [0] * num_rows
-        self.capacity = capacity
+        self.capacity = -(-capacity // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
         self._columns: Tensor | None = None
         super().__init__(layer_class_to_replicate=partial(_RaggedLayer, self))  # pyright: ignore[reportArgumentType]
 
@@ -43,6 +46,13 @@ class RaggedCache(Cache):
         """Keep the first `counts[b]` tokens that the latest call wrote to row b."""
         self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
         self._columns = None
+
+    def write(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """As `update`; returns all columns of the layer, `[B, heads, capacity, head size]`."""
+        self.update(key_states, value_states, layer_idx)
+        layer = self.layers[layer_idx]
+        assert isinstance(layer, _RaggedLayer) and layer.keys is not None and layer.values is not None
+        return layer.keys, layer.values
 
     def crop(self, tokens_to_remove: int) -> None:
         """Does nothing: tokens that are not kept are overwritten."""
@@ -111,7 +121,7 @@ class _RaggedLayer(PreallocatedLayer["RaggedCache"]):
     def _written(self, store: Tensor | None, states: Tensor, end: int) -> Tensor:
         assert store is not None
         if end > store.shape[2]:
-            num_new = max(end, 2 * store.shape[2]) - store.shape[2]
+            num_new = -(-max(end, 2 * store.shape[2]) // COLUMN_MULTIPLE) * COLUMN_MULTIPLE - store.shape[2]
             store = torch.cat([store, store.new_zeros(*store.shape[:2], num_new, store.shape[3])], dim=2)
         columns = self._cache.columns(states.shape[2], states.device)
         if columns is None:

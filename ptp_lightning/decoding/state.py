@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ptp_lightning.decoding.batch_invariance import batch_invariant
 from ptp_lightning.decoding.exclusive import exclusive
 from ptp_lightning.decoding.generation import GenerationSettings, OnTokens, VerifiedTexts, require_prompts
+from ptp_lightning.decoding.joined_decoder import JoinedDecoder
 from ptp_lightning.decoding.lookahead import Lookahead, positions_and_mask
 from ptp_lightning.decoding.preparation import prepare_for_decoding
 from ptp_lightning.decoding.ragged_cache import RaggedCache
@@ -58,6 +59,11 @@ class BatchContext:
         capacity = max(prompt_lengths) + settings.max_new_tokens + settings.window_length + settings.slot_budget
         self._cache = RaggedCache(num_rows, capacity)
         self._latest: _LatestCall | None = None
+        self._joined = (
+            JoinedDecoder(predictor.base_model, predictor.packed_weights)
+            if JoinedDecoder.is_supported(predictor.base_model)
+            else None
+        )
         refiner = predictor.refiner
         self._refiner = None if refiner is None else _RefinerPairs(predictor, refiner, num_rows, capacity)
         self._copy = None if predictor.student_copy is None else _StudentCopy(predictor, num_rows, capacity)
@@ -85,23 +91,15 @@ class BatchContext:
         Returns:
             Last hidden states of the tokens `[B, T, H]`, the base model's own, and of the slots `[B, S, H]`.
         """
-        predictor, num_tokens = self.predictor, token_ids.shape[1]
-        embeddings = predictor.embed(token_ids)
+        embeddings = self.predictor.embed(token_ids)
         if lookahead is not None and lookahead.anchors.shape[1] == 0:
             lookahead = None
-        if lookahead is None or self._copy is not None:
-            with predictor.gate.closed():
-                tokens = self._call(embeddings, num_tokens, None)
-            slots = tokens[:, :0]
-            if lookahead is not None and self._copy is not None:
-                slots = self._copy.look_ahead(token_ids, lookahead, self._slot_embeddings(lookahead))
-                self.num_calls += 1
-        else:
-            slot_embeddings = self._slot_embeddings(lookahead).to(embeddings.dtype)
-            num_slots = slot_embeddings.shape[1]
-            with predictor.gate.open(suffix=num_slots):
-                hidden = self._call(torch.cat([embeddings, slot_embeddings], dim=1), num_tokens, lookahead)
-            tokens, slots = hidden.split([num_tokens, num_slots], dim=1)
+        own = lookahead if self._copy is None else None  # of the base model's call
+        slots = embeddings[:, :0] if own is None else self._slot_embeddings(own).to(embeddings.dtype)
+        tokens, slots = self._call(embeddings, slots, own)
+        if lookahead is not None and self._copy is not None:
+            slots = self._copy.look_ahead(token_ids, lookahead, self._slot_embeddings(lookahead))
+            self.num_calls += 1
         self._latest = _LatestCall(token_ids, tokens, embeddings)
         return tokens, slots
 
@@ -156,11 +154,19 @@ class BatchContext:
     def _auxiliaries_at(self, index: Tensor) -> Tensor:
         return self._auxiliaries.gather(1, index.clamp(0, self._auxiliaries.shape[1] - 1))
 
-    def _call(self, embeddings: Tensor, num_tokens: int, lookahead: Lookahead | None) -> Tensor:
+    def _call(self, tokens: Tensor, slots: Tensor, lookahead: Lookahead | None) -> tuple[Tensor, Tensor]:
+        """Last hidden states of tokens `[B, T, H]` and slots `[B, S, H]`, given their input embeddings."""
         self.num_calls += 1
-        position_ids, mask = _layout_of_call(self.predictor, self._cache.lengths, num_tokens, lookahead, self.device)
-        with batch_invariant(self.predictor.base_model):
-            return self.predictor.run_decoder(embeddings, position_ids, mask, self._cache)
+        predictor, num_tokens = self.predictor, tokens.shape[1]
+        position_ids, mask = _layout_of_call(predictor, self._cache.lengths, num_tokens, lookahead, self.device)
+        if self._joined is not None:
+            return self._joined.run(tokens, slots, position_ids, mask, self._cache)
+        num_slots = slots.shape[1]
+        gate = predictor.gate.open(suffix=num_slots) if num_slots else predictor.gate.closed()
+        with gate, batch_invariant(predictor.base_model):
+            embeddings = torch.cat([tokens, slots], dim=1)
+            hidden = predictor.run_decoder(embeddings, position_ids, mask, self._cache)
+        return hidden[:, :num_tokens], hidden[:, num_tokens:]
 
 
 class _LatestCall(NamedTuple):

@@ -16,9 +16,12 @@ from ptp_lightning.decoding import (
     decode_speculatively,
 )
 from ptp_lightning.decoding.batch_invariance import ATTENTION_NAME, batch_invariant
+from ptp_lightning.decoding.joined_decoder import JoinedDecoder
 from ptp_lightning.decoding.lookahead import Lookahead
+from ptp_lightning.decoding.preparation import prepare_for_decoding
 from ptp_lightning.decoding.state import BatchContext
 from ptp_lightning.export.checkpoint import load_network
+from ptp_lightning.models.network import PredictorNetwork
 from ptp_lightning.sampling import SamplingConfig
 from tests.helpers.tiny_decoding import PROMPT, Decode, decode_one, reference
 from tests.helpers.tiny_models import cast_weights, tiny_llama
@@ -42,7 +45,12 @@ def test_texts_are_the_reference_texts(family: str, decode: Decode) -> None:
 @torch.inference_mode()
 def test_hidden_states_of_the_shipped_model_do_not_depend_on_the_shape_of_the_call() -> None:
     """Bit for bit, with trained weights: a token alone, before a draft, and before a draft and slots."""
-    predictor = load_network(dtype="bfloat16")
+    network = load_network(dtype="bfloat16")
+    with prepare_for_decoding(network):
+        check_hidden_states(network)
+
+
+def check_hidden_states(predictor: PredictorNetwork) -> None:
     token_ids = torch.randint(5, 2000, (1, 120), generator=torch.Generator().manual_seed(0))
     settings = GenerationSettings(window_length=4)
     for length in range(60, 110, 10):
@@ -86,7 +94,8 @@ SUMS = {F.linear: 0, torch.addmm: 1, Tensor.mean: 0, F.scaled_dot_product_attent
 @torch.inference_mode()
 def test_the_number_of_rows_does_not_matter(family: str, is_known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor to logits, if it is known that it would; else it does."""
-    monkeypatch.setattr(batch_invariance, "_products_depend_on_rows", lambda device: is_known)
+    monkeypatch.setattr(batch_invariance, "_products_depend_on_rows", lambda model: is_known)
+    monkeypatch.setattr(JoinedDecoder, "is_supported", lambda model: False)  # as on a GPU
     predictor = tiny_predictor(family, vocab_size=VOCABULARY, dtype=torch.bfloat16)
     token_ids = torch.randint(VOCABULARY, (1, 100), generator=torch.Generator().manual_seed(0))
     results = []
@@ -104,7 +113,8 @@ def test_the_number_of_rows_does_not_matter(family: str, is_known: bool, monkeyp
 
 @pytest.mark.parametrize("decode", [decode_speculatively, decode_partially_quadratically], ids=lambda d: d.__name__)
 def test_texts_on_a_device_where_it_would(decode: Decode, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch_invariance, "_products_depend_on_rows", lambda device: True)
+    monkeypatch.setattr(batch_invariance, "_products_depend_on_rows", lambda model: True)
+    monkeypatch.setattr(JoinedDecoder, "is_supported", lambda model: False)
     sampling = SamplingConfig(temperature=0.7, top_k=50, top_p=0.9)
     predictor = tiny_predictor(sampling=sampling, vocab_size=VOCABULARY, dtype=torch.bfloat16)
     for seed in range(NUM_SEEDS):
@@ -127,8 +137,8 @@ def test_the_models_own_attention_comes_back() -> None:
     assert model.config._attn_implementation == before
 
 
-def test_float32_stays_as_it_is() -> None:
-    model = tiny_llama()
+def test_float32_stays_as_it_is_on_other_devices() -> None:
+    model = tiny_llama().to("meta")
     with batch_invariant(model):
         assert model.config._attn_implementation == "sdpa"
 

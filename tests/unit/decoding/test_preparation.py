@@ -84,8 +84,9 @@ def test_inside_the_block() -> None:
 
 def test_weights_are_packed_for_the_first_text_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     network = tiny_predictor(**LARGE)
-    pack, packed = packed_linear._pack, []
-    monkeypatch.setattr(packed_linear, "_pack", lambda weight: packed.append(weight) or pack(weight))
+    packed: list[Any] = []
+    build = packed_linear.PackedLinear
+    monkeypatch.setattr(packed_linear, "PackedLinear", lambda *args: packed.append(args) or build(*args))
     decode_speculatively(network, [PROMPT], SETTINGS)
     num_packed = len(packed)
     assert num_packed > 0

@@ -6,16 +6,16 @@ import io
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from ptp_lightning.models.layers import packed_linear
-from ptp_lightning.models.layers.packed_linear import MIN_WEIGHT_SIZE, PackedWeights
+from ptp_lightning.models.layers.packed_linear import MAX_PRODUCT_ROWS, PackedLinear, PackedWeights
 
 WIDTH = 256
-assert WIDTH * 2 * WIDTH == MIN_WEIGHT_SIZE
 
 
 Make = Callable[..., nn.Linear]
@@ -39,6 +39,14 @@ def plain(layer: nn.Linear, rows: torch.Tensor) -> torch.Tensor:
     return nn.functional.linear(rows, layer.weight, layer.bias)
 
 
+def count_packed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """A list that grows with each product that is packed."""
+    packed: list[Any] = []
+    build = packed_linear.PackedLinear
+    monkeypatch.setattr(packed_linear, "PackedLinear", lambda *args: packed.append(args) or build(*args))
+    return packed
+
+
 def is_packed(layer: nn.Module) -> bool:
     return "forward" in vars(layer)
 
@@ -58,10 +66,43 @@ def test_rows_that_are_not_contiguous(linear: Make) -> None:
         torch.testing.assert_close(layer(rows), plain(layer, rows), rtol=1e-5, atol=1e-5)
 
 
-def test_one_token_takes_the_plain_way_bit_for_bit(linear: Make) -> None:
-    layer, token = linear(), torch.randn(1, 1, WIDTH)
+def test_one_token_takes_the_way_of_several_bit_for_bit(linear: Make) -> None:
+    layer, tokens = linear(), torch.randn(1, 2, WIDTH)
     with torch.no_grad():
-        assert torch.equal(layer(token), plain(layer, token))
+        assert torch.equal(layer(tokens[:, :1]), layer(tokens)[:, :1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("pack", [True, False])
+@pytest.mark.parametrize(("num_inputs", "num_outputs"), [(576, 960), (1536, 576), (2048, 2560), (5632, 2048), (36, 50)])
+@torch.no_grad()
+def test_rows_do_not_depend_on_each_other(num_inputs: int, num_outputs: int, pack: bool, dtype: torch.dtype) -> None:
+    """Bit for bit, for 1 to 64 rows and 200, wherever they begin."""
+    torch.manual_seed(0)
+    layer = nn.Linear(num_inputs, num_outputs).to(dtype)
+    rows, packed = torch.randn(200, num_inputs).to(dtype), PackedLinear([layer], pack)
+    one_by_one = torch.cat([packed(row) for row in rows.split(1)])
+    assert torch.equal(packed(rows), one_by_one)
+    begin = 0
+    for size in (*range(1, 18), 20, 24, 31, 32, 33, 48, 63, 64):
+        assert torch.equal(packed(rows[begin : begin + size]), one_by_one[begin : begin + size])
+        begin = (begin + size) % (len(rows) - 64)
+    assert len(rows) > MAX_PRODUCT_ROWS
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(one_by_one, plain(layer, rows), rtol=tolerance, atol=tolerance)
+
+
+@torch.no_grad()
+def test_layers_are_joined() -> None:
+    layers = [nn.Linear(WIDTH, 5), nn.Linear(WIDTH, 7, bias=False), nn.Linear(WIDTH, 3)]
+    rows, packed_weights = torch.randn(4, WIDTH), PackedWeights()
+    expected = torch.cat([layer(rows) for layer in layers], dim=1)
+    joined = packed_weights.linear(*layers)
+    torch.testing.assert_close(joined(rows), expected, rtol=1e-5, atol=1e-5)
+    assert packed_weights.linear(*layers) is joined is not packed_weights.linear(layers[0])
+    layers[1].weight.mul_(2)
+    expected = torch.cat([layer(rows) for layer in layers], dim=1)
+    torch.testing.assert_close(packed_weights.linear(*layers)(rows), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_several_tokens_take_the_packed_way(linear: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,12 +129,14 @@ def test_it_follows_when_weights_change(linear: Make, how: str) -> None:
         assert not torch.allclose(before, after, rtol=1e-2)
 
 
-def test_another_number_format_takes_the_plain_way(linear: Make) -> None:
+def test_it_follows_when_the_dtype_changes(linear: Make) -> None:
     layer, rows = linear(), torch.randn(4, WIDTH)
     with torch.no_grad():
         layer(rows)
         layer.bfloat16()
-        assert torch.equal(layer(rows.bfloat16()), plain(layer, rows.bfloat16()))
+        torch.testing.assert_close(layer(rows.bfloat16()), plain(layer, rows.bfloat16()), rtol=2e-2, atol=2e-2)
+        layer.double()
+        assert torch.equal(layer(rows.double()), plain(layer, rows.double()))
 
 
 def test_gradients_are_those_of_the_plain_layer(linear: Make) -> None:
@@ -104,12 +147,13 @@ def test_gradients_are_those_of_the_plain_layer(linear: Make) -> None:
     assert found is not None and torch.equal(found, expected)
 
 
-def test_weights_without_a_version_take_the_plain_way(linear: Make) -> None:
+def test_weights_without_a_version_are_not_packed(linear: Make) -> None:
     with torch.inference_mode():
         layer, rows = linear(), torch.randn(4, WIDTH)
         layer(rows)
         layer.weight.mul_(2)
-        assert torch.equal(layer(rows), plain(layer, rows))
+        torch.testing.assert_close(layer(rows), plain(layer, rows), rtol=1e-5, atol=1e-5)
+        assert not PackedWeights().linear(layer).weight.is_mkldnn
 
 
 def test_copies_have_weights_of_their_own(linear: Make) -> None:
@@ -131,16 +175,16 @@ def test_a_whole_module_can_be_saved(linear: Make) -> None:
         assert torch.equal(torch.load(file, weights_only=False)(rows), before)
 
 
-def test_small_layers_and_large_models_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    packed_weights = PackedWeights()
-    small = nn.Linear(WIDTH, 2 * WIDTH - 1)
-    with packed_weights.in_use(small):
-        assert not is_packed(small)
-    monkeypatch.setattr(packed_linear, "MAX_TOTAL_BYTES", 4 * MIN_WEIGHT_SIZE)
+def test_large_models_are_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed_weights, rows = PackedWeights(), torch.randn(4, WIDTH)
+    size = nn.Linear(WIDTH, 2 * WIDTH).weight.nbytes
+    monkeypatch.setattr(packed_linear, "MAX_TOTAL_BYTES", size)
     allowed, large = nn.Linear(WIDTH, 2 * WIDTH), nn.Sequential(*[nn.Linear(WIDTH, 2 * WIDTH) for _ in range(2)])
-    with packed_weights.in_use(allowed), packed_weights.in_use(large):
-        assert is_packed(allowed)
-        assert not any(is_packed(layer) for layer in large)
+    with torch.no_grad(), packed_weights.in_use(allowed), packed_weights.in_use(large):
+        for model, is_allowed in ((allowed, True), (large[0], False)):
+            torch.testing.assert_close(model(rows), plain(model, rows), rtol=1e-5, atol=1e-5)
+            ((_, (copy, *_)),) = packed_weights._by_layer[model].items()
+            assert copy.weight.is_mkldnn == is_allowed
 
 
 def test_an_inner_block_changes_nothing() -> None:
@@ -166,8 +210,7 @@ def test_nothing_is_left_on_the_layer(interrupted: bool) -> None:
 def test_weights_are_packed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Though they are in use in one block after the other."""
     layer, rows, packed_weights = nn.Linear(WIDTH, 2 * WIDTH), torch.randn(4, WIDTH), PackedWeights()
-    pack, packed = packed_linear._pack, []
-    monkeypatch.setattr(packed_linear, "_pack", lambda weight: packed.append(weight) or pack(weight))
+    packed = count_packed(monkeypatch)
     for _ in range(3):
         with torch.no_grad(), packed_weights.in_use(layer):
             layer(rows)

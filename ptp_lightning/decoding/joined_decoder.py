@@ -1,0 +1,261 @@
+"""JoinedDecoder: the stack of a Llama-like model on a CPU, with few operations a layer and exact for tokens.
+
+A call of decoding reads few rows, so that most of its time is spent on the number of operations. Here queries, keys and
+values of a layer are one product, and so are the two halves of its MLP; the adapters of each are joined likewise.
+
+Tokens and slots are separate rows. The hidden state of a token has the same bits whatever other rows there are:
+
+* products are row-invariant (`PackedLinear`), and adapters are added to the rows of slots alone;
+* tokens attend in `AlignedBlocks`;
+* norms reduce each row by itself, and so do activations in parts that are too small to be divided among threads;
+* rotations are read from a table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ptp_lightning.decoding.ragged_cache import RaggedCache
+from ptp_lightning.models.attention.aligned_blocks import AlignedBlocks
+from ptp_lightning.models.layers.packed_linear import PackedWeights, is_packable, packs_weights
+from ptp_lightning.models.layers.replacement import full_name
+from ptp_lightning.models.lora.gated_linear import GatedLoraLinear
+from ptp_lightning.models.lora.joined_adapter import JoinedAdapter, base_layer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SUPPORTED_LAYERS = frozenset(
+    {
+        "transformers.models.llama.modeling_llama.LlamaDecoderLayer",
+        "transformers.models.mistral.modeling_mistral.MistralDecoderLayer",
+        "transformers.models.qwen2.modeling_qwen2.Qwen2DecoderLayer",
+        "transformers.models.qwen3.modeling_qwen3.Qwen3DecoderLayer",
+    }
+)
+"""Decoder layers of transformers that compute what `_JoinedLayer` computes."""
+STATIC_ROTATIONS = frozenset({"default", "linear", "llama3", "yarn"})
+"""Types of rotary positions whose angles depend on the position alone, not on the length of the text."""
+MAX_SERIAL_SIZE = 2**15 - 1
+"""torch divides elementwise operations on more numbers among threads, wherever that falls within a row."""
+TABLE_ROWS = 64  # positions of the rotary table that are computed at a time
+
+
+class JoinedDecoder:
+    """Runs the decoder of a model on tokens and slots of a batch.
+
+    Args:
+        model: of which `is_supported` holds. It is not changed.
+        packed_weights: keeps the packed weights.
+    """
+
+    def __init__(self, model: PreTrainedModel, packed_weights: PackedWeights) -> None:
+        decoder: Any = getattr(model, model.base_model_prefix)
+        pack = packs_weights(model)
+        self._layers = [_JoinedLayer(layer, packed_weights, pack) for layer in decoder.layers]
+        self._norm = _RowNorm(decoder.norm)
+        self._rotations = _Rotations(decoder.rotary_emb, model.dtype)
+
+    @staticmethod
+    def is_supported(model: PreTrainedModel) -> bool:
+        """Whether a model is on a CPU, and each of its layers is one of `SUPPORTED_LAYERS` with full attention."""
+        decoder: Any = getattr(model, model.base_model_prefix)
+        layers = getattr(decoder, "layers", ())
+        if not layers or any(full_name(type(layer)) not in SUPPORTED_LAYERS for layer in layers):
+            return False
+        config: Any = model.config
+        types = getattr(config, "layer_types", None)
+        if getattr(config, "sliding_window", None) if types is None else {*types} != {"full_attention"}:
+            return False
+        linear = [module for name, module in decoder.layers.named_modules() if name.endswith(_LINEAR_LAYERS)]
+        return getattr(decoder.rotary_emb, "rope_type", None) in STATIC_ROTATIONS and all(
+            is_packable(layer.get_base_layer() if isinstance(layer, GatedLoraLinear) else layer) for layer in linear
+        )
+
+    def run(
+        self, tokens: Tensor, slots: Tensor, position_ids: Tensor, mask: Tensor, cache: RaggedCache
+    ) -> tuple[Tensor, Tensor]:
+        """One call; keys and values of tokens and slots are written after the kept tokens of each row.
+
+        Args:
+            tokens: `[B, T, H]`, input embeddings.
+            slots: `[B, S, H]`, likewise.
+            position_ids: `[B, T + S]`.
+            mask: `[B, 1, T + S, max(cache.lengths) + T + S]`, true where a query sees a key.
+            cache: of this stack.
+
+        Returns:
+            Last hidden states `[B, T, H]` and `[B, S, H]`.
+        """
+        call = _Call(tokens, slots, position_ids, mask, cache, self._rotations, self._layers[0].num_groups)
+        hidden = torch.cat([tokens.flatten(0, 1), slots.flatten(0, 1)])
+        for index, layer in enumerate(self._layers):
+            hidden = layer.run(hidden, index, call)
+        hidden = self._norm(hidden)
+        return hidden[: call.num_token_rows].view(tokens.shape), hidden[call.num_token_rows :].view(slots.shape)
+
+
+class _Call:
+    """What all layers of a call share."""
+
+    def __init__(
+        self,
+        tokens: Tensor,
+        slots: Tensor,
+        position_ids: Tensor,
+        mask: Tensor,
+        cache: RaggedCache,
+        rotations: _Rotations,
+        num_groups: int,
+    ) -> None:
+        self.num_texts, self.num_tokens = tokens.shape[:2]
+        self.num_slots = slots.shape[1]
+        self.num_token_rows = self.num_texts * self.num_tokens
+        self.cache = cache
+        positions = position_ids[:, : self.num_tokens].flatten(), position_ids[:, self.num_tokens :].flatten()
+        self.cos, self.sin = rotations.at(torch.cat(positions))
+        self.blocks = AlignedBlocks(cache.lengths, self.num_tokens, num_groups, tokens.dtype)
+        sees = mask[:, :, self.num_tokens :]
+        slot_mask = torch.zeros(sees.shape, dtype=tokens.dtype).masked_fill_(~sees, -torch.inf)
+        self._slot_mask = slot_mask.repeat_interleave(num_groups, dim=2)
+
+    def attend(self, index: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Attention of a layer, in rows of tokens and slots: `[M, heads, D]` to `[M, heads * D]`."""
+        keys, values = self.cache.write(self._by_text(key), self._by_text(value), index)
+        attended = self.blocks.attend(query[: self.num_token_rows], keys, values, scale)
+        if self.num_slots:
+            of_slots = self._attend_slots(query[self.num_token_rows :], keys, values, scale)
+            attended = torch.cat([attended, of_slots])
+        return attended.flatten(1)
+
+    def _attend_slots(self, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+        num_heads, end = keys.shape[1], self._slot_mask.shape[-1]
+        grouped = query.view(self.num_texts, self.num_slots, num_heads, -1, query.shape[2])
+        attended = F.scaled_dot_product_attention(
+            grouped.transpose(1, 2).flatten(2, 3), keys[:, :, :end], values[:, :, :end], self._slot_mask, scale=scale
+        )
+        return attended.unflatten(2, (self.num_slots, -1)).transpose(1, 2).reshape(query.shape)
+
+    def _by_text(self, rows: Tensor) -> Tensor:
+        """Rows of tokens and slots `[M, heads, D]` as `[B, heads, T + S, D]`."""
+        if self.num_texts == 1:
+            return rows.transpose(0, 1).unsqueeze(0)
+        parts = rows.split([self.num_token_rows, self.num_texts * self.num_slots])
+        return torch.cat([part.unflatten(0, (self.num_texts, -1)) for part in parts], dim=1).transpose(1, 2)
+
+
+_QUERY_KEY_VALUE = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_OUTPUT = ("self_attn.o_proj",)
+_GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
+_DOWN = ("mlp.down_proj",)
+_LINEAR_LAYERS = (*_QUERY_KEY_VALUE, *_OUTPUT, *_GATE_UP, *_DOWN)
+
+
+class _JoinedLayer:
+    """One decoder layer."""
+
+    def __init__(self, layer: nn.Module, packed_weights: PackedWeights, pack: bool) -> None:
+        attention: Any = layer.get_submodule("self_attn")
+        self._products = {
+            names: _JoinedProduct([layer.get_submodule(name) for name in names], packed_weights, pack)
+            for names in (_QUERY_KEY_VALUE, _OUTPUT, _GATE_UP, _DOWN)
+        }
+        self._query_key_value, self._output, self._gate_up, self._down = self._products.values()
+        self._input_norm = _RowNorm(layer.get_submodule("input_layernorm"))
+        self._mlp_norm = _RowNorm(layer.get_submodule("post_attention_layernorm"))
+        self._head_norms = [
+            _RowNorm(getattr(attention, name)) for name in ("q_norm", "k_norm") if hasattr(attention, name)
+        ]
+        self._activation = layer.get_submodule("mlp.act_fn")
+        self._head_size: int = attention.head_dim
+        self._scale: float = attention.scaling
+        num_queries, num_keys = (
+            len(base_layer(layer.get_submodule(name)).weight) // self._head_size for name in _QUERY_KEY_VALUE[:2]
+        )
+        self._num_heads = (num_queries, num_keys, num_keys)
+        self.num_groups = num_queries // num_keys
+
+    def run(self, hidden: Tensor, index: int, call: _Call) -> Tensor:
+        """`[M, H]` to the same; rows of tokens come first."""
+        start = call.num_token_rows
+        joined = self._query_key_value(self._input_norm(hidden), start)
+        query, key, value = joined.unflatten(1, (-1, self._head_size)).split(self._num_heads, dim=1)
+        if self._head_norms:
+            query, key = (norm(heads) for norm, heads in zip(self._head_norms, (query, key), strict=True))
+        query, key = _rotate(query, call), _rotate(key, call)
+        attended = call.attend(index, query, key, value, self._scale)
+        hidden = hidden + self._output(attended, start)
+        gate_up = self._gate_up(self._mlp_norm(hidden), start)
+        return hidden + self._down(_gated(gate_up, self._activation), start)
+
+
+class _JoinedProduct:
+    """Linear layers with the same input, with their adapters at the rows of slots."""
+
+    def __init__(self, layers: list[nn.Module], packed_weights: PackedWeights, pack: bool) -> None:
+        bases = [base_layer(layer) for layer in layers]
+        self._linear = packed_weights.linear(*bases, pack=pack)
+        self._adapter = JoinedAdapter(layers, bases[0].weight.dtype)
+
+    def __call__(self, rows: Tensor, start: int) -> Tensor:
+        """`[M, in]` to `[M, out]`; the adapters act on the rows from `start` on."""
+        output = self._linear(rows)
+        if start < len(rows):
+            self._adapter.add_(output[start:], rows[start:])
+        return output
+
+
+class _RowNorm:
+    """An RMS norm of transformers in one operation, which reduces each row by itself."""
+
+    def __init__(self, norm: Any) -> None:
+        self._weight: Tensor = norm.weight.detach()
+        self._epsilon: float = norm.variance_epsilon
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """`[..., H]` to the same."""
+        return F.rms_norm(rows, self._weight.shape, self._weight, self._epsilon)
+
+
+class _Rotations:
+    """Tables of the rotations of a model's queries and keys, by position.
+
+    Args:
+        rotary: the model's module, of a type in `STATIC_ROTATIONS`.
+        dtype: of queries and keys.
+    """
+
+    def __init__(self, rotary: nn.Module, dtype: torch.dtype) -> None:
+        self._rotary = rotary
+        self._dtype = dtype
+        self._tables: list[tuple[Tensor, Tensor]] = []
+
+    def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines `[M, 1, D]` of positions `[M]`; sines have the sign with which `_rotate` multiplies."""
+        while len(self._tables) * TABLE_ROWS <= int(positions.max()):
+            begin = len(self._tables) * TABLE_ROWS
+            rows = torch.arange(begin, begin + TABLE_ROWS).unsqueeze(0)
+            cos, sin = self._rotary(torch.empty(0, dtype=self._dtype), position_ids=rows)
+            first, second = sin[0].chunk(2, dim=-1)
+            self._tables.append((cos[0], torch.cat([-first, second], dim=-1)))
+        cos, sin = (torch.cat(tables) for tables in zip(*self._tables, strict=True))
+        return cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
+
+
+def _rotate(heads: Tensor, call: _Call) -> Tensor:
+    """Rotate the halves of heads `[M, heads, D]` against each other, with the roundings of transformers."""
+    return heads * call.cos + heads.roll(heads.shape[2] // 2, dims=2) * call.sin
+
+
+def _gated(gate_up: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
+    """`activation(gate) * up`, `[M, 2 I]` to `[M, I]`."""
+    gate, up = gate_up.chunk(2, dim=1)
+    if gate.numel() <= MAX_SERIAL_SIZE:
+        return activation(gate) * up
+    size = max(MAX_SERIAL_SIZE // gate.shape[1], 1)
+    return torch.cat([activation(part) for part in gate.split(size)]) * up

@@ -1,0 +1,79 @@
+"""Attention of tokens in aligned blocks of positions: exact, whatever else a call reads.
+
+The order in which an attention kernel adds depends on the number of its queries and keys. Here both are functions of a
+token's position alone: its query is computed together with those of the `BLOCK_SIZE` positions that share its block,
+and sees the keys up to the end of the block. Positions of the block that the call does not read have zero queries.
+So the same token always gets the same call of the same kernel, and the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+BLOCK_SIZE = 4
+"""Larger blocks waste more in a call of few tokens, smaller ones need more calls of the kernel for a prompt."""
+
+
+class AlignedBlocks:
+    """The blocks of the tokens that a call reads.
+
+    Args:
+        lengths: number of tokens before those of each row.
+        num_tokens: T, tokens of each row in the call.
+        num_groups: G, query heads that share a key-value head.
+        dtype: of queries, keys and values.
+
+    >>> blocks = AlignedBlocks([5], num_tokens=4, num_groups=1, dtype=torch.float32)
+    >>> blocks.keys_end, blocks.index  # positions 5 to 8 are in the blocks 4 to 7 and 8 to 11
+    ([(0, 8), (0, 12)], tensor([1, 2, 3, 4]))
+    """
+
+    def __init__(self, lengths: Sequence[int], num_tokens: int, num_groups: int, dtype: torch.dtype) -> None:
+        self.keys_end: list[tuple[int, int]] = []  # row and number of keys of each block
+        index = []
+        for row, length in enumerate(lengths):
+            first = length // BLOCK_SIZE
+            end = -(-(length + num_tokens) // BLOCK_SIZE)
+            start = len(self.keys_end) * BLOCK_SIZE + length % BLOCK_SIZE
+            index.append(torch.arange(start, start + num_tokens))
+            self.keys_end += [(row, (block + 1) * BLOCK_SIZE) for block in range(first, end)]
+        self.index = torch.cat(index)
+        longest = max(keys for _, keys in self.keys_end)
+        mask = torch.zeros(BLOCK_SIZE, longest, dtype=dtype)
+        mask[:, -BLOCK_SIZE:] = torch.full((BLOCK_SIZE, BLOCK_SIZE), -torch.inf).triu(1)
+        self._mask = mask.repeat_interleave(num_groups, dim=0)[None, None]
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+        """Attention of the tokens to their row, up to themselves.
+
+        Args:
+            query: `[B * T, heads, D]`.
+            keys: `[B, key-value heads, capacity, D]`, those of the tokens included; finite where nothing was written.
+                The capacity is a multiple of `BLOCK_SIZE`.
+            values: likewise.
+            scale: of the scores.
+
+        Returns:
+            `[B * T, heads, D]`.
+        """
+        num_blocks, num_heads = len(self.keys_end), keys.shape[1]
+        padded = query.new_zeros(num_blocks * BLOCK_SIZE, *query.shape[1:])
+        padded.index_copy_(0, self.index, query)
+        # The query heads of a key-value head are further queries of it: one product instead of several.
+        grouped = padded.view(num_blocks, BLOCK_SIZE, num_heads, -1, query.shape[2]).transpose(1, 2).flatten(2, 3)
+        parts = [
+            F.scaled_dot_product_attention(
+                grouped[block : block + 1],
+                keys[row : row + 1, :, :end],
+                values[row : row + 1, :, :end],
+                self._mask[..., -end:],
+                scale=scale,
+            )
+            for block, (row, end) in enumerate(self.keys_end)
+        ]
+        attended = torch.cat(parts).unflatten(2, (BLOCK_SIZE, -1)).transpose(1, 2)
+        return attended.reshape(num_blocks * BLOCK_SIZE, -1, query.shape[2])[self.index]

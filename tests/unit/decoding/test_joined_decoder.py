@@ -1,0 +1,200 @@
+"""The joined decoder computes what the model's own does, and a token's bits depend on the text before it alone."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from ptp_lightning.decoding import (
+    GenerationSettings,
+    decode_autoregressively,
+    decode_partially_quadratically,
+    decode_speculatively,
+)
+from ptp_lightning.decoding.joined_decoder import JoinedDecoder
+from ptp_lightning.decoding.lookahead import Lookahead
+from ptp_lightning.decoding.preparation import prepare_for_decoding
+from ptp_lightning.decoding.state import BatchContext
+from ptp_lightning.models import LoraSettings, PredictorConfig, PredictorNetwork
+from ptp_lightning.sampling import SamplingConfig
+from tests.helpers.tiny_decoding import Decode, decode_one, reference
+from tests.helpers.tiny_models import TINY_MODELS, cast_weights
+from tests.helpers.tiny_predictors import tiny_predictor
+
+DTYPES = (torch.float32, torch.bfloat16)
+FAMILIES = ("llama", "qwen2", "qwen3")
+VOCABULARY = 300
+by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def wide(
+    hidden_size: int, dtype: torch.dtype, num_layers: int = 1, targets: str | list[str] = "all-linear"
+) -> PredictorNetwork:
+    """A random model with widths of real ones, and an adapter that acts."""
+    shape = {"intermediate_size": 5 * hidden_size // 2, "num_attention_heads": hidden_size // 64}
+    shape["num_key_value_heads"] = shape["num_attention_heads"] // 3 if hidden_size % 192 == 0 else 4
+    model = TINY_MODELS["llama"](VOCABULARY, hidden_size, num_layers, **shape)
+    network = PredictorNetwork(
+        PredictorConfig(lora=LoraSettings(rank=8, target_modules=targets)), cast_weights(model, dtype)
+    )
+    for name, parameter in network.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.05)
+    return network.eval()
+
+
+@torch.inference_mode()
+def hidden_states(
+    network: PredictorNetwork, texts: Sequence[Tensor], kept: Sequence[int], sizes: Sequence[int], num_slots: int = 0
+) -> Tensor:
+    """Of the tokens of each text `[B, sum(sizes), H]` that follow the `kept` ones, in calls of `sizes` tokens."""
+    with prepare_for_decoding(network):
+        context = BatchContext(network, GenerationSettings(max_new_tokens=100), list(kept))
+        longest = max(kept)
+        context.read(
+            torch.stack([torch.nn.functional.pad(t[:n], (0, longest - n)) for t, n in zip(texts, kept, strict=True)])
+        )
+        context.keep(kept)
+        results, starts = [], list(kept)
+        for size in sizes:
+            tokens = torch.stack([text[start : start + size] for text, start in zip(texts, starts, strict=True)])
+            branches = [[num_slots // 2] + [0] * (size - 1) + [num_slots - num_slots // 2]] * len(texts)
+            lookahead = Lookahead.branches([1] * len(texts), [row[:size] for row in branches], context.device)
+            hidden, _ = context.read(tokens, lookahead)
+            context.keep([size] * len(texts))
+            starts = [start + size for start in starts]
+            results.append(hidden)
+    return torch.cat(results, dim=1)
+
+
+def random_texts(count: int, length: int = 110) -> list[Tensor]:
+    return list(torch.randint(VOCABULARY, (count, length), generator=torch.Generator().manual_seed(0)))
+
+
+@by_dtype
+@pytest.mark.parametrize(("hidden_size", "num_layers"), [(576, 2), (1536, 1), (2048, 1)])
+def test_bits_do_not_depend_on_rows_slots_or_texts(hidden_size: int, num_layers: int, dtype: torch.dtype) -> None:
+    """For 1 to 64 tokens, 0 to 33 slots and batches of 1 to 8 texts of different lengths."""
+    network = wide(hidden_size, dtype, num_layers)
+    assert JoinedDecoder.is_supported(network.base_model)
+    texts = random_texts(8)
+    one_by_one = hidden_states(network, texts[:1], [37], [1] * 64)
+    for sizes, num_slots in (([64], 0), ([33, 31], 16), ([2, 3, 5, 8, 13, 16, 17], 33), ([1, 31, 32], 7)):
+        assert torch.equal(hidden_states(network, texts[:1], [37], sizes, num_slots), one_by_one)
+    kept = [37, 5, 12, 40, 21, 1, 30, 44]
+    together = hidden_states(network, texts, kept, [1, 4, 2], 16)
+    assert torch.equal(together[:1], one_by_one[:, :7])
+    for row in (1, 5):
+        assert torch.equal(hidden_states(network, texts[row : row + 1], kept[row : row + 1], [7])[0], together[row])
+    pair = hidden_states(network, texts[:2], kept[:2], [3, 4])
+    assert torch.equal(pair, together[:2])
+
+
+@by_dtype
+def test_a_prompt_is_read_as_single_tokens_are(dtype: torch.dtype) -> None:
+    network, texts = wide(576, dtype), random_texts(1)
+    assert torch.equal(hidden_states(network, texts, [70], [5]), hidden_states(network, texts, [1], [1] * 74)[:, 69:])
+
+
+@by_dtype
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.inference_mode()
+def test_results_are_those_of_the_general_path(
+    family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hidden states of tokens and of slots, alone and in a batch."""
+    network, tolerance = tiny_predictor(family, dtype=dtype), 1e-4 if dtype == torch.float32 else 0.1
+    token_ids = torch.tensor([[5, 9, 7, 3, 8, 2, 6], [5, 1, 1, 4, 0, 0, 0]])
+    found = []
+    for is_joined in (True, False):
+        if not is_joined:
+            monkeypatch.setattr(JoinedDecoder, "is_supported", lambda model: False)
+        with prepare_for_decoding(network):
+            context = BatchContext(network, GenerationSettings(), [7, 4])
+            assert (context._joined is not None) == is_joined
+            context.read(token_ids)
+            context.keep([7, 4])
+            lookahead = Lookahead.branches([1, 1], [[2, 0, 3], [1, 2, 1]], context.device)
+            found.append(context.read(token_ids[:, 2:5], lookahead))
+    for joined, general in zip(*found, strict=True):
+        torch.testing.assert_close(joined, general, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "down_proj"], ["up_proj", "v_proj"], ["o_proj"]])
+@torch.inference_mode()
+def test_adapters_of_some_layers(targets: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    network, found = wide(192, torch.float32, 2, targets), []
+    for is_joined in (True, False):
+        if not is_joined:
+            monkeypatch.setattr(JoinedDecoder, "is_supported", lambda model: False)
+        with prepare_for_decoding(network):
+            context = BatchContext(network, GenerationSettings(), [3])
+            found.append(context.read(torch.tensor([[3, 4, 5]]), Lookahead.single([3], 4, context.device))[1])
+    torch.testing.assert_close(found[0], found[1], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("gpt2", {}),
+        ("gpt_neox", {}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}),
+    ],
+    ids=["gpt2", "gpt_neox", "sliding window", "dynamic rotation"],
+)
+def test_other_models_take_the_general_path(family: str, settings: dict) -> None:
+    assert not JoinedDecoder.is_supported(TINY_MODELS[family](**settings))
+
+
+def test_other_dtypes_take_the_general_path() -> None:
+    assert JoinedDecoder.is_supported(TINY_MODELS["llama"]())
+    assert not JoinedDecoder.is_supported(TINY_MODELS["llama"]().double())
+
+
+def test_it_follows_when_weights_are_trained() -> None:
+    network = tiny_predictor(student="shared")
+    settings = GenerationSettings(SamplingConfig(temperature=0), 8)
+    before = reference(network, settings)
+    with torch.no_grad():
+        for layer in network.base_model.model.layers:
+            layer.mlp.down_proj.weight.neg_()
+    after = reference(network, settings)
+    fresh = tiny_predictor(student="shared")
+    fresh.load_state_dict(network.state_dict())
+    assert after == reference(fresh, settings) != before
+
+
+SAMPLING = {
+    "sampled": SamplingConfig(),
+    "truncated": SamplingConfig(0.7, 50, 0.9),
+    "greedy": SamplingConfig(temperature=0),
+}
+
+
+@by_dtype
+@pytest.mark.parametrize("sampling", SAMPLING.values(), ids=SAMPLING)
+@pytest.mark.parametrize(
+    "decode",
+    [decode_autoregressively, decode_speculatively, decode_partially_quadratically],
+    ids=lambda decode: decode.__name__,
+)
+def test_texts_of_a_wide_model_are_the_reference_texts(
+    decode: Decode, sampling: SamplingConfig, dtype: torch.dtype
+) -> None:
+    """In batches of 1 to 8 texts."""
+    network = wide(576, dtype)
+    prompts = [
+        text[:length].tolist() for text, length in zip(random_texts(8), [5, 17, 1, 30, 8, 9, 4, 12], strict=True)
+    ]
+    expected = [
+        reference(network, GenerationSettings(sampling, 12, seed, window_length=6), prompt)
+        for seed, prompt in enumerate(prompts)
+    ]
+    for size in (1, 3, 8):
+        settings = GenerationSettings(sampling, 12, tuple(range(size)), window_length=6)
+        found = [decoded.token_ids for decoded in decode(network, prompts[:size], settings)]
+        assert found == expected[:size]
+    settings = GenerationSettings(sampling, 12, 4, window_length=3, slot_budget=5)
+    assert decode_one(decode, network, settings, prompts[4]).token_ids == expected[4]
