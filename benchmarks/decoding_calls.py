@@ -1,15 +1,21 @@
-"""Cost of a call of partial quadratic decoding, in steps of autoregressive decoding of the same model.
+"""Cost of a call of partial quadratic decoding, in steps of one-token decoding of the same model.
 
     python -m benchmarks.decoding_calls [--budgets 16 64] [--context 256] [--draft 3]
+    python -m benchmarks.decoding_calls --model smollm2 --dtype bfloat16 --threads 2 --budgets 16 32
 
-CPU time of one thread, the minimum of many repetitions. The model is a Llama with random weights and LoRA on all linear
-layers. A call reads the last token, a draft and the slots, picks tokens, and makes the next draft.
+The minimum of many repetitions, which take turns, so that changes of the machine's speed affect all. A call reads the
+last token, a draft and the slots, picks tokens, and makes the next draft. The adapter has random weights; its costs do
+not depend on them. By default the model is a Llama with random weights. `--model` names another one, whose steps in
+`transformers.generate`, without any of our changes, are measured too.
 """
 
 from __future__ import annotations
 
 import argparse
-from time import thread_time
+from collections.abc import Callable
+from functools import partial
+from time import perf_counter
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,7 +27,11 @@ from ptp_lightning.decoding.preparation import prepare_for_decoding
 from ptp_lightning.decoding.slot_allocation import allocate_slots
 from ptp_lightning.decoding.state import BatchContext
 from ptp_lightning.models import BackboneSettings, LoraSettings, PredictorConfig, PredictorNetwork
+from ptp_lightning.models.backbone import load_backbone
 from ptp_lightning.sampling import SamplingConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 MODEL = {
     "model_type": "llama",
@@ -34,41 +44,67 @@ MODEL = {
 }
 WINDOW_LENGTH = 16
 ACCEPTANCE_RATE = 0.7  # assumed when slots are allocated
-NUM_REPETITIONS = 40
-NUM_CONSECUTIVE = 8
+NUM_REPETITIONS = 10
+NUM_CONSECUTIVE = 4
+NUM_GENERATED = 6
+TARGETS = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="folder or id of a model, or smollm2; by default random weights")
     parser.add_argument("--budgets", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--draft", type=int, default=3, help="draft tokens verified by a call")
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--targets", nargs="+", default=TARGETS, help="layers that carry the adapter")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the base model")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repetitions", type=int, default=NUM_REPETITIONS)
     options = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     sampling = SamplingConfig(temperature=0.7, top_k=50, top_p=0.9)
+    model = {"from_config": MODEL} if options.model is None else {"path": options.model}
     config = PredictorConfig(
-        BackboneSettings(from_config=MODEL, dtype=options.dtype),
+        BackboneSettings(dtype=options.dtype, **model),
         window_length=WINDOW_LENGTH,
-        lora=LoraSettings(rank=options.rank),
+        lora=LoraSettings(rank=options.rank, target_modules=options.targets),
         sampling=sampling,
     )
     predictor = PredictorNetwork(config).eval()
-    calls = {budget: Call(predictor, sampling, options, budget) for budget in (None, *options.budgets)}
-    fastest = dict.fromkeys(calls, float("inf"))
-    with prepare_for_decoding(predictor):
-        for _ in range(NUM_REPETITIONS):
-            for budget, call in calls.items():  # in turn, so that changes of the machine's speed affect all
-                for _ in range(NUM_CONSECUTIVE):  # as in decoding, with weights still in the cache
-                    fastest[budget] = min(fastest[budget], call.seconds())
-    step = fastest[None]
-    print(f"autoregressive step: {1000 * step:.2f} ms; {gemm_rate():.0f} GFLOP/s in a 1024^3 float32 GEMM")
+    timed: dict[str, Callable[[], float]] = {}
+    if options.model is not None:
+        timed["transformers.generate, a step"] = partial(generate_step, load_backbone(config.backbone), options.context)
+    timed["own loop, a step"] = Call(predictor, sampling, options, None).seconds
     for budget in options.budgets:
-        print(f"{budget} slots, {options.draft} draft tokens: {1000 * fastest[budget]:.2f} ms, ", end="")
-        print(f"{fastest[budget] / step:.2f} steps")
+        timed[f"call of {budget} slots"] = Call(predictor, sampling, options, budget).seconds
+    fastest = dict.fromkeys(timed, float("inf"))
+    with prepare_for_decoding(predictor):
+        for _ in range(options.repetitions):
+            for name, seconds in timed.items():
+                for _ in range(NUM_CONSECUTIVE):  # as in decoding, with weights still in the cache
+                    fastest[name] = min(fastest[name], seconds())
+    print(f"{options.dtype}, {options.threads} threads, {options.draft} draft tokens, context of {options.context}")
+    print(f"{gemm_rate():.0f} GFLOP/s in a 1024^3 float32 GEMM")
+    steps = [name for name in timed if name.endswith("a step")]
+    print(f"{'':32}{'ms':>8}" + "".join(f"  in steps of {name.removesuffix(', a step')}" for name in steps))
+    for name, seconds in fastest.items():
+        ratios = "".join(f"{seconds / fastest[step]:{len(step) + 7}.2f}" for step in steps)
+        print(f"{name:32}{1000 * seconds:8.1f}{ratios}")
+
+
+@torch.inference_mode()
+def generate_step(model: PreTrainedModel, num_context: int) -> float:
+    """Seconds of a token of an unchanged model in `transformers.generate`."""
+    prompt = torch.ones(1, num_context, dtype=torch.long)
+    seconds = []
+    for length in (1, 1 + NUM_GENERATED):
+        begin = perf_counter()
+        model.generate(prompt, do_sample=False, min_new_tokens=length, max_new_tokens=length)
+        seconds.append(perf_counter() - begin)
+    return (seconds[1] - seconds[0]) / NUM_GENERATED
 
 
 class Call:
@@ -95,9 +131,9 @@ class Call:
 
     @torch.inference_mode()
     def seconds(self) -> float:
-        """CPU seconds of a call, which leaves the context unchanged."""
+        """Seconds of a call, which leaves the context unchanged."""
         context, budget, slots = self.context, self.budget, None
-        begin = thread_time()
+        begin = perf_counter()
         if budget is not None:
             slots = [list(allocate_slots(self.lengths, self.num_drafted, budget))]
         lookahead = None if slots is None else Lookahead.branches([1], slots, context.device)
@@ -108,7 +144,7 @@ class Call:
         context.keep([0])
         if slots is not None:
             draft_windows(context, self.drafter, picks[:, :1], ahead[:, : slots[0][-1]], [0]).tolist()
-        return thread_time() - begin
+        return perf_counter() - begin
 
 
 def gemm_rate() -> float:
@@ -116,9 +152,9 @@ def gemm_rate() -> float:
     a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
     fastest = float("inf")
     for _ in range(10):
-        begin = thread_time()
+        begin = perf_counter()
         a @ b
-        fastest = min(fastest, thread_time() - begin)
+        fastest = min(fastest, perf_counter() - begin)
     return 2 * 1024**3 / fastest / 1e9
 
 

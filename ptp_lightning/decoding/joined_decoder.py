@@ -211,7 +211,7 @@ class _JoinedProduct:
 
 
 class _RowNorm:
-    """An RMS norm of transformers in one operation, which reduces each row by itself."""
+    """An RMS norm of transformers in two operations, which reduce each row by itself; with the roundings of its own."""
 
     def __init__(self, norm: Any) -> None:
         self._weight: Tensor = norm.weight.detach()
@@ -219,7 +219,7 @@ class _RowNorm:
 
     def __call__(self, rows: Tensor) -> Tensor:
         """`[..., H]` to the same."""
-        return F.rms_norm(rows, self._weight.shape, self._weight, self._epsilon)
+        return F.rms_norm(rows, self._weight.shape, None, self._epsilon).mul_(self._weight)
 
 
 class _Rotations:
