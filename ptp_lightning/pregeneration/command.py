@@ -16,6 +16,7 @@ from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
 from ptp_lightning.data.completions.completions import (
+    SETTINGS_FILE,
     Completion,
     CompletionFolder,
     CompletionSettings,
@@ -32,6 +33,7 @@ from ptp_lightning.pregeneration.teacher_completions import complete_folder, gen
 from ptp_lightning.pregeneration.topics import read_topics
 from ptp_lightning.pregeneration.user_turns import (
     UserTurnPlan,
+    first_round,
     longest_opening,
     require_more_prompts,
     write_user_turns,
@@ -52,6 +54,10 @@ NUM_PROMPTS_HELP = (
 PROMPTS_HELP = "FILE:COLUMN of JSON lines each, instead of data; user turns, if the tokenizer has a chat template"
 SELF_PROMPTED_HELP = "a chat model writes user turns itself, instead of data or after --prompts, and answers them"
 TOPICS_HELP = "YAML list of system, weight and openings that steer --self_prompted; by default that of the package"
+SHARD_PROMPTS_HELP = (
+    "prompts per file, of which a killed run loses at most one; by default as many as make a batch, or as in the "
+    "folder that is continued"
+)
 MAX_BYTES_PER_TOKEN = 4  # before compression
 MILLION = 1_000_000
 NO_DATA = "lightning.LightningDataModule"
@@ -90,7 +96,7 @@ class PregenerateCLI(TrainingCLI):
         add("--greedy_fraction", type=float, default=0.0, help="share of the prompts whose first completion is greedy")
         add("--batch_size", type=int, default=32, help="completions generated in parallel; has no effect on them")
         add("--seed", type=int, default=0, help="from which the seeds of all completions are derived")
-        add("--shard_prompts", type=int, default=64, help="prompts per file; a killed run loses at most one file")
+        add("--shard_prompts", type=int | None, default=None, help=SHARD_PROMPTS_HELP)
         skip: set[str | int] = {"model", "train_dataloaders", "val_dataloaders", "datamodule"}
         parser.add_method_arguments(Trainer, "fit", skip=skip)
 
@@ -105,6 +111,8 @@ class PregenerateCLI(TrainingCLI):
             raise ValueError(f"expected --greedy_fraction between 0 and 1, found {options.greedy_fraction}")
         if options.topics is not None and not options.self_prompted:
             raise ValueError("expected --topics with --self_prompted, found it alone: add --self_prompted")
+        if options.shard_prompts is None:
+            options["shard_prompts"] = _shard_prompts(options)
         self.prompt_texts = read_prompt_texts(options.prompts)
         self.topics = read_topics(options.topics) if options.self_prompted else []
         if options.self_prompted:
@@ -140,6 +148,15 @@ def run(args: Sequence[str]) -> None:
         folder = CompletionFolder.create(options.output, settings)
         progress = _complete(folder, prompts, predictor, options.batch_size, "shards")
     print(_summary(folder, progress, max(row_length, max(map(len, prompts)) + settings.max_new_tokens)))
+
+
+def _shard_prompts(options: Any) -> int:
+    """Prompts per file of the folder that is continued; of a new one, as many as make a batch."""
+    output = Path(options.output).expanduser()
+    for folder in (output, first_round(output)):
+        if (folder / SETTINGS_FILE).is_file():
+            return CompletionFolder.open(folder).settings.shard_prompts
+    return max(options.batch_size // options.num_completions, 1)
 
 
 def _prompts_of_data(

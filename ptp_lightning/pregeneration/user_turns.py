@@ -18,7 +18,7 @@ from ptp_lightning.decoding.text import IncrementalDetokenizer
 from ptp_lightning.pregeneration.prompt_files import prompt_token_ids, same_words
 from ptp_lightning.pregeneration.topics import Topic, draw_opening
 from ptp_lightning.sampling import SamplingConfig
-from ptp_lightning.utils.chat_templates import user_turn_opening
+from ptp_lightning.utils.chat_templates import special_ids, user_turn_opening
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -95,8 +95,9 @@ def write_user_turns(
         numbers = range(num_drawn, num_drawn + num_candidates)
         openings = [draw_opening(plan.topics, plan.seed, k) for k in numbers]
         prompts = [_opening_ids(topic, opening, tokenizer) for topic, opening in openings]
-        path = output / FOLDER / f"round-{number:03d}"
-        folder = CompletionFolder.create(path, _round_settings(settings, plan, number, prompts))
+        folder = CompletionFolder.create(
+            _round_folder(output, number), _round_settings(settings, plan, number, prompts)
+        )
         complete(folder, prompts)
         completions = folder.read().completion_ids
         for row, ((_, opening), prompt) in enumerate(zip(openings, prompts, strict=True)):
@@ -122,6 +123,11 @@ def longest_opening(topics: Sequence[Topic], tokenizer: PreTrainedTokenizerBase)
     return max(len(_opening_ids(topic, opening, tokenizer)) for topic in topics for opening in topic.openings)
 
 
+def first_round(output: Path) -> Path:
+    """The folder of the first user turns, which exists before there are completions."""
+    return _round_folder(output, 0)
+
+
 def require_more_prompts(num_prompts: int | None, num_given: int) -> int:
     """Number of user turns to write.
 
@@ -133,6 +139,10 @@ def require_more_prompts(num_prompts: int | None, num_given: int) -> int:
         found = "none" if num_prompts is None else num_prompts
         raise ValueError(f"expected --num_prompts{given} with --self_prompted, found {found}: set --num_prompts")
     return num_prompts - num_given
+
+
+def _round_folder(output: Path, number: int) -> Path:
+    return output / FOLDER / f"round-{number:03d}"
 
 
 def _is_short(text: str, max_length: int | None, tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -170,7 +180,7 @@ def _turn(
 ) -> str | None:
     """The text of a turn; None if it did not end, is too short, or contains what no user types."""
     *body, last = token_ids
-    if last not in ending_ids or set(body) & set(tokenizer.all_special_ids):
+    if last not in ending_ids or special_ids(tokenizer) & set(body):
         return None
     detokenizer = IncrementalDetokenizer(tokenizer, prompt)
     text = (opening.rstrip(" ") + detokenizer.push(body) + detokenizer.flush()).strip()

@@ -95,10 +95,13 @@ def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     conversation = [*user_message("Hello"), {"role": "assistant", "content": PLACEHOLDER}]
     _, closing = _around_placeholder(tokenizer, conversation)
     first = tokenizer.encode(closing, add_special_tokens=False, verbose=False)[:1]
-    special = {*tokenizer.all_special_ids} | {
-        token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
-    }
-    return frozenset(first) & special
+    return frozenset(first) & special_ids(tokenizer)
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Tokens that are not text, those without a role included."""
+    added = (token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special)
+    return frozenset(tokenizer.all_special_ids).union(added)
 
 
 def _around_placeholder(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> tuple[str, str]:

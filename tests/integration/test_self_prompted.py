@@ -174,6 +174,24 @@ def test_killed_at_any_point_the_result_is_the_same(config: Path, tmp_path: Path
     assert files(output) == expected
 
 
+def test_a_file_holds_a_batch_and_a_continued_run_keeps_the_size(config: Path, tmp_path: Path, run: Run) -> None:
+    output = tmp_path / "out"
+    printed = run("pregenerate", *arguments(config, output, shard_prompts="null"))
+    assert printed.status == 0, printed.err
+    assert CompletionFolder.open(output).settings.shard_prompts == 3
+    before = files(output)
+    (output / "shard-00002.parquet").unlink()
+    again = run("pregenerate", *arguments(config, output, shard_prompts="null", batch_size=7))
+    assert again.status == 0, again.err
+    assert files(output) == before
+    for name in list(before):
+        if not name.startswith(user_turns.FOLDER):
+            (output / name).unlink()
+    again = run("pregenerate", *arguments(config, output, shard_prompts="null", batch_size=7))
+    assert again.status == 0, again.err
+    assert files(output) == before
+
+
 def test_the_batch_size_has_no_effect(config: Path, tmp_path: Path, run: Run) -> None:
     for batch_size in (1, 64):
         assert run("pregenerate", *arguments(config, tmp_path / str(batch_size), batch_size=batch_size)).status == 0
