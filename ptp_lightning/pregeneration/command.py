@@ -41,6 +41,7 @@ from ptp_lightning.pregeneration.user_turns import (
 from ptp_lightning.training.cli import PlainErrorParser, TrainingCLI, parsed
 from ptp_lightning.training.modules.predictor_module import PredictorModule, require_known_tokens
 from ptp_lightning.utils.chat_templates import require_chat_template
+from ptp_lightning.utils.user_errors import INTERRUPTED
 
 SIZES = ("num_completions", "max_new_tokens", "prompt_tokens", "num_prompts", "batch_size", "shard_prompts")
 PROMPT_TOKENS_HELP = (
@@ -61,7 +62,6 @@ SHARD_PROMPTS_HELP = (
 MAX_BYTES_PER_TOKEN = 4  # before compression
 MILLION = 1_000_000
 NO_DATA = "lightning.LightningDataModule"
-INTERRUPTED = 130  # exit status after Ctrl-C, as in a shell
 
 TRAINING_CONFIG = """\
 data:
