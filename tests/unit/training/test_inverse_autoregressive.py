@@ -105,7 +105,8 @@ class TestTraining:
         module = make_module()
         module.predictor = predictor
         reduced: Any = type("Strategy", (), {"reduce": staticmethod(lambda tensor, reduce_op: tensor * rest)})
-        module._trainer = type("Trainer", (), {"strategy": reduced, "global_rank": 0, "global_step": 0})()  # pyright: ignore
+        trainer = {"strategy": reduced, "global_rank": 0, "global_step": 0, "accumulate_grad_batches": 1}
+        module._trainer = type("Trainer", (), trainer)()  # pyright: ignore
         module.log = lambda *args, **named: None  # pyright: ignore
         module.autoregressive_loss_weight = 0.3
         module.slot_loss = slot_loss or module.loss

@@ -164,6 +164,7 @@ def test_ranks_share_one_mean(monkeypatch: pytest.MonkeyPatch, weights: Position
         global_rank=0,
         global_step=0,
         estimated_stepping_batches=1,
+        accumulate_grad_batches=1,
     )
     module.end_of_text = None
     module.log = lambda *_, **__: None
