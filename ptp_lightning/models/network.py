@@ -20,9 +20,10 @@ from ptp_lightning.models.correction.decoder_refiner import Refiner, RefinerCont
 from ptp_lightning.models.correction.lower_layers import LowerLayers
 from ptp_lightning.models.draft_head import DraftHead, as_vocabulary, require_draft_vocabulary
 from ptp_lightning.models.layers.packed_linear import PackedWeights
-from ptp_lightning.models.output_head import apply_head, output_head, require_plain_head
+from ptp_lightning.models.output_head import apply_head, final_logits, output_head
 from ptp_lightning.models.slots.sampling_encoder import SamplingEncoder
 from ptp_lightning.models.slots.slot_encoder import SlotEncoder
+from ptp_lightning.models.support import require_supported
 from ptp_lightning.models.token_order import require_permutation, similar_tokens_together
 from ptp_lightning.models.training_changes import prepare_for_training
 from ptp_lightning.sampling import Sampler, SamplingConfig
@@ -65,7 +66,6 @@ class PredictorNetwork(nn.Module):
         self.base_fingerprint = (architecture_fingerprint if config.student.trains_base else fingerprint)(backbone)
         self.packed_weights = PackedWeights()
         table: Tensor = backbone.get_input_embeddings().weight  # pyright: ignore[reportAssignmentType]
-        require_plain_head(backbone)
         self.slot_encoder = SlotEncoder(config.objective, config.features, config.head, table)
         if config.correction is not None:
             self.slot_encoder.correction = config.correction.build(backbone, config.draft_vocabulary or len(table))
@@ -86,6 +86,7 @@ class PredictorNetwork(nn.Module):
         self.draft_head = None
         if config.draft_vocabulary is not None:
             self._add_draft_head(config.draft_vocabulary, len(table))
+        require_supported(self.eval())
         self.train()
 
     def train(self, mode: bool = True) -> Self:
@@ -146,7 +147,7 @@ class PredictorNetwork(nn.Module):
             return apply_head(self.student_model, hidden)
         ids = self.slot_encoder.draft_token_ids
         assert ids is not None, "set with draft_head"
-        return self.draft_head(hidden, output_head(self.student_model), ids)
+        return final_logits(self.student_model.config, self.draft_head(hidden, output_head(self.student_model), ids))
 
     def _add_draft_head(self, size: int, vocab_size: int) -> None:
         if size > vocab_size:

@@ -8,14 +8,30 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 def apply_head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Logits `[..., V]` of hidden states `[..., H]`."""
     head = output_head(model)
     weight: Tensor = head.weight  # pyright: ignore[reportAssignmentType]
-    return head(hidden.to(weight.dtype))
+    return final_logits(model.config, head(hidden.to(weight.dtype)))
+
+
+def final_logits(config: PreTrainedConfig, logits: Tensor) -> Tensor:
+    """What a model makes of the output of its head: scaled (Cohere, Granite) and softly capped (Gemma) logits.
+
+    >>> from transformers import GraniteConfig
+    >>> final_logits(GraniteConfig(logits_scaling=4.0), torch.tensor([8.0]))
+    tensor([2.])
+    """
+    if (scale := getattr(config, "logit_scale", None)) is not None:
+        logits = logits * scale
+    if (divisor := getattr(config, "logits_scaling", None)) is not None:
+        logits = logits / divisor
+    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
+        logits = torch.tanh(logits / cap) * cap
+    return logits
 
 
 def output_head(model: PreTrainedModel) -> nn.Module:
@@ -27,22 +43,3 @@ def output_head(model: PreTrainedModel) -> nn.Module:
             "predictor.backbone.path"
         )
     return head
-
-
-@torch.no_grad()
-def require_plain_head(model: PreTrainedModel) -> None:
-    """Refuse models that scale or cap their logits after the head, because losses apply the head alone."""
-    token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-    decoder = getattr(model, model.base_model_prefix)
-    expected = model(input_ids=token, use_cache=False).logits
-    if not expected.isfinite().all():
-        raise ValueError(
-            "expected finite logits of the base model, found a NaN or infinity: its weights are broken, set "
-            "predictor.backbone.path"
-        )
-    found = output_head(model)(decoder(input_ids=token, use_cache=False).last_hidden_state)
-    if not torch.allclose(expected, found, atol=1e-3, rtol=1e-3):
-        raise ValueError(
-            f"expected logits = head(last hidden state), found that {type(model).__name__} changes them afterwards "
-            "(scaling or capping), which is not supported: choose another predictor.backbone.path"
-        )

@@ -12,6 +12,7 @@ from ptp_lightning.batch import PackedBatch
 from ptp_lightning.models.attention.block_attention import VisibleKeys, block_attention
 from ptp_lightning.models.attention.interface import IncrementalReader, RunLayers, window_position_ids
 from ptp_lightning.models.attention.masks import context_mask, sees_context
+from ptp_lightning.models.attention.sliding_window import has_sliding_window
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel
@@ -24,8 +25,11 @@ class Blocks:
     name: ClassVar[str] = "blocks"
 
     def is_supported(self, model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> bool:
-        """Whether the model passes keyword arguments on to its attention function, which finds the keys there."""
-        return model._supports_attention_backend
+        """Whether the model passes keyword arguments on to its attention function, which finds the keys there.
+
+        Not with sliding windows, where the context that is visible differs between the positions of a window.
+        """
+        return model._supports_attention_backend and not has_sliding_window(model.config)
 
     def read_windows(self, run: RunLayers, batch: PackedBatch, cache: DynamicCache, embeddings: Tensor) -> Tensor:
         """See `WindowAttention.read_windows`."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ptp_lightning.models.attention.interface import WindowKeys
+from ptp_lightning.models.attention.sliding_window import layer_masks
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
@@ -53,15 +54,16 @@ def run_layers(
 ) -> Tensor:
     """Run a decoder of transformers; arguments and result as in `RunLayers`."""
     windows = {}
-    if mask is None:
+    masks = None if mask is None else layer_masks(decoder.config, mask)  # pyright: ignore[reportArgumentType]
+    if masks is None:
         assert window_keys is not None, "without a mask, window_keys say what is visible"
         # transformers makes no mask of its own where it gets one of four dimensions; nobody reads this one.
-        mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=embeddings.device)
+        masks = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=embeddings.device)
         windows["window_keys"] = window_keys
     return decoder(
         inputs_embeds=embeddings,
         position_ids=position_ids,
-        attention_mask=mask,
+        attention_mask=masks,
         cache=cache,
         use_cache=cache is not None,
         **windows,

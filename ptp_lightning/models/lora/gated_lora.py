@@ -126,7 +126,10 @@ def _check_gateable(model: PreTrainedModel) -> None:
             continue
         if not isinstance(layer, GatedLoraLinear):
             kind = type(layer.get_base_layer()).__name__
-            raise ValueError(f"{name} is a {kind}, only linear layers can be gated; {hint}")
+            raise ValueError(
+                f"{name} is a {kind}, only linear layers can be gated; {hint}: [q_proj, k_proj, "
+                "v_proj, o_proj] are those of most attention layers"
+            )
         if layer is output_head:
             # `logits_to_keep` shows the head a selection of positions, so the gate could not tell which they are
             raise ValueError(f"{name} is the output head and cannot be gated; {hint}")

@@ -15,6 +15,7 @@ from ptp_lightning.batch import PackedBatch
 from ptp_lightning.losses import LossSum
 from ptp_lightning.metrics import PositionMeans
 from ptp_lightning.models.attention.masks import context_mask
+from ptp_lightning.models.attention.sliding_window import layer_masks
 from ptp_lightning.models.backbone import BackboneSettings, load_backbone, random_model
 from ptp_lightning.models.layers.activation_checkpointing import checkpoint_layers
 from ptp_lightning.models.lora.gate import Gate
@@ -112,7 +113,7 @@ class AutoregressiveModule(TrainingModule):
         """`[B, S]` each: -log P of the labels, 0 where there is no label; and the labels."""
         logits = self.model(
             input_ids=batch.input_ids,
-            attention_mask=context_mask(batch.document_ids),
+            attention_mask=layer_masks(self.model.config, context_mask(batch.document_ids)),  # pyright: ignore[reportArgumentType]
             position_ids=batch.position_ids,
             use_cache=False,
         ).logits

@@ -1,0 +1,172 @@
+"""The check of a base model before it is used: whether this package computes what the model itself computes."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ptp_lightning.batch import PackedBatch
+from ptp_lightning.models.lora.gated_linear import GatedLoraLinear
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from ptp_lightning.models.network import PredictorNetwork
+
+FIRST_LENGTH, SECOND_LENGTH = 7, 16  # tokens of the two documents of the check
+MAX_LENGTH = 1024
+"""Longest document of the check. Longer sliding windows are not reached; the tests reach those of all families."""
+TOLERANCES = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
+"""Of `_difference`; float32 models differ by about 1e-6, SmolLM2 in bfloat16 by 0.03."""
+ADVICE = "set predictor.backbone.path to another model"
+
+
+@torch.no_grad()
+def require_supported(network: PredictorNetwork) -> None:
+    """Refuse base models that this package would not run as they are.
+
+    Two documents of random tokens are packed into a row. Compared are
+
+    * logits of each document, read in the packed row, with those of the model's own forward pass on it alone: a mask,
+      position or state that crosses documents shows, and so do a window of attention and scaled logits;
+    * logits of slots before and after all tokens that they must not see are exchanged, and all other slots;
+    * what each adapter reads, with what the gate needs.
+
+    Args:
+        network: complete, on any device but meta.
+
+    Raises:
+        ValueError: in one line, with the type of the model, what is wrong, and the key to set.
+    """
+    model = network.base_model
+    if model.device.type == "meta":
+        return
+    kind = model.config.model_type
+    with _named_errors(kind):
+        batch = _batch(network)
+        _require_own_logits(network, batch, kind)
+        _require_visible_tokens_alone(network, batch, kind)
+    if network.config.lora.rank and not network.config.student.trains_base and network.student_copy is None:
+        _require_positions(network, batch, kind)
+
+
+def _batch(network: PredictorNetwork) -> PackedBatch:
+    """One row of two documents, with two windows in the second."""
+    config: Any = network.base_model.config.get_text_config()
+    window = getattr(config, "sliding_window", None) or 0
+    second = min(max(SECOND_LENGTH, window + SECOND_LENGTH // 2), MAX_LENGTH)
+    limit = network.max_positions
+    if limit is not None:
+        second = max(min(second, limit - network.config.window_length), 3)
+    lengths = torch.tensor([FIRST_LENGTH, second])
+    generator = torch.Generator().manual_seed(0)
+    # Not the token 0, whose embedding is often a row of zeros.
+    ids = torch.randint(min(1, config.vocab_size - 1), config.vocab_size, (1, int(lengths.sum())), generator=generator)
+    documents = torch.repeat_interleave(lengths).unsqueeze(0)
+    positions = torch.cat([torch.arange(int(length)) for length in lengths]).unsqueeze(0)
+    starts = torch.tensor([[FIRST_LENGTH + 1 + second // 3, FIRST_LENGTH + second - 1]])
+    return PackedBatch(ids, documents, positions, starts, torch.ones_like(ids, dtype=torch.bool)).to(
+        network.base_model.device
+    )
+
+
+def _require_own_logits(network: PredictorNetwork, batch: PackedBatch, kind: str) -> None:
+    found = network.logits(network.encode(batch).hidden)[0]
+    if not found.isfinite().all():
+        raise ValueError(f"expected finite logits of the base model ({kind}), found a NaN or infinity: {ADVICE}")
+    for document in (0, 1):
+        own = batch.document_ids[0] == document
+        expected = network.base_model(input_ids=batch.input_ids[:, own], use_cache=False).logits[0]
+        difference = _difference(found[own], expected)
+        if difference > TOLERANCES[network.base_model.dtype]:
+            raise ValueError(
+                f"expected the logits of the base model ({kind}), found others in packed rows, which differ by "
+                f"{difference:.2g} of their standard deviation: this type of model is not supported, {ADVICE}"
+            )
+
+
+def _require_visible_tokens_alone(network: PredictorNetwork, batch: PackedBatch, kind: str) -> None:
+    """Exchange what the first window must not see: the other document, later tokens, the other window."""
+    length = network.config.window_length
+    auxiliaries = torch.linspace(0.1, 0.9, 2 * length, dtype=torch.float64, device=batch.input_ids.device)
+    auxiliaries = auxiliaries.view(1, 2, length)
+    start = int(batch.window_starts[0, 0])
+    visible = torch.zeros_like(batch.completion_mask)
+    visible[0, FIRST_LENGTH:start] = True
+    shifted = 1 + batch.input_ids % (network.base_model.config.get_text_config().vocab_size - 1)
+    exchanged = auxiliaries.clone()
+    exchanged[:, 1] = 1 - exchanged[:, 1]
+    first, second = (
+        network.slot_logits(_uncorrected(network, tokens, u))[0, 0]
+        for tokens, u in (
+            (batch, auxiliaries),
+            (batch._replace(input_ids=batch.input_ids.where(visible, shifted)), exchanged),
+        )
+    )
+    difference = _difference(second, first)
+    if difference > TOLERANCES[network.base_model.dtype]:
+        raise ValueError(
+            f"expected slots that see the text before them alone, found that other tokens change their logits in "
+            f"{kind} by {difference:.2g} of their standard deviation: this type of model is not supported, {ADVICE}"
+        )
+
+
+def _uncorrected(network: PredictorNetwork, batch: PackedBatch, auxiliaries: Tensor) -> Tensor:
+    return network.slot_hidden(network.encode(batch), auxiliaries)
+
+
+def _require_positions(network: PredictorNetwork, batch: PackedBatch, kind: str) -> None:
+    """Adapters act on the last positions of a call, so their input must be `[rows, positions, features]`."""
+    layers = {
+        name: module for name, module in network.base_model.named_modules() if isinstance(module, GatedLoraLinear)
+    }
+    num_positions, flattened = batch.input_ids.shape[1], set[str]()
+    hooks = []
+    for name, layer in layers.items():
+
+        def record(_: nn.Module, inputs: tuple[Tensor, ...], name: str = name) -> None:
+            if inputs[0].shape[:2] != (1, num_positions) or inputs[0].ndim != 3:
+                flattened.add(name)
+
+        hooks.append(layer.register_forward_pre_hook(record))
+    try:
+        network.encode(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if flattened:
+        suited = sorted({name.rpartition(".")[2] for name in layers} - {name.rpartition(".")[2] for name in flattened})
+        raise ValueError(
+            f"expected adapters on layers that read [rows, positions, features], found {min(flattened)} of {kind}, "
+            f"which does not: set predictor.lora.target_modules to [{', '.join(suited)}] or fewer"
+        )
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    """The root mean square of differences, as a fraction of the standard deviation of what is expected."""
+    scale = expected.float().std().clamp_min(1e-6)
+    return float((found.float() - expected.float()).square().mean().sqrt() / scale)
+
+
+@contextmanager
+def _named_errors(kind: str) -> Iterator[None]:
+    """Any error of a model that takes no masks, no positions or no cache of ours, as one line."""
+    try:
+        yield
+    except ValueError as error:
+        if str(error).startswith("expected "):
+            raise
+        raise _unsupported(kind, error) from error
+    except (LookupError, AssertionError, AttributeError, RuntimeError, TypeError) as error:
+        raise _unsupported(kind, error) from error
+
+
+def _unsupported(kind: str, error: Exception) -> ValueError:
+    reason = " ".join(str(error).split())[:200]
+    return ValueError(
+        f"expected a base model that takes masks, positions and a cache of keys and values, found {kind}, which fails "
+        f"with {type(error).__name__}: {reason}: {ADVICE}"
+    )

@@ -1,0 +1,105 @@
+"""Base models that this package would run otherwise than they run themselves are refused when they are loaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from ptp_lightning.models import BackboneSettings, LoraSettings, PredictorConfig, PredictorNetwork
+from ptp_lightning.models.lora.gated_lora import ALL_LINEAR
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+
+
+def model(kind: str, **options: Any) -> PreTrainedModel:
+    torch.manual_seed(0)
+    sizes = {name: value for name, value in (SIZES | options).items() if value is not ...}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes)).eval()
+
+
+def build(base: PreTrainedModel, target_modules: Any = ALL_LINEAR) -> PredictorNetwork:
+    lora = LoraSettings(rank=2, target_modules=target_modules)
+    return PredictorNetwork(PredictorConfig(BackboneSettings(path="unused"), lora=lora, window_length=4), base)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("llama", {}),
+        ("cohere", {"logit_scale": 0.0625}),
+        ("granite", {"logits_scaling": 8.0}),
+        ("gemma3_text", {"final_logit_softcapping": 0.5, "head_dim": 16, "sliding_window": 4}),
+    ],
+)
+def test_scaled_and_capped_logits_are_those_of_the_model(kind: str, options: dict[str, Any]) -> None:
+    base: Any = model(kind, **options)
+    network = build(base)
+    ids = torch.arange(1, 9).unsqueeze(0)
+    decoder = getattr(base, base.base_model_prefix)
+    with torch.no_grad():
+        expected = base(input_ids=ids).logits
+        found = network.logits(decoder(input_ids=ids).last_hidden_state)
+        raw = base.get_output_embeddings()(decoder(input_ids=ids).last_hidden_state)
+    assert torch.equal(found, expected)
+    assert torch.equal(raw, expected) == (kind == "llama")
+
+
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "recurrent": ("recurrent_gemma", {"head_dim": 16, "lru_width": 32, "attention_window_size": 16}, "packed rows"),
+    "convolutions": ("lfm2", {"layer_types": ["conv", "full_attention"]}, "lfm2, which fails with"),
+    "ALiBi": (
+        "falcon",
+        {"alibi": True, "num_key_value_heads": ..., "intermediate_size": ..., "max_position_embeddings": ...,
+         "new_decoder_architecture": False},
+        "falcon, which fails with",
+    ),
+    "flattened layers": (
+        "opt",
+        {"ffn_dim": 32, "word_embed_proj_dim": 32, "num_key_value_heads": ..., "intermediate_size": ...},
+        r"fc1 of opt, .*set predictor\.lora\.target_modules to \[k_proj, out_proj, q_proj, v_proj\]",
+    ),
+    "flattened expert": (
+        "qwen2_moe",
+        EXPERTS | {"shared_expert_intermediate_size": 16, "decoder_sparse_step": 1},
+        r"of qwen2_moe, .*set predictor\.lora\.target_modules to \[k_proj, o_proj, q_proj, v_proj\]",
+    ),
+    "experts": ("olmoe", {"num_experts": 4, "num_experts_per_tok": 2}, r"predictor\.lora\.target_modules: \[q_proj"),
+    "arguments that do not reach attention": ("nemotron", {}, "slots that see the text before them alone"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "options", "reason"), REFUSED.values(), ids=REFUSED.keys())
+def test_refused_in_one_line(kind: str, options: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason) as error:
+        build(model(kind, **options))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["opt", "qwen2_moe"])
+def test_what_the_refusal_advises_works(kind: str) -> None:
+    _, options, _ = next(entry for entry in REFUSED.values() if entry[0] == kind)
+    targets = ["k_proj", "q_proj", "v_proj", "out_proj" if kind == "opt" else "o_proj"]
+    build(model(kind, **options), targets)
+
+
+def test_weights_that_are_no_numbers() -> None:
+    base: Any = model("llama")
+    with torch.no_grad():
+        base.get_output_embeddings().weight[3, 2] = torch.nan
+    with pytest.raises(ValueError, match="expected finite logits of the base model"):
+        build(base)
