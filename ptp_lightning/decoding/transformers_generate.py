@@ -236,9 +236,10 @@ def _streamer_of_caller() -> BaseStreamer | None:
     """
     from transformers import GenerationMixin
 
+    generate: Any = GenerationMixin.generate  # pyright: ignore[reportAttributeAccessIssue]
     frame = inspect.currentframe()
     while frame is not None:
-        if frame.f_code is inspect.unwrap(GenerationMixin.generate).__code__:
+        if frame.f_code is inspect.unwrap(generate).__code__:
             return frame.f_locals.get("streamer")
         frame = frame.f_back
     return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ptp_lightning.training.optimization import StepSchedule
 
@@ -22,7 +22,7 @@ def align_with_step(trainer: Trainer) -> None:
         trainer: has restored the checkpoint, if it resumes, and has not begun its first epoch.
     """
     loop = trainer.fit_loop.epoch_loop
-    progress = loop.batch_progress
+    progress: Any = loop.batch_progress
     steps, accumulated, per_epoch = trainer.global_step, trainer.accumulate_grad_batches, trainer.num_training_batches
     if not math.isinf(per_epoch):
         steps -= trainer.current_epoch * math.ceil(per_epoch / accumulated)

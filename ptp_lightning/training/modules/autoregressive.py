@@ -113,7 +113,7 @@ class AutoregressiveModule(TrainingModule):
         """`[B, S]` each: -log P of the labels, 0 where there is no label; and the labels."""
         logits = self.model(
             input_ids=batch.input_ids,
-            attention_mask=layer_masks(self.model.config, context_mask(batch.document_ids)),  # pyright: ignore[reportArgumentType]
+            attention_mask=layer_masks(self.model.config, context_mask(batch.document_ids)),
             position_ids=batch.position_ids,
             use_cache=False,
         ).logits

@@ -134,7 +134,9 @@ class TrainingModule(LightningModule, ABC):
         counts = torch.stack([entry.mean_count for entry in micro_batches])
         # Lightning has divided each loss by `accumulated`, also where an epoch ends with fewer micro-batches.
         scale = accumulated * _divisor(counts[0]) / _divisor(counts.sum())
-        torch._foreach_mul_([parameter.grad for parameter in self.parameters() if parameter.grad is not None], scale)
+        for parameter in self.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(scale)
 
     def _raise_not_finite(self, micro_batches: list[MicroBatch], norm: float) -> NoReturn:
         """Store the suspect batches of this rank and raise."""
