@@ -102,7 +102,7 @@ def generate_step(model: PreTrainedModel, num_context: int) -> float:
     seconds = []
     for length in (1, 1 + NUM_GENERATED):
         begin = perf_counter()
-        model.generate(prompt, do_sample=False, min_new_tokens=length, max_new_tokens=length)
+        model.generate(prompt, do_sample=False, min_new_tokens=length, max_new_tokens=length)  # pyright: ignore[reportCallIssue]
         seconds.append(perf_counter() - begin)
     return (seconds[1] - seconds[0]) / NUM_GENERATED
 

@@ -174,20 +174,20 @@ class _JoinedLayer:
         self._activation = layer.get_submodule("mlp.act_fn")
         self._head_size: int = attention.head_dim
         self._scale: float = attention.scaling
-        num_queries, num_keys = (
+        num_queries, self._num_keys = (
             len(base_layer(layer.get_submodule(name)).weight) // self._head_size for name in _QUERY_KEY_VALUE[:2]
         )
-        self._num_heads = (num_queries, num_keys, num_keys)
-        self.num_groups = num_queries // num_keys
+        self.num_groups = num_queries // self._num_keys
 
     def run(self, hidden: Tensor, index: int, call: _Call) -> Tensor:
         """`[M, H]` to the same; rows of tokens come first."""
         start = call.num_token_rows
         joined = self._query_key_value(self._input_norm(hidden), start)
-        query, key, value = joined.unflatten(1, (-1, self._head_size)).split(self._num_heads, dim=1)
+        rotated, value = joined.unflatten(1, (-1, self._head_size)).tensor_split((-self._num_keys,), dim=1)
         if self._head_norms:
-            query, key = (norm(heads) for norm, heads in zip(self._head_norms, (query, key), strict=True))
-        query, key = _rotate(query, call), _rotate(key, call)
+            parts = zip(self._head_norms, rotated.tensor_split((-self._num_keys,), dim=1), strict=True)
+            rotated = torch.cat([norm(heads) for norm, heads in parts], dim=1)
+        query, key = _rotate(rotated, call).tensor_split((-self._num_keys,), dim=1)
         attended = call.attend(index, query, key, value, self._scale)
         hidden = hidden + self._output(attended, start)
         gate_up = self._gate_up(self._mlp_norm(hidden), start)

@@ -1,20 +1,15 @@
 """A thousand texts of several models, seeds and settings, in each dtype: decoders write what one token a call does.
 
-Run with `pytest -n 0 -m slow -s tests/integration/test_thousand_texts.py`, which prints the counts.
+No text may deviate, near-ties included. Run with `pytest -n 0 -m slow -s tests/integration/test_thousand_texts.py`,
+which prints the counts.
 """
 
 import pytest
 import torch
 
-from ptp_lightning.decoding import (
-    GenerationSettings,
-    decode_autoregressively,
-    decode_partially_quadratically,
-    decode_speculatively,
-)
-from ptp_lightning.evaluation.near_ties import first_difference, is_explained_by_rounding
+from ptp_lightning.decoding import DECODERS, GenerationSettings, decode_autoregressively
 from ptp_lightning.export.checkpoint import load_network
-from ptp_lightning.models import PredictorNetwork
+from ptp_lightning.models import BackboneSettings, LoraSettings, PredictorConfig, PredictorNetwork
 from ptp_lightning.sampling import SamplingConfig
 from tests.helpers.tiny_predictors import tiny_predictor
 
@@ -35,31 +30,54 @@ def predictors(dtype: str) -> list[PredictorNetwork]:
     return [load_network(dtype=dtype), *tiny]  # pyright: ignore[reportArgumentType]
 
 
+def count_deviating(predictor: PredictorNetwork, sampling: SamplingConfig, num_texts: int, batch_size: int) -> int:
+    """Texts of any decoder, in batches, that are not what the base model writes alone with one token a call."""
+    deviating = 0
+    for first in range(0, num_texts, batch_size):
+        seeds = tuple(range(first, min(first + batch_size, num_texts)))
+        prompts = [PROMPTS[seed % len(PROMPTS)] for seed in seeds]
+        references = [
+            decode_autoregressively(predictor, [prompt], GenerationSettings(sampling, 24, seed))[0].token_ids
+            for prompt, seed in zip(prompts, seeds, strict=True)
+        ]
+        settings = GenerationSettings(sampling, 24, seeds, window_length=5, slot_budget=12)
+        texts = [
+            [decoded.token_ids for decoded in decode(predictor, prompts, settings)] for decode in DECODERS.values()
+        ]
+        deviating += sum(
+            any(other != text for other in others) for text, *others in zip(references, *texts, strict=True)
+        )
+    return deviating
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize(("dtype", "most"), [("float32", 0), ("bfloat16", NUM_TEXTS // 100)])
-def test_texts_are_the_reference_texts(dtype: str, most: int) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_texts_are_the_reference_texts(dtype: str) -> None:
     models = predictors(dtype)
-    rows = NUM_TEXTS // (len(models) * len(SAMPLING))
-    deviating: set[tuple[int, int, int]] = set()
-    for number, predictor in enumerate(models):
-        for setting, sampling in enumerate(SAMPLING):
-            prompts = [PROMPTS[row % len(PROMPTS)] for row in range(rows)]
-            settings = GenerationSettings(sampling, 24, tuple(range(rows)), window_length=5, slot_budget=12)
-            references = decode_autoregressively(predictor, prompts, settings)
-            for decode in (decode_speculatively, decode_partially_quadratically):
-                for row, (found, expected) in enumerate(
-                    zip(decode(predictor, prompts, settings), references, strict=True)
-                ):
-                    place = first_difference(found.token_ids, expected.token_ids)
-                    if place is not None:
-                        deviating.add((number, setting, row))
-                        of_row = GenerationSettings(sampling, 24, row)
-                        token_id = found.token_ids[place]
-                        assert is_explained_by_rounding(
-                            predictor, prompts[row], expected.token_ids, place, token_id, of_row
-                        )
-    total = rows * len(models) * len(SAMPLING)
-    print(f"{dtype}: {len(deviating)} of {total} texts deviate")
-    assert total == NUM_TEXTS
-    assert len(deviating) <= most
+    num_texts = NUM_TEXTS // (len(models) * len(SAMPLING))
+    deviating = {
+        (number, setting): count_deviating(predictor, sampling, num_texts, batch_size=1 + (number + setting) % 8)
+        for number, predictor in enumerate(models)
+        for setting, sampling in enumerate(SAMPLING)
+    }
+    print(f"{dtype}: {sum(deviating.values())} of {num_texts * len(deviating)} texts deviate")
+    assert num_texts * len(deviating) == NUM_TEXTS
+    assert not any(deviating.values()), deviating
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_texts_of_smollm2_are_the_reference_texts(dtype: str) -> None:
+    """A wide vocabulary, which has many borders; needs the package that carries the model."""
+    try:
+        config = PredictorConfig(BackboneSettings("smollm2", dtype), lora=LoraSettings(rank=8))  # pyright: ignore
+        predictor = PredictorNetwork(config).eval()
+    except (FileNotFoundError, ImportError) as error:
+        pytest.skip(str(error))
+    for name, parameter in predictor.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.002)
+    deviating = [count_deviating(predictor, sampling, 12, batch_size) for sampling in SAMPLING for batch_size in (1, 5)]
+    assert deviating == [0] * len(deviating)

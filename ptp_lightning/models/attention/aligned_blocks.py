@@ -45,6 +45,7 @@ class AlignedBlocks:
         longest = max(keys for _, keys in self.keys_end)
         mask = torch.zeros(BLOCK_SIZE, longest, dtype=dtype)
         mask[:, -BLOCK_SIZE:] = torch.full((BLOCK_SIZE, BLOCK_SIZE), -torch.inf).triu(1)
+        self._padded: Tensor | None = None
         self._mask = mask.repeat_interleave(num_groups, dim=0)[None, None]
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
@@ -61,8 +62,9 @@ class AlignedBlocks:
             `[B * T, heads, D]`.
         """
         num_blocks, num_heads = len(self.keys_end), keys.shape[1]
-        padded = query.new_zeros(num_blocks * BLOCK_SIZE, *query.shape[1:])
-        padded.index_copy_(0, self.index, query)
+        if self._padded is None:  # kept for the next layer, which overwrites the same rows
+            self._padded = query.new_zeros(num_blocks * BLOCK_SIZE, *query.shape[1:])
+        padded = self._padded.index_copy_(0, self.index, query)
         # The query heads of a key-value head are further queries of it: one product instead of several.
         grouped = padded.view(num_blocks, BLOCK_SIZE, num_heads, -1, query.shape[2]).transpose(1, 2).flatten(2, 3)
         parts = [

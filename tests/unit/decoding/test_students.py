@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ptp_lightning.decoding import Decoded, GenerationSettings, decode_speculatively
+from ptp_lightning.decoding.joined_decoder import JoinedDecoder
 from ptp_lightning.models.network import PredictorNetwork
 from ptp_lightning.sampling import SamplingConfig
 from tests.helpers.tiny_decoding import PROMPT, decode_one, reference, slot_logits_of_training
@@ -82,6 +83,8 @@ def test_every_call_counts(student: str, max_new_tokens: int, monkeypatch: pytes
 
     stacks = {id(model): model for model in (predictor.base_model, predictor.student_model)}.values()
     hooks = [getattr(model, model.base_model_prefix).register_forward_hook(count) for model in stacks]
+    run = JoinedDecoder.run
+    monkeypatch.setattr(JoinedDecoder, "run", lambda *args: [count(), run(*args)][1])  # in place of the base model's
     decoded: Decoded = decode_one(decode_speculatively, predictor, settings, drafter=forced(text, set()))
     for hook in hooks:
         hook.remove()
