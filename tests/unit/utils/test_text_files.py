@@ -36,6 +36,7 @@ def test_a_compressed_file(tmp_path: Path) -> None:
         ("p.gz", b"text", "expected a complete gzip file at"),
         ("p.gz", gzip.compress(b"a" * 1000)[:-12], "expected a complete gzip file at"),
     ],
+    ids=["bytes", "blank lines", "text named gz", "cut off"],
 )
 def test_refused(name: str, content: bytes, reason: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
