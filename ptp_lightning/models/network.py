@@ -23,7 +23,7 @@ from ptp_lightning.models.layers.packed_linear import PackedWeights
 from ptp_lightning.models.output_head import apply_head, final_logits, output_head
 from ptp_lightning.models.slots.sampling_encoder import SamplingEncoder
 from ptp_lightning.models.slots.slot_encoder import SlotEncoder
-from ptp_lightning.models.support import require_supported
+from ptp_lightning.models.support import require_finite, require_supported
 from ptp_lightning.models.token_order import require_permutation, similar_tokens_together
 from ptp_lightning.models.training_changes import prepare_for_training
 from ptp_lightning.sampling import Sampler, SamplingConfig
@@ -66,6 +66,7 @@ class PredictorNetwork(nn.Module):
         self.base_fingerprint = (architecture_fingerprint if config.student.trains_base else fingerprint)(backbone)
         self.packed_weights = PackedWeights()
         table: Tensor = backbone.get_input_embeddings().weight  # pyright: ignore[reportAssignmentType]
+        require_finite(table)
         self.slot_encoder = SlotEncoder(config.objective, config.features, config.head, table)
         if config.correction is not None:
             self.slot_encoder.correction = config.correction.build(backbone, config.draft_vocabulary or len(table))

@@ -53,6 +53,19 @@ def require_supported(network: PredictorNetwork) -> None:
         _require_positions(network, batch, kind)
 
 
+def require_finite(embeddings: Tensor) -> None:
+    """Refuse a broken base model before anything is built for it.
+
+    Args:
+        embeddings: `[V, H]`, of its tokens.
+
+    Raises:
+        ValueError: an entry is NaN or infinite.
+    """
+    if embeddings.device.type != "meta" and not embeddings.isfinite().all():
+        raise ValueError(f"expected finite embeddings of the base model, found a NaN or infinity: {ADVICE}")
+
+
 def _batch(network: PredictorNetwork) -> PackedBatch:
     """One row of two documents, with two windows in the second."""
     config: Any = network.base_model.config.get_text_config()

@@ -27,6 +27,7 @@ from ptp_lightning.models import (
     PredictorConfig,
     PredictorNetwork,
 )
+from ptp_lightning.models import network as network_module
 from ptp_lightning.models.attention import blocks as blocks_module
 from ptp_lightning.models.attention.block_attention import VisibleKeys
 from ptp_lightning.models.attention.blocks import Blocks
@@ -235,6 +236,7 @@ def test_a_wrong_attention_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None
         return attention(queries, context, own, everything, scale)
 
     monkeypatch.setattr(blocks_module, "block_attention", sees_everything)
+    monkeypatch.setattr(network_module, "require_supported", lambda network: None)  # which notices it, too
     with pytest.raises(ValueError, match="expected hidden states and gradients to differ by at most"):
         training.difference(torch.device("cpu"))
 
@@ -242,6 +244,7 @@ def test_a_wrong_attention_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_dense_step_reads_windows_through_one_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     """And the other does not; both are measured."""
     calls: list[type] = []
+    monkeypatch.setattr(network_module, "require_supported", lambda network: None)  # which reads windows, too
     for backend in (Blocks, Dense):
         monkeypatch.setattr(backend, "read_windows", noting(backend.read_windows, calls))
     sizes = {"rows": 1, "row_length": 12, "window_length": 3, "windows": 1, "vocab": 40, "rank": 1, "steps": 1}

@@ -88,7 +88,9 @@ def allocated(work: Callable[[], None]) -> int:
 def with_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
     """The attributes of the trainer that a training step reads."""
     trainer: Any = SimpleNamespace(
-        estimated_stepping_batches=2, strategy=SimpleNamespace(reduce=lambda tensor, reduce_op: tensor)
+        estimated_stepping_batches=2,
+        accumulate_grad_batches=1,
+        strategy=SimpleNamespace(reduce=lambda tensor, reduce_op: tensor),
     )
     entries = {"trainer": trainer, "global_step": 0, "global_rank": 0, "log": lambda *args, **options: None}
     for name, entry in entries.items():
