@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from ptp_lightning.decoding.ragged_cache import RaggedCache
 from ptp_lightning.models.attention.aligned_blocks import AlignedBlocks
+from ptp_lightning.models.attention.sliding_window import has_sliding_window
 from ptp_lightning.models.layers.packed_linear import PackedWeights, is_packable, packs_weights
 from ptp_lightning.models.layers.replacement import full_name
 from ptp_lightning.models.lora.gated_linear import GatedLoraLinear
@@ -68,9 +69,7 @@ class JoinedDecoder:
         layers = getattr(decoder, "layers", ())
         if not layers or any(full_name(type(layer)) not in SUPPORTED_LAYERS for layer in layers):
             return False
-        config: Any = model.config
-        types = getattr(config, "layer_types", None)
-        if getattr(config, "sliding_window", None) if types is None else {*types} != {"full_attention"}:
+        if has_sliding_window(model.config):
             return False
         linear = [module for name, module in decoder.layers.named_modules() if name.endswith(_LINEAR_LAYERS)]
         return getattr(decoder.rotary_emb, "rope_type", None) in STATIC_ROTATIONS and all(
@@ -161,11 +160,10 @@ class _JoinedLayer:
 
     def __init__(self, layer: nn.Module, packed_weights: PackedWeights, pack: bool) -> None:
         attention: Any = layer.get_submodule("self_attn")
-        self._products = {
-            names: _JoinedProduct([layer.get_submodule(name) for name in names], packed_weights, pack)
+        self._query_key_value, self._output, self._gate_up, self._down = (
+            _JoinedProduct([layer.get_submodule(name) for name in names], packed_weights, pack)
             for names in (_QUERY_KEY_VALUE, _OUTPUT, _GATE_UP, _DOWN)
-        }
-        self._query_key_value, self._output, self._gate_up, self._down = self._products.values()
+        )
         self._input_norm = _RowNorm(layer.get_submodule("input_layernorm"))
         self._mlp_norm = _RowNorm(layer.get_submodule("post_attention_layernorm"))
         self._head_norms = [

@@ -83,86 +83,58 @@ class CustomGenerate:
         Raises:
             ValueError: this is not the predictor's base model, or a setting is not supported; names it.
         """
-        streamer = _streamer_of_caller()
-        with _ended(streamer):
-            return self._generate(
-                model,
-                input_ids,
-                logits_processor,
-                stopping_criteria,
-                generation_config,
-                streamer,
-                seed,
-                decoder,
-                window_length,
-                slot_budget,
-                model_kwargs.get("attention_mask"),
+        with _stream_of_caller() as streamer:
+            predictor = self._predictor
+            if model is not predictor.base_model:
+                raise ValueError(
+                    "expected the base model of the predictor, found another model: call predictor.base_model.generate"
+                )
+            _require_supported(logits_processor, generation_config, decoder)
+            sampled = bool(generation_config.do_sample)
+            sampling = SamplingConfig(
+                temperature=float(_or(generation_config.temperature, 1.0)) if sampled else 0.0,
+                top_k=(generation_config.top_k or None) if sampled else None,
+                top_p=float(_or(generation_config.top_p, 1.0)) if sampled else 1.0,
+                order=predictor.config.sampling.order,
             )
-
-    def _generate(
-        self,
-        model: PreTrainedModel,
-        input_ids: Tensor,
-        logits_processor: LogitsProcessorList,
-        stopping_criteria: StoppingCriteriaList,
-        generation_config: GenerationConfig,
-        streamer: BaseStreamer | None,
-        seed: int | None,
-        decoder: DecoderName,
-        window_length: int | None,
-        slot_budget: int,
-        mask: Tensor | None,
-    ) -> Tensor:
-        predictor = self._predictor
-        if model is not predictor.base_model:
-            raise ValueError(
-                "expected the base model of the predictor, found another model: call predictor.base_model.generate"
+            if seed is None:
+                seed = int(torch.randint(MAX_SEED, ()))
+            num_prompts, prompt_length = input_ids.shape
+            if streamer is not None and num_prompts > 1:
+                raise ValueError(f"expected a single prompt with a streamer, found {num_prompts}: leave streamer out")
+            mask = model_kwargs.get("attention_mask")
+            mask = torch.ones_like(input_ids) if mask is None else mask
+            prompts = [row[kept.bool()].tolist() for row, kept in zip(input_ids, mask, strict=True)]
+            ends: int | list[int] | None = generation_config.eos_token_id
+            settings = GenerationSettings(
+                sampling=sampling,
+                max_new_tokens=_max_length(generation_config) - prompt_length,
+                # Each prompt has auxiliaries of its own, so that equal prompts get different samples.
+                seed=tuple(seed + row for row in range(num_prompts)),
+                end_of_text=frozenset([] if ends is None else [ends] if isinstance(ends, int) else ends),
+                window_length=predictor.config.window_length if window_length is None else window_length,
+                slot_budget=slot_budget,
             )
-        _require_supported(logits_processor, generation_config, decoder)
-        sampled = bool(generation_config.do_sample)
-        sampling = SamplingConfig(
-            temperature=float(_or(generation_config.temperature, 1.0)) if sampled else 0.0,
-            top_k=(generation_config.top_k or None) if sampled else None,
-            top_p=float(_or(generation_config.top_p, 1.0)) if sampled else 1.0,
-            order=predictor.config.sampling.order,
-        )
-        if seed is None:
-            seed = int(torch.randint(MAX_SEED, ()))
-        num_prompts, prompt_length = input_ids.shape
-        if streamer is not None and num_prompts > 1:
-            raise ValueError(f"expected a single prompt with a streamer, found {num_prompts}: leave streamer out")
-        mask = torch.ones_like(input_ids) if mask is None else mask
-        prompts = [row[kept.bool()].tolist() for row, kept in zip(input_ids, mask, strict=True)]
-        ends: int | list[int] | None = generation_config.eos_token_id
-        settings = GenerationSettings(
-            sampling=sampling,
-            max_new_tokens=_max_length(generation_config) - prompt_length,
-            # Each prompt has auxiliaries of its own, so that equal prompts get different samples.
-            seed=tuple(seed + row for row in range(num_prompts)),
-            end_of_text=frozenset([] if ends is None else [ends] if isinstance(ends, int) else ends),
-            window_length=predictor.config.window_length if window_length is None else window_length,
-            slot_budget=slot_budget,
-        )
-        criteria = [one for one in stopping_criteria if type(one).__name__ not in CRITERIA_IN_SETTINGS]
-        texts: list[list[int]] = [[] for _ in prompts]
+            criteria = [one for one in stopping_criteria if type(one).__name__ not in CRITERIA_IN_SETTINGS]
+            texts: list[list[int]] = [[] for _ in prompts]
 
-        def receive(row: int, new: list[int]) -> int | None:
-            for count, token_id in enumerate(new, start=1):
-                texts[row].append(token_id)
-                if streamer is not None:
-                    streamer.put(input_ids.new_tensor([token_id]).cpu())
-                if criteria:
-                    so_far = torch.cat([input_ids[row], input_ids.new_tensor(texts[row])]).unsqueeze(0)
-                    if any(bool(one(so_far, None).all()) for one in criteria):
-                        return count
-            return None
+            def receive(row: int, new: list[int]) -> int | None:
+                for count, token_id in enumerate(new, start=1):
+                    texts[row].append(token_id)
+                    if streamer is not None:
+                        streamer.put(input_ids.new_tensor([token_id]).cpu())
+                    if criteria:
+                        so_far = torch.cat([input_ids[row], input_ids.new_tensor(texts[row])]).unsqueeze(0)
+                        if any(bool(one(so_far, None).all()) for one in criteria):
+                            return count
+                return None
 
-        decoded = DECODERS[decoder](predictor, prompts, settings, receive)
-        padding = generation_config.pad_token_id
-        padding_id = padding if isinstance(padding, int) else 0
-        longest = max(len(text.token_ids) for text in decoded)
-        rows = [text.token_ids + [padding_id] * (longest - len(text.token_ids)) for text in decoded]
-        return torch.cat([input_ids, torch.tensor(rows, dtype=input_ids.dtype, device=input_ids.device)], dim=1)
+            decoded = DECODERS[decoder](predictor, prompts, settings, receive)
+            padding = generation_config.pad_token_id
+            padding_id = padding if isinstance(padding, int) else 0
+            longest = max(len(text.token_ids) for text in decoded)
+            rows = [text.token_ids + [padding_id] * (longest - len(text.token_ids)) for text in decoded]
+            return torch.cat([input_ids, torch.tensor(rows, dtype=input_ids.dtype, device=input_ids.device)], dim=1)
 
 
 def generate_with_folder(model: PreTrainedModel, inputs: Tensor | None = None, **options: Any) -> Tensor:
@@ -219,30 +191,26 @@ def generate_with_predictor(predictor: PredictorNetwork, inputs: Tensor | None =
 
 
 @contextmanager
-def _ended(streamer: BaseStreamer | None) -> Iterator[None]:
-    """End the stream, also after an error: its reader may wait in another thread."""
-    try:
-        yield
-    finally:
-        if streamer is not None:
-            streamer.end()
-
-
-def _streamer_of_caller() -> BaseStreamer | None:
-    """The `streamer` of the call of transformers' `generate` in which this runs.
+def _stream_of_caller() -> Iterator[BaseStreamer | None]:
+    """The `streamer` of the call of transformers' `generate` in which this runs; its stream ends with the block.
 
     transformers gives the prompt to the streamer but does not pass it on to a callable, which would leave a reader of
-    the stream waiting for ever.
+    the stream, in another thread, waiting for ever. So it is read from the caller's frame.
     """
     from transformers import GenerationMixin
 
     generate: Any = GenerationMixin.generate  # pyright: ignore[reportAttributeAccessIssue]
+    code = inspect.unwrap(generate).__code__
     frame = inspect.currentframe()
-    while frame is not None:
-        if frame.f_code is inspect.unwrap(generate).__code__:
-            return frame.f_locals.get("streamer")
+    while frame is not None and frame.f_code is not code:
         frame = frame.f_back
-    return None
+    streamer = None if frame is None else frame.f_locals.get("streamer")
+    del frame  # which would keep everything alive that the caller's frames hold
+    try:
+        yield streamer
+    finally:
+        if streamer is not None:
+            streamer.end()
 
 
 def _folder_of(model: PreTrainedModel) -> Path:

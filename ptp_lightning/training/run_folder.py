@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
 
 CONFIG_FILE = "config.yaml"
+CHECKPOINTS = "checkpoints"  # the folder in which `ModelCheckpoint` writes by default
 LAST_CHECKPOINTS = "last*.ckpt"
 
 
@@ -50,8 +51,8 @@ def newest_checkpoint(trainer: Trainer) -> Path | None:
             candidates += Path(callback.dirpath).glob(LAST_CHECKPOINTS)
     for logger in trainer.loggers:
         if (folder := _folder(logger)) is not None:
-            candidates += folder.parent.glob(f"*/checkpoints/{LAST_CHECKPOINTS}")
-    candidates += (Path(trainer.default_root_dir) / "checkpoints").glob(LAST_CHECKPOINTS)
+            candidates += folder.parent.glob(f"*/{CHECKPOINTS}/{LAST_CHECKPOINTS}")
+    candidates += (Path(trainer.default_root_dir) / CHECKPOINTS).glob(LAST_CHECKPOINTS)
     return max(candidates, key=os.path.getmtime, default=None)
 
 

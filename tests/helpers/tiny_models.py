@@ -43,6 +43,16 @@ def _rotary(model_type: str, vocab_size: int, hidden_size: int, num_layers: int)
     }
 
 
+def tiny_family(model_type: str, **fields: Any) -> PreTrainedModel:
+    """Any family; `fields` are further configuration fields, or `...` for a usual one that the family does not have."""
+    config = _rotary(model_type, vocab_size=64, hidden_size=32, num_layers=2)
+    absent = {name for name, value in fields.items() if value is ...}
+    return _build(
+        {name: value for name, value in config.items() if name not in absent},
+        {name: value for name, value in fields.items() if name not in absent},
+    )
+
+
 def tiny_llama(vocab_size: int = 64, hidden_size: int = 32, num_layers: int = 2, **kw: Any) -> PreTrainedModel:
     """Rotary positions, grouped-query attention; `kw` are further configuration fields."""
     return _build(_rotary("llama", vocab_size, hidden_size, num_layers), kw)

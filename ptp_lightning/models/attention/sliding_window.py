@@ -32,7 +32,7 @@ def layer_masks(config: PreTrainedConfig, mask: Tensor) -> Tensor | dict[str, Te
     """
     if not has_sliding_window(config):
         return mask
-    windowed = within_window(mask, config.sliding_window)  # pyright: ignore[reportAttributeAccessIssue]
+    windowed = within_window(mask, config.sliding_window)
     return windowed if getattr(config, "layer_types", None) is None else {FULL: mask, SLIDING: windowed}
 
 

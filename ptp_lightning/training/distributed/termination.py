@@ -14,6 +14,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from ptp_lightning.training.modules.training_module import NotFiniteError
 
+STDERR = 2  # its file descriptor: a signal handler may interrupt a print, and must not print itself
+
 
 class TerminateTogether(Callback):
     """Stops all processes before the next optimiser step after one of them has received SIGTERM or SIGINT (Ctrl-C).
@@ -77,7 +79,7 @@ class TerminateTogether(Callback):
         self._received = sent
         if sent == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            os.write(sys.stderr.fileno(), b"\nStopping before the next step; Ctrl-C again stops at once\n")
+            os.write(STDERR, b"\nStopping before the next step; Ctrl-C again stops at once\n")
 
 
 def _describe(status: int) -> str:

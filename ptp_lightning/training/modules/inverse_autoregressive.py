@@ -135,7 +135,11 @@ class InverseAutoregressiveModule(PredictorModule):
         self.val_summary: WindowSummary | None = None
 
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
-        """Loss in nats per slot, plus the weighted loss per token; each normalised by its count over all ranks."""
+        """Loss in nats per slot, plus the weighted loss per token; each normalised by its count over all ranks.
+
+        With accumulated batches the first is normalised by the slots of the whole step. The second is exact if all
+        micro-batches have as many tokens per slot; otherwise it weighs those with more slots a little more.
+        """
         generator = keyed_generator(self.seed, "train", self.global_rank, self.global_step, self.micro_batch)
         context = self._encode(batch)
         windows = self._inverted(context, generator)

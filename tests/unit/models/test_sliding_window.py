@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from ptp_lightning.decoding import generate
 from ptp_lightning.models import BackboneSettings, LoraSettings, PredictorConfig, PredictorNetwork
@@ -14,20 +14,8 @@ from ptp_lightning.models.attention.masks import context_mask, slot_mask
 from ptp_lightning.models.attention.sliding_window import has_sliding_window, layer_masks, within_window
 from ptp_lightning.sampling import SamplingConfig
 from tests.helpers.byte_tokenizer import byte_tokenizer
+from tests.helpers.tiny_models import tiny_family
 
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-}
 MIXED = ["sliding_attention", "full_attention"]
 FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 6},
@@ -93,12 +81,11 @@ def test_masks_of_the_layers() -> None:
 @pytest.fixture(scope="module", params=FAMILIES.items(), ids=FAMILIES.keys())
 def network(request: pytest.FixtureRequest) -> PredictorNetwork:
     kind, options = request.param
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **(SIZES | options))).eval()
+    model = tiny_family(kind, **({"head_dim": 16, "pad_token_id": 0} | options))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
-                parameter.mul_(6)
+                parameter.mul_(2)
     config = PredictorConfig(BackboneSettings(path="unused"), lora=LoraSettings(rank=2), window_length=4)
     network = PredictorNetwork(config, model)
     for name, parameter in network.named_parameters():

@@ -6,30 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ptp_lightning.models import BackboneSettings, LoraSettings, PredictorConfig, PredictorNetwork
 from ptp_lightning.models.lora.gated_lora import ALL_LINEAR
+from tests.helpers.tiny_models import tiny_family
 
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-
-
-def model(kind: str, **options: Any) -> PreTrainedModel:
-    torch.manual_seed(0)
-    sizes = {name: value for name, value in (SIZES | options).items() if value is not ...}
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes)).eval()
 
 
 def build(base: PreTrainedModel, target_modules: Any = ALL_LINEAR) -> PredictorNetwork:
@@ -47,7 +30,7 @@ def build(base: PreTrainedModel, target_modules: Any = ALL_LINEAR) -> PredictorN
     ],
 )
 def test_scaled_and_capped_logits_are_those_of_the_model(kind: str, options: dict[str, Any]) -> None:
-    base: Any = model(kind, **options)
+    base: Any = tiny_family(kind, **options)
     network = build(base)
     ids = torch.arange(1, 9).unsqueeze(0)
     decoder = getattr(base, base.base_model_prefix)
@@ -86,7 +69,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
 @pytest.mark.parametrize(("kind", "options", "reason"), REFUSED.values(), ids=REFUSED.keys())
 def test_refused_in_one_line(kind: str, options: dict[str, Any], reason: str) -> None:
     with pytest.raises(ValueError, match=reason) as error:
-        build(model(kind, **options))
+        build(tiny_family(kind, **options))
     assert "\n" not in str(error.value)
 
 
@@ -94,11 +77,11 @@ def test_refused_in_one_line(kind: str, options: dict[str, Any], reason: str) ->
 def test_what_the_refusal_advises_works(kind: str) -> None:
     _, options, _ = next(entry for entry in REFUSED.values() if entry[0] == kind)
     targets = ["k_proj", "q_proj", "v_proj", "out_proj" if kind == "opt" else "o_proj"]
-    build(model(kind, **options), targets)
+    build(tiny_family(kind, **options), targets)
 
 
 def test_weights_that_are_no_numbers() -> None:
-    base: Any = model("llama")
+    base: Any = tiny_family("llama")
     with torch.no_grad():
         base.get_output_embeddings().weight[3, 2] = torch.nan
     with pytest.raises(ValueError, match="expected finite logits of the base model"):
