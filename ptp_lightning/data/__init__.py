@@ -1,10 +1,11 @@
 """Data: corpora, token series, packing, and LightningDataModules of packed batches."""
 
 from ptp_lightning.batch import PackedBatch
+from ptp_lightning.data.chat import Chat
 from ptp_lightning.data.completions.completions_datamodule import CompletionsDataModule
 from ptp_lightning.data.corpus import Corpus, Document, StandardLibrary, TextFiles
 from ptp_lightning.data.datamodule import CorpusDataModule
-from ptp_lightning.data.rendering import Chat, PlainText, PromptAndCompletion, Rendering
+from ptp_lightning.data.rendering import PlainText, PromptAndCompletion, Rendering
 from ptp_lightning.data.series.markov import MarkovSeries
 from ptp_lightning.data.series.pickups import PickUps
 from ptp_lightning.data.series.series import RecordedSeries, Series

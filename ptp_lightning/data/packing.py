@@ -36,6 +36,15 @@ class TokenDocument:
     def __len__(self) -> int:
         return len(self.token_ids)
 
+    @property
+    def is_learned(self) -> bool:
+        """Whether there is a completion token with context before it.
+
+        >>> TokenDocument([7, 8, 9], [True, False, False]).is_learned
+        False
+        """
+        return any(self.completion_mask[1:])
+
     def piece(self, begin: int, end: int) -> "TokenDocument":
         """Tokens `begin` to `end - 1`."""
         return TokenDocument(self.token_ids[begin:end], self.completion_mask[begin:end])

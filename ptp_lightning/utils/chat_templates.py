@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Message = dict[str, str]
-"""`role` (system, user, assistant) and `content`."""
+Message = dict[str, Any]
+"""`role` (system, user, assistant, tool), `content`, and what else the template takes, `tool_calls` for instance."""
 
 PLACEHOLDER = "placeholder"  # of a message, to find where the template puts it
 
@@ -35,6 +35,7 @@ def render_chat(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Message],
     *,
+    tools: Sequence[Any] | None = None,
     template: str | None = None,
     add_generation_prompt: bool = False,
 ) -> str:
@@ -43,6 +44,7 @@ def render_chat(
     Args:
         tokenizer: whose template is used.
         messages: the conversation.
+        tools: JSON schemas of the tools that the assistant may call.
         template: Jinja template to use instead.
         add_generation_prompt: whether the text ends with the opening of an answer.
 
@@ -51,7 +53,11 @@ def render_chat(
     """
     try:
         text: Any = tokenizer.apply_chat_template(
-            list(messages), chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
+            list(messages),
+            tools=None if tools is None else list(tools),
+            chat_template=template,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
         )
     except Exception as error:  # templates may raise anything, for example for an unknown role
         raise ValueError(f"the chat template rejects a conversation: {' '.join(str(error).split())}") from error

@@ -58,6 +58,7 @@ class Block(NamedTuple):
         num_documents: number of documents in the rows.
         num_split: how many of them are longer than a row and were split.
         num_too_short: number of skipped documents of fewer than two tokens.
+        num_not_learned: number of documents from which nothing is learned, such as a chat without an answer.
         row_errors: messages about skipped invalid rows.
     """
 
@@ -67,6 +68,7 @@ class Block(NamedTuple):
     num_documents: int
     num_split: int
     num_too_short: int
+    num_not_learned: int
     row_errors: list[str]
 
 
@@ -161,6 +163,7 @@ class BlockStream(IterableDataset[Block]):
             num_documents=len(long_enough),
             num_split=sum(len(document) > row_length for document in long_enough),
             num_too_short=len(documents) - len(long_enough),
+            num_not_learned=sum(not document.is_learned for document in long_enough),
             row_errors=row_errors,
         )
 

@@ -24,6 +24,7 @@ from ptp_lightning.utils.randomness import keyed_generator
 
 OnError = Literal["raise", "skip"]
 MAX_EMPTY_BLOCKS = 1000  # consecutive blocks without anything to learn, after which an error is raised
+NOT_LEARNED = "nothing is learned, because they hold no completion, such as a message of an assistant"
 PREFETCHED_BLOCKS = 2  # per worker
 
 
@@ -51,12 +52,14 @@ class StreamStatistics(NamedTuple):
         split: how many of them are longer than a row and were split.
         too_short: number of skipped documents of fewer than two tokens.
         invalid: number of skipped invalid rows.
+        not_learned: number of documents from which nothing is learned.
     """
 
     documents: int = 0
     split: int = 0
     too_short: int = 0
     invalid: int = 0
+    not_learned: int = 0
 
 
 class BatchStream(IterableDataset[PackedBatch]):
@@ -143,6 +146,7 @@ class BatchStream(IterableDataset[PackedBatch]):
             before.split + block.num_split,
             before.too_short + block.num_too_short,
             _count_invalid(before.invalid, block.row_errors, self._on_error),
+            _count_not_learned(before.not_learned, block),
         )
         if block.num_too_short and _is_new_magnitude(before.too_short, self.statistics.too_short):
             warnings.warn(
@@ -305,9 +309,10 @@ class StreamingCorpus(TextDataModule):
         settings = self._block_settings(split_rule)
         blocks = BlockStream(parts, self.shard_spec(), settings, split, single_epoch=True)
         rows: list[PackedRow] = []
-        num_invalid = 0
+        num_invalid = num_not_learned = 0
         for block in _require_rows(blocks):
             num_invalid = _count_invalid(num_invalid, block.row_errors, self.on_error)
+            num_not_learned = _count_not_learned(num_not_learned, block)
             rows.extend(PackedRow(*tensors) for tensors in zip(*block.rows, strict=True))
             if len(rows) >= self.eval_rows:
                 break
@@ -354,13 +359,23 @@ class StreamingCorpus(TextDataModule):
 
 def _require_rows(blocks: Iterable[Block]) -> Iterator[Block]:
     """Yield the blocks; raise an error after `MAX_EMPTY_BLOCKS` consecutive blocks without rows."""
-    empty = 0
+    empty = num_too_short = num_not_learned = num_invalid = 0
+    last_error = ""
     for block in blocks:
         yield block
-        empty = 0 if len(block.rows.input_ids) else empty + 1
+        if len(block.rows.input_ids):
+            empty = num_too_short = num_not_learned = num_invalid = 0
+            continue
+        empty += 1
+        num_too_short += block.num_too_short
+        num_not_learned += block.num_not_learned
+        num_invalid += len(block.row_errors)
+        last_error = f" (the last one: {block.row_errors[-1]})" if block.row_errors else last_error
         if empty > MAX_EMPTY_BLOCKS:
             raise ValueError(
-                f"expected documents with something to learn, found none in {empty} blocks: set data.parts"
+                f"expected documents with something to learn, found none in {empty} blocks, but {num_too_short} "
+                f"documents of fewer than two tokens, {num_not_learned} from which {NOT_LEARNED}, and {num_invalid} "
+                f"invalid rows{last_error}: set data.parts"
             )
 
 
@@ -372,6 +387,18 @@ def _count_invalid(before: int, row_errors: Sequence[str], on_error: OnError) ->
     if row_errors and _is_new_magnitude(before, now):
         warnings.warn(
             f"skipped {now} invalid rows so far (data.on_error: skip), the last one: {row_errors[-1]}", stacklevel=3
+        )
+    return now
+
+
+def _count_not_learned(before: int, block: Block) -> int:
+    """Add the number of documents from which nothing is learned; warn at each power of ten."""
+    now = before + block.num_not_learned
+    if block.num_not_learned and _is_new_magnitude(before, now):
+        warnings.warn(
+            f"{now} documents so far from which {NOT_LEARNED}: set the rendering in data.parts, for ptp_lightning.data."
+            "Chat its roles",
+            stacklevel=3,
         )
     return now
 

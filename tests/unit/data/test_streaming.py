@@ -352,7 +352,7 @@ class TestInvalidRows:
         data = corpus(files, parts=[StreamPart(JsonLines(files), PlainText("nothing"))], on_error="skip")
         with (
             pytest.warns(UserWarning, match="invalid rows so far"),
-            pytest.raises(ValueError, match="something to learn, found none in 2 blocks"),
+            pytest.raises(ValueError, match=r"found none in 2 blocks.* \d+ invalid rows \(the last one: .*'nothing'"),
         ):
             data.fixed_batches("val")
 
@@ -362,6 +362,18 @@ class TestInvalidRows:
         rows = [row for batch in take(data, NUM_DOCUMENTS // 2) for row in batch.input_ids.tolist()]
         assert data.end_of_text is None
         assert sorted(rows) == [[k] * 3 for k in range(1, NUM_DOCUMENTS + 1)]
+
+    @pytest.mark.parametrize("num_workers", [0, 1])
+    def test_documents_without_a_completion_are_counted(self, tmp_path: Path, num_workers: int) -> None:
+        unanswered = {"messages": [{"role": "user", "content": "1 1 1"}]}
+        answered = {"messages": [*unanswered["messages"], {"role": "assistant", "content": "2 2"}]}
+        path = write(tmp_path / "data.jsonl", [unanswered] * 3 + [answered])
+        template = "{% for message in messages %}{{ message.content + ' ' }}{% endfor %}"
+        parts = [StreamPart(JsonLines([path]), Chat(template=template))]
+        data = corpus([], parts=parts, row_length=16, batch_size=1, num_workers=num_workers)
+        with pytest.warns(UserWarning, match=r"3 documents so far from which nothing is learned.*its roles") as warned:
+            take(data, 1)
+        assert len(warned) == 1 and data.statistics.not_learned == 3
 
     def test_no_parts(self) -> None:
         with pytest.raises(ValueError, match="set data.parts"):
