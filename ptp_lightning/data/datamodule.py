@@ -12,17 +12,18 @@ from ptp_lightning.data.packing import PackedRow, TokenDocument, pack
 from ptp_lightning.data.streaming.stream import DocumentStream, StreamSettings, empty_split_error, evaluation_batches
 from ptp_lightning.data.text_datamodule import TextDataModule
 from ptp_lightning.utils.randomness import keyed_generator
+from ptp_lightning.utils.text_tokens import text_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 def tokenize(documents: Sequence[Document], tokenizer: "PreTrainedTokenizerBase") -> Iterator[list[int]]:
-    """Token ids of each document, followed by the end-of-text token if the tokenizer has one."""
+    """Token ids of each document, see `text_ids`, followed by the end-of-text token if the tokenizer has one."""
     end_of_text: Any = tokenizer.eos_token_id
     end = [] if end_of_text is None else [end_of_text]
     for document in documents:
-        yield tokenizer.encode(document.text, add_special_tokens=False, verbose=False) + end
+        yield (text_ids(tokenizer, document.text) if document.text else []) + end
 
 
 class TrainingStream(DocumentStream[Document]):

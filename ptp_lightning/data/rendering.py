@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ptp_lightning.data.packing import TokenDocument
 from ptp_lightning.data.streaming.row_source import BadRowError
+from ptp_lightning.utils.text_tokens import ids_as_written, text_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,7 +47,7 @@ class PlainText(Rendering):
 
     def document(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> TokenDocument:
         """See `Rendering.document`."""
-        ids = token_ids(text_at(row, self.column), tokenizer) + end_of_text(tokenizer)
+        ids = token_ids(text_at(row, self.column), tokenizer, begins=True) + end_of_text(tokenizer)
         return TokenDocument(ids, [True] * len(ids))
 
 
@@ -64,8 +65,8 @@ class PromptAndCompletion(Rendering):
 
     def document(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> TokenDocument:
         """See `Rendering.document`."""
-        prompt, completion = (token_ids(_filled(part, row), tokenizer) for part in (self.prompt, self.completion))
-        completion += end_of_text(tokenizer)
+        prompt = token_ids(_filled(self.prompt, row), tokenizer, begins=True)
+        completion = token_ids(_filled(self.completion, row), tokenizer, begins=not prompt) + end_of_text(tokenizer)
         return TokenDocument(prompt + completion, [False] * len(prompt) + [True] * len(completion))
 
 
@@ -102,10 +103,16 @@ def text_at(row: Mapping[str, Any], path: str) -> str:
     return found
 
 
-def token_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of a text without special tokens; raises as `require_unicode`."""
+def token_ids(text: str, tokenizer: PreTrainedTokenizerBase, *, begins: bool) -> list[int]:
+    """Token ids of a text, none of an empty one; raises as `require_unicode`.
+
+    Args:
+        text: a text or a part of it.
+        tokenizer: of the model.
+        begins: whether the part is the first, which begins as `text_ids` says.
+    """
     require_unicode(text)
-    return tokenizer.encode(text, add_special_tokens=False, verbose=False)
+    return text_ids(tokenizer, text) if begins and text else ids_as_written(tokenizer, text)
 
 
 def require_unicode(text: str) -> None:

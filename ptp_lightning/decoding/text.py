@@ -16,6 +16,7 @@ from ptp_lightning.models.network import PredictorNetwork
 from ptp_lightning.sampling import SamplingConfig
 from ptp_lightning.utils.chat_templates import chat_prompt, end_of_turn_ids, require_chat_template, user_message
 from ptp_lightning.utils.pretrained import PATH_KEY, load_tokenizer
+from ptp_lightning.utils.text_tokens import text_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -222,7 +223,7 @@ def encode_prompt(
     chat: bool = False,
     system: str | None = None,
 ) -> list[int]:
-    """Token ids of a prompt, with the special tokens that the tokenizer puts before a text.
+    """Token ids of a prompt; a text begins as `text_ids` says, and as the documents of a training do.
 
     Args:
         predictor: the model that continues it.
@@ -242,7 +243,7 @@ def encode_prompt(
         require_chat_template(tokenizer, "chat")
         token_ids = chat_prompt(tokenizer, user_message(prompt, system)) if prompt else []
     else:
-        token_ids = tokenizer.encode(prompt, verbose=False) if isinstance(prompt, str) else list(prompt)
+        token_ids = text_ids(tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
     require_room(predictor, len(token_ids), settings)
     vocabulary = predictor.base_model.config.vocab_size
     if unknown := [token_id for token_id in token_ids if not 0 <= token_id < vocabulary]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from ptp_lightning.utils.chat_templates import chat_prompt, user_message
+from ptp_lightning.utils.text_tokens import text_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,6 +46,6 @@ def make_prompt(
         token_ids = chat_prompt(tokenizer, [*messages, *user_message(turn)])
     else:
         earlier = [part for pair in history for part in pair]
-        token_ids = tokenizer.encode(SEPARATOR.join([*earlier, turn]), verbose=False)
+        token_ids = text_ids(tokenizer, SEPARATOR.join([*earlier, turn]))
     num_truncated = 0 if max_tokens is None else max(0, len(token_ids) - max_tokens)
     return Prompt(token_ids[num_truncated:], num_truncated)

@@ -12,6 +12,7 @@ from ptp_lightning.data.rendering import require_unicode, text_at
 from ptp_lightning.data.streaming.row_source import BadRowError
 from ptp_lightning.utils.chat_templates import chat_prompt, user_message
 from ptp_lightning.utils.text_files import read_lines
+from ptp_lightning.utils.text_tokens import text_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,7 +42,7 @@ def read_prompt_texts(entries: Sequence[str]) -> list[str]:
 def prompt_token_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """A user's turn up to the opening of the answer, or the text itself if the tokenizer has no chat template."""
     if tokenizer.chat_template is None:
-        return tokenizer.encode(text, verbose=False)
+        return text_ids(tokenizer, text)
     return chat_prompt(tokenizer, user_message(text))
 
 

@@ -19,6 +19,7 @@ from ptp_lightning.pregeneration.prompt_files import prompt_token_ids, same_word
 from ptp_lightning.pregeneration.topics import Topic, draw_opening
 from ptp_lightning.sampling import SamplingConfig
 from ptp_lightning.utils.chat_templates import special_ids, user_turn_opening
+from ptp_lightning.utils.text_tokens import ids_as_written
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -152,7 +153,7 @@ def _is_short(text: str, max_length: int | None, tokenizer: PreTrainedTokenizerB
 def _opening_ids(topic: Topic, opening: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     # A blank at the end belongs to the first token that follows.
     text = user_turn_opening(tokenizer, topic.system) + opening.rstrip(" ")
-    return tokenizer.encode(text, add_special_tokens=False, verbose=False)
+    return ids_as_written(tokenizer, text)
 
 
 def _round_settings(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ptp_lightning.utils.text_tokens import ids_as_written
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -70,7 +72,7 @@ def chat_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message])
     The template writes all special tokens, so the tokenizer adds none. Raises as `render_chat`.
     """
     text = render_chat(tokenizer, messages, add_generation_prompt=True)
-    return tokenizer.encode(text, add_special_tokens=False, verbose=False)
+    return ids_as_written(tokenizer, text)
 
 
 def user_message(text: str, system: str | None = None) -> list[Message]:
@@ -100,7 +102,7 @@ def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """
     conversation = [*user_message("Hello"), {"role": "assistant", "content": PLACEHOLDER}]
     _, closing = _around_placeholder(tokenizer, conversation)
-    first = tokenizer.encode(closing, add_special_tokens=False, verbose=False)[:1]
+    first = ids_as_written(tokenizer, closing)[:1]
     return frozenset(first) & special_ids(tokenizer)
 
 
