@@ -123,5 +123,8 @@ def _attend(
     """An attention function of transformers: `[B, heads, T, head size]` to `[B, T, heads, head size]`."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    if attention_mask is not None and attention_mask.is_floating_point():
+        # Kernels of a CPU read a mask of another dtype as if it had that of the queries.
+        attention_mask = attention_mask.double()
     attended, _ = sdpa_attention_forward(module, query.double(), key.double(), value.double(), attention_mask, **kwargs)
     return attended.to(query.dtype), None

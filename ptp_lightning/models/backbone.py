@@ -5,7 +5,10 @@ It is loaded from the package, the hub, a local folder or a GGUF file, or built 
 """
 
 import hashlib
+import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -77,7 +80,7 @@ def load_backbone(settings: BackboneSettings, *, key: str = PATH_KEY) -> "PreTra
     is_local = "local_files_only" in source
     if is_local and "gguf_file" not in source:
         _require_model_files(Path(source["pretrained_model_name_or_path"]), key, weights=not settings.random_weights)
-    with clear_errors(settings.path, key), quiet_transformers(progress_bar=not is_local):
+    with _named_attention(), clear_errors(settings.path, key), quiet_transformers(progress_bar=not is_local):
         if settings.random_weights:
             config = AutoConfig.from_pretrained(**source)
             _drop_quantization(config)
@@ -158,7 +161,23 @@ def random_model(config: "PreTrainedConfig", dtype: torch.dtype) -> "PreTrainedM
     """A model with random weights, in eval mode with SDPA attention."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
+    with _named_attention():
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
+
+
+@contextmanager
+def _named_attention() -> Iterator[None]:
+    """Refuse models without SDPA attention by name, where transformers asks to open an issue."""
+    try:
+        yield
+    except ValueError as error:
+        found = re.search(r"(\w+) does not support .*scaled_dot_product_attention", str(error))
+        if found is None:
+            raise
+        raise ValueError(
+            f"expected a model with SDPA attention, found {found[1]} without: this type of model is not supported, set "
+            f"{PATH_KEY} to another model"
+        ) from error
 
 
 def _dequantized(model: "PreTrainedModel", dtype: torch.dtype) -> "PreTrainedModel":

@@ -23,7 +23,7 @@ from ptp_lightning.models.layers.packed_linear import PackedWeights
 from ptp_lightning.models.output_head import apply_head, final_logits, output_head
 from ptp_lightning.models.slots.sampling_encoder import SamplingEncoder
 from ptp_lightning.models.slots.slot_encoder import SlotEncoder
-from ptp_lightning.models.support import require_finite, require_supported
+from ptp_lightning.models.support import require_finite, require_supported, require_text_model
 from ptp_lightning.models.token_order import require_permutation, similar_tokens_together
 from ptp_lightning.models.training_changes import prepare_for_training
 from ptp_lightning.sampling import Sampler, SamplingConfig
@@ -62,6 +62,7 @@ class PredictorNetwork(nn.Module):
         self.config = config
         self.prefix_counts: list[int] | None = None
         backbone = load_backbone(config.backbone) if backbone is None else backbone
+        require_text_model(backbone.config)
         # Weights that are trained cannot identify the base model.
         self.base_fingerprint = (architecture_fingerprint if config.student.trains_base else fingerprint)(backbone)
         self.packed_weights = PackedWeights()

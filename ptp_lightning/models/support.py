@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ptp_lightning.batch import PackedBatch
+from ptp_lightning.models.attention.choice import AttentionChoice
+from ptp_lightning.models.attention.dense import Dense
+from ptp_lightning.models.attention.dispatch import register_attention
 from ptp_lightning.models.lora.gated_linear import GatedLoraLinear
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from ptp_lightning.models.network import PredictorNetwork
 
@@ -31,8 +36,10 @@ def require_supported(network: PredictorNetwork) -> None:
     Two documents of random tokens are packed into a row. Compared are
 
     * logits of each document, read in the packed row, with those of the model's own forward pass on it alone: a mask,
-      position or state that crosses documents shows, and so do a window of attention and scaled logits;
+      position or state that crosses documents shows, and so do a window of attention and scaled logits. If the model
+      does not say that its attention function can be exchanged, as decoding does, this is tried;
     * logits of slots before and after all tokens that they must not see are exchanged, and all other slots;
+    * logits of slots by the chosen attention back-end, with those under an explicit mask, as in decoding;
     * what each adapter reads, with what the gate needs.
 
     Args:
@@ -48,8 +55,22 @@ def require_supported(network: PredictorNetwork) -> None:
     with _named_errors(kind):
         batch = _batch(network)
         _require_own_logits(network, batch, kind)
+        _require_positions(network, batch, kind)
         _require_visible_tokens_alone(network, batch, kind)
-    _require_positions(network, batch, kind)
+        _require_slots_as_under_a_mask(network, batch, kind)
+
+
+def require_text_model(config: PreTrainedConfig) -> None:
+    """Refuse models of images and sounds beside text, before anything is built for them.
+
+    Raises:
+        ValueError: the size of the vocabulary or of hidden states is not the configuration's own.
+    """
+    if missing := [name for name in ("vocab_size", "hidden_size") if not hasattr(config, name)]:
+        raise ValueError(
+            f"expected a model of text alone, whose configuration has {missing[0]}, found {config.model_type}: set "
+            "predictor.backbone.path to a model of text alone"
+        )
 
 
 def require_finite(embeddings: Tensor) -> None:
@@ -86,25 +107,49 @@ def _batch(network: PredictorNetwork) -> PackedBatch:
 
 
 def _require_own_logits(network: PredictorNetwork, batch: PackedBatch, kind: str) -> None:
-    found = network.logits(network.encode(batch).hidden)[0]
-    if not found.isfinite().all():
-        raise ValueError(f"expected finite logits of the base model ({kind}), found a NaN or infinity: {ADVICE}")
-    for document in (0, 1):
-        own = batch.document_ids[0] == document
-        expected = network.base_model(input_ids=batch.input_ids[:, own], use_cache=False).logits[0]
-        difference = _difference(found[own], expected)
-        if difference > TOLERANCES[network.base_model.dtype]:
-            raise ValueError(
-                f"expected the logits of the base model ({kind}), found others in packed rows, which differ by "
-                f"{difference:.2g} of their standard deviation: this type of model is not supported, {ADVICE}"
-            )
+    model = network.base_model
+    own = [batch.document_ids[0] == document for document in (0, 1)]
+    expected = [model(input_ids=batch.input_ids[:, one], use_cache=False).logits[0] for one in own]
+    exchanged = [] if model._supports_attention_backend else [_exchanged_attention(model)]
+    for attention in (nullcontext(), *exchanged):
+        with attention:
+            found = network.logits(network.encode(batch).hidden)[0]
+        if not found.isfinite().all():
+            raise ValueError(f"expected finite logits of the base model ({kind}), found a NaN or infinity: {ADVICE}")
+        for one, logits in zip(own, expected, strict=True):
+            difference = _difference(found[one], logits)
+            if difference > TOLERANCES[model.dtype]:
+                raise ValueError(
+                    f"expected the logits of the base model ({kind}), found others in packed rows, which differ by "
+                    f"{difference:.2g} of their standard deviation: this type of model is not supported, {ADVICE}"
+                )
+
+
+@contextmanager
+def _exchanged_attention(model: PreTrainedModel) -> Iterator[None]:
+    """With another attention function, as in decoding.
+
+    A model that chooses its own code by the name of the function does something else then, which no error shows.
+    """
+    config: Any = model.config
+    before = config._attn_implementation
+    config._attn_implementation = register_attention()
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+def _auxiliaries(network: PredictorNetwork, batch: PackedBatch) -> Tensor:
+    """`[1, 2, L]`, of the two windows."""
+    length = network.config.window_length
+    auxiliaries = torch.linspace(0.1, 0.9, 2 * length, dtype=torch.float64, device=batch.input_ids.device)
+    return auxiliaries.view(1, 2, length)
 
 
 def _require_visible_tokens_alone(network: PredictorNetwork, batch: PackedBatch, kind: str) -> None:
     """Exchange what the first window must not see: the other document, later tokens, the other window."""
-    length = network.config.window_length
-    auxiliaries = torch.linspace(0.1, 0.9, 2 * length, dtype=torch.float64, device=batch.input_ids.device)
-    auxiliaries = auxiliaries.view(1, 2, length)
+    auxiliaries = _auxiliaries(network, batch)
     start = int(batch.window_starts[0, 0])
     visible = torch.zeros_like(batch.completion_mask)
     visible[0, FIRST_LENGTH:start] = True
@@ -123,6 +168,23 @@ def _require_visible_tokens_alone(network: PredictorNetwork, batch: PackedBatch,
         raise ValueError(
             f"expected slots that see the text before them alone, found that other tokens change their logits in "
             f"{kind} by {difference:.2g} of their standard deviation: this type of model is not supported, {ADVICE}"
+        )
+
+
+def _require_slots_as_under_a_mask(network: PredictorNetwork, batch: PackedBatch, kind: str) -> None:
+    """A back-end replaces the model's attention, and with it whatever else the model does there."""
+    auxiliaries, context, chosen = _auxiliaries(network, batch), network.encode(batch), network.attention
+    found = network.slot_logits(network.slot_hidden(context, auxiliaries))
+    network.attention = AttentionChoice(network.student_model, (Dense(),))
+    try:
+        expected = network.slot_logits(network.slot_hidden(context, auxiliaries))
+    finally:
+        network.attention = chosen
+    difference = _difference(found, expected)
+    if difference > TOLERANCES[network.base_model.dtype]:
+        raise ValueError(
+            f"expected plain softmax attention, found that slots of {kind} differ from those under a mask by "
+            f"{difference:.2g} of their standard deviation: this type of model is not supported, {ADVICE}"
         )
 
 

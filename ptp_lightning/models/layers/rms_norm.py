@@ -78,7 +78,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        output = torch.empty_like(x)
+        output = torch.empty_like(x, memory_format=torch.contiguous_format)
         scale = x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
         for x_part, scale_part, output_part in zip(*map(in_parts, (x, scale, output)), strict=True):
             wide = x_part.to(scale.dtype)
@@ -91,7 +91,7 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, weight = ctx.saved_tensors
-        x_grad = torch.empty_like(x)
+        x_grad = torch.empty_like(x, memory_format=torch.contiguous_format)
         for grad_part, x_part, scale_part, x_grad_part in zip(*map(in_parts, (grad, x, scale, x_grad)), strict=True):
             normed = x_part.to(scale.dtype) * scale_part
             normed_grad = (grad_part * weight).to(scale.dtype)

@@ -10,7 +10,10 @@ PART_ROWS = 1024
 
 
 def in_parts(tensor: Tensor) -> Sequence[Tensor]:
-    """Rows `[..., D]` in parts `[m, D]`: on a CPU, intermediates of a part are small and stay in the cache."""
+    """Rows `[..., D]` in parts `[m, D]`: on a CPU, intermediates of a part are small and stay in the cache.
+
+    Parts of a contiguous tensor can be written to; those of another one may be copies.
+    """
     rows = tensor.flatten(0, -2)
     return [rows] if rows.is_cuda or len(rows) <= PART_ROWS else rows.split(PART_ROWS)
 

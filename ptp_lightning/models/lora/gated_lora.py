@@ -120,16 +120,27 @@ def _check_patterns(settings: LoraSettings, module_names: list[str]) -> None:
 
 def _check_gateable(model: PreTrainedModel) -> None:
     output_head = model.get_output_embeddings()
-    hint = "leave it out of predictor.lora.target_modules"
-    for name, layer in model.named_modules():
-        if not isinstance(layer, LoraLayer):
-            continue
-        if not isinstance(layer, GatedLoraLinear):
-            kind = type(layer.get_base_layer()).__name__
-            raise ValueError(
-                f"{name} is a {kind}, only linear layers can be gated; {hint}: [q_proj, k_proj, "
-                "v_proj, o_proj] are those of most attention layers"
-            )
-        if layer is output_head:
-            # `logits_to_keep` shows the head a selection of positions, so the gate could not tell which they are
-            raise ValueError(f"{name} is the output head and cannot be gated; {hint}")
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+    # `logits_to_keep` shows the head a selection of positions, so the gate could not tell which they are
+    refused = [name for name, one in layers.items() if not isinstance(one, GatedLoraLinear) or one is output_head]
+    if refused:
+        layer = layers[refused[0]]
+        kind = "the output head" if layer is output_head else f"a {type(layer.get_base_layer()).__name__}"
+        raise ValueError(
+            f"expected adapters on linear layers other than the output head, found {refused[0]} of "
+            f"{model.config.model_type}, which is {kind}: {_advised_targets(list(layers), refused)}"
+        )
+
+
+def _advised_targets(names: list[str], refused: list[str]) -> str:
+    """All adapted layers but those refused and their neighbours, which may belong to a mixture of experts."""
+    blocks = {name.rpartition(".")[0] for name in refused} - {""}
+    neighbours = {
+        name.rpartition(".")[2]
+        for name in names
+        if name in refused or any(name.startswith(f"{block}.") for block in blocks)
+    }
+    advised = sorted({name.rpartition(".")[2] for name in names} - neighbours)
+    if not advised:
+        return "set predictor.lora.target_modules to linear layers, or predictor.backbone.path to another model"
+    return f"set predictor.lora.target_modules to [{', '.join(advised)}] or fewer"

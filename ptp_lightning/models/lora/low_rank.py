@@ -125,7 +125,7 @@ class _LoraLinear(torch.autograd.Function):
             for grad_part, x_part, shrunk_part in _in_parts(grad, x, shrunk):
                 layer.accumulate(grad_part, x_part, shrunk_part)
             return None, *layer.flat_gradients
-        x_grad = torch.empty_like(x)
+        x_grad = torch.empty_like(x, memory_format=torch.contiguous_format)
         for grad_part, x_part, shrunk_part, x_grad_part in _in_parts(grad, x, shrunk, x_grad):
             layer.write_input_gradient(grad_part, x_part, shrunk_part, x_grad_part)
         return x_grad, *layer.flat_gradients
@@ -158,7 +158,7 @@ class _LoraSwiGLU(torch.autograd.Function):
         x, gate_output, gate_shrunk, up_output, up_shrunk, down_shrunk, *weights = ctx.saved_tensors
         layers = zip(weights[0::3], weights[1::3], weights[2::3], ctx.scales, strict=True)
         gate, up, down = (_Backward(base, LoraWeights(a, b, scale)) for base, a, b, scale in layers)
-        x_grad = torch.empty_like(x)
+        x_grad = torch.empty_like(x, memory_format=torch.contiguous_format)
         tensors = grad, x, gate_output, gate_shrunk, up_output, up_shrunk, down_shrunk, x_grad
         for grad_part, x_part, gate_part, gate_s, up_part, up_s, down_s, x_grad_part in _in_parts(*tensors):
             with torch.enable_grad():

@@ -143,6 +143,16 @@ def test_float32_stays_as_it_is_on_other_devices() -> None:
         assert model.config._attn_implementation == "sdpa"
 
 
+def test_masks_of_numbers_are_read_in_the_dtype_of_the_queries() -> None:
+    """A CPU's kernels read a float32 mask beside float64 queries wrongly from 16 columns on, without an error."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, 2, 20, 8, generator=generator) for _ in range(3))
+    mask = torch.randn(1, 2, 20, 20, generator=generator)
+    attended, _ = batch_invariance._attend(torch.nn.Module(), query, key, value, mask)
+    expected = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    torch.testing.assert_close(attended, expected.transpose(1, 2))
+
+
 def test_attention_is_what_it_was_up_to_rounding() -> None:
     model = cast_weights(tiny_llama(), torch.bfloat16)
     token_ids = torch.tensor([PROMPT])

@@ -357,8 +357,11 @@ class TestSettings:
             ({"target_modules": "("}, r"target_modules: '\(' is not a regular expression"),
             ({"rank_pattern": {"q_porj": 2}}, r"rank_pattern: no module matches 'q_porj'"),
             ({"target_modules": ["mlp"]}, r"target_modules=\['mlp'\]"),
-            ({"target_modules": ["lm_head"]}, "output head"),
-            ({"target_modules": ["embed_tokens"]}, "Embedding, only linear layers"),
+            ({"target_modules": ["lm_head"]}, "lm_head of llama, which is the output head"),
+            (
+                {"target_modules": ["embed_tokens"]},
+                r"embed_tokens of llama, which is a Embedding: set predictor\.lora\.target_modules",
+            ),
         ],
     )
     def test_patterns_that_fit_no_gateable_layer(self, settings: dict[str, Any], message: str) -> None:

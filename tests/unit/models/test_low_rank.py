@@ -108,6 +108,13 @@ class TestDefinition:
         assert torch.autograd.gradcheck(function, (x, *adapters))
         assert torch.autograd.gradcheck(function, (x.detach(), *adapters))
 
+    def test_inputs_that_are_transposed(self, has_bias: bool) -> None:
+        """Their rows do not follow each other in memory."""
+        weights, layers = random_weights(has_bias), random_mlp(has_bias)
+        x = torch.randn(*ROWS[::-1], INPUTS, dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradcheck(lambda x: lora_linear(x.transpose(0, 1), weights), x)
+        assert torch.autograd.gradcheck(lambda x: lora_swiglu(x.transpose(0, 1), silu, *layers), x)
+
     def test_activation_that_returns_its_input(self, has_bias: bool) -> None:
         """As "linear" does, one of transformers' own: what is saved for the backward pass must not change."""
         layers = gate, up, down = random_mlp(has_bias)

@@ -60,6 +60,20 @@ class TestRmsNorm:
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
         torch.testing.assert_close(other.grad, x.grad, rtol=tolerance, atol=tolerance)
 
+    def test_heads_that_are_transposed_first(self) -> None:
+        """As in EXAONE-4: tensors whose rows do not follow each other in memory."""
+        norm = LlamaRMSNorm(8)
+        norm.weight.requires_grad_(False).copy_(uniform(8))
+        x = uniform(2, 5, 3, 8).float().requires_grad_()
+        other = x.detach().clone().requires_grad_()
+        expected = norm(x.transpose(1, 2))
+        found = rms_norm(other.transpose(1, 2), norm.weight, norm.variance_epsilon)
+        gradient = uniform(2, 5, 3, 8).float().transpose(1, 2)
+        expected.backward(gradient)
+        found.backward(gradient)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(other.grad, x.grad)
+
 
 class TestRotation:
     def test_a_quarter_turn(self) -> None:

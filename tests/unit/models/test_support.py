@@ -9,7 +9,9 @@ import torch
 from transformers import PreTrainedModel
 
 from ptp_lightning.models import BackboneSettings, LoraSettings, PredictorConfig, PredictorNetwork
+from ptp_lightning.models.backbone import load_backbone
 from ptp_lightning.models.lora.gated_lora import ALL_LINEAR
+from tests.helpers.tiny_families import build_family, family_config
 from tests.helpers.tiny_models import tiny_family
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
@@ -61,7 +63,17 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         EXPERTS | {"shared_expert_intermediate_size": 16, "decoder_sparse_step": 1},
         r"of qwen2_moe, .*set predictor\.lora\.target_modules to \[k_proj, o_proj, q_proj, v_proj\]",
     ),
-    "experts": ("olmoe", {"num_experts": 4, "num_experts_per_tok": 2}, r"predictor\.lora\.target_modules: \[q_proj"),
+    "experts": (
+        "olmoe",
+        {"num_experts": 4, "num_experts_per_tok": 2},
+        r"of olmoe, .*set predictor\.lora\.target_modules to \[k_proj, o_proj, q_proj, v_proj\]",
+    ),
+    "attention chosen by its name": (
+        "falcon",
+        {"alibi": False, "num_key_value_heads": ..., "intermediate_size": ..., "new_decoder_architecture": False},
+        "falcon.*found others in packed rows",
+    ),
+    "attention in two halves": ("diffllama", {}, "expected plain softmax attention, .* diffllama"),
     "arguments that do not reach attention": ("nemotron", {}, "slots that see the text before them alone"),
 }  # fmt: skip
 
@@ -73,11 +85,30 @@ def test_refused_in_one_line(kind: str, options: dict[str, Any], reason: str) ->
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("kind", ["opt", "qwen2_moe"])
+@pytest.mark.parametrize("kind", ["opt", "qwen2_moe", "olmoe"])
 def test_what_the_refusal_advises_works(kind: str) -> None:
     _, options, _ = next(entry for entry in REFUSED.values() if entry[0] == kind)
     targets = ["k_proj", "q_proj", "v_proj", "out_proj" if kind == "opt" else "o_proj"]
     build(tiny_family(kind, **options), targets)
+
+
+@pytest.mark.parametrize(("kind", "name"), [("bloom", "BloomForCausalLM"), ("gemma2", "Gemma2ForCausalLM")])
+def test_models_without_the_attention_function_are_named(kind: str, name: str) -> None:
+    entries = {"model_type": kind, "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1}
+    message = rf"^expected a model with SDPA attention, found {name} without: .*set predictor\.backbone\.path[^\n]*$"
+    with pytest.raises(ValueError, match=message):
+        load_backbone(BackboneSettings(from_config=entries))
+
+
+def test_attention_with_biases_of_its_own_is_refused() -> None:
+    """Its masks hold numbers that depend on values; an attention back-end does not see them."""
+    with pytest.raises(ValueError, match="^expected plain softmax attention, found that slots of doge differ"):
+        build(build_family(family_config("doge")))
+
+
+def test_models_of_images_are_named() -> None:
+    with pytest.raises(ValueError, match=r"^expected a model of text alone, .* found gemma3: set predictor\.backbone"):
+        build(build_family(family_config("gemma3")))
 
 
 def test_weights_that_are_no_numbers() -> None:
