@@ -101,6 +101,7 @@ def test_the_command_of_the_readme(tmp_path: Path) -> None:
     assert f"pip install -e . && {command}\n" in readme
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     short = "--trainer.max_steps 3 --trainer.val_check_interval 3 --data.init_args.eval_rows 4"
+    short += " --data.init_args.batch_size 2"
     result = subprocess.run(
         [sys.executable, *command.split()[1:], *short.split()],
         cwd=tmp_path,

@@ -1,9 +1,6 @@
 """A run that is stopped, politely or not, leaves a checkpoint that can be decoded with and gone on from."""
 
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -12,11 +9,12 @@ import torch
 import yaml
 
 from ptp_lightning import ParallelTokenPredictor
+from tests.helpers.forked_process import ForkedProcess, run_command
 from tests.helpers.tiny_configs import CORPUS_LINE, shrink
 
 CONFIG = Path(__file__).parents[2] / "configs" / "gated_lora.yaml"
 PATIENCE_SECONDS = 120.0
-PERIOD = 20  # steps between checkpoints: seconds
+PERIOD = 5  # steps between checkpoints
 
 
 @pytest.fixture
@@ -33,25 +31,14 @@ def endless(tmp_path: Path) -> Path:
     return path
 
 
-def fit(config: Path, *more: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "ptp_lightning", "fit", "--config", str(config), *more]
-    return subprocess.Popen(
-        command,
-        cwd=config.parent,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},  # threads that wait for each other crawl on a busy machine
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        # A shell's background job ignores Ctrl-C, and so would what it starts.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+def fit(config: Path, *more: str) -> ForkedProcess:
+    return ForkedProcess(run_command, "fit", "--config", str(config), *more, folder=config.parent)
 
 
-def wait_for(file: Path, run: subprocess.Popen[str]) -> None:
+def wait_for(file: Path, run: ForkedProcess) -> None:
     deadline = time.monotonic() + PATIENCE_SECONDS
     while not file.exists():
-        assert run.poll() is None, run.communicate()[0]
+        assert run.poll() is None, run.communicate()
         assert time.monotonic() < deadline, f"no {file.name} in {PATIENCE_SECONDS} s"
         time.sleep(0.05)
 
@@ -64,7 +51,7 @@ def test_a_stopped_run_leaves_a_checkpoint_that_goes_on(endless: Path, sent: sig
         wait_for(last, run)
         time.sleep(0.5)  # somewhere among the next steps
         run.send_signal(sent)
-        output, _ = run.communicate(timeout=PATIENCE_SECONDS)
+        output = "".join(run.communicate(timeout=PATIENCE_SECONDS))
     finally:
         run.kill()
     assert "Traceback" not in output
@@ -81,7 +68,7 @@ def test_a_stopped_run_leaves_a_checkpoint_that_goes_on(endless: Path, sent: sig
     assert fast.token_ids == reference.token_ids
 
     resumed = fit(endless, "--ckpt_path", str(last), "--trainer.max_steps", str(step + 2))
-    output, _ = resumed.communicate(timeout=PATIENCE_SECONDS)
+    output = "".join(resumed.communicate(timeout=PATIENCE_SECONDS))
     assert resumed.returncode == 0, output
     (second,) = (last.parents[2] / "version_1" / "checkpoints").glob("*.ckpt")
     assert torch.load(second, weights_only=True)["global_step"] == step + 2

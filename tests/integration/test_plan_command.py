@@ -35,7 +35,8 @@ def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     def run(name: str, *args: str) -> CommandOutput:
         config = shrink(CONFIGS / f"{name}.yaml", corpus, tmp_path)
         if name != "code_teacher":  # which has no windows
-            args = ("--model.init_args.predictor.window_length", "3", *args)
+            one_layer = ("--model.init_args.predictor.backbone.from_config.num_hidden_layers", "1")
+            args = ("--model.init_args.predictor.window_length", "3", *one_layer, *args)
         return run_in_process(monkeypatch, capsys, "plan", "--config", str(config), *args)
 
     return run

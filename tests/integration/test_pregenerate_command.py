@@ -7,8 +7,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -22,6 +20,7 @@ from ptp_lightning.pregeneration import command as pregenerate
 from ptp_lightning.utils.atomic_files import temporary_path
 from ptp_lightning.utils.pretrained import load_tokenizer
 from tests.helpers.command_output import Run, run_in_process
+from tests.helpers.forked_process import ForkedProcess, run_command
 from tests.helpers.tiny_configs import CORPUS_LINE, shrink
 
 CONFIG = Path(__file__).parents[2] / "configs" / "gated_lora.yaml"
@@ -81,19 +80,11 @@ def arguments(config: Path, output: Path, **changes: Any) -> list[str]:
     return ["pregenerate", "--config", str(config), "--output", str(output), *options]
 
 
-def start(config: Path, output: Path, **changes: Any) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "ptp_lightning", *arguments(config, output, **changes)],
-        cwd=config.parent,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(CONFIG.parents[1])},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+def start(config: Path, output: Path, **changes: Any) -> ForkedProcess:
+    return ForkedProcess(run_command, *arguments(config, output, **changes), folder=config.parent)
 
 
-def suspend_with_lock(process: subprocess.Popen[str], output: Path, finished: int) -> Path:
+def suspend_with_lock(process: ForkedProcess, output: Path, finished: int) -> Path:
     """Wait for finished shards, suspend the process while it holds a lock, and return the lock file."""
     deadline = time.monotonic() + TIMEOUT_SECONDS
     while True:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
+import signal
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,9 @@ from ptp_lightning.pregeneration import user_turns
 from ptp_lightning.sampling import SamplingConfig
 from tests.helpers.chat_tokenizer import chat, letter_chat_tokenizer
 from tests.helpers.command_output import Run, run_in_process
+from tests.helpers.forked_process import ForkedProcess, run_command
 from tests.helpers.tiny_models import tiny_llama
 
-ROOT = Path(__file__).parents[2]
 TOKENIZER = letter_chat_tokenizer()
 SYSTEM = "count"
 TOPICS: list[dict[str, Any]] = [
@@ -41,22 +40,6 @@ OPTIONS = {
     "greedy_fraction": 0.4,
     "seed": 1,
 }
-KILLED = """\
-import os, signal, sys
-from ptp_lightning.data.completions.completions import CompletionFolder
-from ptp_lightning.pregeneration.command import run
-
-write, left = CompletionFolder.write_shard, [int(sys.argv[1])]
-
-def write_or_die(*args):
-    left[0] -= 1
-    if left[0] == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    write(*args)
-
-CompletionFolder.write_shard = write_or_die
-run(sys.argv[2:])
-"""
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +75,21 @@ def arguments(config: Path, output: Path, *more: str, **changes: Any) -> list[st
     topics = [] if "--prompts" in more and "--self_prompted" not in more else ["--topics", "topics.yaml"]
     flags = ["--self_prompted"] if topics and "--self_prompted" not in more else []
     return ["--config", str(config), "--output", str(output), *options, *topics, *flags, *more]
+
+
+def killed_at_shard(number: int, *arguments: str) -> None:
+    """The program of a process that is killed when it writes this shard, counted from 1."""
+    write, left = CompletionFolder.write_shard, number
+
+    def write_or_die(*shard: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(*shard)
+
+    CompletionFolder.write_shard = write_or_die  # of this process alone
+    run_command("pregenerate", *arguments)
 
 
 def read(folder: Path) -> CompletionTable:
@@ -159,14 +157,9 @@ def test_killed_at_any_point_the_result_is_the_same(config: Path, tmp_path: Path
     assert num_turn_shards >= 3
     output = tmp_path / "killed"
     for left in (2, num_turn_shards + 1):  # the second shard of user turns; the second of answers
-        process = subprocess.run(
-            [sys.executable, "-c", KILLED, str(left), *arguments(config, output)],
-            cwd=config.parent,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-        )
-        assert process.returncode == -9, process.stderr
+        process = ForkedProcess(killed_at_shard, left, *arguments(config, output), folder=config.parent)
+        printed = process.communicate()
+        assert process.returncode == -9, printed
         written = {name for name in files(output) if name.endswith(".parquet")}
         assert written < expected.keys()
     assert any(not name.startswith(user_turns.FOLDER) for name in written)

@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from tests.helpers.forked_process import ForkedProcess, run_file
 from tests.helpers.tiny_data import tiny_tokenizer
 
 PATIENCE_SECONDS = 200.0
@@ -76,16 +74,11 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def start(folder: Path, processes: int, workers: int, steps: int, delay: float, checkpoint: Path | None) -> Any:
+def start(
+    folder: Path, processes: int, workers: int, steps: int, delay: float, checkpoint: Path | None
+) -> ForkedProcess:
     options = json.dumps([str(folder), processes, workers, delay, steps, checkpoint and str(checkpoint)])
-    return subprocess.Popen(
-        [sys.executable, str(folder / "program.py"), options],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    return ForkedProcess(run_file, folder / "program.py", options, folder=folder)
 
 
 def steps_seen(folder: Path, rank: int) -> dict[int, list[int]]:
@@ -112,7 +105,7 @@ def test_a_killed_training_goes_on(folder: Path, processes: int, workers: int, s
     run = start(folder, processes, workers, 10**6, 0.1, None)
     deadline = time.monotonic() + PATIENCE_SECONDS
     while len(steps_seen(folder, 0)) < 2 * PERIOD + 2:
-        assert run.poll() is None, run.communicate()[0]
+        assert run.poll() is None, run.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.05)
     try:
@@ -128,7 +121,7 @@ def test_a_killed_training_goes_on(folder: Path, processes: int, workers: int, s
         assert [max(steps) for steps in before] == [max(saved)] * processes
 
     resumed = start(folder, processes, workers, NUM_STEPS, 0.0, checkpoint)
-    output = resumed.communicate(timeout=PATIENCE_SECONDS)[0]
+    output = resumed.communicate(timeout=PATIENCE_SECONDS)
     assert resumed.returncode == 0, output
 
     seen = [steps_seen(folder, rank) for rank in range(processes)]

@@ -1,9 +1,6 @@
 """Studies run by several processes, of which some are killed or stopped: nothing is lost and nothing trained twice."""
 
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -13,30 +10,20 @@ from optuna.trial import FrozenTrial, TrialState
 
 from ptp_lightning.sweeps.attributes import GIVEN_UP, LOST, OWNER, POINT, STEPS
 from ptp_lightning.sweeps.storage import load_stored, open_storage
+from tests.helpers.forked_process import ForkedProcess, run_command
 from tests.helpers.tiny_study import write_study
 
-ROOT = Path(__file__).parents[2]
 JOURNAL = "runs/sweeps/tiny/study.journal"
 PATIENCE_SECONDS = 240.0
 LONG = {"steps": 80, "tokens": 80 * 4 * 2 * 4, "validations": 1}  # a few seconds
 
 
-def start(study: Path, *more: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "ptp_lightning", "sweep", "run", str(study), "--full", *more],
-        cwd=study.parent,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        # A shell's background job ignores Ctrl-C, and so would what it starts.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+def start(study: Path, *more: str) -> ForkedProcess:
+    return ForkedProcess(run_command, "sweep", "run", str(study), "--full", *more, folder=study.parent)
 
 
-def finish(run: subprocess.Popen[str]) -> str:
-    output, _ = run.communicate(timeout=PATIENCE_SECONDS)
+def finish(run: ForkedProcess) -> str:
+    output = "".join(run.communicate(timeout=PATIENCE_SECONDS))
     assert run.returncode == 0, output
     return output
 
@@ -48,16 +35,18 @@ def trials(folder: Path) -> list[FrozenTrial]:
     return load_stored("tiny", storage).trials if storage.get_all_studies() else []
 
 
-def wait_for_one_done_and_one_running(folder: Path, *runs: subprocess.Popen[str]) -> FrozenTrial:
-    """The trial that runs, of any of the processes."""
+def wait_for_one_done_and_one_running(folder: Path, *runs: ForkedProcess) -> FrozenTrial:
+    """The trial that runs, of any of the processes; it began after the end of another one, so it does not end soon."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     while time.monotonic() < deadline:
         for run in runs:
-            assert run.poll() is None, run.communicate()[0]
+            assert run.poll() is None, run.communicate()
         found = trials(folder)
-        running = [trial for trial in found if trial.state == TrialState.RUNNING and OWNER in trial.user_attrs]
-        if running and any(trial.state == TrialState.COMPLETE for trial in found):
-            return running[0]
+        ends = [trial.datetime_complete for trial in found if trial.state == TrialState.COMPLETE]
+        for trial in found:
+            begin, is_running = trial.datetime_start, trial.state == TrialState.RUNNING and OWNER in trial.user_attrs
+            if is_running and any(begin is not None and end is not None and end <= begin for end in ends):
+                return trial
         time.sleep(0.1)
     raise AssertionError("no trial came to its end")
 
@@ -121,7 +110,7 @@ def test_a_stopped_study_puts_its_trial_back_and_goes_on(sent: signal.Signals, t
         wait_for_one_done_and_one_running(tmp_path, run)
         time.sleep(1.0)  # somewhere among its steps
         run.send_signal(sent)
-        output, _ = run.communicate(timeout=PATIENCE_SECONDS)
+        output = "".join(run.communicate(timeout=PATIENCE_SECONDS))
     finally:
         run.kill()
     assert run.returncode == 130, output
@@ -151,7 +140,7 @@ def test_stopped_jobs_put_their_trials_back(tmp_path: Path) -> None:
     try:
         wait_for_one_done_and_one_running(tmp_path, run)
         run.terminate()
-        output, _ = run.communicate(timeout=PATIENCE_SECONDS)
+        output = "".join(run.communicate(timeout=PATIENCE_SECONDS))
     finally:
         run.kill()
     assert run.returncode == 130, output

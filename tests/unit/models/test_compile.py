@@ -94,8 +94,8 @@ def test_inductor_computes_the_same() -> None:
 
 
 def test_layers_share_what_is_compiled() -> None:
-    """Twelve layers, more than torch compiles one function for, and a second step: still the graphs of one layer."""
-    predictor = make_predictor(num_hidden_layers=12)
+    """Nine layers, more than torch compiles one function for, and a second step: still the graphs of one layer."""
+    predictor = make_predictor(num_hidden_layers=9)
     counter = CompileCounterWithBackend("aot_eager")
     compile_layers(layers_of(predictor), counter)
     results(predictor)

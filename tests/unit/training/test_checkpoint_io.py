@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 import functools
 import http.server
-import subprocess
-import sys
+import resource
+import signal
 import threading
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,13 @@ import pytest
 import torch
 
 from ptp_lightning.training.distributed.checkpoint_io import AtomicCheckpointIO
+from tests.helpers.forked_process import ForkedProcess
 
-FULL = """
-import resource, signal, sys
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # an error instead, as on a full disk
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
-import torch
-from ptp_lightning.training.distributed.checkpoint_io import AtomicCheckpointIO
-AtomicCheckpointIO().save_checkpoint({"weight": torch.ones(1_000_000)}, sys.argv[1])
-"""
+
+def save_on_a_full_disk(path: Path) -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # an error instead, as on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+    AtomicCheckpointIO().save_checkpoint({"weight": torch.ones(1_000_000)}, path)
 
 
 def earlier(folder: Path) -> Path:
@@ -49,10 +47,8 @@ def test_a_checkpoint_takes_the_place_of_the_earlier_one(tmp_path: Path) -> None
 
 def test_a_full_disk(tmp_path: Path) -> None:
     path = earlier(tmp_path)
-    done = subprocess.run([sys.executable, "-c", FULL, str(path)], capture_output=True, text=True)
-    assert (
-        f"{path} could not be written (File too large); the earlier file is unchanged: free disk space" in done.stderr
-    )
+    _, printed = ForkedProcess(save_on_a_full_disk, path, folder=tmp_path).communicate()
+    assert f"{path} could not be written (File too large); the earlier file is unchanged: free disk space" in printed
     assert is_unchanged(path)
 
 
