@@ -19,6 +19,9 @@ OnTokens = Callable[[int, list[int]], int | None]
 """Is called with the index of a prompt and new tokens of its text. To end the text it returns how many of these tokens
 belong to it. The end must depend on the tokens alone, not on how many arrive at a time."""
 
+MAX_SLOTS = 2**16
+"""Largest number of slots of a window, and of a call."""
+
 
 @dataclass(frozen=True)
 class GenerationSettings:
@@ -51,6 +54,9 @@ class GenerationSettings:
             raise ValueError(
                 f"expected window_length >= 2 (the first token of a window needs no slot), found {self.window_length}"
             )
+        for name in ("window_length", "slot_budget"):  # memory is allocated for them at once
+            if getattr(self, name) > MAX_SLOTS:
+                raise ValueError(f"expected {name} <= {MAX_SLOTS}, found {getattr(self, name)}")
 
     def auxiliaries(self, num_texts: int, device: torch.device) -> Tensor:
         """`[num_texts, max_new_tokens]` float64: u_k picks the k-th new token of a text, in every decoder.

@@ -12,6 +12,7 @@ from ptp_lightning.batch import PackedBatch
 from ptp_lightning.models.attention.choice import AttentionChoice
 from ptp_lightning.models.attention.dense import Dense
 from ptp_lightning.models.attention.dispatch import register_attention
+from ptp_lightning.models.attention.sliding_window import FULL, SLIDING
 from ptp_lightning.models.lora.gated_linear import GatedLoraLinear
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def require_supported(network: PredictorNetwork) -> None:
     if model.device.type == "meta":
         return
     kind = model.config.model_type
-    with _named_errors(kind):
+    with _named_errors(model.config):
         batch = _batch(network)
         _require_own_logits(network, batch, kind)
         _require_positions(network, batch, kind)
@@ -225,21 +226,24 @@ def _difference(found: Tensor, expected: Tensor) -> float:
 
 
 @contextmanager
-def _named_errors(kind: str) -> Iterator[None]:
+def _named_errors(config: PreTrainedConfig) -> Iterator[None]:
     """Any error of a model that takes no masks, no positions or no cache of ours, as one line."""
     try:
         yield
     except ValueError as error:
         if str(error).startswith("expected "):
             raise
-        raise _unsupported(kind, error) from error
+        raise _unsupported(config, error) from error
     except (LookupError, AssertionError, AttributeError, RuntimeError, TypeError) as error:
-        raise _unsupported(kind, error) from error
+        raise _unsupported(config, error) from error
 
 
-def _unsupported(kind: str, error: Exception) -> ValueError:
+def _unsupported(config: PreTrainedConfig, error: Exception) -> ValueError:
+    types = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or []
+    others = sorted(set(types) - {FULL, SLIDING})
+    layers = f" with layers of type {', '.join(others)}" if others else ""
     reason = " ".join(str(error).split())[:200]
     return ValueError(
-        f"expected a base model that takes masks, positions and a cache of keys and values, found {kind}, which fails "
-        f"with {type(error).__name__}: {reason}: {ADVICE}"
+        "expected a base model that takes masks, positions and a cache of keys and values, found "
+        f"{config.model_type}{layers}, which fails with {type(error).__name__}: {reason}: {ADVICE}"
     )

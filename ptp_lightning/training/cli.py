@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from ptp_lightning.training.distributed.termination import TerminateTogether
 from ptp_lightning.training.run_folder import SaveRunConfig, newest_checkpoint
+from ptp_lightning.training.settings import require_sections, require_trainer_settings
 from ptp_lightning.utils.named_files import find_yaml
 from ptp_lightning.utils.renamed_keys import require_current_names
 from ptp_lightning.utils.user_errors import EXIT_CODE, plain_reason
@@ -102,6 +103,14 @@ class TrainingCLI(LightningCLI):
         parser.add_class_arguments(ModelCheckpoint, "checkpoint")
         parser.set_defaults({f"checkpoint.{name}": value for name, value in CHECKPOINT_DEFAULTS.items()})
 
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """See `LightningCLI.init_parser`; abbreviated options are refused, which may come to mean others."""
+        return super().init_parser(allow_abbrev=False, **kwargs)
+
+    def before_instantiate_classes(self) -> None:
+        """Check the trainer's settings before the model is built."""
+        require_trainer_settings(self._get(self.config, "trainer"))
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add the `ModelCheckpoint`; remove callbacks that need a progress bar or a logger where there is none."""
         trainer: Any = self._get(self.config_init, "trainer")
@@ -172,6 +181,7 @@ def parsed(
     """
     args = [*sys.argv[1:]] if args is None else args
     require_current_names(options_of(args), "command line")
+    require_sections(options_of(args), "command line")
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     silence_library_noise()
     options.setdefault("save_config_callback", SaveRunConfig)
@@ -205,7 +215,9 @@ def with_found_configs(args: Sequence[str]) -> list[str]:
         if isfile(path):
             with suppress(yaml.YAMLError):  # reported by the parser
                 config = yaml.safe_load(path.read_text(encoding="utf-8"))
-                require_current_names(config if isinstance(config, dict) else {}, str(path))
+                config = config if isinstance(config, dict) else {}
+                require_current_names(config, str(path))
+                require_sections(config, str(path))
             if has_value:
                 found[k] = f"{option}={path}"
             else:

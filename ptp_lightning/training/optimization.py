@@ -40,20 +40,22 @@ class OptimizerSettings:
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
-        if self.learning_rate <= 0:
-            raise ValueError(f"expected optimizer.learning_rate > 0, found {self.learning_rate}")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"expected a finite optimizer.learning_rate > 0, found {self.learning_rate}")
         if self.adamw_learning_rate is not None:
             if self.name != "muon":
                 raise ValueError(
                     "expected optimizer.adamw_learning_rate with optimizer.name: muon only, found "
                     f"{self.adamw_learning_rate} with {self.name}"
                 )
-            if self.adamw_learning_rate <= 0:
-                raise ValueError(f"expected optimizer.adamw_learning_rate > 0, found {self.adamw_learning_rate}")
+            if not 0 < self.adamw_learning_rate < math.inf:
+                raise ValueError(
+                    f"expected a finite optimizer.adamw_learning_rate > 0, found {self.adamw_learning_rate}"
+                )
         if not 0 <= self.decay_fraction <= 1:
             raise ValueError(f"expected optimizer.decay_fraction between 0 and 1, found {self.decay_fraction}")
         for name in ("weight_decay", "warmup_steps"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"expected optimizer.{name} >= 0, found {getattr(self, name)}")
 
 

@@ -66,6 +66,11 @@ class TestSettings:
         with pytest.raises(ValueError, match=f"{name} >="):
             GenerationSettings(**options)  # pyright: ignore[reportArgumentType]
 
+    @pytest.mark.parametrize("name", ["window_length", "slot_budget"])
+    def test_more_slots_than_any_memory_holds_are_refused(self, name: str) -> None:
+        with pytest.raises(ValueError, match=f"expected {name} <= 65536, found 1000000000"):
+            GenerationSettings(**{name: 10**9})  # pyright: ignore[reportArgumentType]
+
 
 class TestEnd:
     def test_the_end_of_text_token_is_the_last(self) -> None:

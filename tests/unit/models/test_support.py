@@ -46,7 +46,7 @@ def test_scaled_and_capped_logits_are_those_of_the_model(kind: str, options: dic
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "recurrent": ("recurrent_gemma", {"head_dim": 16, "lru_width": 32, "attention_window_size": 16}, "packed rows"),
-    "convolutions": ("lfm2", {"layer_types": ["conv", "full_attention"]}, "lfm2, which fails with"),
+    "convolutions": ("lfm2", {"layer_types": ["conv", "full_attention"]}, "lfm2 with layers of type conv, which fails"),
     "ALiBi": (
         "falcon",
         {"alibi": True, "num_key_value_heads": ..., "intermediate_size": ..., "max_position_embeddings": ...,

@@ -1,0 +1,123 @@
+"""Settings of a run that are refused by their keys, before a model is built or a file is written."""
+
+from __future__ import annotations
+
+import math
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from ptp_lightning.models.config import PredictorConfig
+
+
+def _has_gpu() -> bool:
+    return torch.cuda.is_available() or torch.backends.mps.is_available()
+
+
+ACCELERATORS: dict[str, Callable[[], bool]] = {
+    "gpu": _has_gpu,
+    "cuda": torch.cuda.is_available,
+    "mps": torch.backends.mps.is_available,
+}
+MINIMA = {
+    "max_steps": -1,
+    "max_epochs": -1,
+    "accumulate_grad_batches": 1,
+    "log_every_n_steps": 0,
+    "gradient_clip_val": 0,
+}
+"""Smallest values below `trainer`; null is allowed."""
+SEARCHES = ("LearningRateFinder", "BatchSizeFinder")
+
+
+def require_trainer_settings(trainer: Mapping[str, Any]) -> None:
+    """Refuse what Lightning refuses late, without the name of the key, or not at all.
+
+    Args:
+        trainer: the parsed settings below `trainer`.
+
+    Raises:
+        ValueError: a value is out of its range, a device is not there, or a callback searches settings.
+
+    >>> require_trainer_settings({"accelerator": "cpu", "max_steps": -5})
+    Traceback (most recent call last):
+    ValueError: expected trainer.max_steps >= -1, found -5
+    """
+    for name, minimum in MINIMA.items():
+        value = trainer.get(name)
+        if value is not None and not minimum <= value < math.inf:
+            raise ValueError(f"expected trainer.{name} >= {minimum}, found {value}")
+    interval = trainer.get("val_check_interval")
+    if isinstance(interval, (int, float)) and not interval > 0:
+        raise ValueError(f"expected trainer.val_check_interval > 0, found {interval}")
+    if trainer.get("devices") in (0, "0", [], "[]"):
+        raise ValueError(f"expected trainer.devices auto or at least one, found {trainer['devices']}")
+    accelerator = trainer.get("accelerator")
+    if not ACCELERATORS.get(str(accelerator), lambda: True)():
+        raise ValueError(f"expected a trainer.accelerator that this machine has, found {accelerator}: set it to cpu")
+    callbacks = trainer.get("callbacks") or []
+    for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
+        name = str(getattr(callback, "class_path", "")).rpartition(".")[2]
+        if name in SEARCHES:
+            raise ValueError(
+                f"expected trainer.callbacks that observe a run, found {name}, which changes settings of the model "
+                "that this package takes from its configuration: remove it, and compare several runs"
+            )
+
+
+def require_sections(config: Mapping[str, Any], place: str) -> None:
+    """Refuse `null` where a section has to be.
+
+    Args:
+        config: keys and values as they are written, keys dotted or nested.
+        place: where they are written, for the error.
+
+    Raises:
+        ValueError: a section is null.
+
+    >>> require_sections({"model": {"init_args": {"predictor": {"lora": None}}}}, "a.yaml")
+    Traceback (most recent call last):
+    ValueError: a.yaml: expected settings of model.init_args.predictor.lora, found null: leave it out for its defaults
+    """
+    for key, value in _leaves(config):
+        parts = [part for part in key.split(".") if part != "init_args"]
+        owner = parts[-2] if len(parts) > 1 else ""
+        if value in (None, "null", "None") and parts[-1] in _sections().get(owner, ()):
+            raise ValueError(f"{place}: expected settings of {key}, found null: leave it out for its defaults")
+
+
+def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _sections() -> dict[str, frozenset[str]]:
+    """Names of sections that are never null, by the section that holds them."""
+    from ptp_lightning import data, training
+
+    modules = [getattr(training, name) for name in training.__all__ if name.endswith("Module")]
+    data_modules = [getattr(data, name) for name in data.__all__ if name.endswith("DataModule")]
+    return {
+        "": frozenset({"model", "data", "trainer"}),
+        "model": _never_null(*modules),
+        "data": _never_null(*data_modules),
+        "predictor": _never_null(PredictorConfig),
+    }
+
+
+def _never_null(*classes: type) -> frozenset[str]:
+    """Parameters of these classes that are sections and that none of them takes as None."""
+    names, optional = set[str](), set[str]()
+    for one in classes:
+        for name, hint in typing.get_type_hints(one.__init__).items():
+            if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+                optional.add(name)
+            elif isinstance(hint, type) and hint.__module__.startswith("ptp_lightning."):
+                names.add(name)
+    return frozenset(names - optional)
