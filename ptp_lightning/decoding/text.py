@@ -83,7 +83,7 @@ class Options(TypedDict, total=False):
 def tokenizer_of(predictor: PredictorNetwork) -> PreTrainedTokenizerBase:
     """The tokenizer of the predictor's base model; errors as in `ptp_lightning.utils.pretrained.load_tokenizer`."""
     backbone = predictor.config.backbone
-    return load_tokenizer(backbone.path, revision=backbone.revision, key=PATH_KEY)
+    return load_tokenizer(predictor.backbone_path, revision=backbone.revision, key=PATH_KEY)
 
 
 def generate(

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ptp_lightning.utils.atomic_files import write_atomically
+
 RUN_FILE, RECORDS_FILE = "run.json", "records.jsonl"
 ALL_POSITIONS = "all_positions"  # instead of a decoder's name, in records of `correct_tokens_at_all_positions`
 
@@ -86,11 +88,11 @@ class RecordFile:
         self._path = folder / RECORDS_FILE
         stored = folder / RUN_FILE
         if stored.is_file():
-            _require_same(json.loads(stored.read_text(encoding="utf-8")), json.loads(json.dumps(run)), folder)
+            _require_same(_object_in(stored.read_bytes(), str(stored)), json.loads(json.dumps(run)), folder)
         elif self._path.is_file():
             raise ValueError(f"expected {stored} beside {self._path}, found none: choose another --output")
         else:
-            stored.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+            write_atomically(stored, (json.dumps(run, indent=2) + "\n").encode())
         self.records = {record.key: record for record in self._read()}
 
     def append(self, record: Record) -> None:
@@ -109,12 +111,24 @@ class RecordFile:
                 file.truncate(whole)
         names = {field.name for field in fields(Record)}
         for number, line in enumerate(text[:whole].splitlines(), start=1):
-            row = json.loads(line)
+            row = _object_in(line, f"{self._path}, line {number}")
             if row.keys() != names:
                 raise ValueError(
                     f"{self._path}, line {number}: expected a record, found {sorted(row)}: choose another --output"
                 )
             yield Record(**row)
+
+
+def _object_in(content: bytes, place: str) -> dict[str, Any]:
+    """A JSON object; `place` is for errors."""
+    try:
+        plain = json.loads(content)
+        if isinstance(plain, dict):
+            return plain
+        found: object = type(plain).__name__
+    except (ValueError, RecursionError) as error:
+        found = error
+    raise ValueError(f"{place}: expected a JSON object, found {found}: remove the file, or choose another --output")
 
 
 def _require_same(stored: dict[str, Any], given: dict[str, Any], folder: Path) -> None:

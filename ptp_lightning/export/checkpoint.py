@@ -45,7 +45,7 @@ from ptp_lightning.models.backbone import BackboneSettings, load_backbone
 from ptp_lightning.models.config import PredictorConfig
 from ptp_lightning.models.network import TOKEN_RANKS, PredictorNetwork
 from ptp_lightning.models.students import GatedLoraStudent
-from ptp_lightning.utils.pretrained import PATH_KEY, clear_errors, few, listing
+from ptp_lightning.utils.pretrained import PATH_KEY, clear_errors, few, listing, require_no_url
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -113,6 +113,7 @@ def load_network(
 def read_predictor(path: str | Path | None = None) -> StoredPredictor:
     """Read what `load_network` needs; arguments and errors as there, without those about the base model."""
     path = DEFAULT_ADAPTER if path is None else path
+    require_no_url(path, CHECKPOINT_KEY)
     target = packaged_adapter_folder(str(path)) if path in PACKAGED_ADAPTERS else Path(path).expanduser()
     if (target / PREDICTOR_FOLDER / SETTINGS_FILE).is_file():
         stored = _read_folder(target / PREDICTOR_FOLDER)

@@ -8,6 +8,7 @@ holds the predictor in a folder of its own, and `custom_generate/generate.py`, w
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +73,10 @@ def save_with_base_model(
     """Write the folder, complete or not at all; arguments and errors as in `save_network`."""
     target = require_free_folder(folder)
     backbone = predictor.config.backbone
+    located = replace(backbone, path=predictor.backbone_path)
     with replacing(target) as draft:
-        load_backbone(backbone).save_pretrained(str(draft))  # again, because the predictor's base model has the adapter
-        load_tokenizer(backbone.path, revision=backbone.revision, key=PATH_KEY).save_pretrained(str(draft))
+        load_backbone(located).save_pretrained(str(draft))  # again, because the predictor's base model has the adapter
+        load_tokenizer(located.path, revision=backbone.revision, key=PATH_KEY).save_pretrained(str(draft))
         save_network(predictor, draft / PREDICTOR_FOLDER, dtype=dtype, training=training)
         card = CARD.format(
             base_model=json.dumps(backbone.path),  # JSON strings are YAML strings

@@ -27,6 +27,7 @@ from ptp_lightning.models.support import require_finite, require_supported, requ
 from ptp_lightning.models.token_order import require_permutation, similar_tokens_together
 from ptp_lightning.models.training_changes import prepare_for_training
 from ptp_lightning.sampling import Sampler, SamplingConfig
+from ptp_lightning.utils.pretrained import absolute_if_local
 
 TOKEN_RANKS, DRAFT_TOKEN_IDS = "slot_encoder.token_ranks", "slot_encoder.draft_token_ids"
 
@@ -48,6 +49,7 @@ class PredictorNetwork(nn.Module):
 
     Attributes:
         attention: chooses the attention back-end of windows.
+        backbone_path: `config.backbone.path`, which another working folder leaves valid.
         packed_weights: copies of linear weights for decoding on a CPU, empty until then (see `prepare_for_decoding`).
         lower_layers: encode tokens for a `Refiner`; None if it reads their embeddings.
         draft_head: the output head over the draft vocabulary; None without one.
@@ -61,6 +63,7 @@ class PredictorNetwork(nn.Module):
         super().__init__()
         self.config = config
         self.prefix_counts: list[int] | None = None
+        self.backbone_path = absolute_if_local(config.backbone.path)
         backbone = load_backbone(config.backbone) if backbone is None else backbone
         require_text_model(backbone.config)
         # Weights that are trained cannot identify the base model.

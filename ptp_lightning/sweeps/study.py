@@ -278,10 +278,12 @@ def load_study(path: Path, *, full: bool) -> Study:
     if not isinstance(plain, dict):
         raise ValueError(f"{path}: expected the keys of a study, found {type(plain).__name__}")
     require_current_names(plain, str(path))
-    quick = plain.pop(QUICK, {})
+    quick = plain.pop(QUICK, None) or {}
+    if not isinstance(quick, dict):
+        raise ValueError(f"{path}: expected keys of a study below {QUICK}, found {type(quick).__name__}")
     if not full:
         for key, value in quick.items():
-            merged = plain.get(key, {}) | value if key in ENTRY_BY_ENTRY else value
+            merged = (plain.get(key) or {}) | (value or {}) if key in ENTRY_BY_ENTRY else value
             plain[key] = {k: v for k, v in merged.items() if v is not None} if key in ENTRY_BY_ENTRY else merged
     plain = _with_class_paths_as_text(plain)
     parser = ArgumentParser(exit_on_error=False)

@@ -45,6 +45,7 @@ def locate(path: str, *, revision: str | None = None, key: str = PATH_KEY) -> di
     if path in PACKAGED_MODELS:
         return {"pretrained_model_name_or_path": str(packaged_folder(path, key=key)), **LOCAL}
     local = embedded_folder() if path == EMBEDDED else Path(path).expanduser()
+    require_no_url(path, key)
     if local.is_dir():
         return {"pretrained_model_name_or_path": str(local), **LOCAL}
     if local.is_file():
@@ -54,6 +55,32 @@ def locate(path: str, *, revision: str | None = None, key: str = PATH_KEY) -> di
         expected = "GGUF file" if local.suffix == ".gguf" else "model folder"
         raise FileNotFoundError(f"expected a {expected} at {local}, found nothing: set {key}")
     return {"pretrained_model_name_or_path": path, "revision": revision, "trust_remote_code": False}
+
+
+def absolute_if_local(path: str) -> str:
+    """The absolute path of a file or folder; names of packaged models and hub ids as they are.
+
+    >>> absolute_if_local("embedded")
+    'embedded'
+    """
+    if path == EMBEDDED or path in PACKAGED_MODELS:
+        return path
+    local = Path(path).expanduser()
+    return str(local.absolute()) if local.exists() else path
+
+
+def require_no_url(path: str | Path, key: str) -> None:
+    """Refuse addresses where a file is opened.
+
+    Raises:
+        ValueError: the path begins with a scheme.
+
+    >>> require_no_url("https://example.org/a.ckpt", "--ckpt_path")
+    Traceback (most recent call last):
+    ValueError: expected a path, found the address https://example.org/a.ckpt: download it, and set --ckpt_path
+    """
+    if isinstance(path, str) and "://" in path:
+        raise ValueError(f"expected a path, found the address {path}: download it, and set {key}")
 
 
 def load_tokenizer(path: str, *, revision: str | None = None, key: str = TOKENIZER_KEY) -> PreTrainedTokenizerBase:

@@ -22,7 +22,15 @@ def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def ids_as_written(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of a text without special tokens but those that it spells out."""
+    """Token ids of a text without special tokens but those that it spells out.
+
+    Raises:
+        ValueError: it is no Unicode text: bytes of a command line that are not UTF-8, or escapes of a JSON file.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"expected Unicode text, found {error}: write it in UTF-8") from error
     return tokenizer.encode(text, add_special_tokens=False, verbose=False)
 
 

@@ -7,6 +7,7 @@ import warnings
 from argparse import ArgumentError
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import TextIOWrapper
 
 EXIT_CODE = 2
 INTERRUPTED = 128 + 2  # the exit status of a process that SIGINT has ended, as shells report it
@@ -26,6 +27,9 @@ def run_plainly(dispatch: Callable[[list[str]], None]) -> None:
     exit status 2. With PTP_TRACEBACK=1 in the environment they are raised.
     """
     args = sys.argv[1:]
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a terminal may be unable to show a character
+            stream.reconfigure(errors="backslashreplace")
     if os.environ.get("PTP_TRACEBACK"):
         dispatch(args)
         return

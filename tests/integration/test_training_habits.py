@@ -79,6 +79,14 @@ def test_a_file_that_is_no_checkpoint(content: bytes, config: Path) -> None:
         fit("--ckpt_path", "bad.ckpt")
 
 
+@pytest.mark.parametrize("content", [{"weight": torch.ones(1)}, [1, 2]], ids=["weights", "list"])
+def test_a_file_of_something_else(content: Any, config: Path) -> None:
+    torch.save(content, "foreign.ckpt")
+    message = r"^expected a checkpoint of fit, found .*foreign\.ckpt, which holds something else: set ckpt_path$"
+    with pytest.raises(ValueError, match=message):
+        fit("--ckpt_path", "foreign.ckpt")
+
+
 def test_a_folder_is_no_checkpoint(config: Path) -> None:
     with pytest.raises(ValueError, match="expected a checkpoint file, found the folder"):
         fit("--ckpt_path", ".")

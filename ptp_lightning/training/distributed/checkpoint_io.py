@@ -13,6 +13,8 @@ from lightning.fabric.utilities.cloud_io import get_filesystem
 from ptp_lightning.utils.atomic_files import atomic_write
 from ptp_lightning.utils.pretrained import clear_errors
 
+VERSION_KEY = "pytorch-lightning_version"
+
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Reads weights and plain data only, and writes atomically.
@@ -36,7 +38,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             ValueError: the file is no checkpoint, is not complete, or holds more than weights and plain data.
         """
         with clear_errors(path, "ckpt_path"):
-            return super().load_checkpoint(path, map_location, weights_only=True)
+            checkpoint = super().load_checkpoint(path, map_location, weights_only=True)
+        if not isinstance(checkpoint, dict) or VERSION_KEY not in checkpoint:
+            raise ValueError(f"expected a checkpoint of fit, found {path}, which holds something else: set ckpt_path")
+        return checkpoint
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """See `CheckpointIO.save_checkpoint`.

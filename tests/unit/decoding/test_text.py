@@ -1,6 +1,7 @@
 """From text to text: what is streamed is what is returned, in whole characters, with either decoder."""
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +12,12 @@ from transformers import PreTrainedTokenizerFast
 
 from ptp_lightning.decoding import Generation, generate, generate_batch
 from ptp_lightning.decoding.text import INCOMPLETE, IncrementalDetokenizer, end_of_text_ids
+from ptp_lightning.models import BackboneSettings, PredictorConfig
 from ptp_lightning.models.network import PredictorNetwork
 from ptp_lightning.predictor import ParallelTokenPredictor
 from ptp_lightning.sampling import SamplingConfig
 from tests.helpers.byte_tokenizer import END_OF_TEXT_ID, byte_tokenizer
+from tests.helpers.tiny_models import tiny_llama
 from tests.helpers.tiny_predictors import tiny_predictor
 
 TOKENIZER = byte_tokenizer()
@@ -49,6 +52,25 @@ class TestGenerate:
         assert result.text == TOKENIZER.decode(result.token_ids)
         assert result.accepted_per_call == 20 / result.num_calls
         assert result.seconds > 0
+
+    @pytest.mark.parametrize("code", [0xDCFF, 0xD800], ids=["byte", "surrogate"])
+    def test_prompts_that_are_no_unicode_text(self, code: int) -> None:
+        """A byte of the command line that is not UTF-8, and half of a pair in a JSON file."""
+        prompt = f"a {chr(code)}"
+        with pytest.raises(ValueError, match=r"^expected Unicode text, found [^\n]*: write it in UTF-8$"):
+            continue_text(prompt)
+
+    def test_a_relative_path_is_that_of_the_folder_in_which_it_was_given(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        base = tmp_path / "base"
+        tiny_llama(vocab_size=257).save_pretrained(base)
+        TOKENIZER.save_pretrained(base)
+        monkeypatch.chdir(tmp_path)
+        network = PredictorNetwork(PredictorConfig(BackboneSettings("base"), window_length=4))
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir("elsewhere")
+        assert generate(network, "def ", max_new_tokens=2).num_tokens == 2
 
     def test_streams_add_up_to_the_result(self) -> None:
         tokens: list[int] = []

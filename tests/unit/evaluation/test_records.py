@@ -1,5 +1,7 @@
 """Records are read after a kill, and belong to one evaluation."""
 
+import errno
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,6 +35,26 @@ def test_an_incomplete_line_is_truncated(kept: int, tmp_path: Path) -> None:
     assert list(again.records.values()) == [RECORD]
     again.append(replace(RECORD, seed=1))
     assert path.read_bytes() == first + second
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff", b"[" * 100_000], ids=lambda content: content[:3])
+@pytest.mark.parametrize("name", [RUN_FILE, RECORDS_FILE])
+def test_unreadable_files_are_named(name: str, content: bytes, tmp_path: Path) -> None:
+    """As an early version left them on a full disk."""
+    RecordFile(tmp_path, RUN).append(RECORD)
+    (tmp_path / name).write_bytes(content + b"\n")
+    with pytest.raises(ValueError, match=rf"{name}.*expected a JSON object, found .*choose another --output"):
+        RecordFile(tmp_path, RUN)
+
+
+def test_a_full_disk_leaves_no_empty_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="No space left"):
+        RecordFile(tmp_path, RUN)
+    assert not list(tmp_path.iterdir())
 
 
 def test_another_evaluation_is_rejected(tmp_path: Path) -> None:

@@ -69,6 +69,19 @@ def test_quick_entries_stand_in_for_those_of_the_full_version(tmp_path: Path) ->
     assert (study_name(path, full=True), study_name(path, full=False)) == ("tiny", "tiny_quick")
 
 
+@pytest.mark.parametrize("quick", [None, {}, {"overrides": None}])
+def test_a_quick_version_that_changes_nothing(quick: Any, tmp_path: Path) -> None:
+    path = write_study(tmp_path, quick=quick)
+    quick_version, full_version = (load_study(path, full=full) for full in (False, True))
+    assert quick_version.points() == full_version.points()
+    assert quick_version.overrides == full_version.overrides
+
+
+def test_a_quick_version_is_a_mapping(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"tiny\.yaml: expected keys of a study below quick, found list"):
+        load_study(write_study(tmp_path, quick=[1]), full=False)
+
+
 def test_classes_in_overrides_stay_names(tmp_path: Path) -> None:
     beta = {"class_path": "p.Beta", "init_args": {"b": 2, "inner": {"class_path": "p.C"}}}
     study = load_study(write_study(tmp_path, variants={"v": {"x": {"s.t": beta}}}), full=True)

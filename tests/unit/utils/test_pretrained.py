@@ -33,6 +33,10 @@ class TestLocate:
         assert embedded_folder().parts[-3:] == ("ptp_lightning", "assets", "embedded_teacher")
         assert (embedded_folder() / "tokenizer.json").is_file()
 
+    def test_addresses(self) -> None:
+        with pytest.raises(ValueError, match=r"found the address http://x\.y/z: .* set data\.tokenizer"):
+            load_tokenizer("http://x.y/z")
+
     def test_folder(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(folder.parent)
         monkeypatch.setenv("HOME", str(folder.parent))
