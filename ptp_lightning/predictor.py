@@ -100,8 +100,9 @@ class ParallelTokenPredictor:
         Args:
             prompt: text, or at least one token id.
             max_new_tokens: the most tokens to add.
-            sampling: temperature, top-k and top-p; by default those that the adapter was trained for. Others may lower
-                the acceptance, never the exactness.
+            sampling: temperature, top-k, top-p, penalties; by default those that the adapter was trained for. Others
+                may lower the acceptance, never the exactness. Penalties and min-p that they leave open (None) are those
+                of `generation_config.json` in the base model's folder.
             seed: of the auxiliaries. The same seed gives the same text with every decoder.
             decoder: "speculative" and "partial_quadratic" write several tokens per call, "autoregressive" one.
             window_length: tokens drafted per cycle; by default as in training.

@@ -1,4 +1,4 @@
-"""From logits to the distribution that is sampled from: temperature, then top-k, then top-p.
+"""From logits to the distribution that is sampled from: temperature, then top-k, then top-p, then min-p.
 
 The order in which the cumulative distribution lists the vocabulary is part of these settings: an auxiliary `u`
 determines a token only together with that order (arXiv:2512.21323).
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ptp_lightning.draft_vocabulary import DraftVocabulary
+from ptp_lightning.token_ranking import rank_tokens
 
 Order = Literal["vocabulary", "descending", "embedding"]
 
@@ -154,6 +155,14 @@ class SamplingConfig:
             fixed permutation that a `Sampler` adds, see `ptp_lightning.models.token_order`). In a fixed order, an
             estimated distribution picks the teacher's token more often: if two near-tied tokens swap ranks, their
             intervals swap in the order "descending" and stay where they are in a fixed order.
+        min_p: of the tokens that top-p keeps, keep those with at least this share of the largest probability.
+        repetition_penalty: a token that the text or its prompt contains has its logit divided by this number, or
+            multiplied if negative (arXiv:1909.05858). Like `no_repeat_ngram_size` it depends on all tokens before, so
+            it takes part in decoding (see `PrefixPenalties`) but not in training. 1 is no penalty.
+        no_repeat_ngram_size: n; no n consecutive tokens occur twice in the text and its prompt. 0 allows them.
+
+    The last three are None by default. Where a text is decoded, the `generation_config.json` of the model's folder then
+    decides, as in transformers; elsewhere, or if it says nothing, they are off.
 
     Raises:
         ValueError: for a value out of range; names the key.
@@ -169,6 +178,9 @@ class SamplingConfig:
     top_k: int | None = None
     top_p: float = 1.0
     order: Order = "vocabulary"
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    no_repeat_ngram_size: int | None = None
 
     def __post_init__(self) -> None:
         if self.temperature != 0 and not SMALLEST_TEMPERATURE <= self.temperature < math.inf:
@@ -181,27 +193,43 @@ class SamplingConfig:
             raise ValueError(f"top_p must satisfy 0 < top_p <= 1, found {self.top_p}")
         if self.order not in get_args(Order):
             raise ValueError(f"order must be one of {', '.join(get_args(Order))}, found {self.order!r}")
+        if not 0 <= (self.min_p or 0) <= 1:
+            raise ValueError(f"min_p must be null or satisfy 0 <= min_p <= 1, found {self.min_p}")
+        if self.repetition_penalty is not None and not 0 < self.repetition_penalty < math.inf:
+            raise ValueError(f"repetition_penalty must be null or finite and > 0, found {self.repetition_penalty}")
+        if (self.no_repeat_ngram_size or 0) < 0:
+            raise ValueError(f"no_repeat_ngram_size must be null or >= 0, found {self.no_repeat_ngram_size}")
+
+    @property
+    def depends_on_prefix(self) -> bool:
+        """Whether logits change with the tokens before them."""
+        return self.repetition_penalty not in (None, 1) or bool(self.no_repeat_ngram_size)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, without settings that are left open (None)."""
+        open_values = ("min_p", "repetition_penalty", "no_repeat_ngram_size")
+        return {name: value for name, value in vars(self).items() if value is not None or name not in open_values}
 
     def keeps_all_tokens(self, vocab_size: int) -> bool:
         """Whether distributions list every token of the vocabulary."""
         return self.temperature > 0 and (self.top_k is None or self.top_k >= vocab_size)
 
     def target(self) -> SamplingConfig:
-        """Settings of the distributions that students learn: all but top-p.
+        """Settings of the distributions that students learn: all but top-p and min-p.
 
-        A network cannot fit the discontinuous edge of a nucleus. It learns the distribution before top-p instead, and
-        `for_student` applies top-p to its logits exactly as the teacher does.
+        A network cannot fit the discontinuous edge of a nucleus. It learns the distribution before it instead, and
+        `for_student` applies top-p and min-p to its logits exactly as the teacher does.
 
-        >>> SamplingConfig(temperature=0.8, top_k=50, top_p=0.9).target()
-        SamplingConfig(temperature=0.8, top_k=50, top_p=1.0, order='vocabulary')
+        >>> SamplingConfig(temperature=0.8, top_k=50, top_p=0.9).target() == SamplingConfig(temperature=0.8, top_k=50)
+        True
         """
-        return replace(self, top_p=1.0)
+        return replace(self, top_p=1.0, min_p=None)
 
     def for_student(self) -> SamplingConfig:
         """Settings for student logits, which were trained on `target`: the temperature must not act a second time.
 
-        >>> SamplingConfig(temperature=0.8, top_k=50, top_p=0.9).for_student()
-        SamplingConfig(temperature=1.0, top_k=50, top_p=0.9, order='vocabulary')
+        >>> SamplingConfig(temperature=0.8, top_k=50, top_p=0.9).for_student() == SamplingConfig(top_k=50, top_p=0.9)
+        True
         """
         return replace(self, temperature=1.0 if self.temperature > 0 else 0.0)
 
@@ -216,12 +244,12 @@ class SamplingConfig:
         self, logits: Tensor, token_ranks: Tensor | None = None
     ) -> tuple[TokenDistribution, TokenDistribution]:
         """`distribution(...)` and `target().distribution(...)` of the same logits; ranks the tokens once."""
-        if self.top_p == 1 or self.temperature == 0:
+        if not self._has_edge or self.temperature == 0:
             distribution = self.distribution(logits, token_ranks)
             return distribution, distribution
         scores, token_ids = self._candidates(logits, _peak(logits))
         return (
-            self._listed(self._keep_top_p(scores), token_ids, logits, token_ranks),
+            self._listed(self._keep_likely(scores), token_ids, logits, token_ranks),
             self._listed(scores, token_ids, logits, token_ranks),
         )
 
@@ -243,14 +271,14 @@ class SamplingConfig:
         if self.temperature == 0:
             token_ids = logits.argmax(-1, keepdim=True)  # the first, hence the lowest id, among equals
             return TokenDistribution(torch.ones_like(peak, dtype=_compute_dtype(logits)), token_ids)
-        if self.top_p == 1 and self._num_candidates(logits) == logits.shape[-1] and self.order != "descending":
+        if not self._has_edge and self._num_candidates(logits) == logits.shape[-1] and self.order != "descending":
             probabilities = self._scores(logits, peak).softmax(-1)
             if self.order == "vocabulary":
                 return TokenDistribution(probabilities)
             token_ids = self._required(token_ranks, logits).argsort()
             return TokenDistribution(probabilities[..., token_ids], token_ids.expand(logits.shape))
         scores, token_ids = self._candidates(logits, peak)
-        return self._listed(self._keep_top_p(scores), token_ids, logits, token_ranks)
+        return self._listed(self._keep_likely(scores), token_ids, logits, token_ranks)
 
     def _num_candidates(self, logits: Tensor) -> int:
         return min(self.top_k or logits.shape[-1], logits.shape[-1])
@@ -288,13 +316,24 @@ class SamplingConfig:
         dtype = _compute_dtype(logits)
         return (logits.to(dtype) - peak.to(dtype)) / self.temperature
 
-    def _keep_top_p(self, scores: Tensor) -> Tensor:
-        """Scores `[..., K]` in rank order, with -inf where earlier tokens already have `top_p` of the mass."""
-        if self.top_p == 1:
-            return scores
-        units = TokenDistribution(scores.softmax(-1)).cumulative_units()
-        before = torch.nn.functional.pad(units[..., :-1], (1, 0))
-        return scores.masked_fill(before >= self.top_p * units[..., -1:], -math.inf)
+    @property
+    def _has_edge(self) -> bool:
+        """Whether `_keep_likely` removes tokens."""
+        return self.top_p < 1 or bool(self.min_p)
+
+    def _keep_likely(self, scores: Tensor) -> Tensor:
+        """Scores `[..., K]` in rank order, the first 0, with -inf where top-p or min-p removes a token.
+
+        Top-p removes it where earlier tokens already have `top_p` of the mass.
+        """
+        kept = scores
+        if self.top_p < 1:
+            units = TokenDistribution(scores.softmax(-1)).cumulative_units()
+            before = torch.nn.functional.pad(units[..., :-1], (1, 0))
+            kept = kept.masked_fill(before >= self.top_p * units[..., -1:], -math.inf)
+        if self.min_p:
+            kept = kept.masked_fill(scores < math.log(self.min_p), -math.inf)
+        return kept
 
 
 @dataclass(frozen=True)
@@ -347,40 +386,6 @@ def _peak(logits: Tensor) -> Tensor:
         "16-bit overflow (try trainer.precision: 32-true)",
     )
     return peak
-
-
-def rank_tokens(logits: Tensor, k: int) -> Tensor:
-    """Ids `[..., k]` of the first k tokens of `[..., V]` by (logit descending, token id ascending).
-
-    `torch.topk` does not define the order of equal values, so equal values get distinct keys. Float32 on CPU needs keys
-    only in the few rows with a tie among the first k + 1 values.
-
-    >>> rank_tokens(torch.tensor([1.0, 3.0, 3.0, 2.0]), k=3)
-    tensor([1, 2, 3])
-    """
-    # Exact alternatives on [4096, 2048], k = 50, one thread (float32 / bfloat16, where most rows hold a tie):
-    # topk with keys for tied rows 70 / 190 ms, keys for all rows 120 / 130 ms, stable sort 460 / 500 ms.
-    if logits.dtype == torch.float64:  # too wide for a key
-        return logits.sort(dim=-1, descending=True, stable=True).indices[..., :k]
-    if logits.dtype != torch.float32 or logits.is_cuda:  # on CUDA, selecting tied rows would synchronise
-        return _rank_by_key(logits, k)
-    best, token_ids = logits.topk(min(k + 1, logits.shape[-1]))
-    token_ids = token_ids[..., :k]
-    tied = (best[..., 1:] == best[..., :-1]).any(-1)
-    if tied.any():
-        token_ids[tied] = _rank_by_key(logits[tied], k)
-    return token_ids
-
-
-def _rank_by_key(logits: Tensor, k: int) -> Tensor:
-    """`rank` through distinct int64 keys: the logit in the high 32 bits, the complement of the id in the low 32."""
-    low_bits = 2**32 - 1
-    keys = (logits.float() + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into +0.0
-    keys ^= (keys >> 31) & 0x7FFFFFFF  # negative floats order backwards as integers
-    keys = keys.long()
-    keys <<= 32
-    keys |= low_bits - torch.arange(logits.shape[-1], device=logits.device)
-    return low_bits - (keys.topk(k).values & low_bits)
 
 
 def _compute_dtype(logits: Tensor) -> torch.dtype:

@@ -8,7 +8,7 @@ import torch
 
 from ptp_lightning.auxiliary import pick
 from ptp_lightning.decoding.generation import Decoded, GenerationSettings, OnTokens
-from ptp_lightning.decoding.state import begin_decoding, take_columns
+from ptp_lightning.decoding.state import begin_decoding
 from ptp_lightning.decoding.timing import PhaseTimer
 from ptp_lightning.models.network import PredictorNetwork
 
@@ -35,11 +35,11 @@ def decode_autoregressively(
     """
     with begin_decoding(predictor, prompts, settings, on_tokens, timer) as (context, texts, unread, counts):
         while texts.rows:
-            hidden, _ = context.read(unread)
-            context.keep(counts)
+            context.read(unread)
             context.timer.mark("forward")
-            last = take_columns(hidden, [count - 1 for count in counts], 1)
-            unread = pick(context.auxiliaries(texts.starts, 1), context.sampling.distribution(context.logits(last)))
+            logits = context.next_logits([count - 1 for count in counts], 1)
+            context.keep(counts)
+            unread = pick(context.auxiliaries(texts.starts, 1), context.sampling.distribution(logits))
             picks = unread.tolist()
             context.timer.mark("verifying")
             texts.commit(picks, num_calls=1)

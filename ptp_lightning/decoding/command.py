@@ -18,6 +18,7 @@ from ptp_lightning.decoding.comparison import (
 )
 from ptp_lightning.decoding.devices import select_device
 from ptp_lightning.decoding.generation import Generation, GenerationSettings
+from ptp_lightning.decoding.model_settings import TAKEN_OVER, with_model_settings
 from ptp_lightning.decoding.slot_allocation import expected_tokens
 from ptp_lightning.decoding.slot_budget import measure_best_budget
 from ptp_lightning.decoding.stop_strings import StopStrings
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
 MILLISECONDS_PER_SECOND = 1000
 CHAT_SEPARATOR = "\n\n"  # between a user's turn and the answer
-SAMPLING_OPTIONS = ("temperature", "top_k", "top_p")
+SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", *TAKEN_OVER)
 
 
 def run(args: Sequence[str]) -> None:
@@ -155,6 +156,8 @@ def _completed(
             "fewer tokens per call may be accepted",
             file=sys.stderr,
         )
+    with warnings_as_notes():
+        sampling = with_model_settings(predictor, sampling)
     window_length = settings.window_length if options.window_length else config.window_length
     settings = replace(settings, sampling=sampling, window_length=window_length, end_of_text=end_of_text)
     if options.decoder == "partial_quadratic" and options.slot_budget == "auto":
@@ -185,6 +188,10 @@ def _parser() -> ArgumentParser:
     add("--temperature", type=float, help="0 is greedy; this and the next two are by default the adapter's own")
     add("--top_k", type=int, help="keep the k most likely tokens; more than the vocabulary keeps all")
     add("--top_p", type=float, help="keep the most likely tokens that hold this mass together")
+    of_model = "by default that of the model's generation_config.json"
+    add("--min_p", type=float, help=f"keep tokens with this share of the largest probability; {of_model}")
+    add("--repetition_penalty", type=float, help=f"lowers logits of tokens in the text or prompt; {of_model}")
+    add("--no_repeat_ngram_size", type=int, help=f"no sequence of n tokens occurs twice; {of_model}")
     add("--stop", type=str, nargs="+", default=[], help="strings before which the text ends")
     add("--seed", type=int, default=0, help="of the auxiliaries; all decoders give the same text for it")
     add(
@@ -222,7 +229,8 @@ def _prompts(prompt: str | None, file: str | None) -> list[str]:
 
 
 def _describe(sampling: SamplingConfig) -> str:
-    return ", ".join(f"{name} {getattr(sampling, name)}" for name in SAMPLING_OPTIONS)
+    values = {name: getattr(sampling, name) for name in SAMPLING_OPTIONS}
+    return ", ".join(f"{name} {value}" for name, value in values.items() if value is not None or name not in TAKEN_OVER)
 
 
 def _measured_budget(predictor: PredictorNetwork, settings: GenerationSettings) -> int:

@@ -140,11 +140,16 @@ def _agreement(first: Measurement, other: Measurement) -> str:
 
 
 def generate_arguments(settings: GenerationSettings) -> dict[str, Any]:
-    """The settings as arguments of `generate`, which also applies temperature, top-k and top-p in this order."""
+    """The settings as arguments of `generate`, which also applies penalties, temperature, top-k, top-p and min-p so."""
     sampling = settings.sampling
-    chosen: dict[str, Any] = {"do_sample": sampling.temperature > 0}
+    chosen: dict[str, Any] = {
+        "do_sample": sampling.temperature > 0,
+        "repetition_penalty": float(sampling.repetition_penalty or 1.0),
+        "no_repeat_ngram_size": sampling.no_repeat_ngram_size or 0,
+    }
     if sampling.temperature > 0:
         chosen |= {"temperature": sampling.temperature, "top_k": sampling.top_k or 0, "top_p": sampling.top_p or 1.0}
+        chosen["min_p"] = sampling.min_p or 0.0
     ends = sorted(settings.end_of_text)
     return {
         "max_new_tokens": settings.max_new_tokens,

@@ -76,13 +76,16 @@ def draft_windows(
         next_logits = predictor.correction.next_logits(slots, predictor.slot_logits)
 
         def predict_next(slot: int, token_ids: Tensor) -> Tensor:
-            logits = next_logits(slot, predictor.embed(token_ids))
+            logits = context.penalized_slots(next_logits(slot, predictor.embed(token_ids)), first)
             return drafter(logits, auxiliaries[:, slot : slot + 1], [start + slot for start in drafted])
 
         return draft_left_to_right(first, num_slots, predict_next)
 
-    def predict_again(token_ids: Tensor) -> Tensor:
-        return drafter(predictor.slot_logits(context.correct(slots, token_ids)), auxiliaries, drafted)
+    def slot_logits(hidden: Tensor) -> Tensor:
+        return context.penalized_slots(predictor.slot_logits(hidden), first)
 
-    draft = torch.cat([first, drafter(predictor.slot_logits(slots), auxiliaries, drafted)], dim=1)
+    def predict_again(token_ids: Tensor) -> Tensor:
+        return drafter(slot_logits(context.correct(slots, token_ids)), auxiliaries, drafted)
+
+    draft = torch.cat([first, drafter(slot_logits(slots), auxiliaries, drafted)], dim=1)
     return refine_draft(draft, predictor.num_refinement_steps, predict_again)

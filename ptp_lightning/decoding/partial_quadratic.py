@@ -67,12 +67,12 @@ def decode_partially_quadratically(
             ]
 
             # Verify the draft and look ahead of each of its tokens.
-            hidden, slots = context.read(
+            _, slots = context.read(
                 torch.cat([known, drafts], dim=1), Lookahead.branches(counts, branches, context.device)
             )
             context.timer.mark("forward")
-            verified = take_columns(hidden, [count - 1 for count in counts], drafts.shape[1] + 1)
-            distribution = context.sampling.distribution(context.logits(verified))
+            logits = context.next_logits([count - 1 for count in counts], drafts.shape[1] + 1)
+            distribution = context.sampling.distribution(logits)
             picks = pick(context.auxiliaries(starts, drafts.shape[1] + 1), distribution)
             is_draft = torch.arange(drafts.shape[1]) < torch.tensor(draft_lengths).unsqueeze(1)
             is_correct = (drafts == picks[:, :-1]) & is_draft.to(context.device)

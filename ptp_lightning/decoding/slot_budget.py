@@ -102,8 +102,8 @@ def measure_costs(
                 begin = clock()
                 slots = [allocate_slots(lengths, length, budget)]
                 tokens = torch.zeros(1, 1 + length, dtype=torch.long, device=device)
-                hidden, ahead = context.read(tokens, Lookahead.branches([1], slots, device))
-                distribution = context.sampling.distribution(context.logits(hidden))
+                _, ahead = context.read(tokens, Lookahead.branches([1], slots, device))
+                distribution = context.sampling.distribution(context.next_logits([0], 1 + length))
                 picks = pick(context.auxiliaries([0], 1 + length), distribution)
                 picks.tolist()  # waits for the device, as the decoder does
                 context.keep([0])

@@ -14,7 +14,7 @@ from ptp_lightning.auxiliary import pick
 from ptp_lightning.decoding.drafting import Drafter, StudentDrafter, draft_windows
 from ptp_lightning.decoding.generation import Decoded, GenerationSettings, OnTokens
 from ptp_lightning.decoding.lookahead import Lookahead
-from ptp_lightning.decoding.state import begin_decoding, take_columns
+from ptp_lightning.decoding.state import begin_decoding
 from ptp_lightning.decoding.timing import PhaseTimer
 from ptp_lightning.models.network import PredictorNetwork
 
@@ -59,11 +59,11 @@ def decode_speculatively(
             length = max(1, min(settings.window_length, max(texts.remaining) - 1))
 
             # Draft.
-            hidden, slots = context.read(unread, Lookahead.single(counts, length - 1, context.device))
-            context.keep(counts)
+            _, slots = context.read(unread, Lookahead.single(counts, length - 1, context.device))
             context.timer.mark("forward")
-            last = take_columns(hidden, [count - 1 for count in counts], 1)
-            first = pick(context.auxiliaries(starts, 1), context.sampling.distribution(context.logits(last)))
+            logits = context.next_logits([count - 1 for count in counts], 1)
+            context.keep(counts)
+            first = pick(context.auxiliaries(starts, 1), context.sampling.distribution(logits))
             if max(texts.remaining) == 1:
                 single = [1] * len(starts)
                 texts.commit(first.tolist(), context.num_calls - calls_before, correct=single, drafted=single)
@@ -72,9 +72,9 @@ def decode_speculatively(
             context.timer.mark("drafting")
 
             # Verify: picks[:, j] is the base model's token after draft[:, j].
-            hidden, _ = context.read(draft)
+            context.read(draft)
             context.timer.mark("forward")
-            distribution = context.sampling.distribution(context.logits(hidden))
+            distribution = context.sampling.distribution(context.next_logits([0] * len(starts), length))
             picks = pick(context.auxiliaries([start + 1 for start in starts], length), distribution)
             correct = 1 + (draft[:, 1:] == picks[:, :-1]).cumprod(dim=1).sum(dim=1, keepdim=True)
 

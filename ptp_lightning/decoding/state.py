@@ -16,6 +16,7 @@ from ptp_lightning.decoding.exclusive import exclusive
 from ptp_lightning.decoding.generation import GenerationSettings, OnTokens, VerifiedTexts, require_prompts
 from ptp_lightning.decoding.joined_decoder import JoinedDecoder
 from ptp_lightning.decoding.lookahead import Lookahead, positions_and_mask
+from ptp_lightning.decoding.prefix_penalties import PrefixPenalties
 from ptp_lightning.decoding.preparation import prepare_for_decoding
 from ptp_lightning.decoding.ragged_cache import RaggedCache
 from ptp_lightning.decoding.timing import PhaseTimer
@@ -67,6 +68,7 @@ class BatchContext:
         refiner = predictor.refiner
         self._refiner = None if refiner is None else _RefinerPairs(predictor, refiner, num_rows, capacity)
         self._copy = None if predictor.student_copy is None else _StudentCopy(predictor, num_rows, capacity)
+        self._penalties = PrefixPenalties.of(settings.sampling, num_rows, self.device)
 
     @property
     def device(self) -> torch.device:
@@ -108,6 +110,29 @@ class BatchContext:
         with batch_invariant(self.predictor.base_model):
             return self.predictor.logits(hidden)
 
+    def next_logits(self, first_columns: Sequence[int], length: int) -> Tensor:
+        """The base model's logits after tokens of the latest `read`, with the penalties of the tokens before.
+
+        Args:
+            first_columns: the column of each row after which the first token follows.
+            length: J, number of columns; those after the end are the last column again.
+
+        Returns:
+            `[B, J, V]`, of the tokens that follow columns `first_columns[b]`, `first_columns[b] + 1`, ..
+        """
+        assert self._latest is not None, "nothing was read"
+        logits = self.logits(take_columns(self._latest.hidden, first_columns, length))
+        if self._penalties is None:
+            return logits
+        return self._penalties.penalized(logits, self._latest.token_ids, first_columns)
+
+    def penalized_slots(self, logits: Tensor, first: Tensor) -> Tensor:
+        """Slot logits `[B, J, N]` with the penalty of the kept tokens and of the first token `[B, 1]` of the draft."""
+        if self._penalties is None:
+            return logits
+        vocabulary = self.sampling.draft_vocabulary
+        return self._penalties.penalized_slots(logits, first, None if vocabulary is None else vocabulary.token_ids)
+
     def keep(self, counts: Sequence[int]) -> None:
         """Append the first `counts[b]` tokens of the latest `read` to the text of row b."""
         assert self._latest is not None, "nothing was read"
@@ -117,6 +142,8 @@ class BatchContext:
             self._refiner.append(latest.hidden, latest.embeddings, counts)
         if self._copy is not None:
             self._copy.keep(latest.token_ids, counts)
+        if self._penalties is not None:
+            self._penalties.keep(latest.token_ids, counts)
 
     def correct(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
         """Correct slots that follow the kept tokens, all in parallel; without a call of the network.
@@ -140,7 +167,7 @@ class BatchContext:
         self._auxiliaries = self._auxiliaries[index]
         self._prompt_lengths = [self._prompt_lengths[row] for row in rows]
         self._cache.select(rows)
-        for part in (self._refiner, self._copy):
+        for part in (self._refiner, self._copy, self._penalties):
             if part is not None:
                 part.select(rows)
 

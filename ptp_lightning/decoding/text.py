@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, TypedDict, Unpack
 
 from ptp_lightning.decoding.autoregressive import decode_autoregressively
 from ptp_lightning.decoding.generation import Decoded, Generation, GenerationSettings, OnTokens, require_room
+from ptp_lightning.decoding.model_settings import with_model_settings
 from ptp_lightning.decoding.partial_quadratic import decode_partially_quadratically
 from ptp_lightning.decoding.speculative import decode_speculatively
 from ptp_lightning.decoding.stop_strings import StopStrings
@@ -52,7 +53,9 @@ class Options(TypedDict, total=False):
 
     Attributes:
         max_new_tokens: the largest number of tokens to add; 64 by default.
-        sampling: by default the settings that the adapter was trained for; others may lower the acceptance.
+        sampling: by default the settings that the adapter was trained for; others may lower the acceptance. What they
+            leave open (None) is taken from the generation settings of the model's folder: `min_p`,
+            `repetition_penalty` and `no_repeat_ngram_size`.
         seed: of the auxiliaries; 0 by default. A tuple holds one for each prompt of a batch.
         decoder: "speculative" (default) or "partial_quadratic", with several tokens per call, or "autoregressive", the
             reference, with one.
@@ -204,7 +207,7 @@ def _settings(
     if end_of_text is None:
         end_of_text = end_of_text_ids(predictor, tokenizer, chat=options.get("chat", False))
     settings = GenerationSettings(
-        sampling=options.get("sampling") or predictor.config.sampling,
+        sampling=with_model_settings(predictor, options.get("sampling") or predictor.config.sampling),
         max_new_tokens=options.get("max_new_tokens", 64),
         seed=options.get("seed", 0),
         end_of_text=frozenset(end_of_text),

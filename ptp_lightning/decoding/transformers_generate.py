@@ -4,8 +4,8 @@
 
 Arguments keep their meaning: `GenerationConfig` says how to sample and when to stop, stopping criteria are called after
 every token, a streamer gets the tokens as soon as they are verified, and the result is a tensor of prompts with their
-texts. Logits processors other than temperature, top-k and top-p are refused, because u picks tokens from distributions
-that only these three shape.
+texts. Logits processors other than those of temperature, top-k, top-p, min-p, the repetition penalty and n-grams that
+may not repeat are refused, because u picks tokens from distributions that only these shape.
 
 transformers does not pass `tokenizer` on to a callable, so that `stop_strings` needs `generate_with_predictor`, or
 `stopping_criteria=[StopStringCriteria(tokenizer, ["END"])]`.
@@ -16,6 +16,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,16 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
     from transformers.generation.streamers import BaseStreamer
 
-SUPPORTED_PROCESSORS = ("TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper")
+# Logits processors, and where the sampling settings and the processors hold their value.
+SUPPORTED_PROCESSORS = {
+    "TemperatureLogitsWarper": ("temperature", "temperature"),
+    "TopKLogitsWarper": ("top_k", "top_k"),
+    "TopPLogitsWarper": ("top_p", "top_p"),
+    "MinPLogitsWarper": ("min_p", "min_p"),
+    "RepetitionPenaltyLogitsProcessor": ("repetition_penalty", "penalty"),
+    "NoRepeatNGramLogitsProcessor": ("no_repeat_ngram_size", "ngram_size"),
+}
+PROCESSORS_WITHOUT_EFFECT = ("LogitNormalization",)  # on the distribution
 CRITERIA_IN_SETTINGS = ("MaxLengthCriteria", "EosTokenCriteria")
 MAX_SEED = 2**62
 IGNORED_OPTIONS = ("trust_remote_code", "custom_generate")
@@ -90,13 +100,9 @@ class CustomGenerate:
                     "expected the base model of the predictor, found another model: call predictor.base_model.generate"
                 )
             _require_supported(logits_processor, generation_config, decoder)
-            sampled = bool(generation_config.do_sample)
-            sampling = SamplingConfig(
-                temperature=float(_or(generation_config.temperature, 1.0)) if sampled else 0.0,
-                top_k=(generation_config.top_k or None) if sampled else None,
-                top_p=float(_or(generation_config.top_p, 1.0)) if sampled else 1.0,
-                order=predictor.config.sampling.order,
-            )
+            sampling = SamplingConfig(order=predictor.config.sampling.order, **_values(logits_processor))
+            if not generation_config.do_sample:
+                sampling = replace(sampling, temperature=0.0)
             if seed is None:
                 seed = int(torch.randint(MAX_SEED, ()))
             num_prompts, prompt_length = input_ids.shape
@@ -229,15 +235,29 @@ def _require_supported(
         raise ValueError(f"expected decoder to be one of {', '.join(DECODERS)}, found {decoder!r}")
     for processor in logits_processor:
         name = type(processor).__name__
-        if name not in SUPPORTED_PROCESSORS:
+        if name not in (*SUPPORTED_PROCESSORS, *PROCESSORS_WITHOUT_EFFECT):
             raise ValueError(
-                f"expected no logits processors but temperature, top_k and top_p, found {name}: leave its setting out "
-                "of generate"
+                f"expected no logits processors but {', '.join(name for name, _ in SUPPORTED_PROCESSORS.values())}, "
+                f"found {name}: leave its setting out of generate"
             )
+        if isinstance(getattr(processor, "prompt_ignore_length", None), int):
+            raise ValueError(f"expected a repetition penalty of the whole prompt, found a {name} of a part of it")
     for name, expected in (("num_beams", 1), ("num_return_sequences", 1), ("return_dict_in_generate", False)):
         found = _or(getattr(generation_config, name), expected)
         if found != expected:
             raise ValueError(f"expected {name}={expected} with this custom_generate, found {found}")
+
+
+def _values(logits_processor: LogitsProcessorList) -> dict[str, Any]:
+    """Sampling settings of supported processors."""
+    values: dict[str, Any] = {}
+    for processor in logits_processor:
+        if type(processor).__name__ in SUPPORTED_PROCESSORS:
+            name, attribute = SUPPORTED_PROCESSORS[type(processor).__name__]
+            if name in values:
+                raise ValueError(f"expected one logits processor for {name}, found two: leave one of them out")
+            values[name] = getattr(processor, attribute)
+    return values
 
 
 def _max_length(generation_config: GenerationConfig) -> int:

@@ -17,6 +17,7 @@ import torch
 
 from ptp_lightning.decoding import GenerationSettings
 from ptp_lightning.decoding.devices import select_device
+from ptp_lightning.decoding.model_settings import TAKEN_OVER, with_model_settings
 from ptp_lightning.decoding.slot_budget import measure_best_budget
 from ptp_lightning.decoding.text import end_of_text_ids, tokenizer_of
 from ptp_lightning.evaluation.acceptance_gap import acceptance_gaps
@@ -103,7 +104,7 @@ def _complete_settings(
     """Complete the settings by the options, and by the predictor's values for options that are not given."""
     given = {name: options[name] for name in ("top_k", "top_p") if options[name] is not None}
     length = predictor.config.window_length if options.window_length is None else options.window_length
-    sampling = replace(predictor.config.sampling, **given)
+    sampling = with_model_settings(predictor, replace(predictor.config.sampling, **given))
     return replace(settings, sampling=sampling, window_length=length, end_of_text=ends)
 
 
@@ -132,6 +133,7 @@ def _describe(
     weights = hashlib.sha256()
     for _, value in sorted(predictor.trainable_state().items()):
         weights.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    sampling = plan.settings.sampling
     content = repr([(question.question_id, question.turns) for question in plan.questions])
     return {
         "checkpoint": predictor_source(options) or "the embedded adapter",
@@ -143,8 +145,9 @@ def _describe(
         "num_questions": len(plan.questions),
         "seeds": options.seeds,
         "temperatures": list(plan.temperatures),
-        "top_k": plan.settings.sampling.top_k,
-        "top_p": plan.settings.sampling.top_p,
+        "top_k": sampling.top_k,
+        "top_p": sampling.top_p,
+        **{name: value for name in TAKEN_OVER if (value := getattr(sampling, name)) is not None},
         "max_new_tokens": plan.settings.max_new_tokens,
         "window_length": plan.settings.window_length,
         "decoders": [decoder.name for decoder in decoders],

@@ -94,8 +94,8 @@ def _logits(
         if num_read_before:
             context.read(tokens[:, :num_read_before])
             context.keep([num_read_before])
-        hidden, _ = context.read(tokens[:, num_read_before:])
-        return context.logits(hidden[0, len(token_ids) - 1 - num_read_before])
+        context.read(tokens[:, num_read_before:])
+        return context.next_logits([len(token_ids) - 1 - num_read_before], 1)[0, 0]
 
 
 def is_near_tie(logits: Tensor, u: Tensor, token_id: int, sampling: Sampler, rounding: float) -> bool:

@@ -64,6 +64,11 @@ class PredictorConfig:
             raise ValueError(
                 f"expected predictor.window_length >= 2 (the first token needs no slot), found {self.window_length}"
             )
+        if self.sampling.depends_on_prefix:
+            raise ValueError(
+                "expected predictor.sampling without repetition_penalty and no_repeat_ngram_size, which depend on all "
+                f"tokens before and are not learned, found {self.sampling}: give them to generate instead"
+            )
         if not self.is_trained_for(self.sampling):
             raise ValueError(
                 f"expected predictor.sampling, the settings that are used by default, within predictor.sampling_range, "
@@ -91,7 +96,7 @@ class PredictorConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `from_dict` and YAML files understand."""
-        return asdict(self) | {
+        return (asdict(self) | {"sampling": self.sampling.to_dict()}) | {
             name: {"class_path": class_path_of(part), "init_args": asdict(part)}
             for name, part in self._parts_by_class().items()
         }

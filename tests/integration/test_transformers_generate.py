@@ -5,13 +5,21 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+from dataclasses import replace
+from operator import ne
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, TextIteratorStreamer
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TextIteratorStreamer,
+)
 
 from ptp_lightning.decoding import generate, generate_with_predictor
 from ptp_lightning.decoding.transformers_generate import CustomGenerate
@@ -59,14 +67,14 @@ def folder(predictor: PredictorNetwork, tmp_path_factory: pytest.TempPathFactory
     return folder
 
 
-def expected(predictor: PredictorNetwork, seed: int) -> list[int]:
+def expected(predictor: PredictorNetwork, seed: int, sampling: SamplingConfig = SAMPLING) -> list[int]:
     """Our autoregressive decoder's text."""
     return generate(
         predictor,
         PROMPT[0].tolist(),
         decoder="autoregressive",
         seed=seed,
-        sampling=SAMPLING,
+        sampling=sampling,
         max_new_tokens=12,
         end_of_text=(),
         tokenizer=byte_tokenizer(),
@@ -102,6 +110,24 @@ class TestCustomGenerate:
         model: Any = predictor.base_model
         plain = model.generate(PROMPT, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0).tolist()
         assert call(predictor, do_sample=False) == plain
+
+    @pytest.mark.parametrize("decoder", ["speculative", "partial_quadratic", "autoregressive"])
+    def test_penalties(self, decoder: str, predictor: PredictorNetwork) -> None:
+        """Given as arguments or as a processor; over each prompt without its padding."""
+        model: Any = predictor.base_model
+        padded = torch.tensor([[0, 0, *PROMPT[0].tolist()], [60, 61, 60, 61, 60, 62]])
+        options = {"attention_mask": (padded > 0).long(), "eos_token_id": None, "pad_token_id": 0}
+        penalties = {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2}
+        plain = model.generate(padded, max_new_tokens=12, do_sample=False, **penalties, **options).tolist()
+        free = model.generate(padded, max_new_tokens=12, do_sample=False, **options).tolist()
+        assert all(map(ne, plain, free))
+        assert call(predictor, padded, do_sample=False, decoder=decoder, **penalties, **options) == plain
+        sampling = replace(SAMPLING, min_p=0.1, **penalties)
+        text = expected(predictor, 3, sampling)
+        assert call(predictor, decoder=decoder, min_p=0.1, **penalties, **SAMPLED) == [PROMPT[0].tolist() + text]
+        processor = RepetitionPenaltyLogitsProcessor(1.5)
+        given = call(predictor, logits_processor=[processor], no_repeat_ngram_size=2, min_p=0.1, **SAMPLED)
+        assert given == [PROMPT[0].tolist() + text]
 
     def test_prompts_of_a_batch_are_padded_on_the_left(self, predictor: PredictorNetwork) -> None:
         padded = torch.tensor([[0, 0, *PROMPT[0].tolist()], [60, 61, 62, 63, 64, 65]])
@@ -139,7 +165,12 @@ class TestCustomGenerate:
     @pytest.mark.parametrize(
         ("options", "reason"),
         [
-            ({"repetition_penalty": 1.5}, "found RepetitionPenaltyLogitsProcessor"),
+            (
+                {"suppress_tokens": [7]},
+                "but temperature, .*, found SuppressTokensLogitsProcessor",
+            ),
+            ({"logits_processor": [RepetitionPenaltyLogitsProcessor(1.5, 2)]}, "of a part of it"),
+            ({"logits_processor": [TemperatureLogitsWarper(0.5)]}, "for temperature, found two"),
             ({"min_new_tokens": 3, "eos_token_id": 9}, "found MinLengthLogitsProcessor"),
             ({"num_return_sequences": 2}, "expected num_return_sequences=1"),
             ({"return_dict_in_generate": True}, "expected return_dict_in_generate=False"),

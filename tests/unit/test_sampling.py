@@ -8,10 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from ptp_lightning.auxiliary import pick
-from ptp_lightning.sampling import Order, Sampler, SamplingConfig, TokenDistribution, rank_tokens
+from ptp_lightning.sampling import Order, Sampler, SamplingConfig, TokenDistribution
+from ptp_lightning.token_ranking import rank_tokens
 
 INF = math.inf
 FLOAT_DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -38,13 +39,21 @@ def tie_free_logits(*shape: int) -> Tensor:
 @pytest.mark.parametrize("top_k", [None, 1, 7, 40, 50])
 @pytest.mark.parametrize("top_p", [0.01, 0.5, 0.9, 1.0])
 def test_equals_the_warpers_of_transformers(temperature: float, top_k: int | None, top_p: float, order):
+    for min_p in (None, 0.0, 0.02, 0.3, 1.0):
+        compare_with_warpers(temperature, top_k, top_p, order, min_p)
+
+
+def compare_with_warpers(temperature: float, top_k: int | None, top_p: float, order: Order, min_p: float | None):
     logits = tie_free_logits(20, 40)
     warped = TemperatureLogitsWarper(temperature)(None, logits)  # type: ignore[arg-type]
     if top_k is not None:
         warped = TopKLogitsWarper(top_k)(None, warped)  # type: ignore[arg-type]
-    expected = TopPLogitsWarper(top_p)(None, warped).softmax(-1)  # type: ignore[arg-type]
+    warped = TopPLogitsWarper(top_p)(None, warped)  # type: ignore[arg-type]
+    if min_p is not None:
+        warped = MinPLogitsWarper(min_p)(None, warped)  # type: ignore[arg-type]
+    expected = warped.softmax(-1)
 
-    P = SamplingConfig(temperature, top_k, top_p, order).distribution(logits)
+    P = SamplingConfig(temperature, top_k, top_p, order, min_p).distribution(logits)
 
     actual = over_vocabulary(P, 40)
     assert P.probabilities.shape[-1] == min(top_k or 40, 40)
@@ -271,6 +280,12 @@ def test_probability_of():
         ("top_p", 1.1),
         ("top_p", math.nan),
         ("order", "ascending"),
+        ("min_p", -0.1),
+        ("min_p", 1.1),
+        ("min_p", math.nan),
+        ("repetition_penalty", 0.0),
+        ("repetition_penalty", INF),
+        ("no_repeat_ngram_size", -1),
     ],
 )
 def test_a_setting_out_of_range_names_its_key(key: str, value: object):
@@ -279,6 +294,8 @@ def test_a_setting_out_of_range_names_its_key(key: str, value: object):
 
 
 def test_targets_leave_top_p_to_drafts_and_drafts_leave_the_temperature_to_targets():
+    assert SamplingConfig(0.7, min_p=0.1).target() == SamplingConfig(0.7)
+    assert SamplingConfig(0.7, min_p=0.1).for_student() == SamplingConfig(min_p=0.1)
     assert SamplingConfig(0.7, 50, 0.9, "descending").target() == SamplingConfig(0.7, 50, 1.0, "descending")
     assert SamplingConfig(0.7, 50, 0.9, "descending").for_student() == SamplingConfig(1.0, 50, 0.9, "descending")
     assert SamplingConfig(0.0, 50, 0.9).for_student() == SamplingConfig(0.0, 50, 0.9)

@@ -99,7 +99,8 @@ class CompletionSettings:
 
     def to_json(self) -> bytes:
         """The content of `completions.json`."""
-        return (json.dumps(asdict(self), indent=2) + "\n").encode()
+        plain = asdict(self) | {"sampling": self.sampling.to_dict()}
+        return (json.dumps(plain, indent=2) + "\n").encode()
 
     @classmethod
     def from_json(cls, text: str) -> CompletionSettings:

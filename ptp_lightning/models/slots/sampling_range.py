@@ -74,6 +74,7 @@ class SamplingRange:
             return self.greedy_probability > 0
         return (
             self.greedy_probability < 1
+            and not sampling.min_p
             and self.min_temperature <= sampling.temperature <= self.max_temperature
             and min(choices) <= top_k <= max(choices)
             and min(self.top_p) <= sampling.top_p <= max(self.top_p)

@@ -1,0 +1,57 @@
+"""The generation settings of a base model's folder (`generation_config.json`): which of them decoding takes over.
+
+The end-of-text tokens are taken over, and `TAKEN_OVER` where the sampling settings leave them open. Temperature, top-k
+and top-p are those that the adapter was trained for. All other settings that shape a text are named in a warning.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from typing import Any
+
+from ptp_lightning.models.network import PredictorNetwork
+from ptp_lightning.sampling import SamplingConfig
+
+TAKEN_OVER = ("min_p", "repetition_penalty", "no_repeat_ngram_size")
+# Settings that shape texts and are not supported, with the values that have no effect besides null.
+IGNORED: dict[str, tuple[Any, ...]] = {
+    "typical_p": (1.0,),
+    "top_h": (),
+    "epsilon_cutoff": (0.0,),
+    "eta_cutoff": (0.0,),
+    "encoder_repetition_penalty": (1.0,),
+    "encoder_no_repeat_ngram_size": (0,),
+    "bad_words_ids": ([],),
+    "sequence_bias": ({},),
+    "suppress_tokens": ([],),
+    "begin_suppress_tokens": ([],),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+    "exponential_decay_length_penalty": (),
+    "min_length": (0,),
+    "min_new_tokens": (0,),
+    "guidance_scale": (1.0,),
+    "watermarking_config": (),
+    "num_beams": (1,),
+    "penalty_alpha": (0.0,),
+    "dola_layers": (),
+    "stop_strings": ([], ""),
+}
+
+
+def with_model_settings(predictor: PredictorNetwork, sampling: SamplingConfig) -> SamplingConfig:
+    """Sampling settings whose open values are those of the model's folder.
+
+    Warns of settings of the folder that are not taken over.
+    """
+    found: Any = predictor.base_model.generation_config
+    settings = {name: getattr(found, name, None) for name in (*TAKEN_OVER, *IGNORED)}
+    ignored = [name for name in IGNORED if settings[name] is not None and settings[name] not in IGNORED[name]]
+    if ignored:
+        warnings.warn(
+            f"the generation settings {', '.join(ignored)} of the base model's folder (generation_config.json) are not "
+            "supported and have no effect on the texts",
+            stacklevel=2,
+        )
+    return replace(sampling, **{name: settings[name] for name in TAKEN_OVER if getattr(sampling, name) is None})
