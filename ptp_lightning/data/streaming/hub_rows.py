@@ -42,8 +42,10 @@ class HubRows(RowSource):
 
         Raises:
             FileNotFoundError: the dataset cannot be opened.
-            ValueError: a file of the dataset cannot be read.
+            ValueError: a file of the dataset cannot be read, or has other columns than the first.
         """
+        from datasets.table import CastError
+
         dataset = self._open(key, shard)
         skipped = 0
         if position is not None:
@@ -52,7 +54,14 @@ class HubRows(RowSource):
         state = dataset.state_dict()
         # Iteration by row would divide the rows among the workers of the data loader a second time.
         with clear_errors(f"{self.path} (data_files {self.data_files}, split {self.split})", "HubRows.path"):
-            for columns in dataset.iter(batch_size=READ_BATCH_SIZE):
+            batches = dataset.iter(batch_size=READ_BATCH_SIZE)
+            while True:
+                try:
+                    columns = next(batches, None)
+                except CastError as error:
+                    raise ValueError(self._other_columns(error.requested_column_names)) from error
+                if columns is None:
+                    return
                 num_rows = len(next(iter(columns.values())))
                 for within in range(skipped, num_rows):
                     row = {column: values[within] for column, values in columns.items()}
@@ -60,6 +69,21 @@ class HubRows(RowSource):
                     position = {"dataset": state, "within": within + 1}
                     yield RawRow(row, f"{self.path}, split {self.split}", identity, position)
                 state, skipped = dataset.state_dict(), 0
+
+    def _other_columns(self, expected: list[str]) -> str:
+        """Name a file with other columns, and one of these."""
+        from datasets import load_dataset_builder
+
+        files: list[str] = []
+        if self.data_files is not None:  # of a file format; patterns become names
+            config: Any = load_dataset_builder(self.path, data_files=self.data_files).config
+            files = config.data_files[self.split]
+        for file in files:
+            rows = iter(load_stream(self.path, self.name, [file], self.split, self.revision))
+            different = sorted(set(next(rows, {})) ^ set(expected))
+            if different:
+                return f"expected files of equal columns {expected}, found {file} that differs in {different[0]!r}"
+        return f"expected files of equal columns {expected}, found one that differs"
 
     def parse(self, row: RawRow) -> Mapping[str, Any]:
         """See `RowSource.parse`."""

@@ -166,6 +166,14 @@ class TestInvalidFiles:
         with pytest.raises(ValueError, match=r"HubRows.path=text .*data.txt.* cannot be read: UnicodeDecodeError"):
             texts(source)
 
+    def test_a_file_with_other_columns_is_named(self, tmp_path: Path) -> None:
+        (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+        (tmp_path / "b.jsonl").write_text('{"text": "b", "size": 1}\n')
+        source = HubRows("json", data_files=[str(tmp_path / name) for name in ("a.jsonl", "b.jsonl")])
+        message = r"expected files of equal columns \['text'\], found [^\n]*b\.jsonl that differs in 'size'$"
+        with pytest.raises(ValueError, match=message):
+            list(source.rows("0", ShardSpec()))
+
     def test_a_deleted_file(self, tmp_path: Path) -> None:
         (tmp_path / "data.jsonl").touch()
         source = JsonLines([str(tmp_path / "data.jsonl")])
