@@ -61,21 +61,20 @@ class AlignedBlocks:
         Returns:
             `[B * T, heads, D]`.
         """
-        num_blocks, num_heads = len(self.keys_end), keys.shape[1]
-        if self._padded is None:  # kept for the next layer, which overwrites the same rows
-            self._padded = query.new_zeros(num_blocks * BLOCK_SIZE, *query.shape[1:])
-        padded = self._padded.index_copy_(0, self.index, query)
+        num_heads = keys.shape[1]
         # The query heads of a key-value head are further queries of it: one product instead of several.
-        grouped = padded.view(num_blocks, BLOCK_SIZE, num_heads, -1, query.shape[2]).transpose(1, 2).flatten(2, 3)
+        grouped = query.unflatten(1, (num_heads, -1)).transpose(0, 1)
+        if self._padded is None:  # kept for the next layer, which overwrites the same rows
+            self._padded = query.new_zeros(num_heads, len(self.keys_end) * BLOCK_SIZE, *grouped.shape[2:])
+        blocks = (
+            self._padded.index_copy_(1, self.index, grouped).flatten(1, 2).unsqueeze(0).chunk(len(self.keys_end), 2)
+        )
         parts = [
             F.scaled_dot_product_attention(
-                grouped[block : block + 1],
-                keys[row : row + 1, :, :end],
-                values[row : row + 1, :, :end],
-                self._mask[..., -end:],
-                scale=scale,
+                block, keys[row : row + 1, :, :end], values[row : row + 1, :, :end], self._mask[..., -end:], scale=scale
             )
-            for block, (row, end) in enumerate(self.keys_end)
+            for block, (row, end) in zip(blocks, self.keys_end, strict=True)
         ]
-        attended = torch.cat(parts).unflatten(2, (BLOCK_SIZE, -1)).transpose(1, 2)
-        return attended.reshape(num_blocks * BLOCK_SIZE, -1, query.shape[2])[self.index]
+        attended = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+        attended = attended.squeeze(0).unflatten(1, (-1, grouped.shape[2])).index_select(1, self.index)
+        return attended.transpose(0, 1).reshape(query.shape)

@@ -11,10 +11,10 @@ measure it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
-from typing import Any, NamedTuple, Self, cast
+from typing import Any, NamedTuple, Self, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -28,6 +28,8 @@ MAX_PRODUCT_ROWS = 32
 5,632 inputs and up to 49,152 outputs. With 33 rows in bfloat16, about 1 in 20,000 numbers is rounded otherwise."""
 EXPECTED_ROWS = 16  # a hint for oneDNN; measured to be as good as any for 2 to 512 rows
 DTYPES = (torch.float32, torch.bfloat16)
+
+T = TypeVar("T")
 
 
 class PackedLinear:
@@ -81,23 +83,38 @@ class PackedWeights:
     """
 
     def __init__(self) -> None:
-        self._by_layer: WeakKeyDictionary[nn.Linear, dict[int, _Copy]] = WeakKeyDictionary()
+        self._by_layer: WeakKeyDictionary[nn.Module, dict[Hashable, _Copy]] = WeakKeyDictionary()
 
     def linear(self, *layers: nn.Linear, pack: bool = True) -> PackedLinear:
         """The product with the present weights of layers that share their input; packed if they are not yet.
 
         Args:
             layers: `is_packable`.
-            pack: see `PackedLinear`. Weights without a version are not packed, because a change would go unnoticed.
+            pack: see `PackedLinear`.
         """
-        source = _version(layers)
+        tensors = [tensor for layer in layers for tensor in (layer.weight, layer.bias) if tensor is not None]
+        return self.copy(
+            layers[0], (len(layers), pack), tensors, lambda can_pack: PackedLinear(layers, pack and can_pack)
+        )
+
+    def copy(self, owner: nn.Module, key: Hashable, tensors: Sequence[Tensor], build: Callable[[bool], T]) -> T:
+        """What `build` makes of tensors: of their present values, but not again for the same ones.
+
+        Args:
+            owner: the copy is dropped with it.
+            key: of the copy among those of its owner.
+            tensors: what the copy depends on.
+            build: gets whether the copy may be kept. Tensors without a version are copied in each call, because a
+                change would go unnoticed.
+        """
+        source = _version(tensors)
         if source is None:
-            return PackedLinear(layers, pack=False)
-        copies = self._by_layer.setdefault(layers[0], {})
-        copy = copies.get(len(layers))
-        if copy is None or copy.source != (source, pack):
-            copy = copies[len(layers)] = _Copy(PackedLinear(layers, pack), (source, pack))
-        return copy.linear
+            return build(False)
+        copies = self._by_layer.setdefault(owner, {})
+        copy = copies.get(key)
+        if copy is None or copy.source != source:
+            copy = copies[key] = _Copy(build(True), source)
+        return copy.value
 
     @contextmanager
     def in_use(self, model: nn.Module) -> Iterator[None]:
@@ -136,9 +153,9 @@ class PackedWeights:
 
 
 class _Copy(NamedTuple):
-    """A packed copy and the version of the weights that it was made of."""
+    """A packed copy and the versions of the tensors that it was made of."""
 
-    linear: PackedLinear
+    value: Any
     source: tuple[Any, ...]
 
 
@@ -158,9 +175,8 @@ def packs_weights(model: nn.Module) -> bool:
     return sum(layer.weight.nbytes for layer in model.modules() if type(layer) is nn.Linear) <= MAX_TOTAL_BYTES
 
 
-def _version(layers: Sequence[nn.Linear]) -> tuple[Any, ...] | None:
-    """Addresses and versions of weights and biases; None if they have none, as inference tensors."""
-    tensors = [tensor for layer in layers for tensor in (layer.weight, layer.bias) if tensor is not None]
+def _version(tensors: Sequence[Tensor]) -> tuple[Any, ...] | None:
+    """Addresses and versions; None if they have none, as inference tensors."""
     if any(tensor.is_inference() for tensor in tensors):
         return None
     return tuple((tensor.data_ptr(), tensor._version, tensor.dtype) for tensor in tensors)

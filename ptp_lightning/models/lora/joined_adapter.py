@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Self, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from ptp_lightning.models.layers.packed_linear import PackedLinear, PackedWeights
 from ptp_lightning.models.lora.gated_linear import GatedLoraLinear
 
 
@@ -15,26 +16,47 @@ class JoinedAdapter:
     """The updates `s B A x` of several layers, whose outputs follow each other: `blockdiag(s B) stack(A) x`.
 
     Args:
-        layers: linear layers with the same input. Those without an acting adapter have no update.
+        layers: linear layers on a CPU with the same input. Those without an acting adapter have no update.
         dtype: of the input. Weights and `A x` are rounded to it; this affects drafts alone.
+        pack: see `PackedLinear`.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], dtype: torch.dtype) -> None:
+    def __init__(self, layers: Sequence[nn.Module], dtype: torch.dtype, pack: bool = True) -> None:
         shrink, expand = [], []
         for layer in layers:
-            if isinstance(layer, GatedLoraLinear) and layer.acting_adapter is not None:
+            if _acts(layer):
                 a, b, scale = layer.lora_weights
                 shrink.append(a.detach())
-                expand.append(b.detach().t() * scale)
+                expand.append(b.detach() * scale)
             else:
-                expand.append(torch.empty(0, len(base_layer(layer).weight)))
-        self.a = torch.cat(shrink).to(dtype) if shrink else None
-        self.b = torch.block_diag(*expand).to(dtype)
+                expand.append(torch.empty(len(base_layer(layer).weight), 0))
+        weights = (torch.cat(shrink), torch.block_diag(*expand)) if shrink else ()
+        self._products = [PackedLinear([_linear(weight.to(dtype))], pack) for weight in weights]
+
+    @classmethod
+    def kept(cls, layers: Sequence[nn.Module], dtype: torch.dtype, pack: bool, packed_weights: PackedWeights) -> Self:
+        """An adapter of the present weights, which is not built again for the next text."""
+        acting = [layer.lora_weights for layer in layers if _acts(layer)]
+        tensors = [tensor for weights in acting for tensor in (weights.a, weights.b)]
+        key = ("adapter", len(layers), dtype, pack, *(weights.scale for weights in acting))
+        return packed_weights.copy(layers[0], key, tensors, lambda can_pack: cls(layers, dtype, pack and can_pack))
 
     def add_(self, output: Tensor, rows: Tensor) -> None:
         """Add the update to the layers' outputs `[M, out]`, in place, given their input `[M, in]`."""
-        if self.a is not None:
-            output.addmm_(F.linear(rows, self.a), self.b)
+        if self._products:
+            shrink, expand = self._products
+            output += expand(shrink(rows))
+
+
+def _acts(layer: nn.Module) -> TypeGuard[GatedLoraLinear]:
+    return isinstance(layer, GatedLoraLinear) and layer.acting_adapter is not None
+
+
+def _linear(weight: Tensor) -> nn.Linear:
+    """A layer with this weight `[out, in]`, without a bias."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    return layer
 
 
 def base_layer(layer: nn.Module) -> nn.Linear:
