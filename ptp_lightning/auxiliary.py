@@ -44,9 +44,10 @@ def pick(u: Tensor, P: TokenDistribution) -> Tensor:
 def likely_pick(u: Tensor, P: TokenDistribution, error: float) -> Tensor:
     """The token that u most likely picks if the cumulative distribution F of P is an inexact estimate.
 
-    Suppose F has a normal error of standard deviation `error` (but is exact where it is 0 or 1). Then u falls into the
-    interval of token j with probability `Phi((F_j - u) / error) - Phi((F_{j-1} - u) / error)`: of two intervals equally
-    close to u, the wider one is more likely. With an error of 0 this is `pick`.
+    Suppose the edges of an interval have a common normal error of standard deviation `error`, reflected at 0 and 1. Then
+    u falls into the interval of token j with the mass that a normal distribution around u, folded at 0 and 1, has in
+    it: of two intervals equally close to u, the wider one is more likely. With an error of 0 this is `pick`, and with a
+    large one it is the most likely token.
 
     Args:
         u: auxiliaries `[...]` in [0, 1), in the leading shape of P.
@@ -68,9 +69,10 @@ def likely_pick(u: Tensor, P: TokenDistribution, error: float) -> Tensor:
         return pick(u, P)
     _require_leading_shape("u", u, P)
     require((u >= 0) & (u < 1), u, "auxiliaries u must lie in [0, 1)")
-    F = P.cdf()
-    below = torch.special.ndtr((F - u.double().unsqueeze(-1)) / error).where(F < 1, 1.0).where(F > 0, 0.0)
-    j = torch.diff(below, dim=-1, prepend=torch.zeros_like(below[..., :1])).argmax(-1, keepdim=True)
+    F = torch.nn.functional.pad(P.cdf(), (1, 0))
+    u = u.double().unsqueeze(-1)
+    mass, left, right = (torch.special.ndtr((edge - u) / error) for edge in (F, -F, 2 - F))
+    j = (mass - left - right).diff(dim=-1).argmax(-1, keepdim=True)
     return (j if P.token_ids is None else P.token_ids.gather(-1, j)).squeeze(-1)
 
 

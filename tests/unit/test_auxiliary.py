@@ -255,6 +255,8 @@ class TestLikelyPick:
             (0.205, 0.05, 4),  # more likely a miss: both neighbours are as near, one is wider
             (0.19, 0.05, 7),
             (0.0, 0.05, 7),  # nothing lies below 0
+            (0.0, 0.9, 4),  # u says little: the most likely token
+            (0.1, 0.5, 4),
         ],
     )
     def test_by_hand(self, u: float, error: float, expected: int) -> None:
@@ -268,11 +270,13 @@ class TestLikelyPick:
         P = TokenDistribution(torch.tensor(weights, dtype=torch.float64) / sum(weights))
         F = [0.0, *P.cdf().tolist()]
 
-        def phi(edge: float) -> float:
-            inside = 0.5 * math.erfc((u - edge) / error / math.sqrt(2))
-            return 0.0 if edge == 0 else 1.0 if edge == 1 else inside
+        def mass(left: float, right: float) -> float:
+            return 0.5 * (math.erfc((u - right) / error / math.sqrt(2)) - math.erfc((u - left) / error / math.sqrt(2)))
 
-        scores = [phi(right) - phi(left) for left, right in itertools.pairwise(F)]
+        scores = [
+            mass(left, right) + mass(-right, -left) + mass(2 - right, 2 - left)
+            for left, right in itertools.pairwise(F)
+        ]
         found = int(likely_pick(torch.tensor([u], dtype=torch.float64), repeat(P, 1), error))
         assert scores[found] >= max(scores) - 1e-12
         assert P.probabilities[found] > 0
