@@ -1,12 +1,14 @@
 """Cost of a call of partial quadratic decoding, in steps of one-token decoding of the same model.
 
     python -m benchmarks.decoding_calls [--budgets 16 64] [--context 256] [--draft 3]
-    python -m benchmarks.decoding_calls --model smollm2 --dtype bfloat16 --threads 2 --budgets 16 32
+    python -m benchmarks.decoding_calls --adapter smollm2 --dtype bfloat16 --threads 2 --budgets 0 16 32
 
 The minimum of many repetitions, which take turns, so that changes of the machine's speed affect all. A call reads the
-last token, a draft and the slots, picks tokens, and makes the next draft. The adapter has random weights; its costs do
-not depend on them. By default the model is a Llama with random weights. `--model` names another one, whose steps in
-`transformers.generate`, without any of our changes, are measured too.
+last token, a draft and the slots, picks tokens, and makes the next draft. By default the model is a Llama with random
+weights, and so is the adapter; costs do not depend on them. `--model` names another model, and `--adapter` a trained
+predictor, with its correction and its draft vocabulary. Then the steps of `transformers.generate`, without any of our
+changes, are measured too. A budget of 0 is a cycle of speculative decoding: the call that drafts a window and the call
+that verifies it.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from ptp_lightning.auxiliary import pick
 from ptp_lightning.decoding import CorrectLengths, GenerationSettings, StudentDrafter
@@ -26,6 +29,7 @@ from ptp_lightning.decoding.lookahead import Lookahead
 from ptp_lightning.decoding.preparation import prepare_for_decoding
 from ptp_lightning.decoding.slot_allocation import allocate_slots
 from ptp_lightning.decoding.state import BatchContext
+from ptp_lightning.export.checkpoint import load_network
 from ptp_lightning.models import BackboneSettings, LoraSettings, PredictorConfig, PredictorNetwork
 from ptp_lightning.models.backbone import load_backbone
 from ptp_lightning.sampling import SamplingConfig
@@ -54,6 +58,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder or id of a model, or smollm2; by default random weights")
+    parser.add_argument("--adapter", help="folder or name of a predictor instead, smollm2 for instance")
     parser.add_argument("--budgets", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--draft", type=int, default=3, help="draft tokens verified by a call")
@@ -65,21 +70,16 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    sampling = SamplingConfig(temperature=0.7, top_k=50, top_p=0.9)
-    model = {"from_config": MODEL} if options.model is None else {"path": options.model}
-    config = PredictorConfig(
-        BackboneSettings(dtype=options.dtype, **model),
-        window_length=WINDOW_LENGTH,
-        lora=LoraSettings(rank=options.rank, target_modules=options.targets),
-        sampling=sampling,
-    )
-    predictor = PredictorNetwork(config).eval()
+    predictor = _predictor(options)
+    sampling = predictor.config.sampling
     timed: dict[str, Callable[[], float]] = {}
-    if options.model is not None:
-        timed["transformers.generate, a step"] = partial(generate_step, load_backbone(config.backbone), options.context)
+    if options.model is not None or options.adapter is not None:
+        base_model = load_backbone(predictor.config.backbone)
+        timed["transformers.generate, a step"] = partial(generate_step, base_model, options.context)
     timed["own loop, a step"] = Call(predictor, sampling, options, None).seconds
     for budget in options.budgets:
-        timed[f"call of {budget} slots"] = Call(predictor, sampling, options, budget).seconds
+        name = f"call of {budget} slots" if budget else "speculative cycle, two calls"
+        timed[name] = Call(predictor, sampling, options, budget).seconds
     fastest = dict.fromkeys(timed, float("inf"))
     with prepare_for_decoding(predictor):
         for _ in range(options.repetitions):
@@ -95,6 +95,19 @@ def main() -> None:
         print(f"{name:32}{1000 * seconds:8.1f}{ratios}")
 
 
+def _predictor(options: argparse.Namespace) -> PredictorNetwork:
+    if options.adapter is not None:
+        return load_network(options.adapter, dtype=options.dtype).eval()
+    model = {"from_config": MODEL} if options.model is None else {"path": options.model}
+    config = PredictorConfig(
+        BackboneSettings(dtype=options.dtype, **model),
+        window_length=WINDOW_LENGTH,
+        lora=LoraSettings(rank=options.rank, target_modules=options.targets),
+        sampling=SamplingConfig(temperature=0.7, top_k=50, top_p=0.9),
+    )
+    return PredictorNetwork(config).eval()
+
+
 @torch.inference_mode()
 def generate_step(model: PreTrainedModel, num_context: int) -> float:
     """Seconds of a token of an unchanged model in `transformers.generate`."""
@@ -108,7 +121,7 @@ def generate_step(model: PreTrainedModel, num_context: int) -> float:
 
 
 class Call:
-    """A repeatable call after a context; without a budget, a step of autoregressive decoding."""
+    """A repeatable call after a context, or a cycle of two; without a budget, a step of autoregressive decoding."""
 
     def __init__(
         self,
@@ -117,12 +130,16 @@ class Call:
         options: argparse.Namespace,
         budget: int | None,
     ) -> None:
-        settings = GenerationSettings(sampling, 64, window_length=WINDOW_LENGTH, slot_budget=budget or 1)
+        length = predictor.config.window_length
+        settings = GenerationSettings(sampling, 64, window_length=length, slot_budget=budget or 1)
         self.predictor = predictor
-        self.budget = budget
-        self.num_drafted = options.draft if budget else 0
-        self.tokens = torch.zeros(1, 1 + self.num_drafted, dtype=torch.long)
-        self.lengths = CorrectLengths.geometric(ACCEPTANCE_RATE, WINDOW_LENGTH - 1)
+        self.num_drafted = min(options.draft, length - 1) if budget else 0
+        self.is_cycle = budget == 0
+        lengths = CorrectLengths.geometric(ACCEPTANCE_RATE, length - 1)
+        if budget is None:
+            self.slots = [0]
+        else:
+            self.slots = list(allocate_slots(lengths, self.num_drafted, budget)) if budget else [length - 1]
         with torch.inference_mode():
             self.context = BatchContext(predictor, settings, [options.context])
             self.context.read(torch.zeros(1, options.context, dtype=torch.long))
@@ -132,19 +149,25 @@ class Call:
     @torch.inference_mode()
     def seconds(self) -> float:
         """Seconds of a call, which leaves the context unchanged."""
-        context, budget, slots = self.context, self.budget, None
+        context = self.context
         begin = perf_counter()
-        if budget is not None:
-            slots = [list(allocate_slots(self.lengths, self.num_drafted, budget))]
-        lookahead = None if slots is None else Lookahead.branches([1], slots, context.device)
-        hidden, ahead = context.read(self.tokens, lookahead)
-        distribution = context.sampling.distribution(self.predictor.logits(hidden))
-        picks = pick(context.auxiliaries([0], self.tokens.shape[1]), distribution)
+        tokens = torch.zeros(1, 1 + self.num_drafted, dtype=torch.long)
+        hidden, slots = context.read(tokens, Lookahead.branches([1], [self.slots], context.device))
+        picks = self._picks(hidden)
         picks.tolist()
         context.keep([0])
-        if slots is not None:
-            draft_windows(context, self.drafter, picks[:, :1], ahead[:, : slots[0][-1]], [0]).tolist()
+        if self.slots[-1]:
+            draft = draft_windows(context, self.drafter, picks[:, :1], slots[:, : self.slots[-1]], [0])
+            draft.tolist()
+            if self.is_cycle:
+                hidden, _ = context.read(draft)
+                self._picks(hidden).tolist()
+                context.keep([0])
         return perf_counter() - begin
+
+    def _picks(self, hidden: Tensor) -> Tensor:
+        context = self.context
+        return pick(context.auxiliaries([0], hidden.shape[1]), context.sampling.distribution(context.logits(hidden)))
 
 
 def gemm_rate() -> float:

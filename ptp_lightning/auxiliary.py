@@ -44,10 +44,10 @@ def pick(u: Tensor, P: TokenDistribution) -> Tensor:
 def likely_pick(u: Tensor, P: TokenDistribution, error: float) -> Tensor:
     """The token that u most likely picks if the cumulative distribution F of P is an inexact estimate.
 
-    Suppose the edges of an interval have a common normal error of standard deviation `error`, reflected at 0 and 1. Then
-    u falls into the interval of token j with the mass that a normal distribution around u, folded at 0 and 1, has in
-    it: of two intervals equally close to u, the wider one is more likely. With an error of 0 this is `pick`, and with a
-    large one it is the most likely token.
+    Suppose the edges of an interval have a common normal error of standard deviation `error`, reflected at 0 and 1.
+    Then u falls into the interval of token j with the mass that a normal distribution around u, folded at 0 and 1, has
+    in it: of two intervals equally close to u, the wider one is more likely. With an error of 0 this is `pick`, and
+    with a large one it is the most likely token.
 
     Args:
         u: auxiliaries `[...]` in [0, 1), in the leading shape of P.

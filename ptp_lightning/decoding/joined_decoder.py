@@ -9,12 +9,15 @@ Tokens and slots are separate rows. The hidden state of a token has the same bit
 * tokens attend in `AlignedBlocks`;
 * norms reduce each row by itself, and so do activations in parts that are too small to be divided among threads;
 * rotations are read from a table.
+
+A prompt is read otherwise: each text alone, in one piece, by products and attention of many rows (`prefill`). It has
+the same bits in every decoder and in every batch, because it is the same call.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +79,23 @@ class JoinedDecoder:
             is_packable(layer.get_base_layer() if isinstance(layer, GatedLoraLinear) else layer) for layer in linear
         )
 
+    def prefill(self, tokens: Tensor, row: int, cache: RaggedCache) -> Tensor:
+        """Read the beginning of one text; its keys and values are written to a row that has no tokens yet.
+
+        Args:
+            tokens: `[T, H]`, input embeddings.
+            row: of the cache.
+            cache: of this stack.
+
+        Returns:
+            Last hidden states `[T, H]`.
+        """
+        call = _PromptCall(tokens, row, cache, self._rotations)
+        hidden = tokens
+        for index, layer in enumerate(self._layers):
+            hidden = layer.run(hidden, index, call)
+        return self._norm(hidden)
+
     def run(
         self, tokens: Tensor, slots: Tensor, position_ids: Tensor, mask: Tensor, cache: RaggedCache
     ) -> tuple[Tensor, Tensor]:
@@ -91,7 +111,7 @@ class JoinedDecoder:
         Returns:
             Last hidden states `[B, T, H]` and `[B, S, H]`.
         """
-        call = _Call(tokens, slots, position_ids, mask, cache, self._rotations, self._layers[0].num_groups)
+        call = _DecodingCall(tokens, slots, position_ids, mask, cache, self._rotations, self._layers[0].num_groups)
         hidden = torch.cat([tokens.flatten(0, 1), slots.flatten(0, 1)])
         for index, layer in enumerate(self._layers):
             hidden = layer.run(hidden, index, call)
@@ -99,8 +119,51 @@ class JoinedDecoder:
         return hidden[: call.num_token_rows].view(tokens.shape), hidden[call.num_token_rows :].view(slots.shape)
 
 
-class _Call:
-    """What all layers of a call share."""
+class _Call(Protocol):
+    """What all layers of a call share.
+
+    Attributes:
+        num_token_rows: rows of tokens; rows of slots follow them.
+        is_whole: whether results may depend on the number of rows.
+        cos: `[M, 1, D]`, see `_Rotations`.
+        sin: likewise.
+    """
+
+    num_token_rows: int
+    is_whole: bool
+    cos: Tensor
+    sin: Tensor
+
+    def attend(self, index: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Attention of layer `index`: `[M, heads, D]` to `[M, heads * D]`."""
+        ...
+
+
+class _PromptCall(_Call):
+    """The beginning of one text."""
+
+    is_whole = True
+
+    def __init__(self, tokens: Tensor, row: int, cache: RaggedCache, rotations: _Rotations) -> None:
+        self.num_token_rows = len(tokens)
+        self.cos, self.sin = rotations.at(torch.arange(len(tokens)))
+        self._row = row
+        self._cache = cache
+
+    def attend(self, index: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """See `_Call.attend`."""
+        queries, keys, values = (states.transpose(0, 1) for states in (query, key, value))
+        self._cache.write_prompt(keys, values, index, self._row)
+        attended = F.scaled_dot_product_attention(
+            queries[None], keys[None], values[None], is_causal=True, scale=scale, enable_gqa=True
+        )
+        return attended[0].transpose(0, 1).flatten(1)
+
+
+class _DecodingCall(_Call):
+    """Tokens and slots of several texts."""
+
+    is_whole = False
 
     def __init__(
         self,
@@ -124,7 +187,7 @@ class _Call:
         self._slot_mask = slot_mask.repeat_interleave(num_groups, dim=2)
 
     def attend(self, index: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """Attention of a layer, in rows of tokens and slots: `[M, heads, D]` to `[M, heads * D]`."""
+        """See `_Call.attend`."""
         keys, values = self.cache.write(self._by_text(key), self._by_text(value), index)
         attended = self.blocks.attend(query[: self.num_token_rows], keys, values, scale)
         if self.num_slots:
@@ -179,17 +242,16 @@ class _JoinedLayer:
 
     def run(self, hidden: Tensor, index: int, call: _Call) -> Tensor:
         """`[M, H]` to the same; rows of tokens come first."""
-        start = call.num_token_rows
-        joined = self._query_key_value(self._input_norm(hidden), start)
+        joined = self._query_key_value(self._input_norm(hidden), call)
         rotated, value = joined.unflatten(1, (-1, self._head_size)).tensor_split((-self._num_keys,), dim=1)
         if self._head_norms:
             parts = zip(self._head_norms, rotated.tensor_split((-self._num_keys,), dim=1), strict=True)
             rotated = torch.cat([norm(heads) for norm, heads in parts], dim=1)
         query, key = _rotate(rotated, call).tensor_split((-self._num_keys,), dim=1)
         attended = call.attend(index, query, key, value, self._scale)
-        hidden = hidden + self._output(attended, start)
-        gate_up = self._gate_up(self._mlp_norm(hidden), start)
-        return hidden + self._down(_gated(gate_up, self._activation), start)
+        hidden = hidden + self._output(attended, call)
+        gate_up = self._gate_up(self._mlp_norm(hidden), call)
+        return hidden + self._down(_gated(gate_up, self._activation, call.is_whole), call)
 
 
 class _JoinedProduct:
@@ -200,9 +262,10 @@ class _JoinedProduct:
         self._linear = packed_weights.linear(*bases, pack=pack)
         self._adapter = JoinedAdapter.kept(layers, bases[0].weight.dtype, pack, packed_weights)
 
-    def __call__(self, rows: Tensor, start: int) -> Tensor:
-        """`[M, in]` to `[M, out]`; the adapters act on the rows from `start` on."""
-        output = self._linear(rows)
+    def __call__(self, rows: Tensor, call: _Call) -> Tensor:
+        """`[M, in]` to `[M, out]`; the adapters act on the rows of slots."""
+        start = call.num_token_rows
+        output = self._linear.whole(rows) if call.is_whole else self._linear(rows)
         if start < len(rows):
             self._adapter.add_(output[start:], rows[start:])
         return output
@@ -257,10 +320,10 @@ def _rotate(heads: Tensor, call: _Call) -> Tensor:
     return heads * call.cos + heads.roll(heads.shape[2] // 2, dims=2) * call.sin
 
 
-def _gated(gate_up: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
+def _gated(gate_up: Tensor, activation: Callable[[Tensor], Tensor], is_whole: bool) -> Tensor:
     """`activation(gate) * up`, `[M, 2 I]` to `[M, I]`."""
     gate, up = gate_up.chunk(2, dim=1)
-    if gate.numel() <= MAX_SERIAL_SIZE:
+    if is_whole or gate.numel() <= MAX_SERIAL_SIZE:
         return activation(gate) * up
     size = max(MAX_SERIAL_SIZE // gate.shape[1], 1)
     return torch.cat([activation(part) for part in gate.split(size)]) * up

@@ -54,6 +54,14 @@ class RaggedCache(Cache):
         assert isinstance(layer, _RaggedLayer) and layer.keys is not None and layer.values is not None
         return layer.keys, layer.values
 
+    def write_prompt(self, key_states: Tensor, value_states: Tensor, layer_idx: int, row: int) -> None:
+        """Write `[heads, T, head size]` at the beginning of one row, which has no tokens yet."""
+        while len(self.layers) <= layer_idx:
+            self.layers.append(self.layer_class_to_replicate())  # pyright: ignore[reportOptionalCall]
+        layer = self.layers[layer_idx]
+        assert isinstance(layer, _RaggedLayer)
+        layer.write_prompt(key_states, value_states, row)
+
     def crop(self, tokens_to_remove: int) -> None:
         """Does nothing: tokens that are not kept are overwritten."""
 
@@ -117,6 +125,16 @@ class _RaggedLayer(PreallocatedLayer["RaggedCache"]):
         self.keys = self._written(self.keys, key_states, end)
         self.values = self._written(self.values, value_states, end)
         return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def write_prompt(self, key_states: Tensor, value_states: Tensor, row: int) -> None:
+        """See `RaggedCache.write_prompt`."""
+        if not self.is_initialized:
+            shape = (len(self._cache.lengths), *key_states.shape)
+            self.lazy_initialization(key_states.expand(shape), value_states.expand(shape))
+        assert self.keys is not None and self.values is not None
+        num_tokens = key_states.shape[1]
+        self.keys[row, :, :num_tokens] = key_states
+        self.values[row, :, :num_tokens] = value_states
 
     def _written(self, store: Tensor | None, states: Tensor, end: int) -> Tensor:
         assert store is not None

@@ -24,6 +24,9 @@ from ptp_lightning.models.correction.correction import CorrectionHead
 from ptp_lightning.models.correction.decoder_refiner import Refiner, RefinerContext
 from ptp_lightning.models.network import PredictorNetwork
 
+MIN_PREFILL_TOKENS = 48
+"""Reading a shorter prompt in one piece saves less than the separate call for its last token costs."""
+
 
 class BatchContext:
     """B texts as the networks of a predictor have read them: the base model, a student's copy of it, and a `Refiner`.
@@ -104,6 +107,31 @@ class BatchContext:
             self.num_calls += 1
         self._latest = _LatestCall(token_ids, tokens, embeddings)
         return tokens, slots
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> list[int]:
+        """Read all tokens but the last of long prompts, each alone and in one piece, if the base model allows it.
+
+        Calls of few tokens are slow for many, because their results must not depend on the number of rows.
+
+        Args:
+            prompts: of all rows, which have no tokens yet.
+
+        Returns:
+            How many tokens of each were read; they are kept.
+        """
+        if self._joined is None:
+            return [0] * len(prompts)
+        counts = [len(prompt) - 1 if len(prompt) >= MIN_PREFILL_TOKENS else 0 for prompt in prompts]
+        if any(counts):
+            token_ids = _padded([prompt[:count] for prompt, count in zip(prompts, counts, strict=True)], self.device)
+            embeddings = self.predictor.embed(token_ids)
+            hidden = torch.zeros_like(embeddings)
+            for row, count in enumerate(counts):
+                if count:
+                    hidden[row, :count] = self._joined.prefill(embeddings[row, :count], row, self._cache)
+            self._latest = _LatestCall(token_ids, hidden, embeddings)
+            self.keep(counts)
+        return counts
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The base model's logits `[..., V]` for hidden states `[..., H]` of tokens; batch-invariant."""
@@ -345,15 +373,15 @@ class Start(NamedTuple):
     """What decoders start from.
 
     Attributes:
-        context: has read nothing.
+        context: has read what `prefill` reads.
         texts: without new tokens.
-        prompts: `[B, S]` token ids, padded on the right.
-        counts: number of tokens of each prompt.
+        unread: `[B, S]` token ids, the rest of each prompt, padded on the right.
+        counts: number of these tokens of each prompt.
     """
 
     context: BatchContext
     texts: VerifiedTexts
-    prompts: Tensor
+    unread: Tensor
     counts: list[int]
 
 
@@ -380,12 +408,17 @@ def begin_decoding(
         ValueError: there is no prompt, or one is empty or too long for `max_new_tokens` more.
     """
     require_prompts(predictor, prompts, settings)
-    counts = [len(prompt) for prompt in prompts]
-    padded = [[*prompt, *[0] * (max(counts) - len(prompt))] for prompt in prompts]
     with exclusive(predictor), prepare_for_decoding(predictor):
-        context = BatchContext(predictor, settings, counts, timer)
+        context = BatchContext(predictor, settings, [len(prompt) for prompt in prompts], timer)
         texts = VerifiedTexts(settings, len(prompts), on_tokens)
-        yield Start(context, texts, torch.tensor(padded, device=context.device), counts)
+        unread = [prompt[start:] for prompt, start in zip(prompts, context.prefill(prompts), strict=True)]
+        yield Start(context, texts, _padded(unread, context.device), [len(token_ids) for token_ids in unread])
+
+
+def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """Token ids `[B, S]`, padded on the right with zeros."""
+    longest = max(map(len, rows))
+    return torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=device)
 
 
 def take_columns(states: Tensor, starts: Sequence[int], length: int) -> Tensor:

@@ -274,8 +274,7 @@ class TestLikelyPick:
             return 0.5 * (math.erfc((u - right) / error / math.sqrt(2)) - math.erfc((u - left) / error / math.sqrt(2)))
 
         scores = [
-            mass(left, right) + mass(-right, -left) + mass(2 - right, 2 - left)
-            for left, right in itertools.pairwise(F)
+            mass(left, right) + mass(-right, -left) + mass(2 - right, 2 - left) for left, right in itertools.pairwise(F)
         ]
         found = int(likely_pick(torch.tensor([u], dtype=torch.float64), repeat(P, 1), error))
         assert scores[found] >= max(scores) - 1e-12

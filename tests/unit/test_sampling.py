@@ -86,6 +86,17 @@ def test_rank_in_a_large_vocabulary(dtype: torch.dtype):
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_more_ties_than_spare_tokens(dtype: torch.dtype):
+    """Rows whose k-th value goes on beyond the tokens that are listed, beside rows where it does not."""
+    logits = torch.zeros(3, 500, dtype=dtype)
+    logits[0, [400, 30]] = 2.0
+    logits[1] = torch.arange(500.0)
+    logits[2, 100:] = -1.0
+    assert rank_tokens(logits, 20)[0].tolist() == [30, 400, *range(18)]
+    assert torch.equal(rank_tokens(logits, 20), logits.sort(dim=-1, descending=True, stable=True).indices[:, :20])
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
 def test_ties_are_resolved_by_the_lowest_id(dtype: torch.dtype):
     logits = torch.tensor([1.0, 5.0, 1.0, 5.0, 1.0], dtype=dtype)
     P = SamplingConfig(top_k=3, order="descending").distribution(logits)

@@ -1,6 +1,7 @@
 """The joined decoder computes what the model's own does, and a token's bits depend on the text before it alone."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from ptp_lightning.decoding import (
 from ptp_lightning.decoding.joined_decoder import JoinedDecoder
 from ptp_lightning.decoding.lookahead import Lookahead
 from ptp_lightning.decoding.preparation import prepare_for_decoding
-from ptp_lightning.decoding.state import BatchContext
+from ptp_lightning.decoding.state import MIN_PREFILL_TOKENS, BatchContext
 from ptp_lightning.models import LoraSettings, PredictorConfig, PredictorNetwork
 from ptp_lightning.sampling import SamplingConfig
 from tests.helpers.tiny_decoding import Decode, decode_one, reference
@@ -198,3 +199,49 @@ def test_texts_of_a_wide_model_are_the_reference_texts(
         assert found == expected[:size]
     settings = GenerationSettings(sampling, 12, 4, window_length=3, slot_budget=5)
     assert decode_one(decode, network, settings, prompts[4]).token_ids == expected[4]
+
+
+@by_dtype
+@torch.inference_mode()
+def test_a_long_prompt_is_read_in_one_piece_alike_in_every_batch(dtype: torch.dtype) -> None:
+    """All but the last token, with the bits that it has alone; short prompts wait for the first call."""
+    network, texts = wide(576, dtype, 2), [text.tolist() for text in random_texts(3)]
+    prompts, found = [texts[0][:70], texts[1][: MIN_PREFILL_TOKENS - 1], texts[2][:100]], []
+    for batch in ([prompts[0]], prompts):
+        with prepare_for_decoding(network):
+            context = BatchContext(network, GenerationSettings(), [len(prompt) for prompt in batch])
+            counts = context.prefill(batch)
+            assert context._cache.lengths == counts
+            found.append((counts, context._cache.layers[1].keys[0, :, :69].clone()))
+    assert [counts for counts, _ in found] == [[69], [69, 0, 99]]
+    assert torch.equal(found[0][1], found[1][1])
+
+
+@by_dtype
+@torch.inference_mode()
+def test_a_prompt_in_one_piece_gives_the_same_numbers(dtype: torch.dtype) -> None:
+    network, prompt, found = wide(576, dtype, 2), random_texts(1)[0][:80].tolist(), []
+    for is_prefilled in (True, False):
+        with prepare_for_decoding(network):
+            context = BatchContext(network, GenerationSettings(), [80])
+            if is_prefilled:
+                context.prefill([prompt])
+            else:
+                context.read(torch.tensor([prompt[:-1]]))
+                context.keep([79])
+            found.append(context.read(torch.tensor([prompt[-1:]]), Lookahead.single([1], 5, context.device)))
+    tolerance = 1e-4 if dtype == torch.float32 else 0.1
+    for whole, in_parts in zip(*found, strict=True):
+        torch.testing.assert_close(whole, in_parts, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("decode", [decode_speculatively, decode_partially_quadratically])
+def test_texts_after_long_prompts(decode: Decode) -> None:
+    """Alone, and in a batch with a short prompt."""
+    network, texts = wide(192, torch.bfloat16, 2), [text.tolist() for text in random_texts(3)]
+    prompts = [texts[0][:64], texts[1][:5], texts[2][:90]]
+    settings = GenerationSettings(SamplingConfig(temperature=0.8), max_new_tokens=12, window_length=5, seed=(1, 2, 3))
+    together = [text.token_ids for text in decode(network, prompts, settings)]
+    for seed, prompt, text in zip((1, 2, 3), prompts, together, strict=True):
+        [alone] = decode_autoregressively(network, [prompt], replace(settings, seed=seed))
+        assert text == alone.token_ids
