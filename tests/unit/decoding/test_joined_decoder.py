@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -212,7 +213,8 @@ def test_a_long_prompt_is_read_in_one_piece_alike_in_every_batch(dtype: torch.dt
             context = BatchContext(network, GenerationSettings(), [len(prompt) for prompt in batch])
             counts = context.prefill(batch)
             assert context._cache.lengths == counts
-            found.append((counts, context._cache.layers[1].keys[0, :, :69].clone()))
+            keys = cast(Any, context._cache.layers[1]).keys
+            found.append((counts, keys[0, :, :69].clone()))
     assert [counts for counts, _ in found] == [[69], [69, 0, 99]]
     assert torch.equal(found[0][1], found[1][1])
 
