@@ -210,7 +210,8 @@ def as_tags(summary: WindowSummary, prefix: str = "val") -> dict[str, float]:
         prefix: the stage: "train", "val" or "test".
 
     Returns:
-        `{prefix}/correct_tokens`, `{prefix}/correct_tokens_standard_error`, and for every position with data
+        `{prefix}/correct_tokens`, `{prefix}/correct_tokens_standard_error`, `{prefix}/nll_nats` (the mean negative
+        log-likelihood of reference tokens, without the first one of each window), and for every position with data
         `{prefix}/accuracy/position_03`, `{prefix}/accuracy_given_prefix/position_03`,
         `{prefix}/perplexity/position_03`.
     """
@@ -219,6 +220,10 @@ def as_tags(summary: WindowSummary, prefix: str = "val") -> dict[str, float]:
         tags[f"{prefix}/correct_tokens"] = float(summary.correct_tokens)
     if summary.num_windows > 1:
         tags[f"{prefix}/correct_tokens_standard_error"] = float(summary.standard_error)
+    counts = summary.num_likelihoods.reshape(-1)[1:]
+    if counts.sum() > 0:
+        nats = summary.perplexity.reshape(-1)[1:].log() * counts
+        tags[f"{prefix}/nll_nats"] = float(nats[counts > 0].sum() / counts.sum())
     by_position = {
         "accuracy": (summary.accuracy, summary.num_positions),
         "accuracy_given_prefix": (summary.accuracy_given_prefix, summary.num_given_prefix),

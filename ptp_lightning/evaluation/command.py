@@ -41,6 +41,7 @@ from ptp_lightning.export.checkpoint import load_network
 from ptp_lightning.export.options import add_predictor_options, predictor_options, predictor_source
 from ptp_lightning.models.backbone import load_backbone
 from ptp_lightning.models.network import PredictorNetwork
+from ptp_lightning.utils.progress_lines import LinePacer, print_line
 from ptp_lightning.utils.user_errors import refused_options, warnings_as_notes
 
 if TYPE_CHECKING:
@@ -222,9 +223,18 @@ def _progress(total: int) -> Iterator[Callable[[Record], None]]:
     )
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("", total=total)
+        pacer = None if progress.console.is_terminal else LinePacer()
+        finished = 0
 
         def advance(record: Record) -> None:
-            progress.update(task, advance=1, description=f"{record.category} {record.question_id}: {record.decoder}")
+            nonlocal finished
+            finished += 1
+            answer = f"{record.category} {record.question_id}: {record.decoder}"
+            progress.update(task, completed=finished, description=answer)
+            if pacer is not None and pacer.is_due(finished / total):
+                print_line(
+                    f"answers {finished}/{total} ({finished / total:.0%})", answer, pacer.time_left(finished / total)
+                )
 
         yield advance
 

@@ -1,4 +1,4 @@
-"""The progress bar of `pregenerate`."""
+"""The progress of `pregenerate`: a bar, or lines where there is no terminal."""
 
 from __future__ import annotations
 
@@ -8,20 +8,28 @@ from contextlib import contextmanager
 from typing import Any
 
 from ptp_lightning.data.completions.completions import CompletionFolder, CompletionSettings
+from ptp_lightning.utils.progress_lines import LinePacer, print_line
 
 
 class ShardProgress:
-    """A progress bar of the shards of all processes and of the tokens of this process.
+    """The shards of all processes and the tokens of this process.
+
+    Args:
+        bar: of rich.
+        settings: of the completions.
+        title: of the bar, which begins each line.
 
     Attributes:
         num_tokens: sampled by this process.
         seconds: since the start.
     """
 
-    def __init__(self, bar: Any, settings: CompletionSettings) -> None:
+    def __init__(self, bar: Any, settings: CompletionSettings, title: str) -> None:
         self.num_tokens = 0
         self._bar = bar
         self._settings = settings
+        self._title = title
+        self._pacer = None if bar.console.is_terminal else LinePacer()
         self._finished = 0
         self._in_shard = 0
         self._begin = time.perf_counter()
@@ -37,6 +45,8 @@ class ShardProgress:
         self._finished, self._in_shard = num_finished, 0
         if self._task is None:  # earlier shards must not count for the speed
             self._task = self._bar.add_task("", total=self._settings.num_shards, completed=num_finished)
+            if self._pacer is not None:
+                self._pacer.start(num_finished / self._settings.num_shards)
         self._update()
 
     def on_tokens(self, num_tokens: int) -> None:
@@ -49,7 +59,12 @@ class ShardProgress:
         settings = self._settings
         tokens_per_shard = settings.shard_prompts * settings.num_completions * settings.max_new_tokens
         completed = min(self._finished + self._in_shard / tokens_per_shard, settings.num_shards)
-        self._bar.update(self._task, completed=completed, description=f"{self.num_tokens / self.seconds:,.0f} tokens/s")
+        speed = f"{self.num_tokens / self.seconds:,.0f} tokens/s"
+        self._bar.update(self._task, completed=completed, description=speed)
+        fraction = completed / settings.num_shards
+        if self._pacer is not None and self._pacer.is_due(fraction):
+            shards = f"{self._title} {completed:.1f}/{settings.num_shards} ({fraction:.0%})"
+            print_line(shards, speed, self._pacer.time_left(fraction))
 
 
 @contextmanager
@@ -66,4 +81,4 @@ def progress_bar(folder: CompletionFolder, title: str) -> Iterator[ShardProgress
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        yield ShardProgress(bar, folder.settings)
+        yield ShardProgress(bar, folder.settings, title)

@@ -24,12 +24,12 @@ from ptp_lightning.data.datamodule import CorpusDataModule
 from ptp_lightning.metrics import WindowSummary
 from ptp_lightning.sweeps.study import Budget, Overrides
 from ptp_lightning.sweeps.trial_callbacks import PruneAtValidation, TrainingClock
-from ptp_lightning.training.callbacks import RunSummary
+from ptp_lightning.training.callbacks import LogProgress, RunSummary, RunText
 from ptp_lightning.training.cli import PlainErrorParser, TrainingCLI, parsed
 from ptp_lightning.utils.user_errors import plain_reason
 
 # A study keeps metrics and the commands to repeat its trainings, no checkpoints.
-LEFT_OUT = (Checkpoint, ProgressBar, RunSummary)
+LEFT_OUT = (Checkpoint, ProgressBar, LogProgress, RunSummary, RunText)
 FOLLOWER_ARGUMENTS = "SWEEPS_FOLLOWER_ARGUMENTS"  # environment variable with the arguments of `fit` for other ranks
 
 
@@ -42,7 +42,12 @@ class RaisingParser(PlainErrorParser):
 
 
 class TrialCLI(TrainingCLI):
-    """The command line of `fit` without checkpoints, progress bar and closing summary."""
+    """The command line of `fit` without checkpoints, progress bar and closing summary.
+
+    Loggers get the parameters of the trial only.
+    """
+
+    logs_settings = False
 
     def before_instantiate_classes(self) -> None:
         """Remove these callbacks from the configuration, and keep Lightning from adding its own."""

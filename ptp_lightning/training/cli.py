@@ -18,7 +18,9 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from ptp_lightning.training.callbacks import LogProgress, RunSettings
 from ptp_lightning.training.distributed.termination import TerminateTogether
+from ptp_lightning.training.hyperparameters import flat_settings
 from ptp_lightning.training.run_folder import SaveRunConfig, newest_checkpoint
 from ptp_lightning.training.settings import require_sections, require_trainer_settings
 from ptp_lightning.utils.named_files import find_yaml
@@ -39,8 +41,11 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     },
     "callbacks": [
         {"class_path": "ptp_lightning.training.callbacks.StepProgressBar"},
-        {"class_path": "lightning.pytorch.callbacks.LearningRateMonitor"},
+        {"class_path": "ptp_lightning.training.callbacks.LogProgress"},
+        {"class_path": "ptp_lightning.training.callbacks.LearningRate"},
+        {"class_path": "ptp_lightning.training.callbacks.TrainingSpeed"},
         {"class_path": "ptp_lightning.training.callbacks.PositionCharts"},
+        {"class_path": "ptp_lightning.training.callbacks.RunText"},
         {"class_path": "ptp_lightning.training.callbacks.FinalMetrics"},
         {"class_path": "ptp_lightning.training.callbacks.RunSummary"},
     ],
@@ -94,7 +99,21 @@ class TrainingCLI(LightningCLI):
 
     `checkpoint` holds the arguments of a `ModelCheckpoint`, which is used unless `trainer.callbacks` has one itself or
     `trainer.enable_checkpointing` is false. `--print_config` shows all defaults.
+
+    Attributes:
+        logs_settings: whether loggers get all settings of a training.
     """
+
+    logs_settings = True
+
+    def __init__(self, *classes: Any, args: list[str], **options: Any) -> None:
+        self._command = args[0] if args else None
+        super().__init__(*classes, args=args, **options)
+
+    def subcommands(self) -> dict[str, set[str]]:
+        """The command that is run; building the parsers of the other ones would take longer than parsing."""
+        commands = super().subcommands()
+        return {name: skipped for name, skipped in commands.items() if name == self._command} or commands
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add `trainer`, `model`, `data` and `checkpoint`."""
@@ -119,9 +138,12 @@ class TrainingCLI(LightningCLI):
         if trainer.logger is False:
             callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
         if trainer.enable_progress_bar is False:
-            callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
+            callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar | LogProgress)]
         if trainer.enable_checkpointing is not False and not any(isinstance(one, Checkpoint) for one in callbacks):
             callbacks.append(self._get(self.config_init, "checkpoint"))
+        if self.logs_settings:
+            config = self.config if self.subcommand is None else self.config[self.subcommand]
+            callbacks.append(RunSettings(flat_settings(config.as_dict())))
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
@@ -147,6 +169,15 @@ class TrainingCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing; in Lightning the checkpoint's hyperparameters override the command line."""
+
+
+class StandardErrorHandler(logging.StreamHandler):
+    """Writes to the present standard error, which notebooks and tests replace."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """See `logging.Handler.emit`."""
+        self.stream = sys.stderr
+        super().emit(record)
 
 
 AnyCLI = TypeVar("AnyCLI", bound=TrainingCLI)
@@ -272,7 +303,7 @@ def show_own_messages() -> None:
     """Print what this package logs, such as the attention back-end in use, on the first process alone."""
     logger = logging.getLogger("ptp_lightning")
     if rank_zero_only.rank == 0 and not logger.handlers:
-        logger.addHandler(logging.StreamHandler())
+        logger.addHandler(StandardErrorHandler())
         logger.setLevel(logging.INFO)
 
 

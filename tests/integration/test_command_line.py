@@ -7,6 +7,7 @@ from pathlib import Path
 
 import lightning  # noqa: F401  its log handlers keep the stream of the first import, which must outlive a test
 import pytest
+import yaml
 
 from ptp_lightning.cli import main
 
@@ -114,6 +115,10 @@ def test_the_command_of_the_readme(tmp_path: Path) -> None:
     checkpoint = tmp_path / "runs" / "gated_lora" / "version_0" / "checkpoints" / "last.ckpt"
     assert checkpoint.is_file()
     assert "correct tokens per call" in result.stdout
+    settings = yaml.safe_load((checkpoint.parents[1] / "hparams.yaml").read_text())
+    assert settings["model"] == "DistillationModule"
+    assert settings["max_steps"] == 3 and settings["data.batch_size"] == 2
+    assert "step 3/3 (100%), loss " in result.stderr  # no terminal
     assert "Training " in result.stdout and "Epoch 0/-2" not in result.stdout
     assert "for seamless" not in (result.stdout + result.stderr).lower()  # Lightning advertises products
     assert "Warning" not in result.stderr

@@ -101,6 +101,7 @@ class TrainingModule(LightningModule, ABC):
             gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
             norm = torch.nn.utils.get_total_norm(gradients)
             norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+            self.log("train/gradient_norm", norm)  # before clipping; read when it is logged
         totals = torch.stack([norm, *(entry.mean_totals.sum().to(norm) for entry in micro_batches)])
         if not totals.isfinite().all():  # one check for both, because it synchronises with the device
             self._raise_not_finite(micro_batches, float(norm))

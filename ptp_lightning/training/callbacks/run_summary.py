@@ -1,19 +1,13 @@
-"""Callbacks that report a run: charts and figures by position, hyperparameters with results, a final summary.
-
-They read `val_summary`, the `WindowSummary` that a module sets at the end of each validation epoch. They do nothing for
-modules without one, and those for TensorBoard do nothing without a `TensorBoardLogger` (so `fast_dev_run` is not a
-special case). They write on rank zero only.
-"""
+"""RunSummary: results, files and the next command at the end of training."""
 
 from __future__ import annotations
 
 import os
 import shlex
-from typing import TYPE_CHECKING
 
 import rich
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.box import SIMPLE_HEAD
@@ -22,71 +16,9 @@ from rich.text import Text
 
 from ptp_lightning.data.packed_datamodule import PackedDataModule
 from ptp_lightning.metrics import WindowSummary, as_tags
+from ptp_lightning.training.callbacks.trainer_state import val_summary
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-CHARTS = {
-    "by position": {
-        "accuracy": ["Multiline", [r"val/accuracy/position_\d+"]],
-        "accuracy given a correct prefix": ["Multiline", [r"val/accuracy_given_prefix/position_\d+"]],
-        "perplexity": ["Multiline", [r"val/perplexity/position_\d+"]],
-        "divergence from the teacher": ["Multiline", [r"val/kl/position_\d+"]],
-    }
-}
-FIGURE_TAG = "val/correct_token_counts"
 MAX_TABLE_ROWS = 16
-
-
-class StepProgressBar(RichProgressBar):
-    """Lightning's progress bar for training streams without epochs, which Lightning labels `Epoch 0/-2`."""
-
-    def _get_train_description(self, current_epoch: int) -> str:
-        return f"{'Training':{len(self.validation_description)}}"  # as wide as the other label
-
-
-class PositionCharts(Callback):
-    """TensorBoard: one chart with a line per position for each metric, and a figure of correct-token counts.
-
-    The charts are a layout of the custom-scalars plugin, written once; the figure is drawn at every validation. A
-    complete validation before the first step (`trainer.num_sanity_val_steps: -1`) is logged as step 0, including its
-    scalars, which Lightning discards.
-    """
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the layout."""
-        for logger in tensorboard_loggers(trainer):
-            logger.experiment.add_custom_scalars(CHARTS)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw the figure; the module has set its `val_summary`."""
-        summary = val_summary(trainer, pl_module)
-        if summary is None or summary.num_windows == 0:
-            return
-        for logger in tensorboard_loggers(trainer):
-            if trainer.sanity_checking:
-                logger.log_metrics(as_tags(summary), step=0)
-            logger.experiment.add_figure(
-                FIGURE_TAG, draw_correct_token_counts(summary), global_step=trainer.global_step
-            )
-
-
-class FinalMetrics(Callback):
-    """TensorBoard's hyperparameter table: the settings of each run with its last validation.
-
-    Use it with `TensorBoardLogger(default_hp_metric=False)`. Metrics by position are left to the charts.
-    """
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the logger's hyperparameters again, with metrics."""
-        summary = val_summary(trainer, pl_module)
-        metrics = {} if summary is None else as_tags(summary)
-        metrics |= {tag: float(value) for tag, value in trainer.callback_metrics.items() if tag.startswith("val/")}
-        metrics = {tag: value for tag, value in metrics.items() if "/position_" not in tag}
-        if metrics:
-            for logger in tensorboard_loggers(trainer):
-                # Without the step the final values would be added to the curves at step 0.
-                logger.log_hyperparams(logger.hparams, metrics, step=trainer.global_step)
 
 
 class RunSummary(Callback):
@@ -152,25 +84,10 @@ class RunSummary(Callback):
             _print_line("Next", command + '"def "')
 
 
-def val_summary(trainer: Trainer, pl_module: LightningModule) -> WindowSummary | None:
-    """The module's last validation; None if there is none but an incomplete sanity check."""
-    if trainer.sanity_checking and trainer.num_sanity_val_steps != float("inf"):
-        return None
-    summary = getattr(pl_module, "val_summary", None)
-    return summary if isinstance(summary, WindowSummary) else None
-
-
 def is_text(trainer: Trainer) -> bool:
     """Whether the data are text, so that the trained model can continue a prompt; other series have no tokenizer."""
     data: object = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
     return not isinstance(data, PackedDataModule) or data.tokenizer is not None
-
-
-def tensorboard_loggers(trainer: Trainer) -> list[TensorBoardLogger]:
-    """The trainer's TensorBoard loggers on rank zero; an empty list on other ranks."""
-    if not trainer.is_global_zero:
-        return []
-    return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
 
 
 def checkpoint_path(trainer: Trainer) -> str | None:
@@ -180,21 +97,6 @@ def checkpoint_path(trainer: Trainer) -> str | None:
         return None
     path = checkpoint.best_model_path or checkpoint.last_model_path
     return _short(path) if path else None
-
-
-def draw_correct_token_counts(summary: WindowSummary) -> Figure:
-    """Bar chart: the fraction of windows with a correct prefix of 0, 1, .. L tokens."""
-    from matplotlib.figure import Figure  # slow to import; a figure without pyplot needs no display
-
-    figure = Figure(figsize=(6, 3), layout="constrained")
-    axes = figure.subplots()
-    shares = (summary.prefix_counts.double() / summary.num_windows).cpu()
-    axes.bar(range(len(shares)), shares.numpy(), color="tab:blue")
-    mean = float(summary.correct_tokens)
-    axes.axvline(mean, color="tab:orange", label=f"mean {mean:.2f}")
-    axes.set(xlabel="correct tokens per call", ylabel="fraction of windows", ylim=(0, 1))
-    axes.legend()
-    return figure
 
 
 def correct_tokens_table(first: WindowSummary, last: WindowSummary) -> Table:
