@@ -53,7 +53,7 @@ def require_supported(network: PredictorNetwork) -> None:
     if model.device.type == "meta":
         return
     kind = model.config.model_type
-    with _named_errors(model.config):
+    with _named_errors(model.config), _attention(network, AttentionChoice(network.student_model, is_logged=False)):
         batch = _batch(network)
         _require_own_logits(network, batch, kind)
         _require_positions(network, batch, kind)
@@ -174,19 +174,26 @@ def _require_visible_tokens_alone(network: PredictorNetwork, batch: PackedBatch,
 
 def _require_slots_as_under_a_mask(network: PredictorNetwork, batch: PackedBatch, kind: str) -> None:
     """A back-end replaces the model's attention, and with it whatever else the model does there."""
-    auxiliaries, context, chosen = _auxiliaries(network, batch), network.encode(batch), network.attention
+    auxiliaries, context = _auxiliaries(network, batch), network.encode(batch)
     found = network.slot_logits(network.slot_hidden(context, auxiliaries))
-    network.attention = AttentionChoice(network.student_model, (Dense(),))
-    try:
+    with _attention(network, AttentionChoice(network.student_model, (Dense(),), is_logged=False)):
         expected = network.slot_logits(network.slot_hidden(context, auxiliaries))
-    finally:
-        network.attention = chosen
     difference = _difference(found, expected)
     if difference > TOLERANCES[network.base_model.dtype]:
         raise ValueError(
             f"expected plain softmax attention, found that slots of {kind} differ from those under a mask by "
             f"{difference:.2g} of their standard deviation: this type of model is not supported, {ADVICE}"
         )
+
+
+@contextmanager
+def _attention(network: PredictorNetwork, choice: AttentionChoice) -> Iterator[None]:
+    """Another choice of the attention of windows inside the block."""
+    before, network.attention = network.attention, choice
+    try:
+        yield
+    finally:
+        network.attention = before
 
 
 def _require_positions(network: PredictorNetwork, batch: PackedBatch, kind: str) -> None:

@@ -21,11 +21,12 @@ logger = logging.getLogger(__name__)
 
 
 class AttentionChoice:
-    """Chooses the first supported back-end, once for each device and dtype, and logs it.
+    """Chooses the first supported back-end, once for each device and dtype.
 
     Args:
         model: the base model.
         candidates: in order of preference; one alone is always chosen, for comparisons.
+        is_logged: whether a choice is logged.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1))
@@ -33,8 +34,14 @@ class AttentionChoice:
     'blocks'
     """
 
-    def __init__(self, model: PreTrainedModel, candidates: Sequence[WindowAttention] = FASTEST_FIRST) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        candidates: Sequence[WindowAttention] = FASTEST_FIRST,
+        is_logged: bool = True,
+    ) -> None:
         self._model = model
+        self._is_logged = is_logged
         self._candidates = candidates
         self._chosen: dict[tuple[str, torch.dtype], WindowAttention] = {}
 
@@ -51,7 +58,8 @@ class AttentionChoice:
         key = device.type, dtype
         if key not in self._chosen:
             self._chosen[key] = self._first_supported(device, dtype)
-            logger.info("Windows attend by %s on %s in %s", self._chosen[key].name, device.type, dtype)
+            if self._is_logged:
+                logger.info("Windows attend by %s on %s in %s", self._chosen[key].name, device.type, dtype)
         return self._chosen[key]
 
     def _first_supported(self, device: torch.device, dtype: torch.dtype) -> WindowAttention:
