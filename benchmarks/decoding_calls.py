@@ -4,11 +4,12 @@
     python -m benchmarks.decoding_calls --adapter smollm2 --dtype bfloat16 --threads 2 --budgets 0 16 32
 
 The minimum of many repetitions, which take turns, so that changes of the machine's speed affect all. A call reads the
-last token, a draft and the slots, picks tokens, and makes the next draft. By default the model is a Llama with random
-weights, and so is the adapter; costs do not depend on them. `--model` names another model, and `--adapter` a trained
-predictor, with its correction and its draft vocabulary. Then the steps of `transformers.generate`, without any of our
-changes, are measured too. A budget of 0 is a cycle of speculative decoding: the call that drafts a window and the call
-that verifies it.
+last token, a draft and the slots, picks tokens, and makes the next draft. A budget of 0 is a cycle of speculative
+decoding: the call that drafts a window and the call that verifies it. `--prompts` measures the reading of prompts.
+
+By default the model is a Llama with random weights, and so is the adapter; costs do not depend on them. `--model` names
+another model, and `--adapter` a trained predictor, with its correction and its draft vocabulary. Then the model is
+measured in transformers too, without any of our changes.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ def main() -> None:
     parser.add_argument("--model", help="folder or id of a model, or smollm2; by default random weights")
     parser.add_argument("--adapter", help="folder or name of a predictor instead, smollm2 for instance")
     parser.add_argument("--budgets", type=int, nargs="+", default=[16, 64])
+    parser.add_argument("--prompts", type=int, nargs="*", default=[], help="numbers of tokens of prompts")
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--draft", type=int, default=3, help="draft tokens verified by a call")
     parser.add_argument("--rank", type=int, default=16)
@@ -76,6 +78,10 @@ def main() -> None:
     if options.model is not None or options.adapter is not None:
         base_model = load_backbone(predictor.config.backbone)
         timed["transformers.generate, a step"] = partial(generate_step, base_model, options.context)
+        for length in options.prompts:
+            timed[f"prompt of {length}, transformers"] = partial(transformers_prompt, base_model, length)
+    for length in options.prompts:
+        timed[f"prompt of {length}, own"] = partial(own_prompt, predictor, length)
     timed["own loop, a step"] = Call(predictor, sampling, options, None).seconds
     for budget in options.budgets:
         name = f"call of {budget} slots" if budget else "speculative cycle, two calls"
@@ -118,6 +124,24 @@ def generate_step(model: PreTrainedModel, num_context: int) -> float:
         model.generate(prompt, do_sample=False, min_new_tokens=length, max_new_tokens=length)  # pyright: ignore[reportCallIssue]
         seconds.append(perf_counter() - begin)
     return (seconds[1] - seconds[0]) / NUM_GENERATED
+
+
+@torch.inference_mode()
+def transformers_prompt(model: PreTrainedModel, length: int) -> float:
+    """Seconds in which an unchanged model reads a prompt."""
+    prompt = torch.ones(1, length, dtype=torch.long)
+    begin = perf_counter()
+    model(prompt, use_cache=True, logits_to_keep=1)
+    return perf_counter() - begin
+
+
+@torch.inference_mode()
+def own_prompt(predictor: PredictorNetwork, length: int) -> float:
+    """Seconds in which a context reads a prompt up to its last token."""
+    context = BatchContext(predictor, GenerationSettings(), [length])
+    begin = perf_counter()
+    context.prefill([[1] * length])
+    return perf_counter() - begin
 
 
 class Call:

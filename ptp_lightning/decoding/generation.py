@@ -77,8 +77,8 @@ class Decoded:
 
     Attributes:
         token_ids: the new tokens, an end-of-text token included.
-        num_calls: forward passes of the base model that this text took part in, including the one that reads the
-            prompt, and those of a student that is a network of its own.
+        num_calls: forward passes of the base model that this text took part in, including those of a student that is a
+            network of its own. The reading of the prompt is part of the first, also if it is a pass of its own.
         finish_reason: "eos" after an end-of-text token, "stop" after a stop string or where `on_tokens` ended the text,
             "length" after `max_new_tokens`.
         correct_per_cycle: number of correct tokens of each draft, 1 .. L, including its exact first token; empty

@@ -251,7 +251,7 @@ class _JoinedLayer:
         attended = call.attend(index, query, key, value, self._scale)
         hidden = hidden + self._output(attended, call)
         gate_up = self._gate_up(self._mlp_norm(hidden), call)
-        return hidden + self._down(_gated(gate_up, self._activation, call.is_whole), call)
+        return hidden + self._down(_gated(gate_up, self._activation), call)
 
 
 class _JoinedProduct:
@@ -320,10 +320,10 @@ def _rotate(heads: Tensor, call: _Call) -> Tensor:
     return heads * call.cos + heads.roll(heads.shape[2] // 2, dims=2) * call.sin
 
 
-def _gated(gate_up: Tensor, activation: Callable[[Tensor], Tensor], is_whole: bool) -> Tensor:
+def _gated(gate_up: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
     """`activation(gate) * up`, `[M, 2 I]` to `[M, I]`."""
     gate, up = gate_up.chunk(2, dim=1)
-    if is_whole or gate.numel() <= MAX_SERIAL_SIZE:
+    if gate.numel() <= MAX_SERIAL_SIZE:
         return activation(gate) * up
     size = max(MAX_SERIAL_SIZE // gate.shape[1], 1)
     return torch.cat([activation(part) for part in gate.split(size)]) * up

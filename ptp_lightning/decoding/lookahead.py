@@ -49,7 +49,11 @@ class Lookahead(NamedTuple):
 
 
 def positions_and_mask(
-    lengths: Sequence[int], num_tokens: int, lookahead: Lookahead | None, device: torch.device
+    lengths: Sequence[int],
+    num_tokens: int,
+    lookahead: Lookahead | None,
+    device: torch.device,
+    limit: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Position ids and mask of a call with a ragged cache, which reads T tokens and then slots.
 
@@ -61,6 +65,7 @@ def positions_and_mask(
         num_tokens: T.
         lookahead: of S slots; None for none.
         device: of the results.
+        limit: number of positions of the model. Those beyond its last one, whose results are discarded, are set to it.
 
     Returns:
         Position ids `[B, T + S]` and mask `[B, 1, T + S, max(lengths) + T + S]`, true where a query sees a key.
@@ -82,4 +87,4 @@ def positions_and_mask(
         keys = torch.arange(max(lengths) + num_queries, device=device) - kept  # index of each key within the call
         mask = own.gather(2, keys.clamp(0, num_queries - 1).unsqueeze(1).expand(-1, num_queries, -1))
         mask = (mask & (keys < num_queries).unsqueeze(1)) | (keys < 0).unsqueeze(1)
-    return position_ids, mask.unsqueeze(1)
+    return position_ids if limit is None else position_ids.clamp_max(limit - 1), mask.unsqueeze(1)

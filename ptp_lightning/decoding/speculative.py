@@ -30,9 +30,10 @@ def decode_speculatively(
 ) -> list[Decoded]:
     """Cycles of two calls (three with a student's copy) that commit `accepted = correct + 1` tokens.
 
-    1. Draft. A call reads the tokens that the cache lacks (first the prompt, later the newest token), then slots. The
-       base model's logits give the first token of the window, t_1 = Pick(u_1, Q_1); slot j gives token j + 2. A
-       student's copy has a call of its own for the slots, in which it also reads what was committed since its last.
+    1. Draft. A call reads the tokens that the cache lacks (first the prompt or its last token, later the newest token),
+       then slots. The base model's logits give the first token of the window, t_1 = Pick(u_1, Q_1); slot j gives token
+       j + 2. A student's copy has a call of its own for the slots, in which it also reads what was committed since its
+       last.
     2. Verify. A call reads the draft with the gate closed. Its longest prefix of tokens that are the base model's own
        picks is correct (1 .. L tokens, since t_1 always is). It is committed together with the base model's pick after
        it: the correction of a wrong token, or a bonus after the last.

@@ -8,8 +8,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
-from torch.nn.utils.rnn import pad_sequence
 
 from ptp_lightning.decoding.batch_invariance import batch_invariant
 from ptp_lightning.decoding.exclusive import exclusive
@@ -19,13 +17,14 @@ from ptp_lightning.decoding.lookahead import Lookahead, positions_and_mask
 from ptp_lightning.decoding.prefix_penalties import PrefixPenalties
 from ptp_lightning.decoding.preparation import prepare_for_decoding
 from ptp_lightning.decoding.ragged_cache import RaggedCache
+from ptp_lightning.decoding.refiner_pairs import RefinerPairs
+from ptp_lightning.decoding.student_copy import StudentCopy
 from ptp_lightning.decoding.timing import PhaseTimer
 from ptp_lightning.models.correction.correction import CorrectionHead
-from ptp_lightning.models.correction.decoder_refiner import Refiner, RefinerContext
 from ptp_lightning.models.network import PredictorNetwork
 
 MIN_PREFILL_TOKENS = 48
-"""Reading a shorter prompt in one piece saves less than the separate call for its last token costs."""
+"""A shorter prompt is read by the first call: the separate call for its last token costs as much as one piece saves."""
 
 
 class BatchContext:
@@ -69,8 +68,8 @@ class BatchContext:
             else None
         )
         refiner = predictor.refiner
-        self._refiner = None if refiner is None else _RefinerPairs(predictor, refiner, num_rows, capacity)
-        self._copy = None if predictor.student_copy is None else _StudentCopy(predictor, num_rows, capacity)
+        self._refiner = None if refiner is None else RefinerPairs(predictor, refiner, num_rows, capacity)
+        self._copy = None if predictor.student_copy is None else StudentCopy(predictor, num_rows, capacity)
         self._penalties = PrefixPenalties.of(settings.sampling, num_rows, self.device)
 
     @property
@@ -213,7 +212,8 @@ class BatchContext:
         """Last hidden states of tokens `[B, T, H]` and slots `[B, S, H]`, given their input embeddings."""
         self.num_calls += 1
         predictor, num_tokens = self.predictor, tokens.shape[1]
-        position_ids, mask = _layout_of_call(predictor, self._cache.lengths, num_tokens, lookahead, self.device)
+        lengths, limit = self._cache.lengths, predictor.max_positions
+        position_ids, mask = positions_and_mask(lengths, num_tokens, lookahead, self.device, limit)
         if self._joined is not None:
             return self._joined.run(tokens, slots, position_ids, mask, self._cache)
         num_slots = slots.shape[1]
@@ -230,143 +230,6 @@ class _LatestCall(NamedTuple):
     token_ids: Tensor
     hidden: Tensor
     embeddings: Tensor
-
-
-class _StudentCopy:
-    """A student's copy of the base model and the tokens it has read. It reads when slots are asked for.
-
-    Args:
-        predictor: its student is a copy.
-        num_rows: B.
-        capacity: see `RaggedCache`.
-    """
-
-    def __init__(self, predictor: PredictorNetwork, num_rows: int, capacity: int) -> None:
-        self._predictor = predictor
-        self._cache = RaggedCache(num_rows, capacity)
-        self._unread: list[list[Tensor]] = [[] for _ in range(num_rows)]
-        self._has_read = False  # the tokens of the base model's latest call
-
-    def look_ahead(self, token_ids: Tensor, lookahead: Lookahead, slots: Tensor) -> Tensor:
-        """One call that reads the unread tokens, then the tokens of the base model's call, then slots.
-
-        Args:
-            token_ids: `[B, T]`, of the base model's call.
-            lookahead: of S slots after them.
-            slots: `[B, S, H]`, input embeddings.
-
-        Returns:
-            Last hidden states of the slots `[B, S, H]`, for `slot_logits`.
-        """
-        unread = [sum(map(len, parts)) for parts in self._unread]
-        rows = [torch.cat([*parts, row]) for parts, row in zip(self._unread, token_ids, strict=True)]
-        tokens = self._predictor.student_embed(pad_sequence(rows, batch_first=True))
-        shift = torch.tensor(unread, device=token_ids.device).unsqueeze(1)
-        anchors = torch.where(lookahead.anchors < 0, -1, lookahead.anchors + shift)
-        position_ids, mask = _layout_of_call(
-            self._predictor, self._cache.lengths, tokens.shape[1], lookahead._replace(anchors=anchors), tokens.device
-        )
-        embeddings = torch.cat([tokens, slots.to(tokens.dtype)], dim=1)
-        hidden = self._predictor.run_student_decoder(embeddings, position_ids, mask, self._cache)
-        self._cache.keep(unread)
-        self._unread = [[] for _ in unread]
-        self._has_read = True
-        return hidden[:, tokens.shape[1] :]
-
-    def keep(self, token_ids: Tensor, counts: Sequence[int]) -> None:
-        """See `BatchContext.keep`. Tokens that this copy has not read yet are read by its next call."""
-        if self._has_read:
-            self._cache.keep(counts)
-        else:
-            for parts, row, count in zip(self._unread, token_ids, counts, strict=True):
-                parts.append(row[:count])
-        self._has_read = False
-
-    def select(self, rows: Sequence[int]) -> None:
-        """See `BatchContext.select`."""
-        self._cache.select(rows)
-        self._unread = [self._unread[row] for row in rows]
-
-
-class _UnreadPairs(NamedTuple):
-    """Last hidden states and token embeddings `[B, T, H]`, of which the first `counts[b]` of row b count."""
-
-    hidden: Tensor
-    embeddings: Tensor
-    counts: list[int]
-
-
-class _RefinerPairs:
-    """The pairs of the texts that the refiner has read. It reads when a draft is refined.
-
-    Args:
-        predictor: the network.
-        refiner: its correction.
-        num_rows: B.
-        capacity: see `RaggedCache`.
-    """
-
-    def __init__(self, predictor: PredictorNetwork, refiner: Refiner, num_rows: int, capacity: int) -> None:
-        self._predictor = predictor
-        self._caches = (RaggedCache(num_rows, capacity), RaggedCache(num_rows, capacity))
-        self._context = RefinerContext(refiner, predictor.lower_layers, self._caches)
-        self._unread: list[_UnreadPairs] = []
-
-    def append(self, hidden: Tensor, embeddings: Tensor, counts: Sequence[int]) -> None:
-        """Append the first `counts[b]` tokens of row b, given the last hidden states and embeddings `[B, T, H]`."""
-        longest = max(counts)
-        if longest:
-            self._unread.append(_UnreadPairs(hidden[:, :longest], embeddings[:, :longest], list(counts)))
-
-    def refine(self, hidden: Tensor, embeddings: Tensor, conditioning: Tensor | None) -> Tensor:
-        """See `BatchContext.correct`."""
-        if not self._unread:
-            return self._context.refine(hidden, embeddings, *self._layout(hidden.shape[1]), conditioning)
-        *earlier, latest = self._unread
-        self._unread = []
-        for unread in earlier:
-            self._context.read(unread.hidden, unread.embeddings, *self._layout(unread.hidden.shape[1]))
-            self._keep(unread.counts)
-        # The latest pairs are read in the same pass as the slots.
-        num_tokens, num_slots = latest.hidden.shape[1], hidden.shape[1]
-        refined = self._context.refine(
-            torch.cat([latest.hidden, hidden], dim=1),
-            torch.cat([latest.embeddings, embeddings], dim=1),
-            *self._layout(num_tokens, Lookahead.single(latest.counts, num_slots, hidden.device)),
-            None if conditioning is None else pad(conditioning.expand(num_slots, -1), (0, 0, num_tokens, 0)),
-        )
-        self._keep(latest.counts)
-        return refined[:, num_tokens:]
-
-    def select(self, rows: Sequence[int]) -> None:
-        """See `BatchContext.select`."""
-        for cache in self._caches:
-            cache.select(rows)
-        self._unread = [
-            _UnreadPairs(hidden[list(rows)], embeddings[list(rows)], [counts[row] for row in rows])
-            for hidden, embeddings, counts in self._unread
-        ]
-
-    def _keep(self, counts: Sequence[int]) -> None:
-        for cache in self._caches:
-            cache.keep(counts)
-
-    def _layout(self, num_tokens: int, lookahead: Lookahead | None = None) -> tuple[Tensor, Tensor]:
-        device = self._predictor.base_model.device
-        return _layout_of_call(self._predictor, self._caches[0].lengths, num_tokens, lookahead, device)
-
-
-def _layout_of_call(
-    predictor: PredictorNetwork,
-    lengths: Sequence[int],
-    num_tokens: int,
-    lookahead: Lookahead | None,
-    device: torch.device,
-) -> tuple[Tensor, Tensor]:
-    """See `positions_and_mask`; positions beyond the model's last one, whose results are discarded, are set to it."""
-    position_ids, mask = positions_and_mask(lengths, num_tokens, lookahead, device)
-    limit = predictor.max_positions
-    return position_ids if limit is None else position_ids.clamp_max(limit - 1), mask
 
 
 class Start(NamedTuple):

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from ptp_lightning.auxiliary import pick
+from ptp_lightning.decoding.exclusive import exclusive
 from ptp_lightning.decoding.generation import GenerationSettings
-from ptp_lightning.decoding.state import begin_decoding
+from ptp_lightning.decoding.preparation import prepare_for_decoding
+from ptp_lightning.decoding.state import BatchContext
 from ptp_lightning.models.network import PredictorNetwork
 from ptp_lightning.sampling import Sampler
 
@@ -89,8 +91,9 @@ def _logits(
     num_fillers: int,
 ) -> Tensor:
     """Logits `[V]` after the tokens; a first call reads some of them, and filler tokens follow the last one."""
-    with begin_decoding(predictor, [token_ids], replace(settings, max_new_tokens=1)) as (context, _, tokens, _):
-        tokens = torch.cat([tokens, tokens[:, -1:].expand(-1, num_fillers)], dim=1)
+    with exclusive(predictor), prepare_for_decoding(predictor):
+        context = BatchContext(predictor, replace(settings, max_new_tokens=1), [len(token_ids)])
+        tokens = torch.tensor([[*token_ids, *[token_ids[-1]] * num_fillers]], device=context.device)
         if num_read_before:
             context.read(tokens[:, :num_read_before])
             context.keep([num_read_before])

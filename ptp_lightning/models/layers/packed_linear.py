@@ -109,7 +109,7 @@ class PackedWeights:
             key: of the copy among those of its owner.
             tensors: what the copy depends on.
             build: gets whether the copy may be kept. Tensors without a version are copied in each call, because a
-                change would go unnoticed.
+                change would go unnoticed, as does one through `.data`.
         """
         source = _version(tensors)
         if source is None:

@@ -13,16 +13,19 @@ from ptp_lightning.decoding import (
     decode_autoregressively,
     decode_partially_quadratically,
     decode_speculatively,
+    state,
 )
 from ptp_lightning.decoding.joined_decoder import JoinedDecoder
 from ptp_lightning.decoding.lookahead import Lookahead
 from ptp_lightning.decoding.preparation import prepare_for_decoding
 from ptp_lightning.decoding.state import MIN_PREFILL_TOKENS, BatchContext
 from ptp_lightning.models import LoraSettings, PredictorConfig, PredictorNetwork
+from ptp_lightning.models.layers.packed_linear import PackedWeights
+from ptp_lightning.models.lora.joined_adapter import JoinedAdapter
 from ptp_lightning.sampling import SamplingConfig
 from tests.helpers.tiny_decoding import Decode, decode_one, reference
 from tests.helpers.tiny_models import TINY_MODELS, cast_weights
-from tests.helpers.tiny_predictors import tiny_predictor
+from tests.helpers.tiny_predictors import CORRECTIONS, tiny_predictor
 
 DTYPES = (torch.float32, torch.bfloat16)
 FAMILIES = ("llama", "qwen2", "qwen3")
@@ -247,3 +250,41 @@ def test_texts_after_long_prompts(decode: Decode) -> None:
     for seed, prompt, text in zip((1, 2, 3), prompts, together, strict=True):
         [alone] = decode_autoregressively(network, [prompt], replace(settings, seed=seed))
         assert text == alone.token_ids
+
+
+@pytest.mark.parametrize(
+    "options", [{"correction": CORRECTIONS["refiner"]}, {"student": "full_copy"}], ids=["refiner", "copy"]
+)
+def test_a_refiner_and_a_copy_read_long_prompts_too(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drafts are as good as after a prompt that the first call reads."""
+    network, found = tiny_predictor(window_length=5, **options), []
+    prompts = [[3, 5, 7, 2, 9] * 12, [4, 4, 1]]
+    for minimum in (MIN_PREFILL_TOKENS, 1000):
+        monkeypatch.setattr(state, "MIN_PREFILL_TOKENS", minimum)
+        settings = GenerationSettings(SamplingConfig(temperature=0), max_new_tokens=20, window_length=5)
+        found.append([text.correct_per_cycle for text in decode_speculatively(network, prompts, settings)])
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("change", ["in place", "switched off"])
+@torch.inference_mode(False)
+def test_the_kept_adapter_follows_its_weights(change: str) -> None:
+    layer = cast(Any, wide(192, torch.float32).base_model).model.layers[0].mlp.down_proj
+    packed_weights, rows = PackedWeights(), torch.randn(3, layer.in_features)
+
+    def update() -> Tensor:
+        output = torch.zeros(3, layer.out_features)
+        adapter = JoinedAdapter.kept([layer], torch.float32, True, packed_weights)
+        assert adapter is JoinedAdapter.kept([layer], torch.float32, True, packed_weights)
+        adapter.add_(output, rows)
+        return output
+
+    with torch.no_grad():
+        before = update()
+        assert before.abs().max() > 0
+        if change == "in place":
+            layer.lora_weights.b.mul_(2)
+            torch.testing.assert_close(update(), 2 * before)
+        else:
+            layer.enable_adapters(False)
+            assert not update().any()

@@ -96,3 +96,13 @@ def test_differences_between_calls_of_different_shapes_are_rounding(monkeypatch:
 
     assert not any(explained(0.0))
     assert all(explained(1.0))
+
+
+@torch.inference_mode()
+def test_logits_of_calls_of_all_shapes_are_those_after_the_text() -> None:
+    """Of a text that is long enough for decoders to read it in one piece."""
+    network, token_ids = tiny_predictor(), [3, 5, 7, 2, 9] * 12
+    expected = network.base_model(torch.tensor([token_ids])).logits[0, -1]
+    for num_read_before, num_fillers in ((0, 0), (len(token_ids) - 1, 0), (0, 4)):
+        found = near_ties._logits(network, token_ids, GenerationSettings(), num_read_before, num_fillers)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
