@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ptp_lightning.batch import PackedBatch
 from ptp_lightning.models.attention.choice import AttentionChoice
-from ptp_lightning.models.attention.dispatch import run_layers
+from ptp_lightning.models.attention.dispatch import run_stack
 from ptp_lightning.models.attention.interface import IncrementalReader, WindowAttention, WindowKeys
 from ptp_lightning.models.attention.masks import context_mask
 from ptp_lightning.models.backbone import architecture_fingerprint, fingerprint, load_backbone
@@ -195,7 +195,7 @@ class PredictorNetwork(nn.Module):
         Returns:
             Last hidden states `[B, T, H]`.
         """
-        return _run_stack(self.base_model, embeddings, position_ids, mask, cache, window_keys)
+        return run_stack(self.base_model, embeddings, position_ids, mask, cache, window_keys)
 
     def student_embed(self, token_ids: Tensor) -> Tensor:
         """The student's embeddings of context tokens: `[...]` to `[..., H]`."""
@@ -211,7 +211,7 @@ class PredictorNetwork(nn.Module):
         window_keys: WindowKeys | None = None,
     ) -> Tensor:
         """Run the student's stack, the adapter's gate as the caller left it; arguments as in `run_decoder`."""
-        return _run_stack(self.student_model, embeddings, position_ids, mask, cache, window_keys)
+        return run_stack(self.student_model, embeddings, position_ids, mask, cache, window_keys)
 
     def sampler(self, sampling: SamplingConfig | None = None) -> Sampler:
         """These settings, by default the predictor's own, with its token order and draft vocabulary.
@@ -389,16 +389,3 @@ class PredictorNetwork(nn.Module):
         """Inverse of `trainable_state`; raises as `require_trainable_state`."""
         self.require_trainable_state(state)
         self.load_state_dict(state, strict=False)
-
-
-def _run_stack(
-    model: PreTrainedModel,
-    embeddings: Tensor,
-    position_ids: Tensor,
-    mask: Tensor | None,
-    cache: Cache | None,
-    window_keys: WindowKeys | None,
-) -> Tensor:
-    """See `PredictorNetwork.run_decoder`."""
-    decoder = getattr(model, model.base_model_prefix)
-    return run_layers(decoder, embeddings.to(model.dtype), position_ids, mask, cache, window_keys)

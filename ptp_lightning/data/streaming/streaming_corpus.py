@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset
@@ -19,12 +19,16 @@ from ptp_lightning.data.streaming.blocks import Block, BlockSettings, BlockStrea
 from ptp_lightning.data.streaming.mixture import StreamPart
 from ptp_lightning.data.streaming.row_source import Position
 from ptp_lightning.data.streaming.stream import evaluation_batches
+from ptp_lightning.data.streaming.unusable_rows import (
+    OnError,
+    count_invalid,
+    count_not_learned,
+    is_new_magnitude,
+    require_rows,
+)
 from ptp_lightning.data.text_datamodule import TextDataModule
 from ptp_lightning.utils.randomness import keyed_generator
 
-OnError = Literal["raise", "skip"]
-MAX_EMPTY_BLOCKS = 1000  # consecutive blocks without anything to learn, after which an error is raised
-NOT_LEARNED = "nothing is learned, because they hold no completion, such as a message of an assistant"
 PREFETCHED_BLOCKS = 2  # per worker
 
 
@@ -108,7 +112,7 @@ class BatchStream(IterableDataset[PackedBatch]):
         self._starts = deque([start])
         rows: list[PackedRow] = []  # of the next batch
         number = start.batch
-        for block in _require_rows(self._load_blocks(start)):
+        for block in require_rows(self._load_blocks(start)):
             begin = start.row if block.number == start.block else 0
             for row in range(begin, len(block.rows.input_ids)):
                 rows.append(PackedRow(*(tensor[row] for tensor in block.rows)))
@@ -145,10 +149,10 @@ class BatchStream(IterableDataset[PackedBatch]):
             before.documents + block.num_documents,
             before.split + block.num_split,
             before.too_short + block.num_too_short,
-            _count_invalid(before.invalid, block.row_errors, self._on_error),
-            _count_not_learned(before.not_learned, block),
+            count_invalid(before.invalid, block.row_errors, self._on_error),
+            count_not_learned(before.not_learned, block),
         )
-        if block.num_too_short and _is_new_magnitude(before.too_short, self.statistics.too_short):
+        if block.num_too_short and is_new_magnitude(before.too_short, self.statistics.too_short):
             warnings.warn(
                 f"skipped {self.statistics.too_short} documents of fewer than two tokens so far: no window fits",
                 stacklevel=2,
@@ -295,7 +299,7 @@ class StreamingCorpus(TextDataModule):
         settings = self._block_settings("none" if self.eval_parts else "hash")
         num_invalid = 0
         for block in BlockStream(self.parts, ShardSpec(), settings, single_epoch=True).documents():
-            num_invalid = _count_invalid(num_invalid, block.row_errors, self.on_error)
+            num_invalid = count_invalid(num_invalid, block.row_errors, self.on_error)
             yield from block.documents
 
     def fixed_batches(self, split: Split) -> list[PackedBatch]:
@@ -310,9 +314,9 @@ class StreamingCorpus(TextDataModule):
         blocks = BlockStream(parts, self.shard_spec(), settings, split, single_epoch=True)
         rows: list[PackedRow] = []
         num_invalid = num_not_learned = 0
-        for block in _require_rows(blocks):
-            num_invalid = _count_invalid(num_invalid, block.row_errors, self.on_error)
-            num_not_learned = _count_not_learned(num_not_learned, block)
+        for block in require_rows(blocks):
+            num_invalid = count_invalid(num_invalid, block.row_errors, self.on_error)
+            num_not_learned = count_not_learned(num_not_learned, block)
             rows.extend(PackedRow(*tensors) for tensors in zip(*block.rows, strict=True))
             if len(rows) >= self.eval_rows:
                 break
@@ -357,56 +361,5 @@ class StreamingCorpus(TextDataModule):
         return BlockSettings(self.require_tokenizer(), self.row_length, self.shuffle_documents, self.seed, split_rule)
 
 
-def _require_rows(blocks: Iterable[Block]) -> Iterator[Block]:
-    """Yield the blocks; raise an error after `MAX_EMPTY_BLOCKS` consecutive blocks without rows."""
-    empty = num_too_short = num_not_learned = num_invalid = 0
-    last_error = ""
-    for block in blocks:
-        yield block
-        if len(block.rows.input_ids):
-            empty = num_too_short = num_not_learned = num_invalid = 0
-            continue
-        empty += 1
-        num_too_short += block.num_too_short
-        num_not_learned += block.num_not_learned
-        num_invalid += len(block.row_errors)
-        last_error = f" (the last one: {block.row_errors[-1]})" if block.row_errors else last_error
-        if empty > MAX_EMPTY_BLOCKS:
-            raise ValueError(
-                f"expected documents with something to learn, found none in {empty} blocks, but {num_too_short} "
-                f"documents of fewer than two tokens, {num_not_learned} from which {NOT_LEARNED}, and {num_invalid} "
-                f"invalid rows{last_error}: set data.parts"
-            )
-
-
-def _count_invalid(before: int, row_errors: Sequence[str], on_error: OnError) -> int:
-    """Add the number of invalid rows; warn at each power of ten, or raise an error for the first."""
-    if row_errors and on_error == "raise":
-        raise ValueError(f"{row_errors[0]}; set data.on_error: skip to skip such rows")
-    now = before + len(row_errors)
-    if row_errors and _is_new_magnitude(before, now):
-        warnings.warn(
-            f"skipped {now} invalid rows so far (data.on_error: skip), the last one: {row_errors[-1]}", stacklevel=3
-        )
-    return now
-
-
-def _count_not_learned(before: int, block: Block) -> int:
-    """Add the number of documents from which nothing is learned; warn at each power of ten."""
-    now = before + block.num_not_learned
-    if block.num_not_learned and _is_new_magnitude(before, now):
-        warnings.warn(
-            f"{now} documents so far from which {NOT_LEARNED}: set the rendering in data.parts, for ptp_lightning.data."
-            "Chat its roles",
-            stacklevel=3,
-        )
-    return now
-
-
 def _no_collation(item: Block | Exception) -> Block | Exception:
     return item
-
-
-def _is_new_magnitude(before: int, now: int) -> bool:
-    """Whether a count has reached another power of ten."""
-    return len(str(now)) > len(str(before)) or before == 0

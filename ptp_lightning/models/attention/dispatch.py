@@ -107,3 +107,16 @@ def attend_to_windows(
     scale = kwargs.get("scaling")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     return window_keys.attend(cast(int, module.layer_idx), query, key, value, scale), None
+
+
+def run_stack(
+    model: PreTrainedModel,
+    embeddings: Tensor,
+    position_ids: Tensor,
+    mask: Tensor | None,
+    cache: Cache | None,
+    window_keys: WindowKeys | None,
+) -> Tensor:
+    """`run_layers` of a causal LM, in its dtype."""
+    decoder = getattr(model, model.base_model_prefix)
+    return run_layers(decoder, embeddings.to(model.dtype), position_ids, mask, cache, window_keys)

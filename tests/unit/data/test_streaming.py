@@ -28,7 +28,7 @@ from ptp_lightning.data import (
     TextRows,
 )
 from ptp_lightning.data.corpus import Split, split_of
-from ptp_lightning.data.streaming import streaming_corpus
+from ptp_lightning.data.streaming import unusable_rows
 
 NUM_DOCUMENTS = 40
 END = 0
@@ -348,7 +348,7 @@ class TestInvalidRows:
             take(corpus([str(tmp_path / "data.jsonl")], num_workers=num_workers), 1)
 
     def test_the_search_for_held_out_rows_ends(self, files: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(streaming_corpus, "MAX_EMPTY_BLOCKS", 1)
+        monkeypatch.setattr(unusable_rows, "MAX_EMPTY_BLOCKS", 1)
         data = corpus(files, parts=[StreamPart(JsonLines(files), PlainText("nothing"))], on_error="skip")
         with (
             pytest.warns(UserWarning, match="invalid rows so far"),
