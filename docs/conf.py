@@ -1,0 +1,31 @@
+"""Sphinx builds these pages: `sphinx-build -W -b html docs docs/_build/html`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+# The reference describes the code of this checkout, and nothing is looked up on the network.
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+project = "ptp_lightning"
+author = "ptp_lightning contributors"
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+exclude_patterns = ["_build"]
+myst_heading_anchors = 4
+myst_enable_extensions = ["fieldlist"]
+
+html_theme = "furo"
+html_title = "ptp_lightning"
+html_copy_source = False
+
+default_role = "code"  # docstrings write `name`, as Markdown does
+add_module_names = False
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
+autodoc_member_order = "bysource"
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
