@@ -1,4 +1,4 @@
-"""The report of a run: `report.json` for programs, `report.md` for RESULTS.md, and printed tables."""
+"""The report of a run: `report.json` for programs, `report.md` for docs/results, and printed tables."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Report:
             write_atomically(folder / name, text.encode())
 
     def as_markdown(self) -> str:
-        """A section of RESULTS.md."""
+        """A section of a page in docs/results."""
         blocks = [f"## {self.date[:10]}: on a GPU (commit {self.commit})", f"`{self.command}`, {self.seconds:.0f} s"]
         for part in self.parts:
             blocks.append(f"### {part.name}")

@@ -1,4 +1,4 @@
-"""Every choice that the README names, by YAML alone: two training steps and a validation, and the same once more."""
+"""Every choice that the documentation names, by YAML alone: two steps of training and a validation, twice the same."""
 
 import re
 import sys
@@ -207,10 +207,10 @@ def test_a_run_is_reproduced_by_the_configuration_it_saved(
     ids=lambda value: value.__name__ if isinstance(value, type) else None,
 )
 def test_nothing_is_left_out(kind: type, package: str, tried: Any) -> None:
-    """What can be chosen is tried here and named in the README."""
+    """What can be chosen is tried here and named in the documentation."""
     module = import_module(f"ptp_lightning.{package}")
     classes = [value for value in vars(module).values() if isinstance(value, type) and issubclass(value, kind)]
     concrete = {value.__name__ for value in classes if not getattr(value, "__abstractmethods__", None)}
     assert concrete == set(tried)
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert not [name for name in concrete if f"`{name}`" not in readme]
+    page = (ROOT / "docs" / "how_to" / "your_own_parts.md").read_text(encoding="utf-8")
+    assert not [name for name in concrete if f"`{name}`" not in page]

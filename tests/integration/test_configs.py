@@ -54,9 +54,10 @@ POSITIONS = {"TinyLlama/TinyLlama-1.1B-Chat-v1.0": 2048, "lmsys/vicuna-7b-v1.3":
 
 
 def data_configurations() -> dict[str, str]:
-    """Those of configs/data, and the one that the README shows."""
+    """Those of configs/data, and the one that the documentation shows."""
     shown = {path.stem: path.read_text() for path in sorted((ROOT / "configs" / "data").glob("*.yaml"))}
-    return shown | {"README": (ROOT / "README.md").read_text().split("```yaml\n")[1].split("```")[0]}
+    page = (ROOT / "docs" / "how_to" / "your_data.md").read_text()
+    return shown | {"your_data": page.split("```yaml\n")[1].split("```")[0]}
 
 
 def test_rows_and_windows_have_room_in_the_models() -> None:

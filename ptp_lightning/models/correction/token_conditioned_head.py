@@ -27,7 +27,7 @@ class TokenConditionedHead(HeadCorrection):
     """`h + W_down silu(W_up [rms(h), rms(e)])`, followed by the base model's output head.
 
     h is the slot's last hidden state and e the base model's embedding of the token that the slot stands for. It needs
-    no attention: the knowledge of one token gains nearly as much as a decoder layer (`RESULTS.md`).
+    no attention: the knowledge of one token gains nearly as much as a decoder layer (`docs/results/training.md`).
 
     Args:
         intermediate_size: W, width of the hidden layer.
