@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from benchmarks.training_step import GIGA, MODELS, gemm_rate, linear_sizes, parse_options, time_steps
 from ptp_lightning.models import BackboneSettings
 from ptp_lightning.models.backbone import load_backbone
-from ptp_lightning.planning.command import LLAMA
+from ptp_lightning.planning.backbones import LLAMA
 
 CPU = torch.device("cpu")
 

@@ -38,7 +38,7 @@ from ptp_lightning.models import (
 from ptp_lightning.models.attention.choice import AttentionChoice
 from ptp_lightning.models.attention.dense import Dense
 from ptp_lightning.models.layers.compile import compile_layers
-from ptp_lightning.planning.command import BACKBONES, LLAMA
+from ptp_lightning.planning.backbones import BACKBONES, LLAMA
 from ptp_lightning.sampling import SamplingConfig
 from ptp_lightning.training import DatasetWindows, DistillationModule
 from ptp_lightning.utils.randomness import keyed_generator

@@ -2,18 +2,19 @@
 
 from importlib import import_module
 
+from ptp_lightning import __version__
+from ptp_lightning.utils.short_help import TRAINING_COMMANDS, all_options, training_help, wants_help
 from ptp_lightning.utils.user_errors import run_plainly
 
-TRAINING_COMMANDS = ("fit", "validate", "test")  # of LightningCLI, which parses the command too
 COMMANDS = dict.fromkeys(TRAINING_COMMANDS, "training.cli:run") | {
-    "plan": "planning.command:run",
-    "pregenerate": "pregeneration.command:run",
-    "generate": "decoding.command:run",
-    "evaluate": "evaluation.command:run",
+    "plan": "planning.options:run",
+    "pregenerate": "pregeneration.options:run",
+    "generate": "generation.options:run",
+    "evaluate": "evaluation.options:run",
     "sweep": "sweeps.command:main",
-    "export": "export.command:run",
+    "export": "export.options:run",
 }
-"""Modules and functions below `ptp_lightning`."""
+"""Modules and functions below `ptp_lightning`. Those named `options` print help without importing torch."""
 
 HELP = """usage: python -m ptp_lightning COMMAND [options]
 
@@ -22,12 +23,13 @@ HELP = """usage: python -m ptp_lightning COMMAND [options]
   test         measure a checkpoint on the test split: --config ... --ckpt_path P
   plan         estimate the memory of a training step: --config ... [--gpus 8] [--memory 80GB] [--backbone 7b] [--json]
   pregenerate  sample completions of a teacher to train on: --config ... --output DIR [--self_prompted ...]
-  generate     continue text: --prompt TEXT | --prompts FILE [--model NAME | --ckpt_path P] [--temperature 0.7 ...]
+  generate     continue text: --prompt TEXT | --prompts FILE [--model NAME | --ckpt_path P] [--show_calls] [--html FILE]
   evaluate     compare decoders on a benchmark: --output DIR [--benchmark spec_bench --questions FILE] [--model NAME]
   sweep        run or report an ablation study: run losses [--full] [--jobs 2]
   export       write an adapter folder for PEFT: --ckpt_path P --output DIR [--dtype bfloat16] [--overwrite]
 
---config takes a file, or the name of one in configs/. Each command explains its options with --help."""
+--config takes a file, or the name of one in configs/. Each command explains its options with --help.
+--version prints the version."""
 
 
 def main() -> None:
@@ -44,9 +46,16 @@ def dispatch(args: list[str]) -> None:
     if not args or args[0] in ("-h", "--help"):
         print(HELP)
         return
+    if args[0] in ("-V", "--version"):
+        print(f"ptp_lightning {__version__}")
+        return
     command, *rest = args
     if command not in COMMANDS:
         raise ValueError(f"expected one of the commands below, found {command!r}\n\n{HELP}")
+    if command in TRAINING_COMMANDS:
+        if wants_help(rest):
+            print(training_help(command))
+            return
+        rest = [command, *all_options(rest)]  # LightningCLI parses the command too
     module, function = COMMANDS[command].split(":")
-    run = getattr(import_module(f"ptp_lightning.{module}"), function)
-    run(args if command in TRAINING_COMMANDS else rest)
+    getattr(import_module(f"ptp_lightning.{module}"), function)(rest)

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from ptp_lightning.decoding.generation import Generation
-from ptp_lightning.decoding.text import DecoderName, generate
-from ptp_lightning.export.checkpoint import DtypeName, load_network, save_network
+from ptp_lightning.decoding.text import generate
+from ptp_lightning.export.checkpoint import load_network, save_network
 from ptp_lightning.models.config import PredictorConfig
 from ptp_lightning.models.network import PredictorNetwork
+from ptp_lightning.option_names import DecoderName, DtypeName
 from ptp_lightning.sampling import SamplingConfig
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from time import perf_counter
-from typing import TYPE_CHECKING, Literal, Protocol, TypedDict, Unpack
+from typing import TYPE_CHECKING, Protocol, TypedDict, Unpack
 
 from ptp_lightning.decoding.autoregressive import decode_autoregressively
 from ptp_lightning.decoding.generation import Decoded, Generation, GenerationSettings, OnTokens, require_room
@@ -14,6 +14,7 @@ from ptp_lightning.decoding.speculative import decode_speculatively
 from ptp_lightning.decoding.stop_strings import StopStrings
 from ptp_lightning.decoding.timing import PhaseTimer
 from ptp_lightning.models.network import PredictorNetwork
+from ptp_lightning.option_names import DecoderName
 from ptp_lightning.sampling import SamplingConfig
 from ptp_lightning.utils.chat_templates import chat_prompt, end_of_turn_ids, require_chat_template, user_message
 from ptp_lightning.utils.pretrained import PATH_KEY, load_tokenizer
@@ -21,8 +22,6 @@ from ptp_lightning.utils.text_tokens import text_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-DecoderName = Literal["autoregressive", "speculative", "partial_quadratic"]
 
 
 class Decoder(Protocol):

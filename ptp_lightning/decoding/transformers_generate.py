@@ -24,9 +24,10 @@ import torch
 from torch import Tensor
 
 from ptp_lightning.decoding.generation import GenerationSettings
-from ptp_lightning.decoding.text import DECODERS, DecoderName
+from ptp_lightning.decoding.text import DECODERS
 from ptp_lightning.export.checkpoint import PREDICTOR_FOLDER, build_network, read_predictor
 from ptp_lightning.models.network import PredictorNetwork
+from ptp_lightning.option_names import DecoderName
 from ptp_lightning.sampling import SamplingConfig
 
 if TYPE_CHECKING:

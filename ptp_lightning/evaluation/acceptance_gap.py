@@ -20,7 +20,7 @@ from ptp_lightning.decoding.drafting import StudentDrafter, draft_windows
 from ptp_lightning.decoding.generation import GenerationSettings
 from ptp_lightning.decoding.lookahead import Lookahead
 from ptp_lightning.decoding.state import begin_decoding
-from ptp_lightning.evaluation.decoders import SPECULATIVE
+from ptp_lightning.evaluation.decoder_names import SPECULATIVE
 from ptp_lightning.evaluation.records import ALL_POSITIONS, Record
 from ptp_lightning.models.network import PredictorNetwork
 

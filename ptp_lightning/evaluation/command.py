@@ -6,12 +6,11 @@ import hashlib
 import json
 import os
 import platform
-from argparse import ArgumentError
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,50 +20,39 @@ from ptp_lightning.decoding.model_settings import TAKEN_OVER, with_model_setting
 from ptp_lightning.decoding.slot_budget import measure_best_budget
 from ptp_lightning.decoding.text import end_of_text_ids, tokenizer_of
 from ptp_lightning.evaluation.acceptance_gap import acceptance_gaps
-from ptp_lightning.evaluation.decoders import (
-    AUTOREGRESSIVE,
-    DECODER_NAMES,
-    PARTIAL_QUADRATIC,
-    PROMPT_LOOKUP,
-    TRANSFORMERS,
-    Decoder,
-    make_decoders,
-)
+from ptp_lightning.evaluation.decoder_names import AUTOREGRESSIVE, PARTIAL_QUADRATIC, PROMPT_LOOKUP, TRANSFORMERS
+from ptp_lightning.evaluation.decoders import Decoder, make_decoders
 from ptp_lightning.evaluation.near_ties import Deviation, first_difference, is_explained_by_rounding
-from ptp_lightning.evaluation.questions import BENCHMARKS, HELD_OUT_CODE, read_questions
+from ptp_lightning.evaluation.questions import read_questions
 from ptp_lightning.evaluation.records import RUN_FILE, Record, RecordFile
 from ptp_lightning.evaluation.report import Report
 from ptp_lightning.evaluation.runner import EvaluationPlan, prompt_of
 from ptp_lightning.evaluation.runner import run as run_plan
 from ptp_lightning.evaluation.summary import OVERALL, scores
 from ptp_lightning.export.checkpoint import load_network
-from ptp_lightning.export.options import add_predictor_options, predictor_options, predictor_source
+from ptp_lightning.export.options import predictor_options, predictor_source
 from ptp_lightning.models.backbone import load_backbone
 from ptp_lightning.models.network import PredictorNetwork
 from ptp_lightning.utils.progress_lines import LinePacer, print_line
-from ptp_lightning.utils.user_errors import refused_options, warnings_as_notes
+from ptp_lightning.utils.user_errors import warnings_as_notes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from jsonargparse import ArgumentParser, Namespace
+    from jsonargparse import Namespace
     from transformers import PreTrainedTokenizerBase
 
 HASH_LENGTH = 12
 
 
-def run(args: Sequence[str]) -> None:
+def run(options: Namespace) -> None:
     """Run an evaluation, or continue it.
 
     Raises:
-        ValueError: an option is unknown or out of range, a question is invalid, or `--output` contains another
+        ValueError: an option is out of range, a question is invalid, or `--output` contains another
             evaluation. These are checked before the first answer.
         FileNotFoundError: the checkpoint or the file of questions does not exist.
     """
-    try:
-        options = _parser().parse_args(list(args))
-    except ArgumentError as error:
-        raise refused_options("evaluate", error) from error
     source = predictor_source(options)
     for name in ("limit", "seeds"):
         if options[name] is not None and options[name] < 1:
@@ -249,43 +237,3 @@ def _summary(report: Report, folder: Path) -> str:
                 f"{score.speed.value:.2f} times the speed of autoregressive decoding{exact}"
             )
     return "\n".join([*lines, f"Report      {folder / 'report.md'}"])
-
-
-def _parser() -> ArgumentParser:
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(
-        prog="python -m ptp_lightning evaluate",
-        description="Let all decoders answer the same questions, and report speed and exactness. Repeated with the "
-        "same --output, the command continues a stopped evaluation.",
-        exit_on_error=False,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add_predictor_options(parser)
-    add("--benchmark", type=Literal[tuple(BENCHMARKS)], default=HELD_OUT_CODE, help="format of the questions")
-    add("--questions", type=str, help="file of the benchmark, as published; not needed for held_out_code")
-    add("--output", type=str, required=True, help="folder of the report")
-    add("--limit", type=int, help="number of questions, interleaved over categories; by default all")
-    add("--seeds", type=int, default=1, help="number of answers to each question, with seeds 0, 1, ..")
-    add(
-        "--decoders",
-        type=Literal[DECODER_NAMES],
-        nargs="+",
-        default=list(DECODER_NAMES),
-        help="decoders to evaluate; the autoregressive decoder is always included",
-    )
-    add("--max_new_tokens", type=int, default=64, help="maximum length of an answer")
-    add("--temperatures", type=float, nargs="+", help="0 is greedy; by default that of the adapter")
-    add("--top_k", type=int, help="by default that of the adapter")
-    add("--top_p", type=float, help="by default that of the adapter")
-    add("--device", type=str, default="auto", help="auto uses a GPU if there is one")
-    add("--window_length", type=int, help="tokens drafted per cycle; by default as in training")
-    add(
-        "--slot_budget",
-        type=Literal["auto"] | int,
-        nargs="+",
-        default=["auto"],
-        help="slots per call of partial quadratic decoding, one or several; auto measures the fastest number",
-    )
-    return parser

@@ -13,17 +13,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ptp_lightning.decoding import DECODERS, GenerationSettings
-from ptp_lightning.decoding.comparison import generate_arguments
 from ptp_lightning.decoding.timing import PhaseTimer
+from ptp_lightning.evaluation.decoder_names import (
+    AUTOREGRESSIVE,
+    PARTIAL_QUADRATIC,
+    PROMPT_LOOKUP,
+    TRANSFORMERS,
+)
+from ptp_lightning.generation.comparison import generate_arguments
 from ptp_lightning.models.layers.packed_linear import PackedWeights
 from ptp_lightning.models.network import PredictorNetwork
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-AUTOREGRESSIVE, SPECULATIVE, PARTIAL_QUADRATIC = "autoregressive", "speculative", "partial_quadratic"
-TRANSFORMERS, PROMPT_LOOKUP = "transformers", "prompt_lookup"
-DECODER_NAMES = (AUTOREGRESSIVE, TRANSFORMERS, PROMPT_LOOKUP, SPECULATIVE, PARTIAL_QUADRATIC)
 PROMPT_LOOKUP_TOKENS = 10
 
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ptp_lightning.data.corpus import StandardLibrary
 from ptp_lightning.utils.text_files import read_lines
 
 
@@ -69,6 +68,8 @@ NUM_CHARACTERS = 600
 
 def held_out_code() -> list[Question]:
     """An excerpt of each file of Python's standard library that the embedded models were not trained on."""
+    from ptp_lightning.data.corpus import StandardLibrary  # slow to import
+
     questions = []
     for document in StandardLibrary().documents("test"):
         begin = document.text.find("\n", len(document.text) // 4) + 1

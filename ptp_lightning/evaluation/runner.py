@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from ptp_lightning.decoding import GenerationSettings
 from ptp_lightning.evaluation.acceptance_gap import correct_tokens_at_all_positions
 from ptp_lightning.evaluation.conversation import Prompt, make_prompt
-from ptp_lightning.evaluation.decoders import AUTOREGRESSIVE, Answer, Decoder
+from ptp_lightning.evaluation.decoder_names import AUTOREGRESSIVE
+from ptp_lightning.evaluation.decoders import Answer, Decoder
 from ptp_lightning.evaluation.memory import PeakMemory
 from ptp_lightning.evaluation.questions import Question
 from ptp_lightning.evaluation.records import ALL_POSITIONS, Record, RecordFile, RunKey

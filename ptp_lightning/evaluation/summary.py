@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ptp_lightning.evaluation.decoders import AUTOREGRESSIVE, TRANSFORMERS
+from ptp_lightning.evaluation.decoder_names import AUTOREGRESSIVE, TRANSFORMERS
 from ptp_lightning.evaluation.records import ALL_POSITIONS, Record
 
 NUM_RESAMPLES = 2000

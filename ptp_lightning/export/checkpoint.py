@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -45,6 +45,7 @@ from ptp_lightning.models.backbone import BackboneSettings, load_backbone
 from ptp_lightning.models.config import PredictorConfig
 from ptp_lightning.models.network import TOKEN_RANKS, PredictorNetwork
 from ptp_lightning.models.students import GatedLoraStudent
+from ptp_lightning.option_names import DTYPES, DtypeName
 from ptp_lightning.utils.pretrained import PATH_KEY, clear_errors, few, listing, require_no_url
 
 if TYPE_CHECKING:
@@ -52,8 +53,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ADAPTER_NAME = "default"
-DtypeName = Literal["auto", "float32", "bfloat16"]
-DTYPES: tuple[str, ...] = get_args(DtypeName)
 PREDICTOR_FOLDER = "predictor"  # of an export that brings its base model
 
 SLOT_ENCODER_FILE = "slot_encoder.safetensors"

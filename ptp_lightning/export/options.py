@@ -1,15 +1,48 @@
-"""Options of commands that open a predictor: which adapter, on which base model, in which dtype."""
+"""The options of `export` with its entry, and those of all commands that open a predictor."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from ptp_lightning.export.checkpoint import DtypeName
 from ptp_lightning.export.packaged_adapters import DEFAULT_ADAPTER, PACKAGED_ADAPTERS
-from ptp_lightning.models.stored_classes import TRUST_OPTION
+from ptp_lightning.option_names import TRUST_OPTION, DtypeName
+from ptp_lightning.utils.user_errors import parsed_options
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
+
+
+def run(args: Sequence[str]) -> None:
+    """See `ptp_lightning.export.command.run`.
+
+    Raises:
+        ValueError: an option is unknown or of another type.
+    """
+    options = parsed_options("export", build_parser(), args)
+    from ptp_lightning.export.command import run as run_command
+
+    run_command(options)
+
+
+def build_parser() -> ArgumentParser:
+    """The parser of all options."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(
+        prog="python -m ptp_lightning export",
+        description="Write a trained predictor, without base weights, as a folder that PEFT and ptp_lightning open.",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--ckpt_path", type=str, required=True, help="Lightning checkpoint, or an earlier export")
+    add("--output", type=str, required=True, help="folder to write")
+    add("--dtype", type=Literal["float32", "bfloat16"], help="of the weights on disk; by default the checkpoint's")
+    add("--with_base_model", action="store_true", help="write a model folder that transformers opens by itself")
+    add("--overwrite", action="store_true", help="replace an earlier export in that folder")
+    add_trust_option(parser)
+    return parser
 
 
 def add_predictor_options(parser: ArgumentParser) -> None:

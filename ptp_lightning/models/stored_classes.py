@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+from ptp_lightning.option_names import TRUST_OPTION
+
 PUBLIC_HOME = "ptp_lightning.models"
-TRUST_OPTION = "trust_custom_classes"
 
 
 def class_path_of(part: object) -> str:

@@ -26,7 +26,9 @@ from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision, 
 
 from ptp_lightning.batch import PackedBatch
 from ptp_lightning.data.packed_datamodule import PackedDataModule
+from ptp_lightning.planning.backbones import BACKBONES
 from ptp_lightning.planning.fake_tensors import fake_execution, meta_modules
+from ptp_lightning.planning.options import add_plan_options
 from ptp_lightning.planning.rank_memory import ROWS, RankMemory, layer_groups, replicated, sharded
 from ptp_lightning.planning.step_memory import StepMemory, measure_step
 from ptp_lightning.training.cli import PlainErrorParser, TrainingCLI, parsed
@@ -36,27 +38,6 @@ from ptp_lightning.training.modules.training_module import TrainingModule
 USABLE = 0.9  # fraction of a GPU's memory that a step may use
 GIGABYTE = 1e9
 UNITS = {"MB": 1e6, "GB": 1e9, "GIB": 2**30}
-LLAMA = {"model_type": "llama", "vocab_size": 32000, "max_position_embeddings": 4096}
-BACKBONES: dict[str, dict[str, Any]] = {
-    "1b": LLAMA  # TinyLlama
-    | {
-        "hidden_size": 2048,
-        "intermediate_size": 5632,
-        "num_hidden_layers": 22,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-    },
-    "7b": LLAMA  # Llama 2, Vicuna
-    | {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
-    "70b": LLAMA  # Llama 2
-    | {
-        "hidden_size": 8192,
-        "intermediate_size": 28672,
-        "num_hidden_layers": 80,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-    },
-}
 BACKBONE_KEYS = ("model.init_args.predictor.backbone", "model.init_args.backbone")
 ORDER_KEY = "model.init_args.predictor.sampling.order"
 COMPILE_KEY = "model.init_args.compile"
@@ -83,11 +64,7 @@ class PlanCLI(TrainingCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the options of this command, and those of `fit`, which are ignored."""
-        add = parser.add_argument
-        add("--gpus", type=int | None, default=None, help="number of GPUs; null uses trainer.devices and num_nodes")
-        add("--memory", type=str | None, default=None, help="memory of one GPU, for example 80GB: does the step fit?")
-        add("--backbone", type=str | None, default=None, help=f"replaces predictor.backbone: {_choices()}")
-        add("--json", action="store_true", help="print one JSON object, in bytes")
+        add_plan_options(parser)
         skip: set[str | int] = {"model", "train_dataloaders", "val_dataloaders", "datamodule"}
         parser.add_method_arguments(Trainer, "fit", skip=skip)
 
@@ -97,7 +74,7 @@ class PlanCLI(TrainingCLI):
         if config["gpus"] is not None and config["gpus"] < 1:
             raise ValueError(f"expected --gpus >= 1, found {config['gpus']}")
         if config["backbone"] is not None and config["backbone"] not in BACKBONES:
-            raise ValueError(f"expected --backbone {_choices()}, found {config['backbone']!r}")
+            raise ValueError(f"expected --backbone {', '.join(BACKBONES)}, found {config['backbone']!r}")
         _num_bytes(config["memory"])
         for key in BACKBONE_KEYS:
             if key not in config:
@@ -307,7 +284,3 @@ def _plain(layouts: Layouts, lowered: dict[str, Layouts], num_ranks: int, availa
         "fits": fits,
         "lowered": {name: plain(entry) for name, entry in lowered.items()},
     }
-
-
-def _choices() -> str:
-    return ", ".join(BACKBONES)

@@ -26,6 +26,7 @@ from ptp_lightning.data.text_datamodule import TextDataModule
 from ptp_lightning.decoding.generation import OnTokens, require_room
 from ptp_lightning.decoding.text import end_of_text_ids, tokenizer_of
 from ptp_lightning.models.network import PredictorNetwork
+from ptp_lightning.pregeneration.options import add_pregeneration_options
 from ptp_lightning.pregeneration.progress import ShardProgress, progress_bar
 from ptp_lightning.pregeneration.prompt_files import prompt_token_ids, prompts_of_texts, read_prompt_texts
 from ptp_lightning.pregeneration.prompts import find_prompts
@@ -44,21 +45,6 @@ from ptp_lightning.utils.chat_templates import require_chat_template
 from ptp_lightning.utils.user_errors import INTERRUPTED
 
 SIZES = ("num_completions", "max_new_tokens", "prompt_tokens", "num_prompts", "batch_size", "shard_prompts")
-PROMPT_TOKENS_HELP = (
-    "prompts are the prompts of documents (skipped if no completion fits into data.row_length after them); for a "
-    "document without a prompt, its first tokens, at most this many; with --self_prompted, the longest user turn"
-)
-NUM_PROMPTS_HELP = (
-    "null is all; otherwise evenly spaced over a corpus, or the first ones of a stream or of --prompts; with "
-    "--self_prompted, those of --prompts included"
-)
-PROMPTS_HELP = "FILE:COLUMN of JSON lines each, instead of data; user turns, if the tokenizer has a chat template"
-SELF_PROMPTED_HELP = "a chat model writes user turns itself, instead of data or after --prompts, and answers them"
-TOPICS_HELP = "YAML list of system, weight and openings that steer --self_prompted; by default that of the package"
-SHARD_PROMPTS_HELP = (
-    "prompts per file, of which a killed run loses at most one; by default as many as make a batch, or as in the "
-    "folder that is continued"
-)
 MAX_BYTES_PER_TOKEN = 4  # before compression
 MILLION = 1_000_000
 NO_DATA = "lightning.LightningDataModule"
@@ -84,19 +70,7 @@ class PregenerateCLI(TrainingCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the options of this command, and those of `fit`, which are ignored."""
-        add = parser.add_argument
-        add("--output", type=str, required=True, help="folder of the completions; a stopped run is continued")
-        add("--num_completions", type=int, default=1, help="completions per prompt, with different seeds")
-        add("--max_new_tokens", type=int, default=192, help="maximum length of a completion")
-        add("--prompt_tokens", type=int, default=64, help=PROMPT_TOKENS_HELP)
-        add("--num_prompts", type=int | None, default=None, help=NUM_PROMPTS_HELP)
-        add("--prompts", type=str, nargs="+", default=[], help=PROMPTS_HELP)
-        add("--self_prompted", action="store_true", help=SELF_PROMPTED_HELP)
-        add("--topics", type=str | None, default=None, help=TOPICS_HELP)
-        add("--greedy_fraction", type=float, default=0.0, help="share of the prompts whose first completion is greedy")
-        add("--batch_size", type=int, default=32, help="completions generated in parallel; has no effect on them")
-        add("--seed", type=int, default=0, help="from which the seeds of all completions are derived")
-        add("--shard_prompts", type=int | None, default=None, help=SHARD_PROMPTS_HELP)
+        add_pregeneration_options(parser)
         skip: set[str | int] = {"model", "train_dataloaders", "val_dataloaders", "datamodule"}
         parser.add_method_arguments(Trainer, "fit", skip=skip)
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
-from argparse import ArgumentError
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ptp_lightning.utils.named_files import find_yaml
-from ptp_lightning.utils.user_errors import refused_options
+from ptp_lightning.utils.user_errors import parsed_options
 
 if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser, Namespace
+    from jsonargparse import ArgumentParser
 
     from ptp_lightning.sweeps.study import Overrides
 
@@ -69,7 +68,7 @@ def run(args: Sequence[str]) -> None:
     parser.add_argument("--trials", type=int, help="train at most N points now; by default all")
     parser.add_argument("--jobs", type=int, default=1, help="processes on this machine that share the study")
     parser.add_argument("--retry_failed", action="store_true", help="train failed points again")
-    options = _parsed("run", parser, own)
+    options = parsed_options("run", parser, own)
     for name in ("trials", "jobs"):
         if options[name] is not None and options[name] < 1:
             raise ValueError(f"expected --{name} >= 1, found {options[name]}")
@@ -88,7 +87,7 @@ def run(args: Sequence[str]) -> None:
 
 def report(args: Sequence[str]) -> None:
     """Write the tables and figures of the trained points."""
-    options = _parsed("report", _parser("report", "Write the tables and figures of a study."), args)
+    options = parsed_options("report", _parser("report", "Write the tables and figures of a study."), args)
     from ptp_lightning.sweeps.report import write_report
     from ptp_lightning.sweeps.run import default_output, journal_in
     from ptp_lightning.sweeps.storage import load_stored, open_storage
@@ -144,10 +143,3 @@ def _parser(command: str, description: str) -> ArgumentParser:
         "--storage", type=str, help="journal file or database URL; by default a file in the output folder"
     )
     return parser
-
-
-def _parsed(command: str, parser: ArgumentParser, args: Sequence[str]) -> Namespace:
-    try:
-        return parser.parse_args(list(args))
-    except ArgumentError as error:
-        raise refused_options(command, error) from error

@@ -1,13 +1,19 @@
 """Errors of users: one plain message and exit status 2, without a traceback."""
 
+from __future__ import annotations
+
 import os
 import re
 import sys
 import warnings
 from argparse import ArgumentError
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from io import TextIOWrapper
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
 
 EXIT_CODE = 2
 INTERRUPTED = 128 + 2  # the exit status of a process that SIGINT has ended, as shells report it
@@ -49,6 +55,18 @@ def warnings_as_notes() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
         yield
+
+
+def parsed_options(command: str, parser: ArgumentParser, args: Sequence[str]) -> Namespace:
+    """The options of a command.
+
+    Raises:
+        ValueError: the parser refuses them.
+    """
+    try:
+        return parser.parse_args(list(args))
+    except ArgumentError as error:
+        raise refused_options(command, error) from error
 
 
 def refused_options(command: str, error: ArgumentError) -> ValueError:

@@ -4,8 +4,9 @@ import re
 
 import pytest
 
-from ptp_lightning.decoding import command, comparison, generate
-from ptp_lightning.decoding.comparison import Measurement, comparison_lines
+from ptp_lightning.decoding import generate
+from ptp_lightning.generation import command, comparison
+from ptp_lightning.generation.comparison import Measurement, comparison_lines
 from ptp_lightning.sampling import SamplingConfig
 from tests.helpers.byte_tokenizer import byte_tokenizer
 from tests.helpers.chat_tokenizer import CHAT_VOCABULARY, END_OF_TURN_ID, chat, chat_tokenizer

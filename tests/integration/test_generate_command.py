@@ -8,10 +8,11 @@ from typing import NamedTuple
 import pytest
 
 from ptp_lightning import cli
-from ptp_lightning.decoding import CorrectLengths, GenerationSettings, command, generate, slot_budget
+from ptp_lightning.decoding import CorrectLengths, GenerationSettings, generate, slot_budget
 from ptp_lightning.decoding.slot_budget import CallCosts
 from ptp_lightning.export import packaged_adapters
 from ptp_lightning.export.checkpoint import save_network
+from ptp_lightning.generation import command
 from ptp_lightning.sampling import SamplingConfig
 from tests.helpers.byte_tokenizer import byte_tokenizer
 from tests.helpers.stored_predictors import trained

@@ -15,7 +15,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ptp_lightning import cli
-from ptp_lightning.planning.command import BACKBONES, WIDTH
+from ptp_lightning.planning.backbones import BACKBONES
+from ptp_lightning.planning.command import WIDTH
 from tests.helpers.command_output import CommandOutput, Run, run_in_process
 from tests.helpers.tiny_configs import CORPUS_LINE, SHRUNKEN, shrink
 

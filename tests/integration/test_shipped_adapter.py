@@ -4,7 +4,7 @@ import pytest
 
 from ptp_lightning import ParallelTokenPredictor
 from ptp_lightning.decoding import CorrectLengths, generate_batch
-from ptp_lightning.decoding.text import DecoderName
+from ptp_lightning.option_names import DecoderName
 from ptp_lightning.sampling import SamplingConfig
 from ptp_lightning.utils.pretrained import embedded_folder
 

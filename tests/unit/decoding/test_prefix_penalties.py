@@ -22,9 +22,9 @@ from ptp_lightning.decoding import (
     decode_speculatively,
     generate,
 )
-from ptp_lightning.decoding.comparison import generate_arguments
 from ptp_lightning.decoding.model_settings import with_model_settings
 from ptp_lightning.decoding.prefix_penalties import penalized
+from ptp_lightning.generation.comparison import generate_arguments
 from ptp_lightning.models.backbone import BackboneSettings, load_backbone
 from ptp_lightning.models.network import PredictorNetwork
 from ptp_lightning.sampling import SamplingConfig

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ptp_lightning.decoding.generation import GenerationSettings
-from ptp_lightning.decoding.text import DecoderName, generate
+from ptp_lightning.decoding.text import generate
 from ptp_lightning.models.network import PredictorNetwork
+from ptp_lightning.option_names import DecoderName
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -4,36 +4,35 @@ from __future__ import annotations
 
 import json
 import sys
-from argparse import ArgumentError
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from ptp_lightning.decoding.comparison import (
-    compare_decoders,
-    comparison_as_json,
-    comparison_lines,
-)
 from ptp_lightning.decoding.devices import select_device
 from ptp_lightning.decoding.generation import Generation, GenerationSettings
 from ptp_lightning.decoding.model_settings import TAKEN_OVER, with_model_settings
 from ptp_lightning.decoding.slot_allocation import expected_tokens
 from ptp_lightning.decoding.slot_budget import measure_best_budget
 from ptp_lightning.decoding.stop_strings import StopStrings
-from ptp_lightning.decoding.text import DecoderName, encode_prompt, end_of_text_ids, generate_batch, tokenizer_of
+from ptp_lightning.decoding.text import encode_prompt, end_of_text_ids, generate_batch, tokenizer_of
 from ptp_lightning.export.checkpoint import load_network
-from ptp_lightning.export.options import add_predictor_options, predictor_options, predictor_source
+from ptp_lightning.export.options import predictor_options, predictor_source
+from ptp_lightning.generation.comparison import (
+    compare_decoders,
+    comparison_as_json,
+    comparison_lines,
+)
 from ptp_lightning.models.backbone import load_backbone
 from ptp_lightning.models.network import PredictorNetwork
 from ptp_lightning.sampling import SamplingConfig
 from ptp_lightning.utils.chat_templates import require_chat_template
 from ptp_lightning.utils.text_files import read_lines
-from ptp_lightning.utils.user_errors import refused_options, warnings_as_notes
+from ptp_lightning.utils.user_errors import warnings_as_notes
 
 if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser, Namespace
+    from jsonargparse import Namespace
     from transformers import PreTrainedTokenizerBase
 
 MILLISECONDS_PER_SECOND = 1000
@@ -41,17 +40,13 @@ CHAT_SEPARATOR = "\n\n"  # between a user's turn and the answer
 SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", *TAKEN_OVER)
 
 
-def run(args: Sequence[str]) -> None:
+def run(options: Namespace) -> None:
     """Continue the prompts that `args` give, one after another.
 
     Raises:
-        ValueError: an option is unknown or out of range, or a prompt is empty or too long; before the first token.
+        ValueError: an option is out of range, or a prompt is empty or too long; before the first token.
         FileNotFoundError: the checkpoint or the file of prompts is not there.
     """
-    try:
-        options = _parser().parse_args(list(args))
-    except ArgumentError as error:
-        raise refused_options("generate", error) from error
     source = predictor_source(options)
     prompts = _prompts(options.prompt, options.prompts)
     StopStrings(options.stop)  # refuses an empty one
@@ -169,55 +164,6 @@ def as_json(generation: Generation) -> dict[str, Any]:
     """What `--json` prints for a prompt."""
     keys = ("prompt", "text", "token_ids", "num_calls", "num_tokens", "accepted_per_call", "seconds")
     return {key: getattr(generation, key) for key in keys}
-
-
-def _parser() -> ArgumentParser:
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(
-        prog="python -m ptp_lightning generate",
-        description="Continue prompts: the base model's own samples, several tokens per call.",
-        exit_on_error=False,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add_predictor_options(parser)
-    add("--prompt", type=str, help="text to continue; if it begins with a dash, write --prompt=-TEXT")
-    add("--prompts", type=str, help="file with one prompt per line")
-    add("--max_new_tokens", type=int, default=64, help="the text ends here or at an end-of-text token")
-    add("--temperature", type=float, help="0 is greedy; this and the next two are by default the adapter's own")
-    add("--top_k", type=int, help="keep the k most likely tokens; more than the vocabulary keeps all")
-    add("--top_p", type=float, help="keep the most likely tokens that hold this mass together")
-    of_model = "by default that of the model's generation_config.json"
-    add("--min_p", type=float, help=f"keep tokens with this share of the largest probability; {of_model}")
-    add("--repetition_penalty", type=float, help=f"lowers logits of tokens in the text or prompt; {of_model}")
-    add("--no_repeat_ngram_size", type=int, help=f"no sequence of n tokens occurs twice; {of_model}")
-    add("--stop", type=str, nargs="+", default=[], help="strings before which the text ends")
-    add("--seed", type=int, default=0, help="of the auxiliaries; all decoders give the same text for it")
-    add(
-        "--decoder",
-        type=DecoderName,
-        default="speculative",
-        help="several tokens per call, or one (autoregressive, the reference)",
-    )
-    add("--window_length", type=int, help="tokens drafted per cycle; by default as in training")
-    add(
-        "--slot_budget",
-        type=Literal["auto"] | int,
-        default="auto",
-        help="slots of a call of partial quadratic decoding; auto measures what is fastest here",
-    )
-    add("--batch_size", type=int, default=1, help="prompts that are continued side by side; the texts are the same")
-    add("--device", type=str, default="auto", help="auto takes a GPU where there is one")
-    add("--chat", action="store_true", help="a prompt is a user's turn; the chat template of the tokenizer is applied")
-    add("--system", type=str, help="system prompt of --chat; by default that of the template")
-    add(
-        "--compare",
-        action="store_true",
-        help="then measure this decoder, one token per call, and transformers.generate on the same prompts",
-    )
-    add("--json", action="store_true", help="print one JSON object per prompt and nothing else")
-    return parser
 
 
 def _prompts(prompt: str | None, file: str | None) -> list[str]:

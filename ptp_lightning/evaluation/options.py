@@ -1,0 +1,67 @@
+"""The options of `evaluate`, and its entry: the command itself is imported when they are valid."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+from ptp_lightning.evaluation.decoder_names import DECODER_NAMES
+from ptp_lightning.evaluation.questions import BENCHMARKS, HELD_OUT_CODE
+from ptp_lightning.export.options import add_predictor_options
+from ptp_lightning.utils.user_errors import parsed_options
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+
+def run(args: Sequence[str]) -> None:
+    """See `ptp_lightning.evaluation.command.run`.
+
+    Raises:
+        ValueError: an option is unknown or of another type.
+    """
+    options = parsed_options("evaluate", build_parser(), args)
+    from ptp_lightning.evaluation.command import run as run_command
+
+    run_command(options)
+
+
+def build_parser() -> ArgumentParser:
+    """The parser of all options."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(
+        prog="python -m ptp_lightning evaluate",
+        description="Let all decoders answer the same questions, and report speed and exactness. Repeated with the "
+        "same --output, the command continues a stopped evaluation.",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add_predictor_options(parser)
+    add("--benchmark", type=Literal[tuple(BENCHMARKS)], default=HELD_OUT_CODE, help="format of the questions")
+    add("--questions", type=str, help="file of the benchmark, as published; not needed for held_out_code")
+    add("--output", type=str, required=True, help="folder of the report")
+    add("--limit", type=int, help="number of questions, interleaved over categories; by default all")
+    add("--seeds", type=int, default=1, help="number of answers to each question, with seeds 0, 1, ..")
+    add(
+        "--decoders",
+        type=Literal[DECODER_NAMES],
+        nargs="+",
+        default=list(DECODER_NAMES),
+        help="decoders to evaluate; the autoregressive decoder is always included",
+    )
+    add("--max_new_tokens", type=int, default=64, help="maximum length of an answer")
+    add("--temperatures", type=float, nargs="+", help="0 is greedy; by default that of the adapter")
+    add("--top_k", type=int, help="by default that of the adapter")
+    add("--top_p", type=float, help="by default that of the adapter")
+    add("--device", type=str, default="auto", help="auto uses a GPU if there is one")
+    add("--window_length", type=int, help="tokens drafted per cycle; by default as in training")
+    add(
+        "--slot_budget",
+        type=Literal["auto"] | int,
+        nargs="+",
+        default=["auto"],
+        help="slots per call of partial quadratic decoding, one or several; auto measures the fastest number",
+    )
+    return parser

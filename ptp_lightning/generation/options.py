@@ -1,0 +1,75 @@
+"""The options of `generate`, and its entry: the command itself is imported when they are valid."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+from ptp_lightning.export.options import add_predictor_options
+from ptp_lightning.option_names import DecoderName
+from ptp_lightning.utils.user_errors import parsed_options
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+
+def run(args: Sequence[str]) -> None:
+    """See `ptp_lightning.generation.command.run`.
+
+    Raises:
+        ValueError: an option is unknown or of another type.
+    """
+    options = parsed_options("generate", build_parser(), args)
+    from ptp_lightning.generation.command import run as run_command
+
+    run_command(options)
+
+
+def build_parser() -> ArgumentParser:
+    """The parser of all options."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(
+        prog="python -m ptp_lightning generate",
+        description="Continue prompts: the base model's own samples, several tokens per call.",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add_predictor_options(parser)
+    add("--prompt", type=str, help="text to continue; if it begins with a dash, write --prompt=-TEXT")
+    add("--prompts", type=str, help="file with one prompt per line")
+    add("--max_new_tokens", type=int, default=64, help="the text ends here or at an end-of-text token")
+    add("--temperature", type=float, help="0 is greedy; this and the next two are by default the adapter's own")
+    add("--top_k", type=int, help="keep the k most likely tokens; more than the vocabulary keeps all")
+    add("--top_p", type=float, help="keep the most likely tokens that hold this mass together")
+    of_model = "by default that of the model's generation_config.json"
+    add("--min_p", type=float, help=f"keep tokens with this share of the largest probability; {of_model}")
+    add("--repetition_penalty", type=float, help=f"lowers logits of tokens in the text or prompt; {of_model}")
+    add("--no_repeat_ngram_size", type=int, help=f"no sequence of n tokens occurs twice; {of_model}")
+    add("--stop", type=str, nargs="+", default=[], help="strings before which the text ends")
+    add("--seed", type=int, default=0, help="of the auxiliaries; all decoders give the same text for it")
+    add(
+        "--decoder",
+        type=DecoderName,
+        default="speculative",
+        help="several tokens per call, or one (autoregressive, the reference)",
+    )
+    add("--window_length", type=int, help="tokens drafted per cycle; by default as in training")
+    add(
+        "--slot_budget",
+        type=Literal["auto"] | int,
+        default="auto",
+        help="slots of a call of partial quadratic decoding; auto measures what is fastest here",
+    )
+    add("--batch_size", type=int, default=1, help="prompts that are continued side by side; the texts are the same")
+    add("--device", type=str, default="auto", help="auto takes a GPU where there is one")
+    add("--chat", action="store_true", help="a prompt is a user's turn; the chat template of the tokenizer is applied")
+    add("--system", type=str, help="system prompt of --chat; by default that of the template")
+    add(
+        "--compare",
+        action="store_true",
+        help="then measure this decoder, one token per call, and transformers.generate on the same prompts",
+    )
+    add("--json", action="store_true", help="print one JSON object per prompt and nothing else")
+    return parser
