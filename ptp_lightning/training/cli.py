@@ -263,7 +263,7 @@ def options_of(args: Sequence[str]) -> dict[str, Any]:
     {'model.init_args.seed': '3', 'data': {'class_path': 'a.B'}}
     """
     options: dict[str, Any] = {}
-    for option, following in zip(args, [*args[1:], ""], strict=True):
+    for option, following in zip(args, [*args, ""][1:], strict=True):
         if not option.startswith("--"):
             continue
         key, has_value, value = option.removeprefix("--").partition("=")

@@ -26,7 +26,7 @@ class AuxiliaryFeatures(ABC):
     @property
     @abstractmethod
     def resolution(self) -> float:
-        """Any u, v in [0, 1) with |u - v| >= resolution get different float32 features."""
+        """Any u, v in [0, 1) with `|u - v| >= resolution` get different float32 features."""
 
     @abstractmethod
     def __call__(self, auxiliaries: Tensor) -> Tensor:
