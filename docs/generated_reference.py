@@ -1,7 +1,7 @@
 """The reference pages that follow from the code: options of commands, keys of configurations, public names.
 
-`python docs/generated_reference.py PAGE` prints the Markdown of `command_line`, `configuration` or `api`. Sphinx puts it
-in the place of the line `<!-- generated: PAGE -->`, see `conf.py`.
+`python docs/generated_reference.py PAGE` prints the Markdown of `command_line`, `configuration` or `api`. Sphinx puts
+it in the place of the line `<!-- generated: PAGE -->`, see `conf.py`.
 """
 
 from __future__ import annotations
@@ -101,7 +101,9 @@ def command_line() -> str:
         rows = [row for row in options(parser) if not OF_CONFIGURATIONS.match(row[0].strip("`").lstrip("-"))]
         parts += [f"## `{' '.join(words)}`", description_of(words, parser), table("option", rows)]
         if words[0] in (*cli.TRAINING_COMMANDS, "plan", "pregenerate"):
-            parts.append("All keys of a [configuration](configuration.md) are options as well: `--trainer.max_steps 100`.")
+            parts.append(
+                "All keys of a [configuration](configuration.md) are options as well: `--trainer.max_steps 100`."
+            )
     return "\n\n".join(filter(None, parts))
 
 

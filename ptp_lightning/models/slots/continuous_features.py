@@ -99,8 +99,8 @@ class CosineFeatures(WaveFeatures):
     def resolution(self) -> float:
         """2**-13 divided by the number of frequencies (at most 512); attained at 0.
 
-        With k = ceil(2**-13 / |u - v|), feature k differs by 2 sin(pi k |u - v| / 2)**2 > 2**-24 or more where
-        k (u + v) / 2 is within 1/2 of 0 or k, and else feature k or k - 1 by |u - v| / 2 or more.
+        With `k = ceil(2**-13 / |u - v|)`, feature k differs by `2 sin(pi k |u - v| / 2)**2 > 2**-24` or more where
+        `k (u + v) / 2` is within 1/2 of 0 or k, and else feature k or k - 1 by `|u - v| / 2` or more.
         """
         return 2.0**-13 / min(self.num_frequencies, 512)
 
