@@ -3,7 +3,7 @@
     model.generate(**inputs, do_sample=True, max_new_tokens=64, custom_generate=CustomGenerate(predictor))
 
 Arguments keep their meaning: `GenerationConfig` says how to sample and when to stop, stopping criteria are called after
-every token, a streamer gets the tokens as soon as they are verified, and the result is a tensor of prompts with their
+every token, a streamer gets all tokens that a call verified at once, and the result is a tensor of prompts with their
 texts. Logits processors other than those of temperature, top-k, top-p, min-p, the repetition penalty and n-grams that
 may not repeat are refused, because u picks tokens from distributions that only these shape.
 
@@ -13,7 +13,9 @@ transformers does not pass `tokenizer` on to a callable, so that `stop_strings` 
 
 from __future__ import annotations
 
+import copy
 import inspect
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -115,7 +117,7 @@ class CustomGenerate:
             ends: int | list[int] | None = generation_config.eos_token_id
             settings = GenerationSettings(
                 sampling=sampling,
-                max_new_tokens=_max_length(generation_config) - prompt_length,
+                max_new_tokens=_max_new_tokens(generation_config, prompt_length, prompts, predictor.max_positions),
                 # Each prompt has auxiliaries of its own, so that equal prompts get different samples.
                 seed=tuple(seed + row for row in range(num_prompts)),
                 end_of_text=frozenset([] if ends is None else [ends] if isinstance(ends, int) else ends),
@@ -126,14 +128,17 @@ class CustomGenerate:
             texts: list[list[int]] = [[] for _ in prompts]
 
             def receive(row: int, new: list[int]) -> int | None:
-                for count, token_id in enumerate(new, start=1):
-                    texts[row].append(token_id)
-                    if streamer is not None:
-                        streamer.put(input_ids.new_tensor([token_id]).cpu())
-                    if criteria:
-                        so_far = torch.cat([input_ids[row], input_ids.new_tensor(texts[row])]).unsqueeze(0)
-                        if any(bool(one(so_far, None).all()) for one in criteria):
-                            return count
+                end = first_stop(row, new) if criteria else None
+                texts[row] += new[:end]
+                if streamer is not None:  # all tokens of a call at once, as in assisted generation of transformers
+                    streamer.put(input_ids.new_tensor(new[:end]).cpu())
+                return end
+
+            def first_stop(row: int, new: list[int]) -> int | None:
+                for count in range(1, len(new) + 1):
+                    so_far = torch.cat([input_ids[row], input_ids.new_tensor(texts[row] + new[:count])]).unsqueeze(0)
+                    if any(bool(one(so_far, None).all()) for one in criteria):
+                        return count
                 return None
 
             decoded = DECODERS[decoder](predictor, prompts, settings, receive)
@@ -186,6 +191,10 @@ def generate_with_predictor(predictor: PredictorNetwork, inputs: Tensor | None =
     model: Any = predictor.base_model
     given = {name: value for name, value in options.items() if value is not None and name not in IGNORED_OPTIONS}
     tokenizer, stop_strings = given.pop("tokenizer", None), given.pop("stop_strings", None)
+    config = given.get("generation_config")
+    if stop_strings is None and config is not None and config.stop_strings is not None:
+        stop_strings, config = config.stop_strings, copy.deepcopy(config)
+        given["generation_config"], config.stop_strings = config, None  # transformers would want a tokenizer for them
     if stop_strings is not None:
         if tokenizer is None:
             raise ValueError("expected a tokenizer with stop_strings, found none: set tokenizer")
@@ -215,9 +224,13 @@ def _stream_of_caller() -> Iterator[BaseStreamer | None]:
     del frame  # which would keep everything alive that the caller's frames hold
     try:
         yield streamer
-    finally:
-        if streamer is not None:
+    except BaseException:
+        # The server of transformers, whose streamers can be cancelled, tells its client of the error by itself.
+        if streamer is not None and not hasattr(streamer, "cancel"):
             streamer.end()
+        raise
+    if streamer is not None:
+        streamer.end()
 
 
 def _folder_of(model: PreTrainedModel) -> Path:
@@ -261,10 +274,21 @@ def _values(logits_processor: LogitsProcessorList) -> dict[str, Any]:
     return values
 
 
-def _max_length(generation_config: GenerationConfig) -> int:
-    """The largest length of prompt and text, into which `generate` has turned `max_new_tokens`."""
-    assert generation_config.max_length is not None
-    return generation_config.max_length
+def _max_new_tokens(
+    generation_config: GenerationConfig, prompt_length: int, prompts: list[list[int]], limit: int | None
+) -> int:
+    """What was asked for, or what the base model has positions for: `transformers serve` asks for 1024 by default."""
+    assert generation_config.max_length is not None  # into which `generate` has turned max_new_tokens
+    wanted = generation_config.max_length - prompt_length
+    longest = max(map(len, prompts))
+    if limit is None or longest + wanted <= limit or longest >= limit:
+        return wanted
+    warnings.warn(
+        f"expected prompt + max_new_tokens <= {limit} tokens (the base model's positions), found {longest} + {wanted}: "
+        f"the text ends after {limit - longest} tokens",
+        stacklevel=2,
+    )
+    return limit - longest
 
 
 def _or(value: Any, default: Any) -> Any:

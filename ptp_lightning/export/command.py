@@ -51,7 +51,8 @@ def run(options: Namespace) -> None:
 
 def _summary_with_base_model(folder: Path) -> str:
     load = f"AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=True)"
-    return f"Wrote {folder}\nNext  model = {load}; model.generate(...)"
+    serve = f"transformers serve {shlex.quote(str(folder))} --trust-remote-code"
+    return f"Wrote {folder}\nNext  model = {load}; model.generate(...)\n  or  {serve}"
 
 
 def _summary(folder: Path) -> str:

@@ -8,6 +8,7 @@ holds the predictor in a folder of its own, and `custom_generate/generate.py`, w
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,12 @@ inputs = tokenizer("def ", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64, do_sample=True)[0]))
 ```
 
+An OpenAI-compatible server, whose streams come in bursts of several tokens (`pip install 'transformers[serving]'`):
+
+```bash
+transformers serve {shell_folder} --trust-remote-code
+```
+
 Training and metrics: `{predictor}/{card_file}`.
 """
 
@@ -84,9 +91,12 @@ def save_with_base_model(
             base=backbone.path,
             predictor=PREDICTOR_FOLDER,
             folder=json.dumps(target.name),
+            shell_folder=shlex.quote(target.name),
             card_file=CARD_FILE,
         )
         files = {GENERATE_FILE: GENERATE, REQUIREMENTS_FILE: "ptp_lightning\n", CARD_FILE: card}
         for name, text in files.items():
             (draft / name).parent.mkdir(exist_ok=True)
             (draft / name).write_text(text, encoding="utf-8")
+        for file in draft.glob("*.safetensors"):  # safetensors writes files that nobody else may read
+            file.chmod((draft / CARD_FILE).stat().st_mode)

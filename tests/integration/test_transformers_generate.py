@@ -67,7 +67,9 @@ def folder(predictor: PredictorNetwork, tmp_path_factory: pytest.TempPathFactory
     return folder
 
 
-def expected(predictor: PredictorNetwork, seed: int, sampling: SamplingConfig = SAMPLING) -> list[int]:
+def expected(
+    predictor: PredictorNetwork, seed: int, sampling: SamplingConfig = SAMPLING, max_new_tokens: int = 12
+) -> list[int]:
     """Our autoregressive decoder's text."""
     return generate(
         predictor,
@@ -75,7 +77,7 @@ def expected(predictor: PredictorNetwork, seed: int, sampling: SamplingConfig = 
         decoder="autoregressive",
         seed=seed,
         sampling=sampling,
-        max_new_tokens=12,
+        max_new_tokens=max_new_tokens,
         end_of_text=(),
         tokenizer=byte_tokenizer(),
     ).token_ids
@@ -202,6 +204,13 @@ class TestCustomGenerate:
             call(predictor, streamer=streamer, window_length=1, **SAMPLED)
         assert streamer.ended == 1
 
+    def test_ends_where_the_base_model_has_no_positions_left(
+        self, predictor: PredictorNetwork, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(PredictorNetwork, "max_positions", PROMPT.shape[1] + 5)
+        with pytest.warns(UserWarning, match=r"found 4 \+ 12: the text ends after 5 tokens"):
+            assert call(predictor, **SAMPLED) == [PROMPT[0].tolist() + expected(predictor, 3, max_new_tokens=5)]
+
     def test_a_streamer_takes_one_text(self, predictor: PredictorNetwork) -> None:
         with pytest.raises(ValueError, match="expected a single prompt with a streamer, found 2"):
             call(predictor, PROMPT.expand(2, -1), streamer=Received(), **SAMPLED)
@@ -253,6 +262,9 @@ class TestFolder:
         names = {path.name for path in folder.iterdir()}
         assert names >= {"config.json", "model.safetensors", "tokenizer.json", PREDICTOR_FOLDER, "custom_generate"}
         assert {path.name for path in (folder / PREDICTOR_FOLDER).iterdir()} == set(EXPORTED_FILES)
+
+    def test_can_be_read_by_others(self, folder: Path) -> None:
+        assert len({file.stat().st_mode for file in folder.rglob("*") if file.is_file()}) == 1
 
     def test_weights_are_those_of_the_base_model(self, folder: Path, base: Path) -> None:
         plain, exported = (AutoModelForCausalLM.from_pretrained(place).state_dict() for place in (base, folder))
