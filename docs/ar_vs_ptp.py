@@ -30,14 +30,14 @@ CONTEXT = Colours("#eef1f4", "#7b8794")
 BASE = Colours("#dbe9f9", "#2f6fb3")
 STUDENT = Colours("#e6dff7", "#6b4fbb")
 NOISE = Colours("#ffe3c2", "#d9822b")
-PROPOSED = Colours("#ffffff", "#6b4fbb")
+DRAFTED = Colours("#ffffff", "#6b4fbb")
 COMMITTED = Colours("#d9f2e3", "#22875a")
 REJECTED = Colours("#fbdcdc", "#c23b3b")
 DISCARDED = Colours("#f5f7fa", "#b0b8c1")
 
 CONTEXT_TOKEN = "return"
 TEXT = ["self", ".", "items", "["]
-PROPOSAL = ["self", ".", "items", "(", ")"]
+DRAFT = ["self", ".", "items", "(", ")"]
 
 
 def box(ax: Axes, x: float, y: float, text: str, colours: Colours, width: float = 0.86, height: float = 0.46) -> None:
@@ -112,8 +112,8 @@ def draw_autoregressive(ax: Axes) -> None:
 
 
 def draw_parallel(ax: Axes) -> None:
-    """Right panel: u is input, one call proposes a window, a second one verifies it with the same u."""
-    left, columns = 7.15, [8.78 + 1.1 * k for k in range(len(PROPOSAL))]
+    """Right panel: u is input, one call drafts a window, a second one verifies it with the same u."""
+    left, columns = 7.15, [8.78 + 1.1 * k for k in range(len(DRAFT))]
     right = columns[-1] + 0.46
     heading(
         ax,
@@ -125,15 +125,15 @@ def draw_parallel(ax: Axes) -> None:
     for y in (1.05, 2.73):
         box(ax, left + 0.46, y, CONTEXT_TOKEN, CONTEXT)
         arrow(ax, (left + 0.46, y + 0.23), (left + 0.46, y + 0.51))
-    wide_box(ax, left, right, 1.87, "call 1: propose", "base model + LoRA on the $u$ slots", STUDENT)
+    wide_box(ax, left, right, 1.87, "call 1: draft", "base model + LoRA on the $u$ slots", STUDENT)
     wide_box(ax, left, right, 3.55, "call 2: verify", "base model alone", BASE)
     wide_box(ax, columns[0] - 0.46, right, 4.4, "pick", "with the same $u_1$ … $u_5$", NOISE, height=0.42)
     wrong = len(TEXT) - 1
-    for k, (x, proposed) in enumerate(zip(columns, PROPOSAL, strict=True)):
+    for k, (x, drafted) in enumerate(zip(columns, DRAFT, strict=True)):
         noise(ax, x, 1.05, k + 1)
         arrow(ax, (x, 1.28), (x, 1.56), NOISE.edge)
         arrow(ax, (x, 2.18), (x, 2.5))
-        box(ax, x, 2.73, proposed, REJECTED if k == wrong else PROPOSED)
+        box(ax, x, 2.73, drafted, REJECTED if k == wrong else DRAFTED)
         arrow(ax, (x, 2.96), (x, 3.24))
         arrow(ax, (x, 3.86), (x, 4.19))
         if k > wrong:  # verified after a wrong token: its distribution is of no use

@@ -23,6 +23,7 @@ myst_enable_extensions = ["fieldlist"]
 html_theme = "furo"
 html_title = "ptp_lightning"
 html_copy_source = False
+html_show_copyright = False
 
 smartquotes = False
 default_role = "code"  # docstrings write `name`, as Markdown does
