@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, Self
 
 from ptp_lightning.decoding.generation import Generation
 from ptp_lightning.decoding.text import generate
-from ptp_lightning.export.checkpoint import load_network, save_network
+from ptp_lightning.export.checkpoint import build_network, read_predictor, save_network
+from ptp_lightning.export.hub import upload
 from ptp_lightning.models.config import PredictorConfig
 from ptp_lightning.models.network import PredictorNetwork
 from ptp_lightning.option_names import DecoderName, DtypeName
@@ -26,19 +28,21 @@ class ParallelTokenPredictor:
 
     Args:
         network: the base model with its student and slot encoder.
+        training: facts about its training that are saved with it, see `StoredPredictor`.
 
     >>> predictor = ParallelTokenPredictor.from_pretrained()  # the code model that ships with the package
     >>> predictor.generate("import ", max_new_tokens=8, seed=0).num_calls < 8
     True
     """
 
-    def __init__(self, network: PredictorNetwork) -> None:
+    def __init__(self, network: PredictorNetwork, training: dict[str, Any] | None = None) -> None:
         self.network = network
+        self.training = training or {}
 
     @classmethod
     def from_pretrained(
         cls,
-        folder: str | Path | None = None,
+        name_or_path: str | Path | None = None,
         *,
         dtype: DtypeName | torch.dtype = "auto",
         base: str | Path | None = None,
@@ -47,21 +51,75 @@ class ParallelTokenPredictor:
         """A predictor in eval mode, on the CPU; further errors as in `load_network`.
 
         Args:
-            folder: an exported folder, a checkpoint, or the name of an adapter that ships with the package: "code", the
-                default, or "smollm2".
+            name_or_path: an exported folder, a checkpoint, a repository of the Hugging Face hub ("user/name" or
+                "user/name@revision"), or the name of an adapter that ships with the package: "code", the default, or
+                "smollm2".
             dtype: of the base model, "float32" or "bfloat16"; "auto" is that of the training.
             base: a folder or hub id of a sibling of the base model, a fine-tune for instance, to use instead of it.
             trust_custom_classes: let the stored configuration name classes outside of this package, which are imported.
 
         Raises:
             ValueError: `dtype` is none of these, or the adapter does not fit `base`; names what differs.
-            FileNotFoundError: there is no such folder, checkpoint or base model.
+            FileNotFoundError: there is no such folder, checkpoint, repository or base model; says what was tried.
         """
-        return cls(load_network(folder, dtype=dtype, base=base, trust_custom_classes=trust_custom_classes))
+        stored = read_predictor(name_or_path)
+        network = build_network(stored, dtype=dtype, base=base, trust_custom_classes=trust_custom_classes)
+        return cls(network, stored.training)
 
-    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None, overwrite: bool = False) -> None:
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        overwrite: bool = False,
+        license: str | None = None,
+    ) -> None:
         """Write a folder for `from_pretrained`, which PEFT opens too; arguments and errors as in `save_network`."""
-        save_network(self.network, folder, dtype=dtype, overwrite=overwrite)
+        save_network(self.network, folder, dtype=dtype, overwrite=overwrite, training=self.training, license=license)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        license: str | None = None,
+        dtype: torch.dtype | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        commit_message: str = "Upload predictor",
+    ) -> str:
+        """Upload what `save_pretrained` writes to the Hugging Face hub, without the base model.
+
+        Args:
+            repo_id: "user/name"; created if there is no such repository.
+            license: of the adapter for its model card, as the hub names it, "apache-2.0" for instance.
+            dtype: of the uploaded weights, by default their own.
+            private: visibility of a new repository; by default that of the user's settings.
+            token: of the user; by default that of `hf auth login`.
+            revision: branch; by default "main".
+            create_pr: open a pull request instead.
+            commit_message: of the commit.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            ValueError: `repo_id` is no id of the hub, or the student has no adapter.
+            ConnectionError: the hub refuses, or cannot be reached; says what was tried.
+        """
+        with TemporaryDirectory() as scratch:
+            folder = Path(scratch) / "predictor"
+            save_network(self.network, folder, dtype=dtype, training=self.training, license=license, name=repo_id)
+            return upload(
+                folder,
+                repo_id,
+                private=private,
+                token=token,
+                revision=revision,
+                create_pr=create_pr,
+                commit_message=commit_message,
+            )
 
     @property
     def config(self) -> PredictorConfig:

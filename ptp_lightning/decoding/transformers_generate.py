@@ -27,7 +27,8 @@ from torch import Tensor
 
 from ptp_lightning.decoding.generation import GenerationSettings
 from ptp_lightning.decoding.text import DECODERS
-from ptp_lightning.export.checkpoint import PREDICTOR_FOLDER, build_network, read_predictor
+from ptp_lightning.export.checkpoint import EXPORTED_FILES, PREDICTOR_FOLDER, build_network, read_predictor
+from ptp_lightning.export.hub import HubId, download
 from ptp_lightning.models.network import PredictorNetwork
 from ptp_lightning.option_names import DecoderName
 from ptp_lightning.sampling import SamplingConfig
@@ -237,9 +238,8 @@ def _folder_of(model: PreTrainedModel) -> Path:
     opened = str(model.name_or_path)
     if Path(opened).is_dir():
         return Path(opened)
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(opened, allow_patterns=f"{PREDICTOR_FOLDER}/*"))
+    commit = getattr(model.config, "_commit_hash", None)
+    return download(HubId(opened, commit), [f"{PREDICTOR_FOLDER}/{name}" for name in EXPORTED_FILES])
 
 
 def _require_supported(

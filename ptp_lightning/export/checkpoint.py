@@ -7,9 +7,6 @@ which holds all settings and the base model's fingerprint. Base weights are in n
 from __future__ import annotations
 
 import json
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ptp_lightning.export.hub import download, hub_id
 from ptp_lightning.export.migrations import (
     CHECKPOINT_KEY,
     FORMAT_VERSION,
@@ -46,6 +44,7 @@ from ptp_lightning.models.config import PredictorConfig
 from ptp_lightning.models.network import TOKEN_RANKS, PredictorNetwork
 from ptp_lightning.models.students import GatedLoraStudent
 from ptp_lightning.option_names import DTYPES, DtypeName
+from ptp_lightning.utils.atomic_files import replacing
 from ptp_lightning.utils.pretrained import PATH_KEY, clear_errors, few, listing, require_no_url
 
 if TYPE_CHECKING:
@@ -92,8 +91,9 @@ def load_network(
     """A trained predictor in eval mode, on the CPU.
 
     Args:
-        path: a Lightning checkpoint of a module that trains a predictor, an exported folder, or the name of an adapter
-            that ships with the package (`PACKAGED_ADAPTERS`), by default "code".
+        path: a Lightning checkpoint of a module that trains a predictor, an exported folder, a repository of the
+            Hugging Face hub ("user/name" or "user/name@revision"), or the name of an adapter that ships with the
+            package (`PACKAGED_ADAPTERS`), by default "code".
         dtype: of the base model's weights, "float32" or "bfloat16"; "auto" is that of the training.
         base: a folder, a GGUF file or an id of the hub in place of the stored path of the base model: the same model
             elsewhere, or a sibling such as a fine-tune. Architecture, sizes and tokenizer must be those of the
@@ -114,14 +114,13 @@ def read_predictor(path: str | Path | None = None) -> StoredPredictor:
     path = DEFAULT_ADAPTER if path is None else path
     require_no_url(path, CHECKPOINT_KEY)
     target = packaged_adapter_folder(str(path)) if path in PACKAGED_ADAPTERS else Path(path).expanduser()
-    if (target / PREDICTOR_FOLDER / SETTINGS_FILE).is_file():
-        stored = _read_folder(target / PREDICTOR_FOLDER)
-        backbone = {"path": str(target), "dtype": stored.config["backbone"]["dtype"]}
-        return stored._replace(config={**stored.config, "backbone": backbone})
-    if target.is_dir():
-        return _read_folder(target)
     if target.is_file():
         return _read_checkpoint(target)
+    if target.is_dir():
+        return _read_exported(target, {"path": str(target)})
+    if (source := hub_id(path)) is not None:
+        folder = download(source, [*EXPORTED_FILES, *(f"{PREDICTOR_FOLDER}/{name}" for name in EXPORTED_FILES)])
+        return _read_exported(folder, {"path": source.repo, "revision": folder.name})
     raise FileNotFoundError(
         f"expected a Lightning checkpoint or an exported folder at {target}, found nothing: set {CHECKPOINT_KEY}, or "
         f"model to the name of a packaged adapter ({', '.join(PACKAGED_ADAPTERS)})"
@@ -204,6 +203,8 @@ def save_network(
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
     training: dict[str, Any] | None = None,
+    license: str | None = None,
+    name: str | None = None,
 ) -> None:
     """Write adapter, slot encoder, settings and model card; the folder appears complete or not at all.
 
@@ -213,6 +214,8 @@ def save_network(
         dtype: of the weights on disk, by default their own; they are converted to float32 when loaded.
         overwrite: replace an earlier export.
         training: facts for `predictor.json` and the model card, see `StoredPredictor`.
+        license: for the model card, as the hub names it, "apache-2.0" for instance.
+        name: for the model card, by default that of the folder.
 
     Raises:
         ValueError: the folder is not free, see `require_free_folder`, or the student has no adapter.
@@ -234,7 +237,7 @@ def save_network(
         _save_adapter(predictor, _with_prefix(state, ADAPTER_PREFIX), draft)
         save_file(_with_prefix(state, SLOT_ENCODER_PREFIX), draft / SLOT_ENCODER_FILE)
         (draft / SETTINGS_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-        card = model_card(predictor.config, predictor.base_fingerprint, target.name, training or {})
+        card = model_card(predictor.config, predictor.base_fingerprint, name or target.name, training or {}, license)
         (draft / CARD_FILE).write_text(card, encoding="utf-8")  # instead of PEFT's
         for file in draft.iterdir():  # safetensors writes files that nobody else may read
             file.chmod((draft / SETTINGS_FILE).stat().st_mode)
@@ -316,6 +319,15 @@ def _read_checkpoint(file: Path) -> StoredPredictor:
     return StoredPredictor(file, about["config"], about["base_fingerprint"], state, training)
 
 
+def _read_exported(folder: Path, location: dict[str, str]) -> StoredPredictor:
+    """An adapter, or a predictor beside its base model, which is then where `location` says."""
+    if not (folder / PREDICTOR_FOLDER / SETTINGS_FILE).is_file():
+        return _read_folder(folder)
+    stored = _read_folder(folder / PREDICTOR_FOLDER)
+    backbone = location | {"dtype": stored.config["backbone"]["dtype"]}
+    return stored._replace(config={**stored.config, "backbone": backbone})
+
+
 def _read_folder(folder: Path) -> StoredPredictor:
     for name in (SETTINGS_FILE, ADAPTER_FILE, SLOT_ENCODER_FILE):
         if not (folder / name).is_file():
@@ -358,24 +370,6 @@ def _save_adapter(predictor: PredictorNetwork, state: dict[str, Tensor], folder:
     model.peft_config[ADAPTER_NAME].revision = predictor.config.backbone.revision
     # "auto" would look at the base model's configuration on the hub to decide whether to store embeddings
     model.save_pretrained(str(folder), selected_adapters=[ADAPTER_NAME], save_embedding_layers=False, state_dict=state)
-
-
-@contextmanager
-def replacing(target: Path) -> Iterator[Path]:
-    """An empty folder that replaces `target` at the end of the block, or is removed on any error."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
-        draft, old = Path(scratch) / "new", Path(scratch) / "old"
-        draft.mkdir()  # with the usual permissions, unlike the folder around it
-        yield draft
-        if target.exists():
-            target.rename(old)
-        try:
-            draft.rename(target)
-        except BaseException:
-            if old.exists():
-                old.rename(target)
-            raise
 
 
 def _with_prefix(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -38,11 +38,12 @@ def run(options: Namespace) -> None:
     stored = read_predictor(options.ckpt_path)
     predictor = build_network(stored, trust_custom_classes=options.trust_custom_classes)
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
+    about: dict[str, Any] = {"dtype": dtype, "training": stored.training, "license": options.license}
     try:
         if options.with_base_model:
-            save_with_base_model(predictor, options.output, dtype=dtype, training=stored.training)
+            save_with_base_model(predictor, options.output, **about)
         else:
-            save_network(predictor, options.output, dtype=dtype, overwrite=options.overwrite, training=stored.training)
+            save_network(predictor, options.output, overwrite=options.overwrite, **about)
     except (OSError, SafetensorError) as error:  # no permission, no space
         raise ValueError(f"cannot write {options.output}: {error}: set --output") from error
     folder = Path(options.output).expanduser()

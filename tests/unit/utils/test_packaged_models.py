@@ -26,7 +26,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_gguf(file)
     (file.parent / "__init__.py").write_text("raise ImportError('llama_cpp')")
     sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
-    model = PackagedModel("Tiny", "tiny-package==1.0", "tiny_package", "tiny.gguf", sha256)
+    model = PackagedModel("Tiny", "user/tiny", "tiny-package==1.0", "tiny_package", "tiny.gguf", sha256)
     monkeypatch.setitem(packaged_models.PACKAGED_MODELS, "tiny", model)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
