@@ -6,7 +6,7 @@ of its u. So the same prompt, seed and sampling settings give the same text with
 
 from ptp_lightning.decoding.autoregressive import decode_autoregressively
 from ptp_lightning.decoding.drafting import Drafter, StudentDrafter
-from ptp_lightning.decoding.generation import Decoded, Generation, GenerationSettings
+from ptp_lightning.decoding.generation import Cycle, Decoded, Generation, GenerationSettings
 from ptp_lightning.decoding.partial_quadratic import decode_partially_quadratically
 from ptp_lightning.decoding.slot_allocation import CorrectLengths
 from ptp_lightning.decoding.speculative import decode_speculatively
@@ -17,6 +17,7 @@ __all__ = [
     "DECODERS",
     "CorrectLengths",
     "CustomGenerate",
+    "Cycle",
     "Decoded",
     "Drafter",
     "Generation",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,6 +71,24 @@ class GenerationSettings:
         return torch.stack([draw_auxiliaries(shape, keyed_generator(seed, "generate"), device) for seed in seeds])
 
 
+class Cycle(NamedTuple):
+    """What a decoder drafts, verifies and commits together: two or three calls, or a single one.
+
+    Attributes:
+        num_committed: new tokens of the text.
+        num_calls: forward passes, see `Decoded.num_calls`.
+        num_correct: correct tokens of the draft, 1 .. L, including its exact first token; 0 without a draft.
+        num_drafted: tokens of the draft, including its exact first token; 0 without a draft.
+        rejected: tokens of the draft after the correct ones; none in the cycle that ends the text early.
+    """
+
+    num_committed: int
+    num_calls: int
+    num_correct: int = 0
+    num_drafted: int = 0
+    rejected: tuple[int, ...] = ()
+
+
 @dataclass(frozen=True)
 class Decoded:
     """What a decoder returns.
@@ -81,16 +99,23 @@ class Decoded:
             network of its own. The reading of the prompt is part of the first, also if it is a pass of its own.
         finish_reason: "eos" after an end-of-text token, "stop" after a stop string or where `on_tokens` ended the text,
             "length" after `max_new_tokens`.
-        correct_per_cycle: number of correct tokens of each draft, 1 .. L, including its exact first token; empty
-            without drafts.
-        drafted_per_cycle: number of tokens of each draft, including its exact first token.
+        cycles: in the order of the text, whose tokens they divide among them.
     """
 
     token_ids: list[int]
     num_calls: int
     finish_reason: FinishReason
-    correct_per_cycle: list[int]
-    drafted_per_cycle: list[int]
+    cycles: list[Cycle]
+
+    @property
+    def correct_per_cycle(self) -> list[int]:
+        """Number of correct tokens of each draft, see `Cycle`; empty without drafts."""
+        return [cycle.num_correct for cycle in self.cycles if cycle.num_drafted]
+
+    @property
+    def drafted_per_cycle(self) -> list[int]:
+        """Number of tokens of each draft, see `Cycle`."""
+        return [cycle.num_drafted for cycle in self.cycles if cycle.num_drafted]
 
 
 @dataclass(frozen=True)
@@ -140,8 +165,7 @@ class VerifiedTexts:
         self._token_ids: list[list[int]] = [[] for _ in self.rows]
         self._finish_reasons: list[FinishReason | None] = [None] * num_prompts
         self._num_calls = [0] * num_prompts
-        self._correct_per_cycle: list[list[int]] = [[] for _ in self.rows]
-        self._drafted_per_cycle: list[list[int]] = [[] for _ in self.rows]
+        self._cycles: list[list[Cycle]] = [[] for _ in self.rows]
         self._settings = settings
         self._on_tokens = on_tokens
 
@@ -161,6 +185,7 @@ class VerifiedTexts:
         num_calls: int,
         correct: Sequence[int] | None = None,
         drafted: Sequence[int] | None = None,
+        rejected: Sequence[Sequence[int]] | None = None,
     ) -> None:
         """Append verified tokens to each unfinished text: at most `remaining`, and up to the first that ends it.
 
@@ -169,13 +194,18 @@ class VerifiedTexts:
             num_calls: forward passes that it took.
             correct: number of correct tokens of each draft; None if there was no draft.
             drafted: number of tokens of each draft; given with `correct`.
+            rejected: tokens of each draft after the correct ones; by default none.
         """
         for index, (row, token_ids) in enumerate(zip(self.rows, new, strict=True)):
             num_committed = self._commit(row, token_ids)
             self._num_calls[row] += num_calls
+            cycle = Cycle(num_committed, num_calls)
             if correct is not None and drafted is not None:
-                self._correct_per_cycle[row].append(min(correct[index], num_committed))
-                self._drafted_per_cycle[row].append(drafted[index])
+                wrong = rejected[index] if rejected is not None and num_committed == len(token_ids) else ()
+                cycle = Cycle(
+                    num_committed, num_calls, min(correct[index], num_committed), drafted[index], tuple(wrong)
+                )
+            self._cycles[row].append(cycle)
 
     def _commit(self, row: int, token_ids: list[int]) -> int:
         text = self._token_ids[row]
@@ -205,13 +235,12 @@ class VerifiedTexts:
             self._token_ids,
             self._num_calls,
             self._finish_reasons,
-            self._correct_per_cycle,
-            self._drafted_per_cycle,
+            self._cycles,
             strict=True,
         )
         return [
-            Decoded(token_ids, num_calls, _not_none(finish_reason), correct, drafted)
-            for token_ids, num_calls, finish_reason, correct, drafted in parts
+            Decoded(token_ids, num_calls, _not_none(finish_reason), cycles)
+            for token_ids, num_calls, finish_reason, cycles in parts
         ]
 
 

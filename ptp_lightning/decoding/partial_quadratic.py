@@ -79,8 +79,9 @@ def decode_partially_quadratically(
             correct = is_correct.cumprod(dim=1).sum(dim=1, keepdim=True)
 
             # Commit. Here the call waits for the device.
-            found = torch.cat([correct, picks], dim=1).tolist()
+            found = torch.cat([correct, picks, drafts], dim=1).tolist()
             context.timer.mark("verifying")
+            start = drafts.shape[1] + 2  # of the draft in a row
             num_correct = [row[0] for row in found]
             context.keep([count + k for count, k in zip(counts, num_correct, strict=True)])
             known = picks.gather(1, correct)
@@ -89,6 +90,7 @@ def decode_partially_quadratically(
                 context.num_calls - calls_before,
                 [k + 1 for k in num_correct],
                 [length + 1 for length in draft_lengths],
+                [row[start + row[0] : start + length] for row, length in zip(found, draft_lengths, strict=True)],
             )
 
             # Draft from the branch after the correct tokens.

@@ -80,7 +80,7 @@ def decode_speculatively(
             correct = 1 + (draft[:, 1:] == picks[:, :-1]).cumprod(dim=1).sum(dim=1, keepdim=True)
 
             # Commit. The correct part of the draft is `picks`, shifted by one. Here the cycle waits for the device.
-            found = torch.cat([correct, first, picks], dim=1).tolist()
+            found = torch.cat([correct, first, picks, draft], dim=1).tolist()
             context.timer.mark("verifying")
             num_correct = [row[0] for row in found]
             context.keep(num_correct)
@@ -89,6 +89,7 @@ def decode_speculatively(
                 context.num_calls - calls_before,
                 num_correct,
                 [length] * len(found),
+                [row[length + 2 + row[0] :] for row in found],
             )
             unread = picks.gather(1, correct - 1)
             unfinished = texts.drop_finished()

@@ -177,8 +177,7 @@ def generate_batch(
             token_ids=text.token_ids,
             num_calls=text.num_calls,
             finish_reason=text.finish_reason,
-            correct_per_cycle=text.correct_per_cycle,
-            drafted_per_cycle=text.drafted_per_cycle,
+            cycles=text.cycles,
             prompt=prompt if isinstance(prompt, str) else _text(tokenizer, token_ids),
             text="".join(written),
             seconds=seconds,
@@ -295,8 +294,15 @@ class IncrementalDetokenizer:
         """The rest of the text; incomplete characters become U+FFFD."""
         return self._written(self._piece())
 
+    def peek(self, token_ids: Sequence[int]) -> str:
+        """The text that these tokens would add; nothing is kept. Incomplete characters are U+FFFD."""
+        return self._text_after(self._before + self._pending, token_ids)
+
     def _piece(self) -> str:
-        before, both = (_text(self._tokenizer, ids) for ids in (self._before, self._before + self._pending))
+        return self._text_after(self._before, self._pending)
+
+    def _text_after(self, token_ids: Sequence[int], more: Sequence[int]) -> str:
+        before, both = (_text(self._tokenizer, ids) for ids in ([*token_ids], [*token_ids, *more]))
         return both[len(before) :]
 
     def _written(self, piece: str) -> str:

@@ -16,17 +16,21 @@ from ptp_lightning.decoding.model_settings import TAKEN_OVER, with_model_setting
 from ptp_lightning.decoding.slot_allocation import expected_tokens
 from ptp_lightning.decoding.slot_budget import measure_best_budget
 from ptp_lightning.decoding.stop_strings import StopStrings
-from ptp_lightning.decoding.text import encode_prompt, end_of_text_ids, generate_batch, tokenizer_of
+from ptp_lightning.decoding.text import encode_prompt, end_of_text_ids, generate, generate_batch, tokenizer_of
 from ptp_lightning.export.checkpoint import load_network
 from ptp_lightning.export.options import predictor_options, predictor_source
+from ptp_lightning.generation.call_marks import LEGEND, mark_cycles, print_marked
 from ptp_lightning.generation.comparison import (
     compare_decoders,
     comparison_as_json,
     comparison_lines,
 )
+from ptp_lightning.generation.page import Section, html_page
 from ptp_lightning.models.backbone import load_backbone
 from ptp_lightning.models.network import PredictorNetwork
+from ptp_lightning.option_names import DecoderName
 from ptp_lightning.sampling import SamplingConfig
+from ptp_lightning.utils.atomic_files import write_atomically
 from ptp_lightning.utils.chat_templates import require_chat_template
 from ptp_lightning.utils.text_files import read_lines
 from ptp_lightning.utils.user_errors import warnings_as_notes
@@ -36,6 +40,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MILLISECONDS_PER_SECOND = 1000
+WARM_UP_TOKENS = 8
 CHAT_SEPARATOR = "\n\n"  # between a user's turn and the answer
 SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", *TAKEN_OVER)
 
@@ -66,9 +71,11 @@ def run(options: Namespace) -> None:
         base_model = load_backbone(predictor.config.backbone).to(device)  # pyright: ignore[reportArgumentType]
         compare = partial(compare_decoders, predictor, base_model, settings=settings, **common)
     separator = CHAT_SEPARATOR if options.chat else ""  # between prompt and text
+    sections: list[Section] = []
+    _warm_up(predictor, encoded[0], settings, options.decoder, tokenizer)
     for first in range(0, len(prompts), options.batch_size):
         some = prompts[first : first + options.batch_size]
-        streams = len(some) == 1 and not options.json
+        streams = len(some) == 1 and not options.json and not options.show_calls
         if streams:
             print("\n" * min(first, 1) + some[0] + separator, end="", flush=True)
         generations = generate_batch(
@@ -87,11 +94,23 @@ def run(options: Namespace) -> None:
         )
         for number, generation in enumerate(generations, start=first):
             measured = [] if compare is None else compare(encoded[number], num_tokens=generation.num_tokens)
+            before = generation.prompt + separator
+            cycles = mark_cycles(generation, encoded[number], tokenizer)
+            sections.append(Section(before, cycles, "\n".join([_summary(generation), *comparison_lines(measured)])))
             if options.json:
                 print(json.dumps(as_json(generation) | comparison_as_json(measured)), flush=True)
+                continue
+            if not streams and number > 0:
+                print()
+            if options.show_calls:
+                print_marked(before, cycles)
             else:
-                text = "" if streams else "\n" * min(number, 1) + generation.prompt + separator + generation.text
-                print("\n".join([f"{text}\n", _summary(generation), *comparison_lines(measured)]), flush=True)
+                print("" if streams else before + generation.text)
+            print(f"\n{sections[-1].cost}", flush=True)
+    if not options.json:
+        print("\n".join(_closing_lines(options)), end="")
+    if options.html is not None:
+        write_atomically(Path(options.html).expanduser(), html_page(sections).encode())
 
 
 def _encoded(
@@ -125,6 +144,49 @@ def _require_consistent(options: Namespace) -> None:
             f"expected --batch_size 1 with --compare, which measures one text at a time, found {options.batch_size}: "
             "leave one of them out"
         )
+
+    if options.show_calls and options.json:
+        raise ValueError("expected one of --show_calls, which is for people, and --json, found both: leave one out")
+    if options.html is not None:
+        file = Path(options.html).expanduser()
+        if file.is_dir() or not file.parent.is_dir():
+            raise ValueError(f"expected --html to be a file in a folder that exists, found {options.html}: set --html")
+
+
+def _warm_up(
+    predictor: PredictorNetwork,
+    prompt: Sequence[int],
+    settings: GenerationSettings,
+    decoder: DecoderName,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Decode a few tokens, because the first calls pack weights and fill caches of kernels."""
+    generate(
+        predictor,
+        prompt,
+        max_new_tokens=min(WARM_UP_TOKENS, settings.max_new_tokens),
+        sampling=settings.sampling,
+        seed=settings.seed,
+        decoder=decoder,
+        window_length=settings.window_length,
+        slot_budget=settings.slot_budget,
+        tokenizer=tokenizer,
+    )
+
+
+def _closing_lines(options: Namespace) -> list[str]:
+    """What the marks and numbers mean, once at the end."""
+    lines = []
+    if options.show_calls:
+        lines.append(f"[{LEGEND}]")
+    if options.html is not None:
+        lines.append(f"[page: {options.html}]")
+    if not options.compare and options.decoder != "autoregressive":
+        lines.append(
+            "[after a warm-up; the base model alone writes one token per call, and --compare measures its speed on the "
+            "same prompt]"
+        )
+    return [*lines, ""]
 
 
 def _settings(options: Namespace) -> GenerationSettings:

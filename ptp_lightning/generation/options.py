@@ -71,5 +71,12 @@ def build_parser() -> ArgumentParser:
         action="store_true",
         help="then measure this decoder, one token per call, and transformers.generate on the same prompts",
     )
+    add(
+        "--show_calls",
+        action="store_true",
+        help="show which tokens each cycle of calls wrote, in colours on a terminal (not with NO_COLOR), and behind "
+        "them its wrong drafts; texts of a batch share calls, each shows those that it took part in",
+    )
+    add("--html", type=str, help="also write the texts so, to a self-contained page; replaces the file")
     add("--json", action="store_true", help="print one JSON object per prompt and nothing else")
     return parser

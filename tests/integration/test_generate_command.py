@@ -1,9 +1,10 @@
 """`python -m ptp_lightning generate` as a user meets it: text, JSON, and one message for what can be mended."""
 
 import json
+import re
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -115,6 +116,60 @@ class TestText:
         output = shell("--prompts", str(prompts), "--decoder", "partial_quadratic", "--window_length", "5")
         assert output.status == 0 and measured == [5]
         assert "--slot_budget 20: 4.0 ms a call for" in output.err
+
+
+class TestCalls:
+    @pytest.mark.parametrize("decoder", ["speculative", "partial_quadratic"])
+    def test_tokens_of_each_call_and_wrong_drafts(self, shell: Shell, decoder: str, tmp_path: Path) -> None:
+        common = ["--prompt", "def ", "--max_new_tokens", "12", "--decoder", decoder, "--slot_budget", "8"]
+        page = tmp_path / "page.html"
+        output = shell(*common, "--show_calls", "--html", str(page))
+        assert (output.status, output.err) == (0, "")
+        marked, _, footer = output.out.rpartition("\n\n")
+        assert marked.startswith("def |") and marked.endswith("|")
+        (record,) = shell.records(*common)
+        text = re.sub("~~.*?~~", "", marked).replace("|", "")
+        assert text == f"def {record['text']}".replace("|", "").replace("~~", "")
+        assert f"[12 tokens in {record['num_calls']} calls" in footer and f"[page: {page}]" in footer
+        assert page.read_text(encoding="utf-8").count('<span class="cycle') == marked.count("|") - 1
+        assert [file.name for file in tmp_path.iterdir()] == ["page.html"]
+
+    def test_a_batch_shows_the_cycles_of_each_text(self, shell: Shell, prompts: Path, tmp_path: Path) -> None:
+        page = tmp_path / "page.html"
+        options = ["--max_new_tokens", "9", "--batch_size", "3", "--show_calls", "--html", str(page)]
+        output = shell("--prompts", str(prompts), *options)
+        assert output.out.count("tokens per second]") == 3
+        assert output.out.count("struck out") == 1
+        assert page.read_text(encoding="utf-8").count("<pre>") == 3
+
+    def test_the_measured_decoder_has_warmed_up(self, shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+        lengths: list[int] = []
+        original = command.generate
+
+        def record(*arguments: object, **options: Any) -> object:
+            lengths.append(options["max_new_tokens"])
+            return original(*arguments, **options)  # pyright: ignore[reportArgumentType]
+
+        monkeypatch.setattr(command, "generate", record)
+        output = shell("--prompt", "def ", "--max_new_tokens", "12")
+        assert lengths == [command.WARM_UP_TOKENS]
+        assert output.out.endswith(
+            "[after a warm-up; the base model alone writes one token per call, and --compare "
+            "measures its speed on the same prompt]\n"
+        )
+
+    @pytest.mark.parametrize(
+        ("args", "message"),
+        [
+            (["--show_calls", "--json"], "expected one of --show_calls"),
+            (["--html", "."], "expected --html to be a file"),
+            (["--html", "nowhere/page.html"], "expected --html to be a file in a folder that exists"),
+        ],
+    )
+    def test_refused_before_a_model_is_loaded(self, shell: Shell, args: list[str], message: str) -> None:
+        output = shell("--prompt", "x", *args)
+        assert (output.status, output.out, shell.loaded) == (2, "", [])
+        assert message in output.err
 
 
 class TestJson:
