@@ -53,10 +53,9 @@ def require_same(stored: optuna.Study, definition: Mapping[str, Any]) -> None:
     Raises:
         ValueError: the stored definition differs; the error lists the differences.
     """
-    before = stored.user_attrs.get(DEFINITION)
-    if before is None:
+    if DEFINITION not in stored.user_attrs:
         stored.set_user_attr(DEFINITION, dict(definition))
-        return
+    before = stored.user_attrs[DEFINITION]  # that of another process, if both start at once
     different = differences(with_current_names(before), definition)
     if different:
         more = [] if len(different) <= MAX_SHOWN else [f"and {len(different) - MAX_SHOWN} more"]

@@ -34,10 +34,12 @@ from ptp_lightning.sweeps.training_run import (
     tokens_per_step,
 )
 from ptp_lightning.sweeps.worker import Worker, trial_arguments
+from ptp_lightning.utils.passwords import without_passwords
 
 TENSORBOARD = "tensorboard"
 OUTPUTS = "runs/sweeps"
 JOB = "SWEEPS_JOB"  # environment variable of the processes that --jobs starts
+STORAGE = "SWEEPS_STORAGE"  # their storage, which is no option because all users see options, and the password in it
 
 
 class Terminated(KeyboardInterrupt):
@@ -117,7 +119,7 @@ class StudyRunner:
     @property
     def location(self) -> str:
         """Path or URL of the storage."""
-        return self.storage or journal_in(self.folder)
+        return self.storage or os.environ.get(STORAGE) or journal_in(self.folder)
 
     def _base_configuration(self, study: Study, base: str) -> dict[str, Any]:
         if not Path(base).is_file():
@@ -131,15 +133,15 @@ class StudyRunner:
             f"  {progress.total} trainings of {study.budget.steps:,} steps, {study.budget.tokens:,} tokens; "
             f"{progress.ended} done, {progress.running} running"
         )
-        log(f"  storage: {self.location}; curves: tensorboard --logdir {self.folder / TENSORBOARD}")
+        log(f"  storage: {without_passwords(self.location)}; curves: tensorboard --logdir {self.folder / TENSORBOARD}")
 
     def _run_jobs(self, trials: int | None, jobs: int) -> None:
         """Start processes of this command that share the study and the cores."""
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        environment = {"OMP_NUM_THREADS": str(max(1, cores // jobs))} | os.environ | {JOB: "1"}
+        environment = {"OMP_NUM_THREADS": str(max(1, cores // jobs))} | os.environ | {JOB: "1", STORAGE: self.location}
         command = [sys.executable, "-m", "ptp_lightning", "sweep", "run", str(self.study_file)]
         command += ["--output", str(self.folder)]
-        command += ["--storage", self.location, *(["--full"] if self.full else [])]
+        command += ["--full"] if self.full else []
         command += override_arguments(self.overrides)
         shares = [None] * jobs if trials is None else [(trials + k) // jobs for k in range(jobs)]
         processes = [

@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from ptp_lightning.metrics import WindowSummary, as_tags
 from ptp_lightning.training.callbacks.trainer_state import tensorboard_loggers, val_summary
+from ptp_lightning.utils.passwords import without_passwords
 
 COMMAND_TAG = "run/command"
 RESULTS_TAG = "run/results"
@@ -19,7 +20,7 @@ class RunText(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the command."""
-        command = shlex.join(["python", *sys.orig_argv[1:]])
+        command = without_passwords(shlex.join(["python", *sys.orig_argv[1:]]))
         for logger in tensorboard_loggers(trainer):
             logger.experiment.add_text(COMMAND_TAG, f"```\n{command}\n```", global_step=trainer.global_step)
 

@@ -76,3 +76,28 @@ def test_optunas_own_commands_open_it(tmp_path: Path) -> None:
     open_study(letters(), "letters", open_storage(str(path), create=True))
     command = [sys.executable, "-c", "from optuna.cli import main; main()", "--storage", str(path), "study-names"]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "letters"
+
+
+@pytest.mark.parametrize(
+    ("address", "package"),
+    [
+        ("postgresql://me:secret@host/db", r"psycopg: pip install 'ptp_lightning\[postgresql\]'"),
+        ("mysql://me:secret@host/db", "mysqlclient, or another driver as in mysql"),
+        ("mysql+pymysql://me:secret@host/db", "pymysql"),
+    ],
+)
+def test_a_missing_driver_is_named(address: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("psycopg", "MySQLdb", "pymysql"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ImportError, match=f"needs the package {package}") as error:
+        open_storage(address, create=True)
+    assert "secret" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "address", ["odd://me:se%20cret@host/db", "postgresql://me:se@cret@127.0.0.1:9/db", "sqlite://me:se@cret@x/db"]
+)
+def test_passwords_are_not_shown(address: str) -> None:
+    with pytest.raises(ValueError, match=r"--storage \S+://me:\*\*\*@") as error:
+        open_storage(address, create=True)
+    assert "cret" not in str(error.value)
