@@ -40,6 +40,7 @@ LAUNCHERS = ("torchrun", "srun")
 OTHER_PROGRAMS = {
     *("tensorboard", "jupyter", "optuna", "optuna-dashboard", "pre-commit", "sphinx-build"),
     *("ruff", "lint-imports", "pyright"),
+    "transformers",  # see test_serving
 }
 PATH = re.compile(r"`((?:configs|sweeps|docs|ptp_lightning|tests|benchmarks|notebooks)/[\w./-]+)`")
 

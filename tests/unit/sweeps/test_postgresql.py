@@ -66,14 +66,16 @@ def test_workers_that_start_together_on_an_empty_database(postgres: Postgres) ->
         assert sorted(taken) == ["a", "b"]
 
 
-def test_another_process_continues(postgres: Postgres) -> None:
+def test_another_process_continues(postgres: Postgres, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also with the password from the environment."""
     location = postgres.empty_database()
     first = start_worker(location)
     trial = first.take()
     assert trial is not None
     trial.suggest_categorical("x", ["a", "b"])
     first.stored.tell(trial, 0.5)
-    second = start_worker(location.replace("postgresql://", "postgresql+psycopg://"))
+    monkeypatch.setenv("PGPASSWORD", PASSWORD)
+    second = start_worker(location.replace(f":{PASSWORD}@", "@").replace("postgresql://", "postgresql+psycopg://"))
     assert (second.progress().complete, second.progress().total) == (1, 2)
     assert optuna.get_all_study_names(open_storage(location, create=False)) == ["letters"]
     states = [one.state for one in second.stored.get_trials(deepcopy=False)]
