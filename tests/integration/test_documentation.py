@@ -38,7 +38,7 @@ RESULTS = ROOT / "docs" / "results"  # names files of earlier commits
 EARLIER_NAMES = "## Names of version 0.1"  # in the glossary
 LAUNCHERS = ("torchrun", "srun")
 OTHER_PROGRAMS = {
-    *("tensorboard", "jupyter", "optuna", "optuna-dashboard", "pre-commit", "sphinx-build"),
+    *("tensorboard", "jupyter", "optuna", "optuna-dashboard", "pre-commit", "sphinx-build", "transformers"),
     *("ruff", "lint-imports", "pyright"),
     "transformers",  # see test_serving
 }
