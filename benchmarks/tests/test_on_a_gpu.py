@@ -69,6 +69,7 @@ def run_in_this_process(part: Part, limit_seconds: float, folder: Path) -> Outco
     return Outcome(part.name, rows, 1.0, limit_seconds, None)
 
 
+@pytest.mark.slow  # its parts are tested in this folder and in tests/numerics
 def test_every_part_has_numbers(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

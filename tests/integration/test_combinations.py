@@ -175,7 +175,16 @@ def test_two_steps(
     assert weights and all(bool(value.isfinite().all()) for value in weights.values() if value.is_floating_point())
 
 
-@pytest.mark.parametrize("combination", [combinations()[3], combinations()[6], combinations()[8]], ids=named)
+@pytest.mark.parametrize(
+    "combination",
+    [
+        # Slow: what differs between these is tried above, and the same code saves it.
+        pytest.param(combinations()[3], marks=pytest.mark.slow),
+        pytest.param(combinations()[6], marks=pytest.mark.slow),
+        combinations()[8],
+    ],
+    ids=named,
+)
 def test_a_run_is_reproduced_by_the_configuration_it_saved(
     combination: dict[str, Any], configuration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

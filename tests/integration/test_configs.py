@@ -178,9 +178,20 @@ def test_the_papers_settings(name: str, rank: int) -> None:
 @pytest.mark.parametrize(
     ("objective", "loss", "options", "weights"),
     [
-        ("OneHotObjective", BinaryCrossEntropy(), [], AcceptedLengthWeights()),
-        ("CategoricalObjective", ReverseKullbackLeibler(floor=1e-4), ["loss.init_args.floor=1e-4"], UniformWeights()),
-        ("CategoricalObjective", JensenShannon(), [], AcceptedLengthWeights()),
+        # Slow: tests/integration/test_combinations.py names these in a file.
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("OneHotObjective", BinaryCrossEntropy(), [], AcceptedLengthWeights()),
+                (
+                    "CategoricalObjective",
+                    ReverseKullbackLeibler(floor=1e-4),
+                    ["loss.init_args.floor=1e-4"],
+                    UniformWeights(),
+                ),
+                ("CategoricalObjective", JensenShannon(), [], AcceptedLengthWeights()),
+            )
+        ),
         (
             "CategoricalObjective",
             TotalVariation(chunk_size=7),

@@ -121,7 +121,7 @@ def test_a_later_turn_follows_the_base_models_answer(evaluation: Evaluation) -> 
     assert {by_key["1", 1, name]["num_prompt_tokens"] for name in (*EXACT, "transformers")} == {expected}
 
 
-@pytest.mark.parametrize("finished", [0, 4, 11])
+@pytest.mark.parametrize("finished", [4, *(pytest.param(count, marks=pytest.mark.slow) for count in (0, 11))])
 def test_continues_after_a_kill(finished: int, evaluation: Evaluation) -> None:
     append, answered = runner.RecordFile.append, []
 

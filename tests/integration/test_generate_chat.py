@@ -60,7 +60,7 @@ class TestChat:
             assert token_ids == slow["token_ids"]
             assert END_OF_TURN_ID not in token_ids[:-1]
             ended += token_ids[-1] == END_OF_TURN_ID
-            if ended == 2:
+            if ended:
                 break
         assert ended > 0
 

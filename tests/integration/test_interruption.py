@@ -43,7 +43,14 @@ def wait_for(file: Path, run: ForkedProcess) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill -9"])
+# Ctrl-C is slow: tests/integration/test_training_habits.py sends it to a training in the process of the test.
+@pytest.mark.parametrize(
+    "sent",
+    [
+        pytest.param(signal.SIGINT, id="ctrl-c", marks=pytest.mark.slow),
+        pytest.param(signal.SIGKILL, id="kill -9"),
+    ],
+)
 def test_a_stopped_run_leaves_a_checkpoint_that_goes_on(endless: Path, sent: signal.Signals) -> None:
     last = endless.parent / "runs" / "gated_lora" / "version_0" / "checkpoints" / "last.ckpt"
     run = fit(endless)

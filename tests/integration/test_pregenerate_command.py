@@ -162,7 +162,7 @@ def test_every_document_of_a_stream_is_completed_once(streamed: Path, tmp_path: 
     assert printed.status == 0, printed.err
 
 
-@pytest.mark.parametrize("kind", ["config", "streamed"])
+@pytest.mark.parametrize("kind", [pytest.param("config", marks=pytest.mark.slow), "streamed"])  # the same code writes
 def test_a_killed_and_repeated_run_leaves_the_same_files(
     kind: str, request: pytest.FixtureRequest, tmp_path: Path, run: Run
 ) -> None:

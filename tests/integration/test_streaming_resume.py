@@ -94,10 +94,18 @@ def steps_seen(folder: Path, rank: int) -> dict[int, list[int]]:
 @pytest.mark.parametrize(
     ("processes", "workers", "stop"),
     [
-        (1, 0, signal.SIGKILL),
-        (1, 2, signal.SIGTERM),
-        (2, 0, signal.SIGKILL),
-        *(pytest.param(2, workers, signal.SIGTERM, marks=pytest.mark.slow) for workers in (0, 1)),
+        (1, 2, signal.SIGKILL),
+        # Slow: what two processes read is tested in tests/unit/data, and that they stop together in tests/distributed.
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                (1, 0, signal.SIGKILL),
+                (1, 2, signal.SIGTERM),
+                (2, 0, signal.SIGKILL),
+                (2, 0, signal.SIGTERM),
+                (2, 1, signal.SIGTERM),
+            )
+        ),
     ],
 )
 @pytest.mark.timeout(900)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,6 +72,18 @@ def test_no_results_in_git(name: str) -> None:
         assert cell.metadata.keys() <= {"tags"}
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_names_that_are_imported_exist(name: str) -> None:
+    """Of all notebooks, those that only slow tests execute included."""
+    for cell in read(name).cells:
+        if cell.cell_type == "code" and not cell.source.lstrip().startswith("%%"):
+            lines = [line for line in cell.source.splitlines() if not line.startswith(("%", "!"))]
+            parsed = ast.parse("\n".join(lines))
+            parsed.body = [node for node in parsed.body if isinstance(node, ast.Import | ast.ImportFrom)]
+            exec(compile(parsed, name, "exec"), {})
+
+
+@pytest.mark.slow  # the theorems are counted in tests/unit/test_auxiliary.py, trainings in tests/integration
 def test_the_method(kernel: KernelManager) -> None:
     """The theorems hold by counting, and networks come nearer to them in one call than any independent prediction."""
     expressions = ["num_lost", "theorem_1_deviation", "theorem_2_deviation", "list(correct.values())"]
@@ -121,6 +134,7 @@ def test_where_decoding_time_goes(kernel: KernelManager) -> None:
     assert autoregressive == 1.0 < few <= many
 
 
+@pytest.mark.slow  # tests/unit/sweeps tests studies and their reports
 def test_reading_a_study(kernel: KernelManager, tmp_path: Path) -> None:
     """Means and intervals of two seeds each, by hand; shares that add up to 1."""
     expressions = ["[(row.parameters, row.mean, row.half_width) for row in rows]", "list(importances.values())"]

@@ -29,6 +29,7 @@ from ptp_lightning.data import (
 )
 from ptp_lightning.data.corpus import Split, split_of
 from ptp_lightning.data.streaming import unusable_rows
+from tests.helpers.parameter_products import one_in
 
 NUM_DOCUMENTS = 40
 END = 0
@@ -149,9 +150,7 @@ class TestTrainingStream:
 
 
 class TestResume:
-    @pytest.mark.parametrize("workers", [(0, 0), (0, 2), (2, 0), (1, 4)])
-    @pytest.mark.parametrize("steps", [0, 1, 9, 20, 33])
-    @pytest.mark.parametrize("source", ["json lines", "parquet"])
+    @one_in(3, source=["json lines", "parquet"], steps=[0, 1, 9, 20, 33], workers=[(0, 0), (0, 2), (2, 0), (1, 4)])
     def test_resumes_where_it_was_stopped(
         self, files: list[str], workers: tuple[int, int], steps: int, source: str
     ) -> None:

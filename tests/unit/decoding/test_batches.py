@@ -16,6 +16,7 @@ from ptp_lightning.decoding import (
 )
 from ptp_lightning.models.network import PredictorNetwork
 from ptp_lightning.sampling import SamplingConfig
+from tests.helpers.parameter_products import one_in
 from tests.helpers.tiny_decoding import Decode, decode_one, reference
 from tests.helpers.tiny_predictors import STUDENTS, tiny_predictor
 
@@ -50,9 +51,7 @@ class TextsByPrompt:
         return (torch.tensor(drafts) + torch.tensor(wrong)) % VOCABULARY
 
 
-@pytest.mark.parametrize("student", STUDENTS)
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
-@by_decoder
+@one_in(3, decoder=DECODERS, family=["llama", "gpt2", "gpt_neox"], student=STUDENTS)
 def test_a_batch_is_its_rows(decoder: str, family: str, student: str) -> None:
     predictor, decode = small(family, student), DECODERS[decoder]
     settings = GenerationSettings(SamplingConfig(0.7, 50, 0.9), 21, seed=3, window_length=6)

@@ -23,6 +23,7 @@ from ptp_lightning.decoding.state import BatchContext
 from ptp_lightning.export.checkpoint import load_network
 from ptp_lightning.models.network import PredictorNetwork
 from ptp_lightning.sampling import SamplingConfig
+from tests.helpers.parameter_products import one_in
 from tests.helpers.tiny_decoding import PROMPT, Decode, decode_one, reference
 from tests.helpers.tiny_models import cast_weights, tiny_llama
 from tests.helpers.tiny_predictors import tiny_predictor
@@ -31,8 +32,11 @@ VOCABULARY = 32
 NUM_SEEDS = 4
 
 
-@pytest.mark.parametrize("decode", [decode_speculatively, decode_partially_quadratically], ids=lambda d: d.__name__)
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "gpt_neox"])
+@one_in(
+    2,
+    family=["llama", "qwen2", "gpt2", "gpt_neox"],
+    decode=[decode_speculatively, decode_partially_quadratically],
+)
 def test_texts_are_the_reference_texts(family: str, decode: Decode) -> None:
     """Without `batch_invariant`, 0.6 to 0.9 % of these tokens differ."""
     sampling = SamplingConfig(temperature=0.7, top_k=50, top_p=0.9)
@@ -111,7 +115,10 @@ def test_the_number_of_rows_does_not_matter(family: str, is_known: bool, monkeyp
     assert all(torch.equal(other, first) for other, first in zip(results[2:], results * 3, strict=False)) == is_known
 
 
-@pytest.mark.parametrize("decode", [decode_speculatively, decode_partially_quadratically], ids=lambda d: d.__name__)
+# In CI with branches alone: its calls have all shapes of speculative decoding.
+@pytest.mark.parametrize(
+    "decode", [pytest.param(decode_speculatively, marks=pytest.mark.slow), decode_partially_quadratically]
+)
 def test_texts_on_a_device_where_it_would(decode: Decode, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch_invariance, "_products_depend_on_rows", lambda model: True)
     monkeypatch.setattr(JoinedDecoder, "is_supported", lambda model: False)

@@ -20,6 +20,7 @@ from ptp_lightning.models.correction.correction import CorrectionHead, NextLogit
 from ptp_lightning.models.correction.draft_order import draft_left_to_right
 from ptp_lightning.models.network import PredictorNetwork
 from ptp_lightning.sampling import SamplingConfig
+from tests.helpers.parameter_products import one_in
 from tests.helpers.tiny_decoding import PROMPT, Decode, decode_one, reference
 from tests.helpers.tiny_predictors import CORRECTIONS, tiny_predictor
 
@@ -50,9 +51,7 @@ def small(correction: str, objective: str = "categorical", student: str = "gated
     )
 
 
-@pytest.mark.parametrize("decoder", DECODERS)
-@pytest.mark.parametrize("sampling", SAMPLING)
-@pytest.mark.parametrize("correction", CORRECTIONS)
+@one_in(2, correction=CORRECTIONS, sampling=SAMPLING, decoder=DECODERS)
 def test_texts_do_not_depend_on_drafts(correction: str, sampling: str, decoder: str) -> None:
     predictor = small(correction)
     for seed in range(2):

@@ -23,6 +23,7 @@ from ptp_lightning.models import LoraSettings, PredictorConfig, PredictorNetwork
 from ptp_lightning.models.layers.packed_linear import PackedWeights
 from ptp_lightning.models.lora.joined_adapter import JoinedAdapter
 from ptp_lightning.sampling import SamplingConfig
+from tests.helpers.parameter_products import one_in
 from tests.helpers.tiny_decoding import Decode, decode_one, reference
 from tests.helpers.tiny_models import TINY_MODELS, cast_weights
 from tests.helpers.tiny_predictors import CORRECTIONS, tiny_predictor
@@ -77,10 +78,10 @@ def random_texts(count: int, length: int = 110) -> list[Tensor]:
     return list(torch.randint(VOCABULARY, (count, length), generator=torch.Generator().manual_seed(0)))
 
 
-@by_dtype
-@pytest.mark.parametrize(("hidden_size", "num_layers"), [(576, 2), (1536, 1), (2048, 1)])
-def test_bits_do_not_depend_on_rows_slots_or_texts(hidden_size: int, num_layers: int, dtype: torch.dtype) -> None:
+@one_in(2, shape=[(576, 2), (1536, 1), (2048, 1)], dtype=DTYPES)
+def test_bits_do_not_depend_on_rows_slots_or_texts(shape: tuple[int, int], dtype: torch.dtype) -> None:
     """For 1 to 64 tokens, 0 to 33 slots and batches of 1 to 8 texts of different lengths."""
+    hidden_size, num_layers = shape
     network = wide(hidden_size, dtype, num_layers)
     assert JoinedDecoder.is_supported(network.base_model)
     texts = random_texts(8)
@@ -178,30 +179,27 @@ SAMPLING = {
 }
 
 
-@by_dtype
-@pytest.mark.parametrize("sampling", SAMPLING.values(), ids=SAMPLING)
-@pytest.mark.parametrize(
-    "decode",
-    [decode_autoregressively, decode_speculatively, decode_partially_quadratically],
-    ids=lambda decode: decode.__name__,
+@one_in(
+    3,
+    decode=[decode_autoregressively, decode_speculatively, decode_partially_quadratically],
+    sampling=SAMPLING,
+    dtype=DTYPES,
 )
-def test_texts_of_a_wide_model_are_the_reference_texts(
-    decode: Decode, sampling: SamplingConfig, dtype: torch.dtype
-) -> None:
+def test_texts_of_a_wide_model_are_the_reference_texts(decode: Decode, sampling: str, dtype: torch.dtype) -> None:
     """In batches of 1 to 8 texts."""
     network = wide(576, dtype)
     prompts = [
         text[:length].tolist() for text, length in zip(random_texts(8), [5, 17, 1, 30, 8, 9, 4, 12], strict=True)
     ]
     expected = [
-        reference(network, GenerationSettings(sampling, 12, seed, window_length=6), prompt)
+        reference(network, GenerationSettings(SAMPLING[sampling], 12, seed, window_length=6), prompt)
         for seed, prompt in enumerate(prompts)
     ]
     for size in (1, 3, 8):
-        settings = GenerationSettings(sampling, 12, tuple(range(size)), window_length=6)
+        settings = GenerationSettings(SAMPLING[sampling], 12, tuple(range(size)), window_length=6)
         found = [decoded.token_ids for decoded in decode(network, prompts[:size], settings)]
         assert found == expected[:size]
-    settings = GenerationSettings(sampling, 12, 4, window_length=3, slot_budget=5)
+    settings = GenerationSettings(SAMPLING[sampling], 12, 4, window_length=3, slot_budget=5)
     assert decode_one(decode, network, settings, prompts[4]).token_ids == expected[4]
 
 

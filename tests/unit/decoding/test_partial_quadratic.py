@@ -20,6 +20,7 @@ from ptp_lightning.decoding.slot_allocation import allocate_slots
 from ptp_lightning.models.network import PredictorNetwork
 from ptp_lightning.models.slots.sampling_range import SamplingRange
 from ptp_lightning.sampling import SamplingConfig
+from tests.helpers.parameter_products import one_in
 from tests.helpers.tiny_decoding import PROMPT, ForcedDraft, decode_one, reference, slot_logits_of_training
 from tests.helpers.tiny_predictors import OBJECTIVES, STUDENTS, tiny_predictor
 
@@ -60,9 +61,7 @@ def decoded(predictor: PredictorNetwork, settings: GenerationSettings, **options
     return found
 
 
-@pytest.mark.parametrize("sampling", SAMPLING)
-@pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "gpt_neox"])
+@one_in(3, family=["llama", "qwen2", "gpt2", "gpt_neox"], objective=OBJECTIVES, sampling=SAMPLING)
 def test_text_is_the_reference_text(family: str, objective: str, sampling: str) -> None:
     predictor = small(family, objective)
     for seed, (max_new_tokens, budget) in enumerate([(21, 1), (22, 9), (23, 40)]):
@@ -70,9 +69,7 @@ def test_text_is_the_reference_text(family: str, objective: str, sampling: str) 
         assert decoded(predictor, settings).token_ids == reference(predictor, settings)
 
 
-@pytest.mark.parametrize("acceptance_rate", [0.0, 0.7, 1.0])
-@pytest.mark.parametrize("student", STUDENTS)
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@one_in(3, family=["llama", "gpt2"], student=STUDENTS, acceptance_rate=[0.0, 0.7, 1.0])
 def test_forced_drafts_change_nothing(family: str, student: str, acceptance_rate: float) -> None:
     predictor = small(family, student=student)
     for seed, (window_length, budget) in enumerate([(2, 3), (3, 2), (7, 16), (16, 64)]):
@@ -152,9 +149,7 @@ def test_the_last_position_of_the_model_can_be_filled(family: str) -> None:
         assert decoded(predictor, settings, drafter=draft, lengths=lengths).token_ids == text
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("student", [*STUDENTS, "conditioned"])
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@one_in(2, family=["llama", "gpt2"], student=[*STUDENTS, "conditioned"], objective=OBJECTIVES)
 def test_slot_logits_are_those_of_training(family: str, student: str, objective: str) -> None:
     """In the first pass and each refinement step: a branch sees the correct part of the draft and no other branch."""
     predictor = small(family, objective, student)

@@ -29,6 +29,7 @@ from ptp_lightning.models.backbone import BackboneSettings, load_backbone
 from ptp_lightning.models.network import PredictorNetwork
 from ptp_lightning.sampling import SamplingConfig
 from tests.helpers.byte_tokenizer import byte_tokenizer
+from tests.helpers.parameter_products import one_in
 from tests.helpers.tiny_decoding import PROMPT, Decode, ForcedDraft, decode_one
 from tests.helpers.tiny_models import tiny_llama
 from tests.helpers.tiny_predictors import tiny_predictor
@@ -36,7 +37,6 @@ from tests.helpers.tiny_predictors import tiny_predictor
 VOCABULARY = 32
 PROMPTS = [PROMPT, [7], [2, 9, 2, 9, 2, 9, 2]]
 DECODERS = [decode_autoregressively, decode_speculatively, decode_partially_quadratically]
-every_decoder = pytest.mark.parametrize("decode", DECODERS, ids=lambda decode: decode.__name__)
 PENALTIES = {
     "repetition": {"repetition_penalty": 1.3},
     "n-grams": {"no_repeat_ngram_size": 2},
@@ -81,16 +81,14 @@ def expected_reference(predictor: PredictorNetwork, prompt: Sequence[int], setti
 
 
 class TestTexts:
-    @pytest.mark.parametrize("name", PENALTIES)
-    @every_decoder
+    @one_in(2, decode=DECODERS, name=PENALTIES)
     def test_greedy_texts_are_those_of_transformers(self, decode: Decode, name: str) -> None:
         """Of several prompts side by side."""
         settings = GenerationSettings(SamplingConfig(temperature=0, **PENALTIES[name]), 24, window_length=5)
         for decoded, prompt in zip(decode(small(), PROMPTS, settings), PROMPTS, strict=True):
             assert decoded.token_ids == transformers_text(small(), prompt, settings)
 
-    @pytest.mark.parametrize("name", PENALTIES)
-    @every_decoder
+    @one_in(2, decode=DECODERS, name=PENALTIES)
     def test_sampled_texts_are_those_of_the_one_token_loop(self, decode: Decode, name: str) -> None:
         settings = GenerationSettings(SamplingConfig(0.8, min_p=0.05, **PENALTIES[name]), 24, seed=3, window_length=5)
         for decoded, prompt in zip(decode(small(), PROMPTS, settings), PROMPTS, strict=True):

@@ -15,6 +15,7 @@ from ptp_lightning.decoding import (
 from ptp_lightning.decoding.preparation import prepare_for_decoding
 from ptp_lightning.models.layers import packed_linear
 from ptp_lightning.models.network import PredictorNetwork
+from tests.helpers.parameter_products import one_in
 from tests.helpers.tiny_decoding import PROMPT
 from tests.helpers.tiny_predictors import STUDENTS, tiny_predictor
 
@@ -43,9 +44,7 @@ def assert_same(before: dict[str, Any], after: dict[str, Any]) -> None:
         assert address == old_address and torch.equal(value, old_value)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("student", STUDENTS)
-@pytest.mark.parametrize("decode", DECODERS.values(), ids=DECODERS)
+@one_in(3, decode=DECODERS.values(), student=STUDENTS, dtype=[torch.float32, torch.bfloat16])
 def test_nothing_is_left(decode: Any, student: str, dtype: torch.dtype) -> None:
     network = tiny_predictor(student=student, dtype=dtype, **LARGE).train()
     before = described(network)

@@ -20,6 +20,7 @@ from ptp_lightning.decoding import (
 from ptp_lightning.models.network import PredictorNetwork
 from ptp_lightning.models.slots.sampling_range import SamplingRange
 from ptp_lightning.sampling import SamplingConfig
+from tests.helpers.parameter_products import one_in
 from tests.helpers.tiny_decoding import PROMPT, Decode, ForcedDraft, decode_one, reference, slot_logits_of_training
 from tests.helpers.tiny_predictors import OBJECTIVES, tiny_predictor
 
@@ -83,9 +84,7 @@ def accelerated(
     return decoded
 
 
-@pytest.mark.parametrize("sampling", SAMPLING)
-@pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("family", FAMILIES)
+@one_in(4, family=FAMILIES, objective=OBJECTIVES, sampling=SAMPLING)
 def test_text_is_the_reference_text(family: str, objective: str, sampling: str) -> None:
     predictor = small(family, objective)
     for seed, max_new_tokens in enumerate((24, 21)):
@@ -93,8 +92,7 @@ def test_text_is_the_reference_text(family: str, objective: str, sampling: str) 
         assert accelerated(predictor, settings).token_ids == reference(predictor, settings)
 
 
-@pytest.mark.parametrize("sampling", [*SAMPLING, "hot"])
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@one_in(3, objective=OBJECTIVES, sampling=[*SAMPLING, "hot"])
 def test_text_of_a_predictor_for_many_settings_is_the_reference_text(objective: str, sampling: str) -> None:
     """Whatever settings the slots are conditioned on: inside the range they were trained for, or outside."""
     predictor = conditioned(objective)
@@ -146,15 +144,13 @@ def test_drafts_of_the_tested_students_are_both_right_and_wrong() -> None:
     cycles: Counter[int] = Counter()
     for family in FAMILIES:
         predictor = small(family)
-        for seed in range(6):
+        for seed in range(2):
             settings = GenerationSettings(SAMPLING["truncated"], 24, seed, window_length=6)
             cycles.update(accelerated(predictor, settings).correct_per_cycle)
     assert cycles[1] > 0 and sum(cycles.values()) - cycles[1] > 5
 
 
-@pytest.mark.parametrize("acceptance_rate", [0.0, 0.7, 1.0])
-@pytest.mark.parametrize("sampling", SAMPLING)
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@one_in(3, family=["llama", "gpt2"], sampling=SAMPLING, acceptance_rate=[0.0, 0.7, 1.0])
 def test_forced_drafts_change_nothing(family: str, sampling: str, acceptance_rate: float) -> None:
     predictor = small(family)
     for seed, window_length in enumerate((2, 3, 7, 16)):

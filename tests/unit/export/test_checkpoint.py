@@ -93,6 +93,7 @@ class TestRoundTrip:
         for file in (ADAPTER_FILE, SLOT_ENCODER_FILE):
             assert {weight.dtype for weight in load_file(tmp_path / "export" / file).values()} == {torch.bfloat16}
 
+    @pytest.mark.slow  # tests/integration/test_transformers_generate.py, too, opens an export in a fresh process
     def test_in_another_process(self, exported: Path, base: Path) -> None:
         code = (
             "import sys, torch; from tests.unit.export.test_checkpoint import *\n"

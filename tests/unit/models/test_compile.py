@@ -72,7 +72,19 @@ def assert_same(found: dict[str, Tensor], plain: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize(
     ("family", "student"),
-    [*(("llama", name) for name in STUDENTS), *((name, "gated_lora") for name in TINY_MODELS if name != "llama")],
+    [
+        ("llama", "gated_lora"),
+        ("llama", "full_copy"),
+        ("gpt2", "gated_lora"),
+        # Slow: layers of the same structure as one of those above.
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("llama", "shared"),
+                *((name, "gated_lora") for name in TINY_MODELS if name not in ("llama", "gpt2")),
+            )
+        ),
+    ],
 )
 def test_states_and_gradients_are_the_same(family: str, student: str) -> None:
     predictor = make_predictor(family, student)
@@ -93,9 +105,10 @@ def test_inductor_computes_the_same() -> None:
     assert_same(results(predictor), plain)
 
 
-def test_layers_share_what_is_compiled() -> None:
-    """Nine layers, more than torch compiles one function for, and a second step: still the graphs of one layer."""
-    predictor = make_predictor(num_hidden_layers=9)
+def test_layers_share_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More layers than torch compiles one function for, and a second step: still the graphs of one layer."""
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+    predictor = make_predictor(num_hidden_layers=3)
     counter = CompileCounterWithBackend("aot_eager")
     compile_layers(layers_of(predictor), counter)
     results(predictor)

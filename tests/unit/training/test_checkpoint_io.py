@@ -8,6 +8,8 @@ import http.server
 import resource
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,19 @@ import pytest
 import torch
 
 from ptp_lightning.training.distributed.checkpoint_io import AtomicCheckpointIO
-from tests.helpers.forked_process import ForkedProcess
 
 
-def save_on_a_full_disk(path: Path) -> None:
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # an error instead, as on a full disk
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
-    AtomicCheckpointIO().save_checkpoint({"weight": torch.ones(1_000_000)}, path)
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """No file of this process can grow beyond 100 kB."""
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # an error instead, as on a full disk
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 def earlier(folder: Path) -> Path:
@@ -47,8 +55,10 @@ def test_a_checkpoint_takes_the_place_of_the_earlier_one(tmp_path: Path) -> None
 
 def test_a_full_disk(tmp_path: Path) -> None:
     path = earlier(tmp_path)
-    _, printed = ForkedProcess(save_on_a_full_disk, path, folder=tmp_path).communicate()
-    assert f"{path} could not be written (File too large); the earlier file is unchanged: free disk space" in printed
+    with pytest.raises(OSError, match="File too large") as raised, full_disk():
+        AtomicCheckpointIO().save_checkpoint({"weight": torch.ones(1_000_000)}, path)
+    message = f"{path} could not be written (File too large); the earlier file is unchanged: free disk space"
+    assert message in str(raised.value)
     assert is_unchanged(path)
 
 

@@ -22,6 +22,7 @@ from ptp_lightning.training.modules.autoregressive import AutoregressiveModule
 from ptp_lightning.training.modules.distillation import DistillationModule
 from ptp_lightning.training.modules.inverse_autoregressive import InverseAutoregressiveModule
 from ptp_lightning.training.optimization import OptimizerSettings
+from tests.helpers.parameter_products import one_in
 from tests.helpers.tiny_data import tiny_data
 
 MODEL = {
@@ -130,9 +131,7 @@ def fit(
     return {key: value.clone() for key, value in module.state_dict().items()}
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize("make", [distillation, full_copy, teacher_free, pretraining])
+@one_in(2, make=[distillation, full_copy, teacher_free, pretraining], optimizer=["adamw", "muon"], accumulate=[1, 2])
 def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path, make: Any, optimizer: str, accumulate: int) -> None:
     options = {"accumulate_grad_batches": accumulate}
     whole, before, after = Record(), Record(cut_at_step=4), Record()
@@ -195,7 +194,7 @@ STOPS = [
 ]
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.slow), 2])  # 2: a stop inside a step, too
 def test_a_chain_of_stops_in_the_middle_of_batches(tmp_path: Path, accumulate: int) -> None:
     """Each run resumes from the checkpoint that the exception of the last one left, and writes a periodic one too."""
     whole = Record()
