@@ -1,5 +1,7 @@
 """The command line: `python -m ptp_lightning COMMAND`."""
 
+import os
+import sys
 from importlib import import_module
 
 from ptp_lightning import __version__
@@ -15,6 +17,12 @@ COMMANDS = dict.fromkeys(TRAINING_COMMANDS, "training.cli:run") | {
     "export": "export.options:run",
 }
 """Modules and functions below `ptp_lightning`. Those named `options` print help without importing torch."""
+
+CONFIGURED_COMMANDS = (*TRAINING_COMMANDS, "plan", "pregenerate", "sweep")
+"""Those that read a configuration of their user, which may name classes in the current folder.
+
+Not those that open somebody's adapter: it must not be able to name a file beside it.
+"""
 
 HELP = """usage: python -m ptp_lightning COMMAND [options]
 
@@ -57,5 +65,7 @@ def dispatch(args: list[str]) -> None:
             print(training_help(command))
             return
         rest = [command, *all_options(rest)]  # LightningCLI parses the command too
+    if command in CONFIGURED_COMMANDS and (folder := os.getcwd()) not in sys.path:
+        sys.path.append(folder)  # classes that a configuration names; last, so that its files hide no package
     module, function = COMMANDS[command].split(":")
     getattr(import_module(f"ptp_lightning.{module}"), function)(rest)

@@ -6,6 +6,7 @@ else's, so it may name only classes of this package, unless its user trusts othe
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -85,7 +86,7 @@ def _class_paths(plain: object) -> Iterator[object]:
 def _own_classes() -> set[str]:
     from ptp_lightning import models
 
-    return {f"{PUBLIC_HOME}.{name}" for name in models.__all__}
+    return {f"{PUBLIC_HOME}.{name}" for name in models.__all__ if not inspect.isabstract(getattr(models, name))}
 
 
 def _public_name(class_path: str) -> str:

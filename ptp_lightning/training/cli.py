@@ -19,6 +19,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from ptp_lightning.training.callbacks import LogProgress, RunSettings
+from ptp_lightning.training.class_names import unknown_class
 from ptp_lightning.training.distributed.termination import TerminateTogether
 from ptp_lightning.training.hyperparameters import flat_settings
 from ptp_lightning.training.run_folder import SaveRunConfig, newest_checkpoint
@@ -87,7 +88,7 @@ class PlainErrorParser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the reason and the command for help, and exit with status 2."""
-        print(f"error: {plain_reason(message)}", file=sys.stderr)
+        print(f"error: {unknown_class(message) or plain_reason(message)}", file=sys.stderr)
         if "checkpoint.every_n_train_steps" in message:
             print("tip: by default it is trainer.val_check_interval, here a whole number of steps", file=sys.stderr)
         print(f"tip: python -m ptp_lightning {self.command} --help lists the options", file=sys.stderr)
