@@ -210,7 +210,10 @@ def logger_overrides(folder: Path, run: str) -> Overrides:
     """Overrides that log a trial to its own folder below the study's."""
     arguments = {"save_dir": str(folder), "name": "", "version": run, "default_hp_metric": False}
     return {
-        "trainer.logger": {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": arguments},
+        "trainer.logger": {
+            "class_path": "ptp_lightning.training.loggers.OverviewTensorBoardLogger",
+            "init_args": arguments,
+        },
     }
 
 

@@ -29,6 +29,7 @@ from ptp_lightning.utils.renamed_keys import require_current_names
 from ptp_lightning.utils.user_errors import EXIT_CODE, plain_reason
 
 TRAINER_DEFAULTS: dict[str, Any] = {
+    "default_root_dir": "runs",  # of files of runs whose logger has no folder
     "precision": "32-true",
     "gradient_clip_val": 1.0,
     "val_check_interval": 250,
@@ -37,7 +38,7 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "log_every_n_steps": 10,
     "enable_model_summary": False,
     "logger": {
-        "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+        "class_path": "ptp_lightning.training.loggers.OverviewTensorBoardLogger",
         "init_args": {"save_dir": "runs", "default_hp_metric": False},
     },
     "callbacks": [

@@ -39,7 +39,7 @@ class SaveRunConfig(SaveConfigCallback):
 
 def run_folder(trainer: Trainer) -> Path | None:
     """The folder of the run's first logger that writes files; None without one."""
-    folders = (_folder(logger) for logger in trainer.loggers)
+    folders = (_folder(logger, trainer) for logger in trainer.loggers)
     return next((folder for folder in folders if folder is not None), None)
 
 
@@ -50,16 +50,24 @@ def newest_checkpoint(trainer: Trainer) -> Path | None:
         if isinstance(callback, ModelCheckpoint) and callback.dirpath is not None:
             candidates += Path(callback.dirpath).glob(LAST_CHECKPOINTS)
     for logger in trainer.loggers:
-        if (folder := _folder(logger)) is not None:
-            candidates += folder.parent.glob(f"*/{CHECKPOINTS}/{LAST_CHECKPOINTS}")
+        if (parent := _parent(logger, trainer)) is not None:
+            candidates += parent.glob(f"*/{CHECKPOINTS}/{LAST_CHECKPOINTS}")
     candidates += (Path(trainer.default_root_dir) / CHECKPOINTS).glob(LAST_CHECKPOINTS)
     return max(candidates, key=os.path.getmtime, default=None)
 
 
-def _folder(logger: Logger) -> Path | None:
+def _folder(logger: Logger, trainer: Trainer) -> Path | None:
     own = getattr(logger, "log_dir", None)
     if isinstance(own, str | os.PathLike):
         return Path(own)
-    if logger.save_dir is None or logger.name is None or logger.version is None:
-        return None
-    return Path(logger.save_dir, logger.name, str(logger.version))
+    parent = _parent(logger, trainer)
+    return None if parent is None or logger.version is None else parent / str(logger.version)
+
+
+def _parent(logger: Logger, trainer: Trainer) -> Path | None:
+    """The folder of the runs of this name, as `ModelCheckpoint` finds it for loggers without files, too."""
+    own = getattr(logger, "log_dir", None)
+    if isinstance(own, str | os.PathLike):
+        return Path(own).parent
+    root = trainer.default_root_dir if logger.save_dir is None else logger.save_dir
+    return Path(root, logger.name) if logger.name else None

@@ -48,7 +48,7 @@ def test_without_a_logger_or_a_progress_bar_nothing_of_the_user_is_overwritten(c
     before = config.read_bytes()
     fit("--trainer.logger", "false", "--trainer.enable_progress_bar", "false")
     assert config.read_bytes() == before
-    assert steps_of(Path("checkpoints/last.ckpt")) == 2
+    assert steps_of(Path("runs/checkpoints/last.ckpt")) == 2
 
 
 def test_the_configuration_is_written_into_the_folder_of_the_run(config: Path) -> None:

@@ -1,0 +1,42 @@
+"""OverviewTensorBoardLogger: the curves to look at first come first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+OVERVIEW = {
+    "val/correct_tokens": "Overview/correct_tokens",
+    "train/loss_nats": "Overview/training_loss_nats",
+    "val/nll_nats": "Overview/validation_nll_nats",
+    "val/loss_nats": "Overview/validation_loss_nats",
+}
+"""Further tags of metrics. TensorBoard sorts groups and charts by name, upper case first."""
+
+LAST = {"epoch": "x_axis/epoch"}
+"""Tags instead of those that Lightning writes, and that would be first; training streams have no epochs."""
+
+
+class OverviewTensorBoardLogger(TensorBoardLogger):
+    """Lightning's TensorBoard logger, with a first group *Overview* of the headline metrics, and `epoch` last.
+
+    All other metrics keep their tags; names in checkpoints, monitors and other loggers are the same.
+    """
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """See `TensorBoardLogger.log_metrics`."""
+        super().log_metrics(with_overview(metrics), step)
+
+
+def with_overview(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Metrics by the tags under which they are written.
+
+    >>> with_overview({"epoch": 0, "val/correct_tokens": 2.5})
+    {'x_axis/epoch': 0, 'val/correct_tokens': 2.5, 'Overview/correct_tokens': 2.5}
+    """
+    tags = {LAST.get(tag, tag): value for tag, value in metrics.items()}
+    return tags | {OVERVIEW[tag]: value for tag, value in metrics.items() if tag in OVERVIEW}
