@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -106,19 +107,21 @@ def test_without_a_logger_nothing_is_written_but_a_checkpoint(tmp_path: Path, mo
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="needs wandb: pip install -e '.[loggers]'")
 def test_weights_and_biases_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    arguments = {"save_dir": "wb", "project": "tiny", "offline": True}
-    fit(tmp_path, {"class_path": "lightning.pytorch.loggers.WandbLogger", "init_args": arguments})
-    importlib.import_module("wandb").teardown()  # writes what is buffered
-    (config,) = (tmp_path / "wb" / "tiny").glob("*/config.yaml")
-    assert [file.name for file in (config.parent / "checkpoints").iterdir()] == ["last.ckpt"]
-    (log,) = (tmp_path / "wb" / "wandb").glob("offline-run-*/run-*.wandb")
-    content = log.read_bytes()
-    assert b"lora.rank" in content and b"val/correct_tokens" in content
-    assert {name.split("/")[0] for name in files_in(tmp_path)} == {
-        *("corpus.txt", "gated_lora.yaml", "loggers.yaml", "wb"),
+    logger = {
+        "class_path": "lightning.pytorch.loggers.WandbLogger",
+        "init_args": {"save_dir": "wb", "project": "tiny", "offline": True},
     }
-    fit(tmp_path, {"class_path": "lightning.pytorch.loggers.WandbLogger", "init_args": arguments}, "--ckpt_path=last")
-    assert len(list((tmp_path / "wb" / "tiny").glob("*/config.yaml"))) == 2
+    fit(tmp_path, logger)
+    fit(tmp_path, logger, "--ckpt_path", "last", "--trainer.max_steps", "3")
+    importlib.import_module("wandb").teardown()  # writes what is buffered
+    folders = [config.parent for config in (tmp_path / "wb" / "tiny").glob("*/config.yaml")]
+    assert [[file.name for file in (folder / "checkpoints").iterdir()] for folder in folders] == [["last.ckpt"]] * 2
+    steps = [torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] for folder in folders]
+    assert sorted(steps) == [2, 3]
+    logs = [log.read_bytes() for log in (tmp_path / "wb" / "wandb").glob("offline-run-*/run-*.wandb")]
+    assert len(logs) == 2 and all(b"lora.rank" in log and b"val/correct_tokens" in log for log in logs)
+    inputs = {"corpus.txt", "gated_lora.yaml", "loggers.yaml"}
+    assert {name.split("/")[0] for name in files_in(tmp_path)} == {"wb", *inputs}
 
 
 @pytest.mark.slow
