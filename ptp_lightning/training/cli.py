@@ -169,6 +169,14 @@ class TrainingCLI(LightningCLI):
             )
         return options
 
+    def _dump_config(self) -> None:
+        """Store the parsed values, as in Lightning, without a second validation, which takes as long as the first."""
+        if hasattr(self, "config_dump"):
+            return
+        options = {"skip_link_targets": False, "skip_unset": False, "skip_validation": True, "format": "yaml"}
+        config = yaml.safe_load(self.parser.dump(self.config, **options))
+        self.config_dump = config if self.subcommand is None else config[self.subcommand]
+
     def _parse_ckpt_path(self) -> None:
         """Do nothing; in Lightning the checkpoint's hyperparameters override the command line."""
 

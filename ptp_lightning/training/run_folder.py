@@ -33,7 +33,8 @@ class SaveRunConfig(SaveConfigCallback):
         if folder is None or not trainer.is_global_zero or self.already_saved:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / CONFIG_FILE, self.parser.dump(self.config, skip_none=False).encode())
+        text = self.parser.dump(self.config, skip_unset=False, skip_validation=True)  # it is what was parsed
+        write_atomically(folder / CONFIG_FILE, text.encode())
         self.already_saved = True
 
 

@@ -33,6 +33,7 @@ from ptp_lightning.models.attention.block_attention import VisibleKeys
 from ptp_lightning.models.attention.blocks import Blocks
 from ptp_lightning.models.attention.dense import Dense
 from ptp_lightning.sampling import SamplingConfig
+from tests.helpers.parameter_products import one_in
 from tests.helpers.tiny_decoding import PROMPT, reference
 from tests.helpers.tiny_distillation import LLAMA
 
@@ -44,7 +45,6 @@ SAMPLING = {
 BRANCHES = ((), (1, 0), (2, 0, 2), (4, 3, 2, 2, 1))
 NUM_TOKENS = 31
 NUM_CALLS = 1 + 20
-by_sampling = pytest.mark.parametrize("sampling", SAMPLING.values(), ids=SAMPLING)
 
 
 def predictor(dtype: str = "float32", **more: Any) -> PredictorNetwork:
@@ -58,15 +58,13 @@ def settings(sampling: SamplingConfig) -> GenerationSettings:
     return GenerationSettings(sampling, NUM_TOKENS, seed=3, window_length=5)
 
 
-@pytest.mark.parametrize("sampling", [SAMPLING["sampled"], SAMPLING["greedy"]], ids=["sampled", "greedy"])
-@pytest.mark.parametrize("branches", BRANCHES, ids=str)
-@pytest.mark.parametrize("drafts", ["own", "mostly correct", "correct"])
-def test_texts_are_autoregressive(sampling: SamplingConfig, branches: tuple[int, ...], drafts: str) -> None:
+@one_in(3, drafts=["own", "mostly correct", "correct"], branches=BRANCHES, sampling=["sampled", "greedy"])
+def test_texts_are_autoregressive(sampling: str, branches: tuple[int, ...], drafts: str) -> None:
     model = predictor()
-    expected = reference(model, settings(sampling))
+    expected = reference(model, settings(SAMPLING[sampling]))
     rate = {"mostly correct": 0.8, "correct": 1.0}.get(drafts)
     forced = None if rate is None else decoding.forced_draft(expected, rate, model)
-    decoder = GraphDecoder(model, settings(sampling), len(PROMPT), branches, forced)
+    decoder = GraphDecoder(model, settings(SAMPLING[sampling]), len(PROMPT), branches, forced)
     for _ in range(2):  # no state is left from the previous text
         text, num_calls = decoder.decode(PROMPT)
         assert text == expected
@@ -117,14 +115,12 @@ def test_texts_are_autoregressive_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -
     assert decoder.decode(PROMPT)[0] == expected
 
 
-@by_sampling
-@pytest.mark.parametrize("branches", BRANCHES, ids=str)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_call_can_be_captured(sampling: SamplingConfig, branches: tuple[int, ...], dtype: str) -> None:
+@one_in(3, dtype=["float32", "bfloat16"], branches=BRANCHES, sampling=SAMPLING)
+def test_a_call_can_be_captured(sampling: str, branches: tuple[int, ...], dtype: str) -> None:
     """A call neither waits for the device nor copies from the host."""
     model = predictor(dtype)
     forced = torch.zeros(NUM_TOKENS, dtype=torch.long)
-    decoder = GraphDecoder(model, settings(sampling), len(PROMPT), branches, forced)
+    decoder = GraphDecoder(model, settings(SAMPLING[sampling]), len(PROMPT), branches, forced)
     assert host_operations(model, decoder, decoder.call) == []
 
 

@@ -202,8 +202,7 @@ class TestCounting:
 
 
 class TestEndOfText:
-    @pytest.mark.parametrize("acceptance_rate", [0.0, 0.7, 1.0])
-    @pytest.mark.parametrize("window_length", [2, 8])
+    @one_in(2, window_length=[2, 8], acceptance_rate=[0.0, 0.7, 1.0])
     def test_text_ends_where_the_reference_ends(self, window_length: int, acceptance_rate: float) -> None:
         predictor = small()
         open_ended = GenerationSettings(max_new_tokens=24, seed=5, window_length=window_length)

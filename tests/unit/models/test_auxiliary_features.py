@@ -243,7 +243,7 @@ def resolved(draw: st.DrawFn) -> tuple[AuxiliaryFeatures, float, float]:
 
 
 @given(resolved())
-@settings(deadline=None, max_examples=500)
+@settings(deadline=None, max_examples=200)
 def test_a_resolution_apart_is_distinguished(example: tuple[AuxiliaryFeatures, float, float]) -> None:
     features, u, v = example
     assert not torch.equal(vector(features, u), vector(features, v))

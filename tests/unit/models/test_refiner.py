@@ -86,10 +86,15 @@ def slot_hidden(predictor: PredictorNetwork) -> Tensor:
     return predictor.slot_hidden(context, auxiliaries)
 
 
-@pytest.mark.parametrize("base_layers", [0, 1])
 @pytest.mark.parametrize(
-    ("family", "start"),
-    [(family, "random") for family in TINY_MODELS] + [(family, "last_layers") for family in LIKE_LLAMA],
+    ("family", "start", "base_layers"),
+    [
+        # Every other combination is slow.
+        pytest.param(family, start, base_layers, marks=[pytest.mark.slow] if (index + base_layers) % 2 else [])
+        for start, families in (("random", TINY_MODELS), ("last_layers", LIKE_LLAMA))
+        for index, family in enumerate(families)
+        for base_layers in (0, 1)
+    ],
 )
 class TestWhatASlotHears:
     def test_nothing_before_training(self, family: str, start: Start, base_layers: int) -> None:

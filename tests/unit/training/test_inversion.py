@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -16,6 +15,7 @@ from ptp_lightning.models import (
 from ptp_lightning.sampling import SamplingConfig
 from ptp_lightning.training.modules.inversion import InverseAuxiliaries, invert
 from ptp_lightning.training.windows.dataset_windows import window_tokens
+from tests.helpers.parameter_products import one_in
 from tests.helpers.tiny_models import TINY_MODELS
 from tests.helpers.tiny_shared_students import (
     FULL,
@@ -25,6 +25,8 @@ from tests.helpers.tiny_shared_students import (
     make_batch,
     make_predictor,
 )
+
+SAMPLING = {"full": FULL, "truncated": TRUNCATED}
 
 
 def inverted(predictor: PredictorNetwork, batch: PackedBatch, seed: int = 0) -> InverseAuxiliaries:
@@ -70,20 +72,18 @@ def loop(predictor: PredictorNetwork, batch: PackedBatch, seed: int) -> InverseA
 
 
 class TestInvert:
-    @pytest.mark.parametrize("sampling", [FULL, TRUNCATED], ids=["full", "truncated"])
-    @pytest.mark.parametrize("family", TINY_MODELS)
+    @one_in(2, family=TINY_MODELS, sampling=["full", "truncated"])
     @torch.no_grad()
-    def test_equals_a_loop_over_windows(self, family: str, sampling: SamplingConfig) -> None:
-        predictor, batch = make_predictor(family, sampling), make_batch()
+    def test_equals_a_loop_over_windows(self, family: str, sampling: str) -> None:
+        predictor, batch = make_predictor(family, SAMPLING[sampling]), make_batch()
         expected, result = loop(predictor, batch, seed=3), inverted(predictor, batch, seed=3)
         assert torch.equal(result.found, expected.found) and result.found.any()
         torch.testing.assert_close(result.values, expected.values, atol=1e-5, rtol=0)  # rotary angles are float32
 
-    @pytest.mark.parametrize("sampling", [FULL, TRUNCATED], ids=["full", "truncated"])
-    @pytest.mark.parametrize("family", TINY_MODELS)
-    def test_auxiliaries_decode_back_to_the_data(self, family: str, sampling: SamplingConfig) -> None:
+    @one_in(2, family=TINY_MODELS, sampling=["full", "truncated"])
+    def test_auxiliaries_decode_back_to_the_data(self, family: str, sampling: str) -> None:
         """In float64 the cached steps and the parallel pass differ by far less than a draw from its interval's end."""
-        predictor = make_predictor(family, sampling)
+        predictor = make_predictor(family, SAMPLING[sampling])
         for seed in range(20):
             batch = make_batch(seed)
             result = inverted(predictor, batch, seed)

@@ -30,13 +30,29 @@ from ptp_lightning.sampling import TokenDistribution
 from ptp_lightning.training.modules.distillation import DistillationModule
 from ptp_lightning.training.windows.teacher_windows import TeacherWindows
 from ptp_lightning.training.windows.window_source import WindowSample
+from tests.helpers.parameter_products import one_in
 from tests.helpers.tiny_data import tiny_data
-from tests.helpers.tiny_distillation import by_objective, make_module, make_trainer, record_losses
+from tests.helpers.tiny_distillation import PAIRS, make_module, make_trainer, record_losses
 
 GRID = 500
-every_kind = pytest.mark.parametrize(
-    "weights", [UniformWeights(), GeometricWeights(0.5), AcceptedLengthWeights()], ids=lambda w: type(w).__name__
-)
+KINDS: list[PositionWeights] = [UniformWeights(), GeometricWeights(0.5), AcceptedLengthWeights()]
+every_kind = pytest.mark.parametrize("weights", KINDS, ids=lambda w: type(w).__name__)
+TRAINED: list[tuple[Objective, Loss]] = [
+    (OneHotObjective(), BinaryCrossEntropy()),
+    (OneHotObjective(), CrossEntropy()),
+    (CategoricalObjective(), CrossEntropy()),
+    (CategoricalObjective(), KullbackLeibler()),
+    (CategoricalObjective(), ReverseKullbackLeibler()),
+    (CategoricalObjective(), JensenShannon()),
+    (CategoricalObjective(), TotalVariation()),
+]
+
+
+def named(value: object) -> str:
+    """For pytest: a number, the class of a value, or those of a pair."""
+    if isinstance(value, int):
+        return str(value)
+    return "-".join(type(part).__name__ for part in (value if isinstance(value, tuple) else (value,)))
 
 
 def windows(module: DistillationModule) -> tuple[WindowSample, Tensor]:
@@ -90,12 +106,9 @@ def weights_by_hand(weights: PositionWeights, mask: Tensor, correct: Tensor) -> 
     return by_hand
 
 
-@by_objective
-@every_kind
-@pytest.mark.parametrize("chunk_size", [5, 1024])
-def test_the_loss_is_the_weighted_sum(
-    objective: Objective, loss: Loss, weights: PositionWeights, chunk_size: int
-) -> None:
+@one_in(2, pair=PAIRS, weights=KINDS, chunk_size=[5, 1024], ids=named)
+def test_the_loss_is_the_weighted_sum(pair: tuple[Objective, Loss], weights: PositionWeights, chunk_size: int) -> None:
+    objective, loss = pair
     module, weighing = (
         make_module(objective=objective, loss=type(loss)(chunk_size=chunk_size), position_weights=each)
         for each in (UniformWeights(), weights)
@@ -177,23 +190,11 @@ def test_ranks_share_one_mean(monkeypatch: pytest.MonkeyPatch, weights: Position
     assert sum(local) / 2 == pytest.approx(3 / 0.25 + 0.5 * 4 / 0.5)
 
 
-@pytest.mark.parametrize(
-    ("objective", "loss"),
-    [
-        (OneHotObjective(), BinaryCrossEntropy()),
-        (OneHotObjective(), CrossEntropy()),
-        (CategoricalObjective(), CrossEntropy()),
-        (CategoricalObjective(), KullbackLeibler()),
-        (CategoricalObjective(), ReverseKullbackLeibler()),
-        (CategoricalObjective(), JensenShannon()),
-        (CategoricalObjective(), TotalVariation()),
-    ],
-    ids=lambda value: type(value).__name__,
-)
-@every_kind
+@one_in(3, pair=TRAINED, weights=KINDS, ids=named)
 def test_every_loss_trains_with_every_weight(
-    tmp_path: Path, objective: Objective, loss: Loss, weights: PositionWeights
+    tmp_path: Path, pair: tuple[Objective, Loss], weights: PositionWeights
 ) -> None:
+    objective, loss = pair
     module = make_module(objective=objective, loss=loss, position_weights=weights)
     losses = record_losses(module)
     make_trainer(tmp_path, limit_val_batches=0).fit(module, datamodule=tiny_data())
