@@ -105,10 +105,9 @@ def test_inductor_computes_the_same() -> None:
     assert_same(results(predictor), plain)
 
 
-def test_layers_share_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """More layers than torch compiles one function for, and a second step: still the graphs of one layer."""
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
-    predictor = make_predictor(num_hidden_layers=3)
+def test_layers_share_what_is_compiled() -> None:
+    """Nine layers, more than torch compiles one function for, and a second step: still the graphs of one layer."""
+    predictor = make_predictor(num_hidden_layers=9)
     counter = CompileCounterWithBackend("aot_eager")
     compile_layers(layers_of(predictor), counter)
     results(predictor)
