@@ -67,13 +67,43 @@ def likely_pick(u: Tensor, P: TokenDistribution, error: float) -> Tensor:
     """
     if error == 0:
         return pick(u, P)
+    j = _pick_probabilities(u, P, error).argmax(-1, keepdim=True)
+    return (j if P.token_ids is None else P.token_ids.gather(-1, j)).squeeze(-1)
+
+
+@torch.no_grad()
+def likely_picks(u: Tensor, P: TokenDistribution, error: float, count: int) -> tuple[Tensor, Tensor]:
+    """The tokens that u most likely picks, with their probabilities; see `likely_pick`, whose token is the first.
+
+    Args:
+        u: auxiliaries `[...]` in [0, 1), in the leading shape of P.
+        P: distributions `[..., K]`.
+        error: standard deviation, in units of probability; positive.
+        count: C, number of tokens; K if that is less.
+
+    Returns:
+        Token ids `[..., C]`, int64, and probabilities `[..., C]`, float64, which fall.
+
+    Raises:
+        ValueError: as `pick`.
+
+    >>> P = TokenDistribution(torch.tensor([[0.50, 0.02, 0.48]]))
+    >>> likely_picks(torch.tensor([0.505]), P, error=0.1, count=2)[0]
+    tensor([[0, 2]])
+    """
+    probabilities = _pick_probabilities(u, P, error)
+    probabilities, j = probabilities.topk(min(count, probabilities.shape[-1]), dim=-1)
+    return j if P.token_ids is None else P.token_ids.gather(-1, j), probabilities
+
+
+def _pick_probabilities(u: Tensor, P: TokenDistribution, error: float) -> Tensor:
+    """`[..., K]` float64: the mass in each interval of a normal distribution around u that is folded at 0 and 1."""
     _require_leading_shape("u", u, P)
     require((u >= 0) & (u < 1), u, "auxiliaries u must lie in [0, 1)")
     F = torch.nn.functional.pad(P.cdf(), (1, 0))
     u = u.double().unsqueeze(-1)
     mass, left, right = (torch.special.ndtr((edge - u) / error) for edge in (F, -F, 2 - F))
-    j = (mass - left - right).diff(dim=-1).argmax(-1, keepdim=True)
-    return (j if P.token_ids is None else P.token_ids.gather(-1, j)).squeeze(-1)
+    return (mass - left - right).diff(dim=-1)
 
 
 @torch.no_grad()

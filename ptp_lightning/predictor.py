@@ -145,6 +145,7 @@ class ParallelTokenPredictor:
         seed: int = 0,
         decoder: DecoderName = "speculative",
         window_length: int | None = None,
+        num_draft_tokens: int | None = None,
         slot_budget: int = 16,
         end_of_text: Iterable[int] | None = None,
         stop: Sequence[str] = (),
@@ -164,7 +165,9 @@ class ParallelTokenPredictor:
                 of `generation_config.json` in the base model's folder.
             seed: of the auxiliaries. The same seed gives the same text with every decoder.
             decoder: "speculative" and "partial_quadratic" write several tokens per call, "autoregressive" one.
-            window_length: tokens drafted per cycle; by default as in training.
+            window_length: tokens drafted per cycle, one after the other; by default as in training.
+            num_draft_tokens: drafted tokens that a cycle verifies, alternatives included; 0 for a single draft. By
+                default 8 for a predictor that corrects from left to right, on a CPU.
             slot_budget: slots per call of partial quadratic decoding.
             end_of_text: token ids that end the text; by default those of the model and of the tokenizer.
             stop: strings before which the text ends.
@@ -186,6 +189,7 @@ class ParallelTokenPredictor:
             seed=seed,
             decoder=decoder,
             window_length=window_length,
+            num_draft_tokens=num_draft_tokens,
             slot_budget=slot_budget,
             end_of_text=end_of_text,
             stop=stop,

@@ -4,16 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from math import log
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from ptp_lightning.decoding.generation import GenerationSettings
 from ptp_lightning.decoding.state import BatchContext
+from ptp_lightning.decoding.token_tree import TokenTree, TreeLevel, best_tree
 from ptp_lightning.models.correction.correction import CorrectionHead
 from ptp_lightning.models.correction.draft_order import draft_left_to_right, refine_draft
+from ptp_lightning.models.network import PredictorNetwork
 from ptp_lightning.models.slots.objectives import Objective
 from ptp_lightning.sampling import Sampler
+
+NUM_DRAFT_TOKENS = 8
+"""Of the default tree. More tokens are correct more often, but reading them takes longer on a CPU."""
+BEAM = 8
+CHOICES = 4
+SMALLEST_PROBABILITY = 1e-12
+WORTHWHILE_PROBABILITY = 0.05
+"""A drafted token that is correct with less than this probability takes longer to verify, on a CPU, than it saves."""
 
 
 class Drafter(Protocol):
@@ -33,6 +45,17 @@ class Drafter(Protocol):
         ...
 
 
+@runtime_checkable
+class TreeDrafter(Drafter, Protocol):
+    """Chooses several tokens for a slot, too."""
+
+    def likely(
+        self, slot_logits: Tensor, auxiliaries: Tensor, starts: Sequence[int], count: int
+    ) -> tuple[Tensor, Tensor]:
+        """The likeliest tokens and their probabilities, each `[B, J, C]`, C <= `count`; see `Drafter`."""
+        ...
+
+
 @dataclass(frozen=True)
 class StudentDrafter:
     """The tokens that the student's objective reads from slot logits.
@@ -48,6 +71,89 @@ class StudentDrafter:
     def __call__(self, slot_logits: Tensor, auxiliaries: Tensor, starts: Sequence[int]) -> Tensor:
         """See `Drafter`."""
         return self.objective.tokens_from_logits(slot_logits.float(), auxiliaries, self.sampling)
+
+    def likely(
+        self, slot_logits: Tensor, auxiliaries: Tensor, starts: Sequence[int], count: int
+    ) -> tuple[Tensor, Tensor]:
+        """See `TreeDrafter`."""
+        return self.objective.likely_tokens(slot_logits.float(), auxiliaries, self.sampling, count)
+
+
+def num_tree_tokens(predictor: PredictorNetwork, settings: GenerationSettings) -> int:
+    """Number of drafted tokens of a tree; 0 for a single draft.
+
+    In a tree, each token may depend on its slot and on the token before it alone. So there is none with a correction in
+    parallel steps, or with penalties of earlier tokens. Unless `settings` say how many, there are `NUM_DRAFT_TOKENS` on
+    a CPU where a correction knows the token before, and a single draft elsewhere.
+    """
+    depends_on_more = predictor.correction is not None and not predictor.corrects_left_to_right
+    if depends_on_more or settings.sampling.depends_on_prefix:
+        return 0
+    if settings.num_draft_tokens is not None:
+        return settings.num_draft_tokens
+    return NUM_DRAFT_TOKENS if predictor.corrects_left_to_right and predictor.base_model.device.type == "cpu" else 0
+
+
+def draft_trees(
+    context: BatchContext, drafter: TreeDrafter, first: Tensor, slots: Tensor, starts: Sequence[int], size: int
+) -> TokenTree:
+    """Draft several continuations of each row: the `size` tokens that are likeliest to be correct.
+
+    Depth by depth, the `BEAM` likeliest tokens are continued, each by `CHOICES` others.
+
+    Args:
+        context: the texts, of which `num_tree_tokens` is positive.
+        drafter: chooses the tokens.
+        first: see `draft_windows`.
+        slots: `[B, J, H]`, likewise; no path has more than J tokens after the first.
+        starts: likewise.
+        size: number of drafted tokens after the first.
+    """
+    num_slots = slots.shape[1]
+    if num_slots == 0:
+        return TokenTree.chain(first)
+    predictor = context.predictor
+    auxiliaries = context.auxiliaries([start + 1 for start in starts], num_slots)
+    correction = predictor.correction
+    if correction is None:
+        all_logits = predictor.slot_logits(slots)
+    else:
+        assert isinstance(correction, CorrectionHead), "no other correction runs from left to right"
+        next_logits = correction.next_logits(slots, predictor.slot_logits)
+    token_ids = first
+    scores = torch.zeros(first.shape, dtype=torch.float64, device=first.device)
+    nodes = torch.zeros_like(first)  # index of each of `token_ids` among all candidates; the root is the first of them
+    levels: list[TreeLevel] = []
+    num_nodes = 1
+    for slot in range(num_slots):
+        if correction is None:
+            logits = all_logits[:, slot : slot + 1].expand(-1, token_ids.shape[1], -1)
+        else:
+            logits = next_logits(slot, predictor.embed(token_ids))
+        u = auxiliaries[:, slot : slot + 1].expand(token_ids.shape)
+        chosen, probabilities = drafter.likely(logits, u, [start + 1 + slot for start in starts], CHOICES)
+        paths = scores.unsqueeze(2) + probabilities.double().clamp_min(SMALLEST_PROBABILITY).log()
+        level = TreeLevel(chosen.flatten(1), paths.flatten(1), nodes.unsqueeze(2).expand(chosen.shape).flatten(1))
+        width = min(BEAM, _num_worthwhile(level.scores))
+        if width == 0:
+            break
+        scores, index = level.scores.topk(width, dim=1)
+        token_ids, nodes = level.token_ids.gather(1, index), num_nodes + index
+        num_nodes += level.scores.shape[1]
+        levels.append(level)
+    if not levels:
+        return TokenTree.chain(first)
+    return best_tree(first, levels, min(size, sum(_num_worthwhile(level.scores) for level in levels)))
+
+
+def _num_worthwhile(scores: Tensor) -> int:
+    """How many candidates `[B, C]` of a row are worth the time of verifying them, in the row with most of them.
+
+    On a GPU all are: a position more costs little there, and waiting for this number costs more.
+    """
+    if scores.device.type != "cpu":
+        return scores.shape[1]
+    return int((scores > log(WORTHWHILE_PROBABILITY)).sum(dim=1).max())
 
 
 def draft_windows(

@@ -34,6 +34,9 @@ class GenerationSettings:
         end_of_text: token ids that end the text; such a token is the last one of the text.
         window_length: L, tokens drafted per cycle. It may differ from training and does not change the text.
         slot_budget: slots of a call of partial quadratic decoding in all branches. It does not change the text.
+        num_draft_tokens: drafted tokens that a cycle of speculative decoding verifies besides the exact first one: the
+            likeliest of a `TokenTree`, at most `window_length - 1` after each other. 0 is a single draft; None leaves
+            it to `num_tree_tokens`. It does not change the text.
 
     Raises:
         ValueError: a value is out of range; names the key.
@@ -45,17 +48,19 @@ class GenerationSettings:
     end_of_text: frozenset[int] = frozenset()
     window_length: int = 16
     slot_budget: int = 16
+    num_draft_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "slot_budget"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"expected {name} >= 1, found {getattr(self, name)}")
+        for name, least in (("max_new_tokens", 1), ("slot_budget", 1), ("num_draft_tokens", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"expected {name} >= {least}, found {value}")
         if self.window_length < 2:
             raise ValueError(
                 f"expected window_length >= 2 (the first token of a window needs no slot), found {self.window_length}"
             )
-        for name in ("window_length", "slot_budget"):  # memory is allocated for them at once
-            if getattr(self, name) > MAX_SLOTS:
+        for name in ("window_length", "slot_budget", "num_draft_tokens"):  # memory is allocated for them at once
+            if (getattr(self, name) or 0) > MAX_SLOTS:
                 raise ValueError(f"expected {name} <= {MAX_SLOTS}, found {getattr(self, name)}")
 
     def auxiliaries(self, num_texts: int, device: torch.device) -> Tensor:

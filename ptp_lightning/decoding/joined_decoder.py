@@ -16,15 +16,16 @@ the same bits in every decoder and in every batch, because it is the same call.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ptp_lightning.decoding.joined_calls import Call, DecodingCall, PromptCall, Rotations, TreeCall
 from ptp_lightning.decoding.ragged_cache import RaggedCache
-from ptp_lightning.models.attention.aligned_blocks import AlignedBlocks
+from ptp_lightning.decoding.token_tree import TokenTree
 from ptp_lightning.models.attention.sliding_window import has_sliding_window
 from ptp_lightning.models.layers.packed_linear import PackedWeights, is_packable, packs_weights
 from ptp_lightning.models.layers.replacement import full_name
@@ -47,7 +48,6 @@ STATIC_ROTATIONS = frozenset({"default", "linear", "llama3", "yarn"})
 """Types of rotary positions whose angles depend on the position alone, not on the length of the text."""
 MAX_SERIAL_SIZE = 2**15 - 1
 """torch divides elementwise operations on more numbers among threads, wherever that falls within a row."""
-TABLE_ROWS = 64  # positions of the rotary table that are computed at a time
 
 
 class JoinedDecoder:
@@ -63,7 +63,8 @@ class JoinedDecoder:
         pack = packs_weights(model)
         self._layers = [_JoinedLayer(layer, packed_weights, pack) for layer in decoder.layers]
         self._norm = _RowNorm(decoder.norm)
-        self._rotations = _Rotations(decoder.rotary_emb, model.dtype)
+        self._rotations = Rotations(decoder.rotary_emb, model.dtype)
+        self._latest_tree: TreeCall | None = None
 
     @staticmethod
     def is_supported(model: PreTrainedModel) -> bool:
@@ -90,16 +91,24 @@ class JoinedDecoder:
         Returns:
             Last hidden states `[T, H]`.
         """
-        call = _PromptCall(tokens, row, cache, self._rotations)
+        call = PromptCall(tokens, row, cache, self._rotations)
         hidden = tokens
         for index, layer in enumerate(self._layers):
             hidden = layer.run(hidden, index, call)
         return self._norm(hidden)
 
     def run(
-        self, tokens: Tensor, slots: Tensor, position_ids: Tensor, mask: Tensor, cache: RaggedCache
+        self,
+        tokens: Tensor,
+        slots: Tensor,
+        position_ids: Tensor,
+        mask: Tensor,
+        cache: RaggedCache,
+        tree: TokenTree | None = None,
     ) -> tuple[Tensor, Tensor]:
         """One call; keys and values of tokens and slots are written after the kept tokens of each row.
+
+        Those of a tree are written by `write_path`.
 
         Args:
             tokens: `[B, T, H]`, input embeddings.
@@ -107,108 +116,33 @@ class JoinedDecoder:
             position_ids: `[B, T + S]`.
             mask: `[B, 1, T + S, max(cache.lengths) + T + S]`, true where a query sees a key.
             cache: of this stack.
+            tree: of the tokens, if they are one; then there are no slots.
 
         Returns:
             Last hidden states `[B, T, H]` and `[B, S, H]`.
         """
-        call = _DecodingCall(tokens, slots, position_ids, mask, cache, self._rotations, self._layers[0].num_groups)
+        num_groups = self._layers[0].num_groups
+        if tree is None:
+            call = DecodingCall(tokens, slots, position_ids, mask, cache, self._rotations, num_groups)
+        else:
+            assert slots.shape[1] == 0, "slots follow no tree"
+            call = TreeCall(tokens, tree, position_ids, cache, self._rotations, num_groups)
+            self._latest_tree = call
         hidden = torch.cat([tokens.flatten(0, 1), slots.flatten(0, 1)])
         for index, layer in enumerate(self._layers):
             hidden = layer.run(hidden, index, call)
         hidden = self._norm(hidden)
         return hidden[: call.num_token_rows].view(tokens.shape), hidden[call.num_token_rows :].view(slots.shape)
 
+    def write_path(self, columns: Sequence[Sequence[int]]) -> None:
+        """Write keys and values of a path of the latest tree after the kept tokens of each row.
 
-class _Call(Protocol):
-    """What all layers of a call share.
-
-    Attributes:
-        num_token_rows: rows of tokens; rows of slots follow them.
-        is_whole: whether results may depend on the number of rows.
-        cos: `[M, 1, D]`, see `_Rotations`.
-        sin: likewise.
-    """
-
-    num_token_rows: int
-    is_whole: bool
-    cos: Tensor
-    sin: Tensor
-
-    def attend(self, index: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """Attention of layer `index`: `[M, heads, D]` to `[M, heads * D]`."""
-        ...
-
-
-class _PromptCall(_Call):
-    """The beginning of one text."""
-
-    is_whole = True
-
-    def __init__(self, tokens: Tensor, row: int, cache: RaggedCache, rotations: _Rotations) -> None:
-        self.num_token_rows = len(tokens)
-        self.cos, self.sin = rotations.at(torch.arange(len(tokens)))
-        self._row = row
-        self._cache = cache
-
-    def attend(self, index: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """See `_Call.attend`."""
-        queries, keys, values = (states.transpose(0, 1) for states in (query, key, value))
-        self._cache.write_prompt(keys, values, index, self._row)
-        attended = F.scaled_dot_product_attention(
-            queries[None], keys[None], values[None], is_causal=True, scale=scale, enable_gqa=True
-        )
-        return attended[0].transpose(0, 1).flatten(1)
-
-
-class _DecodingCall(_Call):
-    """Tokens and slots of several texts."""
-
-    is_whole = False
-
-    def __init__(
-        self,
-        tokens: Tensor,
-        slots: Tensor,
-        position_ids: Tensor,
-        mask: Tensor,
-        cache: RaggedCache,
-        rotations: _Rotations,
-        num_groups: int,
-    ) -> None:
-        self.num_texts, self.num_tokens = tokens.shape[:2]
-        self.num_slots = slots.shape[1]
-        self.num_token_rows = self.num_texts * self.num_tokens
-        self.cache = cache
-        positions = position_ids[:, : self.num_tokens].flatten(), position_ids[:, self.num_tokens :].flatten()
-        self.cos, self.sin = rotations.at(torch.cat(positions))
-        self.blocks = AlignedBlocks(cache.lengths, self.num_tokens, num_groups, tokens.dtype)
-        sees = mask[:, :, self.num_tokens :]
-        slot_mask = torch.zeros(sees.shape, dtype=tokens.dtype).masked_fill_(~sees, -torch.inf)
-        self._slot_mask = slot_mask.repeat_interleave(num_groups, dim=2)
-
-    def attend(self, index: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """See `_Call.attend`."""
-        keys, values = self.cache.write(self._by_text(key), self._by_text(value), index)
-        attended = self.blocks.attend(query[: self.num_token_rows], keys, values, scale)
-        if self.num_slots:
-            of_slots = self._attend_slots(query[self.num_token_rows :], keys, values, scale)
-            attended = torch.cat([attended, of_slots])
-        return attended.flatten(1)
-
-    def _attend_slots(self, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-        num_heads, end = keys.shape[1], self._slot_mask.shape[-1]
-        grouped = query.view(self.num_texts, self.num_slots, num_heads, -1, query.shape[2])
-        attended = F.scaled_dot_product_attention(
-            grouped.transpose(1, 2).flatten(2, 3), keys[:, :, :end], values[:, :, :end], self._slot_mask, scale=scale
-        )
-        return attended.unflatten(2, (self.num_slots, -1)).transpose(1, 2).reshape(query.shape)
-
-    def _by_text(self, rows: Tensor) -> Tensor:
-        """Rows of tokens and slots `[M, heads, D]` as `[B, heads, T + S, D]`."""
-        if self.num_texts == 1:
-            return rows.transpose(0, 1).unsqueeze(0)
-        parts = rows.split([self.num_token_rows, self.num_texts * self.num_slots])
-        return torch.cat([part.unflatten(0, (self.num_texts, -1)) for part in parts], dim=1).transpose(1, 2)
+        Args:
+            columns: of the tokens of each row.
+        """
+        assert self._latest_tree is not None, "no tree was read"
+        self._latest_tree.write_path(columns)
+        self._latest_tree = None
 
 
 _QUERY_KEY_VALUE = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -240,7 +174,7 @@ class _JoinedLayer:
         )
         self.num_groups = num_queries // self._num_keys
 
-    def run(self, hidden: Tensor, index: int, call: _Call) -> Tensor:
+    def run(self, hidden: Tensor, index: int, call: Call) -> Tensor:
         """`[M, H]` to the same; rows of tokens come first."""
         joined = self._query_key_value(self._input_norm(hidden), call)
         rotated, value = joined.unflatten(1, (-1, self._head_size)).tensor_split((-self._num_keys,), dim=1)
@@ -262,7 +196,7 @@ class _JoinedProduct:
         self._linear = packed_weights.linear(*bases, pack=pack)
         self._adapter = JoinedAdapter.kept(layers, bases[0].weight.dtype, pack, packed_weights)
 
-    def __call__(self, rows: Tensor, call: _Call) -> Tensor:
+    def __call__(self, rows: Tensor, call: Call) -> Tensor:
         """`[M, in]` to `[M, out]`; the adapters act on the rows of slots."""
         start = call.num_token_rows
         output = self._linear.whole(rows) if call.is_whole else self._linear(rows)
@@ -290,32 +224,7 @@ class _RowNorm:
         return normed * self._weight
 
 
-class _Rotations:
-    """Tables of the rotations of a model's queries and keys, by position.
-
-    Args:
-        rotary: the model's module, of a type in `STATIC_ROTATIONS`.
-        dtype: of queries and keys.
-    """
-
-    def __init__(self, rotary: nn.Module, dtype: torch.dtype) -> None:
-        self._rotary = rotary
-        self._dtype = dtype
-        self._tables: list[tuple[Tensor, Tensor]] = []
-
-    def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines `[M, 1, D]` of positions `[M]`; sines have the sign with which `_rotate` multiplies."""
-        while len(self._tables) * TABLE_ROWS <= int(positions.max()):
-            begin = len(self._tables) * TABLE_ROWS
-            rows = torch.arange(begin, begin + TABLE_ROWS).unsqueeze(0)
-            cos, sin = self._rotary(torch.empty(0, dtype=self._dtype), position_ids=rows)
-            first, second = sin[0].chunk(2, dim=-1)
-            self._tables.append((cos[0], torch.cat([-first, second], dim=-1)))
-        cos, sin = (torch.cat(tables) for tables in zip(*self._tables, strict=True))
-        return cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
-
-
-def _rotate(heads: Tensor, call: _Call) -> Tensor:
+def _rotate(heads: Tensor, call: Call) -> Tensor:
     """Rotate the halves of heads `[M, heads, D]` against each other, with the roundings of transformers."""
     return heads * call.cos + heads.roll(heads.shape[2] // 2, dims=2) * call.sin
 

@@ -54,11 +54,12 @@ def positions_and_mask(
     lookahead: Lookahead | None,
     device: torch.device,
     limit: int | None = None,
+    ancestors: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Position ids and mask of a call with a ragged cache, which reads T tokens and then slots.
 
-    Tokens see the kept tokens of their row and the call's tokens up to themselves. Slots see the kept tokens, the
-    call's tokens up to their branch's anchor, and their own branch up to themselves.
+    Tokens see the kept tokens of their row and the call's tokens up to themselves, or their ancestors. Slots see the
+    kept tokens, the call's tokens up to their branch's anchor, and their own branch up to themselves.
 
     Args:
         lengths: number of kept tokens of each row.
@@ -66,14 +67,19 @@ def positions_and_mask(
         lookahead: of S slots; None for none.
         device: of the results.
         limit: number of positions of the model. Those beyond its last one, whose results are discarded, are set to it.
+        ancestors: `[B, T, T]`, of tokens that are a `TokenTree`.
 
     Returns:
         Position ids `[B, T + S]` and mask `[B, 1, T + S, max(lengths) + T + S]`, true where a query sees a key.
     """
     kept = torch.tensor(lengths, device=device).unsqueeze(1)
     columns = torch.arange(num_tokens, device=device)
-    position_ids = kept + columns
-    own = (columns.unsqueeze(1) >= columns).expand(len(lengths), -1, -1)
+    if ancestors is None:
+        own = (columns.unsqueeze(1) >= columns).expand(len(lengths), -1, -1)
+        position_ids = kept + columns
+    else:
+        own = ancestors
+        position_ids = kept + ancestors.sum(dim=2) - 1
     if lookahead is not None:
         anchors, offsets = lookahead
         position_ids = torch.cat([position_ids, kept + anchors + 1 + offsets], dim=1)

@@ -54,13 +54,33 @@ class RaggedCache(Cache):
         assert isinstance(layer, _RaggedLayer) and layer.keys is not None and layer.values is not None
         return layer.keys, layer.values
 
-    def write_prompt(self, key_states: Tensor, value_states: Tensor, layer_idx: int, row: int) -> None:
-        """Write `[heads, T, head size]` at the beginning of one row, which has no tokens yet."""
+    def reserve(self, layer_idx: int, end: int) -> tuple[Tensor, Tensor]:
+        """All columns of a layer that has tokens, at least `end`: `[B, heads, capacity, head size]` each."""
+        layer = self.layers[layer_idx]
+        assert isinstance(layer, _RaggedLayer) and layer.keys is not None and layer.values is not None
+        layer.keys, layer.values = _reserved(layer.keys, end), _reserved(layer.values, end)
+        return layer.keys, layer.values
+
+    def write_run(self, key_states: Tensor, value_states: Tensor, layer_idx: int, row: int, start: int) -> None:
+        """Write `[heads, T, head size]` after the first `start` tokens of one row."""
         while len(self.layers) <= layer_idx:
             self.layers.append(self.layer_class_to_replicate())  # pyright: ignore[reportOptionalCall]
         layer = self.layers[layer_idx]
         assert isinstance(layer, _RaggedLayer)
-        layer.write_prompt(key_states, value_states, row)
+        layer.write_run(key_states, value_states, row, start)
+
+    def move(self, columns: Sequence[Sequence[int]]) -> None:
+        """Put some tokens that the latest call wrote, in this order, before all others that it wrote.
+
+        Args:
+            columns: of the call, for each row.
+        """
+        for row, (length, chosen) in enumerate(zip(self.lengths, columns, strict=True)):
+            if list(chosen) == list(range(len(chosen))):
+                continue
+            for layer in self.layers:
+                assert isinstance(layer, _RaggedLayer)
+                layer.move(row, length, chosen)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Does nothing: tokens that are not kept are overwritten."""
@@ -126,21 +146,27 @@ class _RaggedLayer(PreallocatedLayer["RaggedCache"]):
         self.values = self._written(self.values, value_states, end)
         return self.keys[:, :, :end], self.values[:, :, :end]
 
-    def write_prompt(self, key_states: Tensor, value_states: Tensor, row: int) -> None:
-        """See `RaggedCache.write_prompt`."""
+    def write_run(self, key_states: Tensor, value_states: Tensor, row: int, start: int) -> None:
+        """See `RaggedCache.write_run`."""
         if not self.is_initialized:
             shape = (len(self._cache.lengths), *key_states.shape)
             self.lazy_initialization(key_states.expand(shape), value_states.expand(shape))
         assert self.keys is not None and self.values is not None
-        num_tokens = key_states.shape[1]
-        self.keys[row, :, :num_tokens] = key_states
-        self.values[row, :, :num_tokens] = value_states
+        end = start + key_states.shape[1]
+        self.keys, self.values = _reserved(self.keys, end), _reserved(self.values, end)
+        self.keys[row, :, start:end] = key_states
+        self.values[row, :, start:end] = value_states
+
+    def move(self, row: int, length: int, columns: Sequence[int]) -> None:
+        """See `RaggedCache.move`."""
+        for store in (self.keys, self.values):
+            assert store is not None
+            index = torch.tensor(columns, device=store.device) + length
+            store[row, :, length : length + len(columns)] = store[row].index_select(1, index)
 
     def _written(self, store: Tensor | None, states: Tensor, end: int) -> Tensor:
         assert store is not None
-        if end > store.shape[2]:
-            num_new = -(-max(end, 2 * store.shape[2]) // COLUMN_MULTIPLE) * COLUMN_MULTIPLE - store.shape[2]
-            store = torch.cat([store, store.new_zeros(*store.shape[:2], num_new, store.shape[3])], dim=2)
+        store = _reserved(store, end)
         columns = self._cache.columns(states.shape[2], states.device)
         if columns is None:
             store[:, :, end - states.shape[2] : end] = states
@@ -163,3 +189,11 @@ class _RaggedLayer(PreallocatedLayer["RaggedCache"]):
 
     def get_max_length(self) -> int:
         return -1
+
+
+def _reserved(store: Tensor, end: int) -> Tensor:
+    """`[B, heads, columns, head size]` with at least `end` columns; more than needed, so that it grows rarely."""
+    if end <= store.shape[2]:
+        return store
+    num_new = -(-max(end, 2 * store.shape[2]) // COLUMN_MULTIPLE) * COLUMN_MULTIPLE - store.shape[2]
+    return torch.cat([store, store.new_zeros(*store.shape[:2], num_new, store.shape[3])], dim=2)

@@ -11,11 +11,19 @@ from collections.abc import Sequence
 import torch
 
 from ptp_lightning.auxiliary import pick
-from ptp_lightning.decoding.drafting import Drafter, StudentDrafter, draft_windows
+from ptp_lightning.decoding.drafting import (
+    Drafter,
+    StudentDrafter,
+    TreeDrafter,
+    draft_trees,
+    draft_windows,
+    num_tree_tokens,
+)
 from ptp_lightning.decoding.generation import Decoded, GenerationSettings, OnTokens
 from ptp_lightning.decoding.lookahead import Lookahead
 from ptp_lightning.decoding.state import begin_decoding
 from ptp_lightning.decoding.timing import PhaseTimer
+from ptp_lightning.decoding.token_tree import TokenTree, verified_paths
 from ptp_lightning.models.network import PredictorNetwork
 
 
@@ -34,7 +42,8 @@ def decode_speculatively(
        then slots. The base model's logits give the first token of the window, t_1 = Pick(u_1, Q_1); slot j gives token
        j + 2. A student's copy has a call of its own for the slots, in which it also reads what was committed since its
        last.
-    2. Verify. A call reads the draft with the gate closed. Its longest prefix of tokens that are the base model's own
+       There may be several drafts, which share their beginnings (see `TokenTree`).
+    2. Verify. A call reads the drafts with the gate closed. The longest path of tokens that are the base model's own
        picks is correct (1 .. L tokens, since t_1 always is). It is committed together with the base model's pick after
        it: the correction of a wrong token, or a bonus after the last.
 
@@ -46,7 +55,7 @@ def decode_speculatively(
         prompts: B lists of token ids, decoded side by side; each text is the same as if it were decoded alone.
         settings: sampling settings other than the predictor's own cost correct tokens, not exactness.
         on_tokens: is called once a cycle with the committed tokens of each text.
-        drafter: makes the drafts; by default the student.
+        drafter: makes the drafts; by default the student. Trees need a `TreeDrafter`.
         timer: marks the ends of phases.
 
     Raises:
@@ -55,6 +64,7 @@ def decode_speculatively(
     with begin_decoding(predictor, prompts, settings, on_tokens, timer) as (context, texts, unread, counts):
         if drafter is None:
             drafter = StudentDrafter(predictor.config.objective, context.sampling)
+        tree_size = num_tree_tokens(predictor, settings)
         while texts.rows:
             starts, calls_before = texts.starts, context.num_calls
             length = max(1, min(settings.window_length, max(texts.remaining) - 1))
@@ -69,29 +79,33 @@ def decode_speculatively(
                 single = [1] * len(starts)
                 texts.commit(first.tolist(), context.num_calls - calls_before, correct=single, drafted=single)
                 break
-            draft = draft_windows(context, drafter, first, slots, starts)
+            if tree_size and isinstance(drafter, TreeDrafter):
+                tree = draft_trees(context, drafter, first, slots, starts, tree_size)
+            else:
+                tree = TokenTree.chain(draft_windows(context, drafter, first, slots, starts))
             context.timer.mark("drafting")
 
-            # Verify: picks[:, j] is the base model's token after draft[:, j].
-            context.read(draft)
+            # Verify. A column of the picks is the base model's token after that column of the tree. Here the cycle
+            # waits for the device.
+            ancestors = context.read_tree(tree)
             context.timer.mark("forward")
-            distribution = context.sampling.distribution(context.next_logits([0] * len(starts), length))
-            picks = pick(context.auxiliaries([start + 1 for start in starts], length), distribution)
-            correct = 1 + (draft[:, 1:] == picks[:, :-1]).cumprod(dim=1).sum(dim=1, keepdim=True)
-
-            # Commit. The correct part of the draft is `picks`, shifted by one. Here the cycle waits for the device.
-            found = torch.cat([correct, first, picks, draft], dim=1).tolist()
+            num_tokens = tree.token_ids.shape[1]
+            distribution = context.sampling.distribution(context.next_logits([0] * len(starts), num_tokens))
+            depths = ancestors.sum(dim=2) - 1
+            auxiliaries = context.auxiliaries([start + 1 for start in starts], length).gather(1, depths)
+            verified, after = verified_paths(tree, ancestors, pick(auxiliaries, distribution))
             context.timer.mark("verifying")
-            num_correct = [row[0] for row in found]
-            context.keep(num_correct)
+
+            # Commit the longest correct path and the base model's token after it.
+            context.keep_path(verified.columns)
             texts.commit(
-                [row[1 : row[0] + 2] for row in found],
+                verified.token_ids,
                 context.num_calls - calls_before,
-                num_correct,
-                [length] * len(found),
-                [row[length + 2 + row[0] :] for row in found],
+                [len(path) for path in verified.columns],
+                [length] * len(starts),
+                verified.rejected,
             )
-            unread = picks.gather(1, correct - 1)
+            unread = after
             unfinished = texts.drop_finished()
             if unfinished:
                 context.select(unfinished)

@@ -20,6 +20,7 @@ from ptp_lightning.decoding.ragged_cache import RaggedCache
 from ptp_lightning.decoding.refiner_pairs import RefinerPairs
 from ptp_lightning.decoding.student_copy import StudentCopy
 from ptp_lightning.decoding.timing import PhaseTimer
+from ptp_lightning.decoding.token_tree import TokenTree
 from ptp_lightning.models.correction.correction import CorrectionHead
 from ptp_lightning.models.network import PredictorNetwork
 
@@ -60,6 +61,7 @@ class BatchContext:
         self._auxiliaries = settings.auxiliaries(num_rows, predictor.base_model.device)
         self._prompt_lengths = list(prompt_lengths)
         capacity = max(prompt_lengths) + settings.max_new_tokens + settings.window_length + settings.slot_budget
+        capacity += settings.num_draft_tokens or 0
         self._cache = RaggedCache(num_rows, capacity)
         self._latest: _LatestCall | None = None
         self._joined = (
@@ -81,6 +83,21 @@ class BatchContext:
         """`[B, length]`: u of the new tokens `starts[b]`, `starts[b] + 1`, ..; any number after the end of a text."""
         index = torch.tensor(starts, device=self.device).unsqueeze(1) + torch.arange(length, device=self.device)
         return self._auxiliaries_at(index)
+
+    def read_tree(self, tree: TokenTree) -> Tensor:
+        """Run the base model on drafted tokens that follow each row; `keep_path` keeps some of them.
+
+        Returns:
+            `tree.ancestors`.
+        """
+        ancestors = tree.ancestors
+        if tree.is_chain:
+            self.read(tree.token_ids)
+        else:
+            embeddings = self.predictor.embed(tree.token_ids)
+            hidden, _ = self._call(embeddings, embeddings[:, :0], None, (tree, ancestors))
+            self._latest = _LatestCall(tree.token_ids, hidden, embeddings, is_tree=True)
+        return ancestors
 
     def read(self, token_ids: Tensor, lookahead: Lookahead | None = None) -> tuple[Tensor, Tensor]:
         """Run the network on tokens that follow each row, and on slots that look ahead of them.
@@ -172,6 +189,23 @@ class BatchContext:
         if self._penalties is not None:
             self._penalties.keep(latest.token_ids, counts)
 
+    def keep_path(self, columns: Sequence[Sequence[int]]) -> None:
+        """Append a path of the latest `read_tree` to the text of each row.
+
+        Args:
+            columns: of its tokens, in their order.
+        """
+        assert self._latest is not None, "nothing was read"
+        if self._latest.is_tree:
+            if self._joined is None:
+                self._cache.move(columns)
+            else:
+                self._joined.write_path(columns)
+            longest = max(map(len, columns))
+            index = torch.tensor([[*path, *[0] * (longest - len(path))] for path in columns], device=self.device)
+            self._latest = self._latest.gathered(index)
+        self.keep([len(path) for path in columns])
+
     def correct(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
         """Correct slots that follow the kept tokens, all in parallel; without a call of the network.
 
@@ -208,14 +242,21 @@ class BatchContext:
     def _auxiliaries_at(self, index: Tensor) -> Tensor:
         return self._auxiliaries.gather(1, index.clamp(0, self._auxiliaries.shape[1] - 1))
 
-    def _call(self, tokens: Tensor, slots: Tensor, lookahead: Lookahead | None) -> tuple[Tensor, Tensor]:
+    def _call(
+        self,
+        tokens: Tensor,
+        slots: Tensor,
+        lookahead: Lookahead | None,
+        tree_and_ancestors: tuple[TokenTree, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Last hidden states of tokens `[B, T, H]` and slots `[B, S, H]`, given their input embeddings."""
         self.num_calls += 1
         predictor, num_tokens = self.predictor, tokens.shape[1]
         lengths, limit = self._cache.lengths, predictor.max_positions
-        position_ids, mask = positions_and_mask(lengths, num_tokens, lookahead, self.device, limit)
+        tree, ancestors = (None, None) if tree_and_ancestors is None else tree_and_ancestors
+        position_ids, mask = positions_and_mask(lengths, num_tokens, lookahead, self.device, limit, ancestors)
         if self._joined is not None:
-            return self._joined.run(tokens, slots, position_ids, mask, self._cache)
+            return self._joined.run(tokens, slots, position_ids, mask, self._cache, tree)
         num_slots = slots.shape[1]
         gate = predictor.gate.open(suffix=num_slots) if num_slots else predictor.gate.closed()
         with gate, batch_invariant(predictor.base_model):
@@ -230,6 +271,13 @@ class _LatestCall(NamedTuple):
     token_ids: Tensor
     hidden: Tensor
     embeddings: Tensor
+    is_tree: bool = False
+
+    def gathered(self, columns: Tensor) -> _LatestCall:
+        """The tokens at `[B, K]`."""
+        states = columns.unsqueeze(2).expand(-1, -1, self.hidden.shape[2])
+        token_ids, hidden = self.token_ids.gather(1, columns), self.hidden.gather(1, states)
+        return _LatestCall(token_ids, hidden, self.embeddings.gather(1, states))
 
 
 class Start(NamedTuple):

@@ -59,6 +59,7 @@ class Options(TypedDict, total=False):
         decoder: "speculative" (default) or "partial_quadratic", with several tokens per call, or "autoregressive", the
             reference, with one.
         window_length: tokens drafted per cycle; by default as in training.
+        num_draft_tokens: see `GenerationSettings`.
         slot_budget: slots of a call of partial quadratic decoding; 16 by default. `measure_best_budget` finds the best
             one for a machine.
         end_of_text: token ids that end the text; by default those of the model's generation settings and tokenizer.
@@ -74,6 +75,7 @@ class Options(TypedDict, total=False):
     seed: int | tuple[int, ...]
     decoder: DecoderName
     window_length: int | None
+    num_draft_tokens: int | None
     slot_budget: int
     end_of_text: Iterable[int] | None
     stop: Sequence[str]
@@ -211,6 +213,7 @@ def _settings(
         end_of_text=frozenset(end_of_text),
         window_length=predictor.config.window_length if window_length is None else window_length,
         slot_budget=options.get("slot_budget", 16),
+        num_draft_tokens=options.get("num_draft_tokens"),
     )
     return settings, DECODERS[decoder]
 

@@ -73,6 +73,7 @@ class CustomGenerate:
         seed: int | None = None,
         decoder: DecoderName = "speculative",
         window_length: int | None = None,
+        num_draft_tokens: int | None = None,
         slot_budget: int = 16,
         **model_kwargs: Any,
     ) -> Tensor:
@@ -88,6 +89,7 @@ class CustomGenerate:
                 draws it, so that `torch.manual_seed` has its usual effect.
             decoder: as in `ptp_lightning.decoding.generate`.
             window_length: likewise.
+            num_draft_tokens: likewise.
             slot_budget: likewise.
             **model_kwargs: `attention_mask` is used.
 
@@ -123,6 +125,7 @@ class CustomGenerate:
                 seed=tuple(seed + row for row in range(num_prompts)),
                 end_of_text=frozenset([] if ends is None else [ends] if isinstance(ends, int) else ends),
                 window_length=predictor.config.window_length if window_length is None else window_length,
+                num_draft_tokens=num_draft_tokens,
                 slot_budget=slot_budget,
             )
             criteria = [one for one in stopping_criteria if type(one).__name__ not in CRITERIA_IN_SETTINGS]
@@ -182,7 +185,8 @@ def generate_with_predictor(predictor: PredictorNetwork, inputs: Tensor | None =
     Args:
         predictor: its student drafts, and its base model verifies.
         inputs: as in `model.generate`.
-        **options: likewise; also `seed`, `decoder`, `window_length` and `slot_budget`, see `CustomGenerate`.
+        **options: likewise; also `seed`, `decoder`, `window_length`, `num_draft_tokens` and `slot_budget`, see
+            `CustomGenerate`.
 
     Raises:
         ValueError: an option is not supported; names it.

@@ -58,7 +58,8 @@ def run(options: Namespace) -> None:
         if options[name] is not None and options[name] < 1:
             raise ValueError(f"expected --{name} >= 1, found {options[name]}")
     questions = read_questions(options.benchmark, options.questions, options.limit)
-    settings = GenerationSettings(max_new_tokens=options.max_new_tokens)  # checked before the model is loaded
+    # Checked before the model is loaded.
+    settings = GenerationSettings(max_new_tokens=options.max_new_tokens, num_draft_tokens=options.num_draft_tokens)
 
     device = select_device(options.device)
     with warnings_as_notes():

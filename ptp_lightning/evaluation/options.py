@@ -58,6 +58,11 @@ def build_parser() -> ArgumentParser:
     add("--device", type=str, default="auto", help="auto uses a GPU if there is one")
     add("--window_length", type=int, help="tokens drafted per cycle; by default as in training")
     add(
+        "--num_draft_tokens",
+        type=int,
+        help="drafted tokens that a cycle verifies, alternatives included; 0 for a single draft",
+    )
+    add(
         "--slot_budget",
         type=Literal["auto"] | int,
         nargs="+",

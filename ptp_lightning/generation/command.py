@@ -191,7 +191,7 @@ def _closing_lines(options: Namespace) -> list[str]:
 
 def _settings(options: Namespace) -> GenerationSettings:
     """Settings from options; what is not given has the default of `GenerationSettings` until the model is loaded."""
-    names = ("max_new_tokens", "seed", "window_length", "slot_budget")
+    names = ("max_new_tokens", "seed", "window_length", "num_draft_tokens", "slot_budget")
     given = {name: options[name] for name in names if options[name] not in (None, "auto")}
     return GenerationSettings(SamplingConfig(**_given_sampling(options)), **given)
 

@@ -57,6 +57,11 @@ def build_parser() -> ArgumentParser:
     )
     add("--window_length", type=int, help="tokens drafted per cycle; by default as in training")
     add(
+        "--num_draft_tokens",
+        type=int,
+        help="drafted tokens that a cycle verifies, alternatives included; 0 for a single draft",
+    )
+    add(
         "--slot_budget",
         type=Literal["auto"] | int,
         default="auto",

@@ -8,7 +8,8 @@ So the same token always gets the same call of the same kernel, and the same bit
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,37 +19,59 @@ BLOCK_SIZE = 4
 """Larger blocks waste more in a call of few tokens, smaller ones need more calls of the kernel for a prompt."""
 
 
+class TokenRun(NamedTuple):
+    """Tokens of a call that follow each other in one row.
+
+    Attributes:
+        row: of the batch.
+        start: number of tokens of the row before the first of them.
+        columns: of the call; a row has T.
+    """
+
+    row: int
+    start: int
+    columns: Sequence[int]
+
+
 class AlignedBlocks:
     """The blocks of the tokens that a call reads.
 
     Args:
-        lengths: number of tokens before those of each row.
+        runs: of the B T tokens of the call, each of which is in one of them.
         num_tokens: T, tokens of each row in the call.
         num_groups: G, query heads that share a key-value head.
         dtype: of queries, keys and values.
 
-    >>> blocks = AlignedBlocks([5], num_tokens=4, num_groups=1, dtype=torch.float32)
+    >>> blocks = AlignedBlocks([TokenRun(0, 5, range(4))], num_tokens=4, num_groups=1, dtype=torch.float32)
     >>> blocks.keys_end, blocks.index  # positions 5 to 8 are in the blocks 4 to 7 and 8 to 11
     ([(0, 8), (0, 12)], tensor([1, 2, 3, 4]))
     """
 
-    def __init__(self, lengths: Sequence[int], num_tokens: int, num_groups: int, dtype: torch.dtype) -> None:
-        self.keys_end: list[tuple[int, int]] = []  # row and number of keys of each block
-        index = []
-        for row, length in enumerate(lengths):
+    def __init__(self, runs: Sequence[TokenRun], num_tokens: int, num_groups: int, dtype: torch.dtype) -> None:
+        self.runs = runs
+        self.keys_end: list[tuple[int, int]] = []  # run and number of keys of each block
+        index: dict[int, int] = {}
+        for number, (row, length, columns) in enumerate(runs):
             first = length // BLOCK_SIZE
-            end = -(-(length + num_tokens) // BLOCK_SIZE)
+            end = -(-(length + len(columns)) // BLOCK_SIZE)
             start = len(self.keys_end) * BLOCK_SIZE + length % BLOCK_SIZE
-            index.append(torch.arange(start, start + num_tokens))
-            self.keys_end += [(row, (block + 1) * BLOCK_SIZE) for block in range(first, end)]
-        self.index = torch.cat(index)
+            index |= {row * num_tokens + column: start + k for k, column in enumerate(columns)}
+            self.keys_end += [(number, (block + 1) * BLOCK_SIZE) for block in range(first, end)]
+        self.index = torch.tensor([index[token] for token in range(len(index))])
         longest = max(keys for _, keys in self.keys_end)
         mask = torch.zeros(BLOCK_SIZE, longest, dtype=dtype)
         mask[:, -BLOCK_SIZE:] = torch.full((BLOCK_SIZE, BLOCK_SIZE), -torch.inf).triu(1)
         self._padded: Tensor | None = None
         self._mask = mask.repeat_interleave(num_groups, dim=0)[None, None]
 
-    def attend(self, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    def attend(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        scale: float,
+        write: Callable[[int], None] | None = None,
+    ) -> Tensor:
         """Attention of the tokens to their row, up to themselves.
 
         Args:
@@ -57,6 +80,7 @@ class AlignedBlocks:
                 The capacity is a multiple of `BLOCK_SIZE`.
             values: likewise.
             scale: of the scores.
+            write: is called with the number of each run, to write its keys and values over those of other runs.
 
         Returns:
             `[B * T, heads, D]`.
@@ -69,12 +93,17 @@ class AlignedBlocks:
         blocks = (
             self._padded.index_copy_(1, self.index, grouped).flatten(1, 2).unsqueeze(0).chunk(len(self.keys_end), 2)
         )
-        parts = [
-            F.scaled_dot_product_attention(
-                block, keys[row : row + 1, :, :end], values[row : row + 1, :, :end], self._mask[..., -end:], scale=scale
+        parts, latest = [], -1
+        for block, (number, end) in zip(blocks, self.keys_end, strict=True):
+            if write is not None and number != latest:
+                write(number)
+            latest, row = number, self.runs[number].row
+            of_row = slice(row, row + 1)
+            parts.append(
+                F.scaled_dot_product_attention(
+                    block, keys[of_row, :, :end], values[of_row, :, :end], self._mask[..., -end:], scale=scale
+                )
             )
-            for block, (row, end) in zip(blocks, self.keys_end, strict=True)
-        ]
         attended = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
         attended = attended.squeeze(0).unflatten(1, (-1, grouped.shape[2])).index_select(1, self.index)
         return attended.transpose(0, 1).reshape(query.shape)

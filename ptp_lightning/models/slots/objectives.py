@@ -7,8 +7,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ptp_lightning.auxiliary import likely_pick, token_interval
+from ptp_lightning.auxiliary import likely_pick, likely_picks, token_interval
 from ptp_lightning.sampling import Sampler, SamplingConfig, TokenDistribution
+
+LISTED_TOKENS = 50
+"""Tokens among which probabilities of the most likely ones are divided."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,22 @@ class Objective(ABC):
             auxiliaries: `[...]` float64.
             sampling: of the windows; knows the draft vocabulary.
         """
+
+    def likely_tokens(
+        self, logits: Tensor, auxiliaries: Tensor, sampling: Sampler, count: int
+    ) -> tuple[Tensor, Tensor]:
+        """The likeliest tokens, of which the first is that of `tokens_from_logits`, and their probabilities.
+
+        Args:
+            logits: see `tokens_from_logits`.
+            auxiliaries: likewise.
+            sampling: likewise.
+            count: C, number of tokens; there may be fewer.
+
+        Returns:
+            Two tensors `[..., C]`.
+        """
+        return _most_likely(logits, sampling, count)
 
     @abstractmethod
     def correct_probability(
@@ -109,6 +128,17 @@ class PickingObjective(Objective):
         """Inverse CDF of the predicted distribution at the predicted token's u."""
         return likely_pick(auxiliaries, sampling.for_student().distribution(logits), self.cdf_error)
 
+    def likely_tokens(
+        self, logits: Tensor, auxiliaries: Tensor, sampling: Sampler, count: int
+    ) -> tuple[Tensor, Tensor]:
+        """See `Objective.likely_tokens`; a single token for a `cdf_error` of 0."""
+        if sampling.settings.temperature == 0:
+            return _most_likely(logits, sampling, count)
+        if self.cdf_error == 0:
+            token_ids = self.tokens_from_logits(logits, auxiliaries, sampling).unsqueeze(-1)
+            return token_ids, torch.ones_like(token_ids, dtype=torch.float64)
+        return likely_picks(auxiliaries, sampling.for_student().distribution(logits), self.cdf_error, count)
+
     def correct_probability(
         self, logits: Tensor, token_ids: Tensor, teacher: TokenDistribution, sampling: Sampler
     ) -> Tensor:
@@ -154,6 +184,14 @@ class SequentialObjective(IndependentObjective):
 
     name: ClassVar[str] = "sequential"
     conditions_on_draft: ClassVar[bool] = True
+
+
+def _most_likely(logits: Tensor, sampling: Sampler, count: int) -> tuple[Tensor, Tensor]:
+    """The most likely tokens `[..., count]` at temperature 1, and their probabilities."""
+    settings = SamplingConfig(temperature=1.0, top_k=LISTED_TOKENS, order="descending")
+    listed = replace(sampling.for_student(), settings=settings).distribution(logits)
+    assert listed.token_ids is not None, "a descending order lists its tokens"
+    return listed.token_ids[..., :count], listed.probabilities[..., :count]
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ptp_lightning.models.attention.aligned_blocks import BLOCK_SIZE, AlignedBlocks
+from ptp_lightning.models.attention.aligned_blocks import BLOCK_SIZE, AlignedBlocks, TokenRun
 
 NUM_KEYS, HEAD_SIZE = 96, 16
 
@@ -15,7 +15,8 @@ def attend(lengths: list[int], num_tokens: int, dtype: torch.dtype, num_heads: i
     query = torch.randn(2, NUM_KEYS, num_heads, HEAD_SIZE).to(dtype)
     keys, values = (torch.randn(2, 2, NUM_KEYS, HEAD_SIZE).to(dtype) for _ in range(2))
     rows = torch.cat([query[row, length : length + num_tokens] for row, length in enumerate(lengths)])
-    blocks = AlignedBlocks(lengths, num_tokens, num_heads // 2, dtype)
+    runs = [TokenRun(row, length, range(num_tokens)) for row, length in enumerate(lengths)]
+    blocks = AlignedBlocks(runs, num_tokens, num_heads // 2, dtype)
     count = len(lengths)
     return blocks.attend(rows, keys[:count], values[:count], 0.3).unflatten(0, (count, num_tokens))
 
@@ -43,7 +44,7 @@ def test_bits_depend_on_the_position_alone(dtype: torch.dtype) -> None:
 def test_keys_after_a_token_do_not_matter() -> None:
     """Nor do those of its own block."""
     query, keys = torch.randn(1, 2, HEAD_SIZE), torch.randn(1, 2, 2 * BLOCK_SIZE, HEAD_SIZE)
-    blocks = AlignedBlocks([BLOCK_SIZE], 1, 1, torch.float32)
+    blocks = AlignedBlocks([TokenRun(0, BLOCK_SIZE, [0])], 1, 1, torch.float32)
     before = blocks.attend(query, keys, keys, 0.3)
     keys[:, :, BLOCK_SIZE + 1 :] = 1e3
     assert torch.equal(blocks.attend(query, keys, keys, 0.3), before)
