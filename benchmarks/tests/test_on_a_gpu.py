@@ -112,11 +112,13 @@ def test_parts_of_both_devices_are_the_same() -> None:
 
 def test_layers_are_compiled_once_and_last(monkeypatch: pytest.MonkeyPatch) -> None:
     """One module is used for all variants and batches, and compilation cannot be undone."""
+    from benchmarks import training_step
     from benchmarks.on_a_gpu import training  # imported here, because the processes of parts import this file
 
     compiled: list[bool] = []
     measured: list[tuple[str, bool]] = []
     monkeypatch.setattr(training, "compile_layers", lambda _: compiled.append(True))
+    monkeypatch.setattr(training_step, "gemm_rate", lambda device, dtype: 1.0)  # seconds of large matrix products
     sizes = [{"rows": 1, "row_length": 12, "windows": windows} for windows in (1, 2)]
     options = {"dtype": "float32", "vocab": 40, "window_length": 3, "rank": 1, "steps": 1}
     training.rows(

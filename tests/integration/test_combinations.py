@@ -26,6 +26,8 @@ from tests.helpers.tiny_configs import CORPUS_LINE, shrink
 ROOT = Path(__file__).parents[2]
 GATED_LORA = ROOT / "configs" / "gated_lora.yaml"
 
+NUM_FAST = 13
+"""Combinations that CI tries; the others are slow."""
 Choice = tuple[str, dict[str, Any]]
 """A class by its name, and its arguments."""
 
@@ -167,7 +169,24 @@ def final_weights(run: Path) -> dict[str, Any]:
     return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
 
 
-@pytest.mark.parametrize("combination", combinations(), ids=named)
+def leaves(value: Any, path: str = "") -> set[str]:
+    """Every number and name in nested mappings and lists, with its keys."""
+    if isinstance(value, dict):
+        return set().union(*(leaves(part, f"{path}.{key}") for key, part in value.items()))
+    if isinstance(value, list):
+        return set().union(*(leaves(part, path) for part in value))
+    return {f"{path}: {value}"}
+
+
+def test_every_choice_is_in_a_fast_test() -> None:
+    assert leaves(combinations()) == leaves(combinations()[:NUM_FAST])
+
+
+@pytest.mark.parametrize(
+    "combination",
+    [*combinations()[:NUM_FAST], *(pytest.param(one, marks=pytest.mark.slow) for one in combinations()[NUM_FAST:])],
+    ids=named,
+)
 def test_two_steps(
     combination: dict[str, Any], configuration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

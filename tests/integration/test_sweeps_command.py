@@ -61,7 +61,7 @@ def require_each_point_once(folder: Path, num_points: int) -> None:
 
 
 def test_two_processes_of_which_one_is_killed_share_a_study(tmp_path: Path) -> None:
-    study = write_study(tmp_path, budget=LONG, seeds=[0, 1])
+    study = write_study(tmp_path, budget=LONG | {"steps": 40, "tokens": 40 * 4 * 2 * 4}, seeds=[0, 1])
     runs = [start(study), start(study)]
     try:
         running = wait_for_one_done_and_one_running(tmp_path, *runs)
