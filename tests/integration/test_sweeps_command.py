@@ -1,4 +1,7 @@
-"""Studies run by several processes, of which some are killed or stopped: nothing is lost and nothing trained twice."""
+"""Studies run by several processes, of which some are killed or stopped: nothing is lost and nothing trained twice.
+
+Each test takes many trainings. tests/unit/sweeps/test_queue.py does without trainings what their processes do together.
+"""
 
 import signal
 import time
@@ -12,6 +15,8 @@ from ptp_lightning.sweeps.attributes import GIVEN_UP, LOST, OWNER, POINT, STEPS
 from ptp_lightning.sweeps.storage import load_stored, open_storage
 from tests.helpers.forked_process import ForkedProcess, run_command
 from tests.helpers.tiny_study import write_study
+
+pytestmark = pytest.mark.slow
 
 JOURNAL = "runs/sweeps/tiny/study.journal"
 PATIENCE_SECONDS = 240.0
@@ -61,7 +66,7 @@ def require_each_point_once(folder: Path, num_points: int) -> None:
 
 
 def test_two_processes_of_which_one_is_killed_share_a_study(tmp_path: Path) -> None:
-    study = write_study(tmp_path, budget=LONG | {"steps": 40, "tokens": 40 * 4 * 2 * 4}, seeds=[0, 1])
+    study = write_study(tmp_path, budget=LONG, seeds=[0, 1])
     runs = [start(study), start(study)]
     try:
         running = wait_for_one_done_and_one_running(tmp_path, *runs)
@@ -82,7 +87,6 @@ def test_two_processes_of_which_one_is_killed_share_a_study(tmp_path: Path) -> N
         assert after[number].value == value
 
 
-@pytest.mark.slow
 def test_a_killed_study_goes_on(tmp_path: Path) -> None:
     study = write_study(tmp_path, budget=LONG, seeds=[0, 1])
     run = start(study)
@@ -101,7 +105,6 @@ def test_a_killed_study_goes_on(tmp_path: Path) -> None:
     assert LOST in after[running.number].user_attrs
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "terminate"])
 def test_a_stopped_study_puts_its_trial_back_and_goes_on(sent: signal.Signals, tmp_path: Path) -> None:
     study = write_study(tmp_path, budget=LONG, seeds=[0, 1])
@@ -123,7 +126,6 @@ def test_a_stopped_study_puts_its_trial_back_and_goes_on(sent: signal.Signals, t
     require_each_point_once(tmp_path, 4)
 
 
-@pytest.mark.slow
 def test_jobs_share_a_study(tmp_path: Path) -> None:
     study = write_study(tmp_path, seeds=[0, 1, 2])
     output = finish(start(study, "--jobs", "2", "--trials", "5"))
@@ -133,7 +135,6 @@ def test_jobs_share_a_study(tmp_path: Path) -> None:
     assert len({trial.user_attrs[OWNER]["pid"] for trial in done}) == 2
 
 
-@pytest.mark.slow
 def test_stopped_jobs_put_their_trials_back(tmp_path: Path) -> None:
     study = write_study(tmp_path, budget=LONG, seeds=[0, 1, 2])
     run = start(study, "--jobs", "2")
@@ -149,7 +150,6 @@ def test_stopped_jobs_put_their_trials_back(tmp_path: Path) -> None:
     require_each_point_once(tmp_path, 6)
 
 
-@pytest.mark.slow
 def test_ranks_prune_together_and_the_next_trial_has_its_own(tmp_path: Path) -> None:
     pruner = {"class_path": "optuna.pruners.ThresholdPruner", "init_args": {"lower": 100.0}}
     ranks = {"trainer.strategy": "ddp", "trainer.devices": 2, "trainer.accelerator": "cpu"}
@@ -164,7 +164,6 @@ def test_ranks_prune_together_and_the_next_trial_has_its_own(tmp_path: Path) -> 
     assert [trial.user_attrs[STEPS] for trial in pruned] == [2, 2]
 
 
-@pytest.mark.slow
 def test_a_study_of_known_truth(tmp_path: Path) -> None:
     """Without auxiliaries the third slot cannot come below the marginal divergence; with them it does."""
     from ptp_lightning.data import MarkovSeries
