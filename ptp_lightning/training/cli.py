@@ -13,12 +13,12 @@ import yaml
 from jsonargparse import set_parsing_settings
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor, ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import Callback, Checkpoint, LearningRateMonitor, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from ptp_lightning.training.callbacks import LogProgress, RunSettings
+from ptp_lightning.training.callbacks import LogProgress, RunSettings, RunSummary
 from ptp_lightning.training.class_names import unknown_class
 from ptp_lightning.training.distributed.termination import TerminateTogether
 from ptp_lightning.training.hyperparameters import flat_settings
@@ -29,7 +29,6 @@ from ptp_lightning.utils.renamed_keys import require_current_names
 from ptp_lightning.utils.user_errors import EXIT_CODE, plain_reason
 
 TRAINER_DEFAULTS: dict[str, Any] = {
-    "default_root_dir": "runs",  # of files of runs whose logger has no folder
     "precision": "32-true",
     "gradient_clip_val": 1.0,
     "val_check_interval": 250,
@@ -54,6 +53,9 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "plugins": {"class_path": "ptp_lightning.training.distributed.checkpoint_io.AtomicCheckpointIO"},
 }
 """Of the keys below `trainer`. `callbacks` in a configuration replaces the list, `callbacks+` adds to it."""
+
+RUNS_FOLDER = "runs"
+"""Where runs write whose logger has no folder; Lightning takes the current one."""
 
 TERMINATED = 128 + 15  # the exit status of a process that SIGTERM has ended, as shells report it
 logger = logging.getLogger(__name__)
@@ -128,6 +130,13 @@ class TrainingCLI(LightningCLI):
         """See `LightningCLI.init_parser`; abbreviated options are refused, which may come to mean others."""
         return super().init_parser(allow_abbrev=False, **kwargs)
 
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        """Measurements show the summary of a training instead of Lightning's list of all keys, see `RunSummary`."""
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand in ("validate", "test"):
+            parser.set_defaults({"verbose": False})
+        return parser
+
     def before_instantiate_classes(self) -> None:
         """Check the trainer's settings before the model is built."""
         require_trainer_settings(self._get(self.config, "trainer"))
@@ -146,7 +155,8 @@ class TrainingCLI(LightningCLI):
         if self.logs_settings:
             config = self.config if self.subcommand is None else self.config[self.subcommand]
             callbacks.append(RunSettings(flat_settings(config.as_dict())))
-        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        folder = trainer.default_root_dir or RUNS_FOLDER
+        return super().instantiate_trainer(**{"callbacks": callbacks, "default_root_dir": folder} | kwargs)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """Replace `ckpt_path: last` by a file.
@@ -156,6 +166,11 @@ class TrainingCLI(LightningCLI):
         """
         options = super()._prepare_subcommand_kwargs(subcommand)
         path = options.get("ckpt_path")
+        callbacks: list[Callback] = self.trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+        if subcommand != "fit" and not any(isinstance(callback, RunSummary) for callback in callbacks):
+            options["verbose"] = True
+        if path is None and subcommand != "fit":
+            logger.warning("note: without ckpt_path this measures an untrained model; last is that of the newest run")
         if path == "last":
             newest = newest_checkpoint(self.trainer)
             if newest is None and subcommand != "fit":
@@ -302,6 +317,7 @@ def silence_library_noise() -> None:
         r"The '\w+_dataloader' does not have many workers",  # the stream costs far less than a step
         r"LightningCLI's args parameter is intended",  # the command's name is not one of its arguments
         r"Trying to infer the `batch_size` from an ambiguous collection",
+        r"Be aware that when using `ckpt_path`, callbacks",  # a measurement needs no callback of the training
         r"It is recommended to use `self.log\('(val|test)/",  # metrics are already summed over all processes
     ):
         warnings.filterwarnings("ignore", message=message)

@@ -112,6 +112,7 @@ def test_weights_and_biases_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "init_args": {"save_dir": "wb", "project": "tiny", "offline": True},
     }
     fit(tmp_path, logger)
+    importlib.import_module("wandb").finish()  # otherwise the next one in this process is the same run
     fit(tmp_path, logger, "--ckpt_path", "last", "--trainer.max_steps", "3")
     importlib.import_module("wandb").teardown()  # writes what is buffered
     folders = [config.parent for config in (tmp_path / "wb" / "tiny").glob("*/config.yaml")]

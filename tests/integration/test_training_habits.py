@@ -67,6 +67,22 @@ def test_ckpt_path_last_is_that_of_the_newest_run(config: Path, caplog: pytest.L
     assert [steps_of(Path(f"runs/tiny/version_{k}/checkpoints/last.ckpt")) for k in range(3)] == [2, 4, 6]
 
 
+def test_a_measurement_shows_the_summary_of_a_training(
+    config: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    fit(command="validate")
+    assert "without ckpt_path this measures an untrained model" in caplog.text
+    caplog.clear()
+    fit("--trainer.max_steps", 1)
+    capsys.readouterr()
+    fit("--ckpt_path", "last", command="test")
+    assert "untrained" not in caplog.text
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "Test" in lines and any(line.startswith("correct tokens per call 1.") for line in lines)
+    assert any(line.startswith("nll (nats) ") for line in lines) and "position accuracy given a correct prefix" in lines
+    assert not any("test/accuracy" in line for line in lines)
+
+
 def test_last_of_no_run_cannot_be_validated(config: Path) -> None:
     with pytest.raises(ValueError, match="expected an earlier run for ckpt_path last, found none"):
         fit("--ckpt_path", "last", command="validate")

@@ -1,9 +1,11 @@
-"""RunSummary: results, files and the next command at the end of training."""
+"""RunSummary: results, files and the next command at the end of a training, and results of a validation or test."""
 
 from __future__ import annotations
 
 import os
 import shlex
+from collections.abc import Mapping
+from typing import Any
 
 import rich
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -19,19 +21,22 @@ from ptp_lightning.metrics import WindowSummary, as_tags
 from ptp_lightning.training.callbacks.trainer_state import val_summary
 
 MAX_TABLE_ROWS = 16
+MEASUREMENTS = {"validate": "Validation", "test": "Test"}
+"""Titles by the stages of a trainer that measures without training."""
 
 
 class RunSummary(Callback):
-    """Prints results, files and the next command at the end of training.
+    """Prints results, files and the next command at the end of training, and the results of `validate` and `test`.
 
-    It compares the first complete validation with the last one. It prints without a logger too, but not in a
-    `fast_dev_run`.
+    At the end of training it compares the first complete validation with the last one. It prints without a logger too,
+    but not in a `fast_dev_run`.
     """
 
     def __init__(self) -> None:
         self.first: WindowSummary | None = None
         self.last: WindowSummary | None = None
         self.complete = False
+        self.measured = False
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record that training has finished."""
@@ -43,10 +48,15 @@ class RunSummary(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Store the summary."""
+        self.measured = True
         summary = val_summary(trainer, pl_module)
         if summary is not None and summary.num_windows > 0:
             self.first = self.first or summary
             self.last = summary
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Store the summary."""
+        self.on_validation_end(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Print how to resume after Ctrl-C or SIGTERM.
@@ -61,6 +71,10 @@ class RunSummary(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Print the summary, after the progress bar is closed."""
+        if stage in MEASUREMENTS and self.measured and trainer.is_global_zero:
+            rich.print(measurement_table(MEASUREMENTS[stage], trainer.callback_metrics, self.last))
+            if self.last is not None:
+                rich.print(positions_table(self.last))
         if not self.complete:
             return
         self.complete = False
@@ -82,6 +96,21 @@ class RunSummary(Callback):
         if self.last is not None and is_text(trainer):
             command = f"python -m ptp_lightning generate --ckpt_path {shlex.quote(checkpoint)} --prompt "
             _print_line("Next", command + '"def "')
+
+
+def measurement_table(title: str, metrics: Mapping[str, Any], summary: WindowSummary | None) -> Table:
+    """The metrics of a validation or test that are not by position."""
+    table = Table(box=SIMPLE_HEAD, title=title, title_justify="left", show_header=False)
+    table.add_column("")
+    table.add_column("", justify="right")
+    if summary is not None:
+        table.add_row("correct tokens per call", _mean_and_error(summary, minus=0))
+        table.add_row("gained by the slots", _mean_and_error(summary, minus=1))
+    for tag, value in metrics.items():
+        name = tag.partition("/")[2]
+        if tag.startswith(("val/", "test/")) and "/" not in name and not name.startswith("correct_tokens"):
+            table.add_row(name.replace("_nats", " (nats)").replace("_", " "), f"{float(value):.4f}")
+    return table
 
 
 def is_text(trainer: Trainer) -> bool:
