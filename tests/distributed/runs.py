@@ -1,16 +1,16 @@
 """Trainings of all kinds that two processes go through together, to be compared with one process.
 
-Run by `torchrun --nproc_per_node 2 tests/distributed/runs.py FOLDER NAME..`; rank zero writes FOLDER/NAME.json. A NAME
-is `STRATEGY-RUN`, or `STRATEGY-RUN-resumed` to go on from the middle of what one process did.
+Rank zero writes FOLDER/NAME.json. A NAME is `STRATEGY-RUN`, or `STRATEGY-RUN-resumed` to go on from the middle of what
+one process did. tests/distributed/test_launchers.py starts processes as users do.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
-from collections.abc import Mapping
+import socket
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -40,6 +40,7 @@ from ptp_lightning.training import (
     OptimizerSettings,
 )
 from tests.distributed.shared_rows import Centres, SharedRows
+from tests.helpers.forked_process import ForkedProcess
 from tests.helpers.tiny_distillation import GPT2, LLAMA
 
 STEPS, HALF = 20, 10
@@ -155,20 +156,32 @@ def train(
     return Outcome(losses, held / sum(parameter.numel() for parameter in parameters), dict(validated))
 
 
-def together(folder: Path, *names: str, seconds: float = 300) -> str:
-    """Two processes go through runs, one after the other; returns what they printed."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", __file__, str(folder), *names]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=seconds)
-    assert done.returncode == 0, done.stderr[-5000:]
-    return done.stdout
+def together(folder: Path, *names: str, seconds: float = 280) -> None:
+    """Two processes go through runs, one after the other."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    deadline = time.monotonic() + seconds
+    ranks = [ForkedProcess(run_rank, rank, port, folder, names, folder=folder) for rank in range(2)]
+    try:
+        while not all(rank.poll() == 0 for rank in ranks) and not any(rank.returncode for rank in ranks):
+            assert time.monotonic() < deadline, f"not done in {seconds} s"
+            time.sleep(0.05)
+    finally:
+        for rank in ranks:
+            rank.kill()  # it would wait for the other one
+    failed = [rank for rank in ranks if rank.returncode != 0]
+    assert not failed, failed[0].communicate()[1][-5000:]
 
 
 def outcome(folder: Path, name: str) -> Outcome:
     return Outcome(**json.loads((folder / f"{name}.json").read_text()))
 
 
-def main(folder: Path, names: list[str]) -> None:
+def run_rank(rank: int, port: int, folder: Path, names: Sequence[str]) -> None:
+    """The program of a process."""
+    place = {"LOCAL_RANK": rank, "RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    os.environ |= {key: str(value) for key, value in place.items()}
     for name in names:
         strategy, run, *resumed = name.split("-")
         resume = folder / run / "half.ckpt" if resumed else None
@@ -177,7 +190,3 @@ def main(folder: Path, names: list[str]) -> None:
             (folder / f"{name}.json").write_text(json.dumps(result._asdict()))
     torch.distributed.barrier()  # gloo may abort a process whose peer has left
     torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
