@@ -20,6 +20,7 @@ from ptp_lightning.auxiliary_strategies import (
     StudentProbe,
     UniformInInterval,
 )
+from ptp_lightning.testing import check_auxiliary_strategy
 from tests.helpers.goodness_of_fit import chi_square, chi_square_bound, kolmogorov_bound, kolmogorov_distance
 
 LARGEST_FLOAT64 = 1 - 2.0**-53
@@ -76,23 +77,8 @@ class TestEveryStrategy:
                 assert u.dtype == torch.float64
                 assert ((low <= u) & (u < high)).all()
 
-    def test_an_empty_interval_gives_its_lower_end(self, strategy: AuxiliaryStrategy) -> None:
-        """Masked slots still need a valid auxiliary."""
-        for probe in (picks_from(0.2, 0.4), picks_from(0.0, 0.0), correct_below(0.5)):
-            assert torch.equal(strategy.draw(full(0.0), full(0.0), generator(), probe), full(0.0))
-
-    def test_repeats_with_the_seed(self, strategy: AuxiliaryStrategy) -> None:
-        lower, upper, probe = full(0.25), full(0.75), picks_from(0.2, 0.4)
-        first, again, other = (strategy.draw(lower, upper, generator(seed), probe) for seed in (1, 1, 2))
-        assert torch.equal(first, again) and not torch.equal(first, other)
-
-    def test_the_generator_moves_on_alike_whatever_the_student_says(self, strategy: AuxiliaryStrategy) -> None:
-        after: list[Tensor] = []
-        for probe in (picks_from(0.2, 0.4), picks_from(0.0, 1.0), correct_below(0.1)):
-            state = generator()
-            strategy.draw(full(0.25), full(0.75), state, probe)
-            after.append(torch.rand(4, generator=state))
-        assert torch.equal(after[0], after[1]) and torch.equal(after[0], after[2])
+    def test_contract(self, strategy: AuxiliaryStrategy) -> None:
+        check_auxiliary_strategy(strategy)
 
 
 def test_uniform_fills_the_interval():

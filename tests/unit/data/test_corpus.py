@@ -8,6 +8,7 @@ from typing import get_args
 import pytest
 
 from ptp_lightning.data.corpus import Split, StandardLibrary, TextFiles, split_of
+from ptp_lightning.testing import check_corpus
 
 SPLITS: tuple[Split, ...] = get_args(Split)
 
@@ -40,9 +41,8 @@ class TestStandardLibrary:
         assert len(everything) == len(set(everything)) > 300
         assert "asyncio/tasks.py" in names["val"]
 
-    def test_same_documents_on_every_call(self) -> None:
-        first, second = (list(StandardLibrary().documents("test")) for _ in range(2))
-        assert first == second
+    def test_contract(self) -> None:
+        check_corpus(StandardLibrary())
 
     def test_leaves_out_tests_and_foreign_packages(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         kept = ["a.py", "package/b.py", "package/latest.py", "unittest/c.py"]

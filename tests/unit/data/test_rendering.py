@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerBase
 
 from ptp_lightning.data.chat import Chat
-from ptp_lightning.data.rendering import PlainText, PromptAndCompletion, value_at
+from ptp_lightning.data.rendering import PlainText, PromptAndCompletion, Rendering, value_at
 from ptp_lightning.data.streaming.row_source import BadRowError
+from ptp_lightning.testing import check_rendering
 from tests.helpers.byte_tokenizer import byte_tokenizer
+from tests.helpers.chat_tokenizer import TEMPLATE
 from tests.helpers.learned_text import split
+
+CONVERSATION = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +39,21 @@ class TestPromptAndCompletion:
         learned, hidden = split(rendering, row, tokenizer)
         assert hidden == "Q why\n{A} ...."
         assert learned == "." * 10 + "so!$"
+
+
+@pytest.mark.parametrize(
+    ("rendering", "row"),
+    [
+        (PlainText("content"), {"content": "ab"}),
+        (PromptAndCompletion("Q {question} ", "{answer}"), {"question": "why", "answer": "so"}),
+        (
+            Chat(template=TEMPLATE),
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+        ),
+    ],
+)
+def test_contract(rendering: Rendering, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
+    check_rendering(rendering, [row], tokenizer)
 
 
 NESTED = {"a": {"b": [10, {"c": 20}]}}

@@ -19,6 +19,7 @@ from ptp_lightning.data.shard_spec import ShardSpec
 from ptp_lightning.data.streaming.file_rows import JsonLines, TextRows
 from ptp_lightning.data.streaming.hub_rows import HubRows
 from ptp_lightning.data.streaming.row_source import BadRowError, RowSource
+from ptp_lightning.testing import check_row_source
 
 
 def zstd(content: bytes) -> bytes:
@@ -81,20 +82,8 @@ class TestRows:
         assert texts(source) == texts(source)
         assert len({tuple(texts(source, key=str(epoch))) for epoch in range(12)}) > 1
 
-    @pytest.mark.parametrize("world", [1, 2, 3])
-    def test_resumes_after_any_row(self, source: RowSource, world: int) -> None:
-        for rank in range(world):
-            shard = ShardSpec(rank, world)
-            rows = list(source.rows("0", shard))
-            for index, row in enumerate(rows):
-                position = json.loads(json.dumps(row.position))  # as in a checkpoint
-                expected = [other.identity for other in rows[index + 1 :]]
-                assert [other.identity for other in source.rows("0", shard, position)] == expected
-
-    @pytest.mark.parametrize("world", [2, 3, 5])
-    def test_shards_partition_the_rows(self, source: RowSource, world: int) -> None:
-        shards = [texts(source, ShardSpec(rank, world)) for rank in range(world)]
-        assert sorted(text for shard in shards for text in shard) == everything(source)
+    def test_contract(self, source: RowSource) -> None:
+        check_row_source(source)
 
 
 class TestRandomFiles:

@@ -15,6 +15,7 @@ from ptp_lightning.batch import PackedBatch
 from ptp_lightning.data.corpus import Split
 from ptp_lightning.data.series.series import RecordedSeries
 from ptp_lightning.data.series.series_datamodule import SeriesDataModule
+from ptp_lightning.testing import check_series
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,9 @@ def on_trainer(data: SeriesDataModule, **state: int) -> SeriesDataModule:
 
 
 class TestRecordedSeries:
+    def test_contract(self) -> None:
+        check_series(Counting(), length=3)
+
     def test_rows_start_anywhere_in_a_block_and_never_cross_one(self) -> None:
         rows = Counting().row_sampler("train", 4)(4000, torch.Generator().manual_seed(0))
         assert bool((rows.diff(dim=1) == 1).all())

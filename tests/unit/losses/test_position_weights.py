@@ -17,6 +17,7 @@ from ptp_lightning.losses import (
     SlotTargets,
     UniformWeights,
 )
+from ptp_lightning.testing import check_position_weights
 from tests.helpers.tiny_losses import identity
 
 MASK = torch.tensor([[True, True, True], [True, True, False], [False, False, False]])
@@ -44,6 +45,11 @@ def test_any_shape_of_windows(weights: PositionWeights, expected: list[list[floa
     shaped = weights(MASK.view(3, 1, 3), CORRECT.view(3, 1, 3))
     assert torch.equal(shaped.view(3, 3), torch.tensor(expected))
     assert weights(torch.ones(2, 1, dtype=torch.bool), torch.rand(2, 1)).tolist() == [[1], [1]]
+
+
+@every_kind
+def test_contract(weights: PositionWeights, expected: list[list[float]]) -> None:
+    check_position_weights(weights)
 
 
 def test_no_gradient() -> None:

@@ -12,19 +12,18 @@ from ptp_lightning.models import (
     CategoricalObjective,
     DecoderRefiner,
     IndependentObjective,
-    LoraSettings,
     MarkovHead,
     PredictorConfig,
     PredictorNetwork,
     TokenConditionedHead,
 )
-from ptp_lightning.models.correction.correction import Correction, CorrectionHead, HeadCorrection
+from ptp_lightning.models.correction.correction import Correction, HeadCorrection
 from ptp_lightning.models.correction.markov_head import MarkovModule
 from ptp_lightning.models.correction.token_conditioned_head import TokenConditionedModule
+from ptp_lightning.testing import check_correction
 from ptp_lightning.training.windows.student_draft import student_draft
-from tests.helpers.tiny_models import TINY_MODELS
 from tests.helpers.tiny_predictors import CORRECTIONS, tiny_predictor
-from tests.helpers.tiny_windows import DOCUMENT_IDS, WINDOW_STARTS, make_batch, slots_that_differ
+from tests.helpers.tiny_windows import DOCUMENT_IDS, WINDOW_STARTS, make_batch
 
 VOCAB_SIZE, WINDOW_LENGTH, NUM_SLOTS = 48, 5, 4
 HEADS = {name: correction for name, correction in CORRECTIONS.items() if isinstance(correction, HeadCorrection)}
@@ -51,51 +50,14 @@ def inputs() -> tuple[Tensor, Tensor, Tensor]:
     return input_ids, auxiliaries, torch.randint(VOCAB_SIZE, shape, generator=generator)[..., :-1]
 
 
-def corrected(predictor: PredictorNetwork, tokens: Tensor) -> Tensor:
-    input_ids, auxiliaries, _ = inputs()
-    context = predictor.encode(make_batch(input_ids))
-    hidden = predictor.slot_hidden(context, auxiliaries)
-    return predictor.correct(context, predictor.correction_context(context), hidden, tokens)
-
-
 @every_correction
 class TestContract:
-    def test_an_untrained_one_changes_no_logits(self, name: str) -> None:
-        config = PredictorConfig(
-            lora=LoraSettings(rank=2), window_length=WINDOW_LENGTH, correction=CORRECTIONS[name], draft_vocabulary=7
-        )
-        predictor = PredictorNetwork(config, TINY_MODELS["llama"](vocab_size=VOCAB_SIZE)).eval()
-        input_ids, auxiliaries, tokens = inputs()
-        with torch.no_grad():
-            hidden = predictor.slot_hidden(predictor.encode(make_batch(input_ids)), auxiliaries)
-            assert torch.equal(predictor.slot_logits(corrected(predictor, tokens)), predictor.slot_logits(hidden))
+    def test_contract(self, name: str) -> None:
+        check_correction(CORRECTIONS[name])
 
-    def test_its_settings_are_plain_data(self, name: str) -> None:
-        config = PredictorConfig(correction=CORRECTIONS[name])
-        plain = config.to_dict()
+    def test_its_public_name_is_stored(self, name: str) -> None:
+        plain = PredictorConfig(correction=CORRECTIONS[name]).to_dict()
         assert plain["correction"]["class_path"] == f"ptp_lightning.models.{type(CORRECTIONS[name]).__name__}"
-        assert PredictorConfig.from_dict(plain) == config
-
-    @torch.no_grad()
-    def test_a_slot_is_conditioned_on_the_token_it_stands_for_and_no_later_one(self, name: str) -> None:
-        predictor, tokens = predictor_with(CORRECTIONS[name]), inputs()[2]
-        before = corrected(predictor, tokens)
-        for row, window, slot in [(0, 0, 0), (0, 2, 1), (1, 1, 2), (1, 2, 3)]:
-            changed = tokens.clone()
-            changed[row, window, slot] = (changed[row, window, slot] + 1) % VOCAB_SIZE
-            noticing = range(slot, slot + 1) if name in HEADS else range(slot, NUM_SLOTS)
-            expected = {(row, window, other) for other in noticing}
-            assert slots_that_differ(before, corrected(predictor, changed)) == expected
-
-    def test_every_weight_and_the_slots_get_gradients(self, name: str) -> None:
-        predictor, tokens = predictor_with(CORRECTIONS[name]), inputs()[2]
-        predictor.zero_grad()
-        logits = predictor.slot_logits(corrected(predictor, tokens))
-        (logits * torch.linspace(-1, 1, logits.numel()).view_as(logits)).sum().backward()
-        trained = {key: value for key, value in predictor.named_parameters() if value.requires_grad}
-        assert [key for key in trained if "slot_encoder.correction." in key]
-        for key, value in trained.items():
-            assert value.grad is not None and value.grad.abs().max() > 0, key
 
     def test_only_a_refiner_reads_the_context(self, name: str) -> None:
         predictor = predictor_with(CORRECTIONS[name])
@@ -122,24 +84,6 @@ def test_a_draft_is_the_same_in_parallel_and_from_left_to_right(name: str) -> No
     predictor.config = before
     assert torch.equal(*drafts)
     assert (drafts[0][..., 1:] % 2 == 0).all() and (drafts[0][..., 0] % 2 == 1).any()
-
-
-@every_head
-@pytest.mark.parametrize("draft_vocabulary", [False, True])
-@torch.no_grad()
-def test_decoding_computes_the_logits_of_training(name: str, draft_vocabulary: bool) -> None:
-    """What is computed for all slots at once, and then slot after slot."""
-    predictor = predictor_with(HEADS[name], draft_vocabulary)
-    generator = torch.Generator().manual_seed(1)
-    hidden = torch.randn(2, NUM_SLOTS, 32, generator=generator)
-    tokens = torch.randint(VOCAB_SIZE, (2, NUM_SLOTS), generator=generator)
-    head = predictor.correction
-    assert isinstance(head, CorrectionHead)
-    expected = predictor.slot_logits(head(hidden, predictor.embed(tokens)))
-    assert expected.shape == (2, NUM_SLOTS, VOCAB_SIZE // 2 if draft_vocabulary else VOCAB_SIZE)
-    next_logits = head.next_logits(hidden, predictor.slot_logits)
-    found = [next_logits(slot, predictor.embed(tokens[:, slot : slot + 1])) for slot in range(NUM_SLOTS)]
-    torch.testing.assert_close(torch.cat(found, dim=1), expected)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ptp_lightning.models import DecoderRefiner, LoraSettings, PredictorConfig, PredictorNetwork
 from ptp_lightning.models.backbone import architecture_fingerprint, fingerprint
+from ptp_lightning.testing import check_student
 from tests.helpers.tiny_models import TINY_MODELS
 from tests.helpers.tiny_predictors import STUDENTS, tiny_predictor
 from tests.helpers.tiny_windows import DOCUMENT_IDS, WINDOW_STARTS, make_batch, slots_that_differ, slots_that_see
@@ -32,6 +33,11 @@ def inputs() -> tuple[Tensor, Tensor]:
 
 def slot_hidden(predictor: PredictorNetwork, input_ids: Tensor, auxiliaries: Tensor) -> Tensor:
     return predictor.slot_hidden(predictor.encode(make_batch(input_ids)), auxiliaries)
+
+
+@pytest.mark.parametrize("student", STUDENTS)
+def test_contract(student: str) -> None:
+    check_student(STUDENTS[student])
 
 
 @pytest.mark.parametrize("family", TINY_MODELS)

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from ptp_lightning.auxiliary import draw_auxiliaries, pick
 from ptp_lightning.auxiliary_strategies import BetaInInterval, ErrorSeekingInInterval
@@ -19,6 +18,7 @@ from ptp_lightning.models.lora.gated_lora import LoraSettings
 from ptp_lightning.models.network import PredictorNetwork
 from ptp_lightning.models.slots.continuous_features import CosineFeatures
 from ptp_lightning.sampling import Sampler, SamplingConfig, TokenDistribution
+from ptp_lightning.testing import check_window_source
 from ptp_lightning.training.windows.dataset_windows import DatasetWindows
 from ptp_lightning.training.windows.mixture_windows import MixtureWindows
 from ptp_lightning.training.windows.student_windows import StudentWindows
@@ -80,43 +80,11 @@ class TestEverySource:
         ],
         ids=["truncated", "full", "vocabulary order", "embedding order, truncated", "embedding order", "greedy"],
     )
-    def test_auxiliaries_pick_the_tokens(self, source: WindowSource, sampling: SamplingConfig) -> None:
-        for seed in range(5):
-            sample, _ = sample_from(source, make_predictor(sampling=sampling), seed=seed)
-            assert sample.token_ids.shape == sample.auxiliaries.shape == sample.mask.shape == (2, 3, 4)
-            assert sample.auxiliaries.dtype == torch.float64
-            picked = pick(sample.auxiliaries, sample.teacher.materialize())
-            assert torch.equal(picked[sample.mask], sample.token_ids[sample.mask])
-            assert not (sample.mask[..., 1:] & ~sample.mask[..., :-1]).any(), "not a prefix"
-            assert sample.conditioning_ids.shape == sample.token_ids.shape
-            if not isinstance(source, StudentWindows):
-                assert torch.equal(sample.conditioning_ids, sample.token_ids)
-
-    def test_context_cache_is_as_before(self, source: WindowSource) -> None:
-        predictor = make_predictor()
-        batch = make_batch()
-        expected = predictor.encode(batch).cache
-        _, context = sample_from(source, predictor)
-        assert context.cache.get_seq_length() == batch.input_ids.shape[1]
-        for found, kept in zip(context.cache.layers, expected.layers, strict=True):
-            assert torch.equal(found.keys, kept.keys) and torch.equal(found.values, kept.values)
-
-    def test_same_generator_same_windows(self, source: WindowSource) -> None:
-        (first, _), (again, _), (other, _) = (sample_from(source, make_predictor(), seed=seed) for seed in (1, 1, 2))
-        assert torch.equal(first.auxiliaries, again.auxiliaries) and torch.equal(first.token_ids, again.token_ids)
-        assert not torch.equal(first.auxiliaries, other.auxiliaries)
-
-    def test_takes_no_gradient(self, source: WindowSource) -> None:
-        sample, _ = sample_from(source, make_predictor())
-        tensors: list[Tensor | None] = [sample.auxiliaries, *sample.teacher.materialize(), *sample.target.materialize()]
-        assert not any(tensor.requires_grad for tensor in tensors if tensor is not None)
-
-    def test_leaves_the_modes_alone(self, source: WindowSource) -> None:
-        predictor = make_predictor().train()
-        before = {name: module.training for name, module in predictor.named_modules()}
-        sample_from(source, predictor)
-        assert {name: module.training for name, module in predictor.named_modules()} == before
-        predictor.eval()
+    def test_contract(self, source: WindowSource, sampling: SamplingConfig) -> None:
+        check_window_source(source, make_predictor(sampling=sampling), make_batch())
+        if not isinstance(source, StudentWindows):
+            sample, _ = sample_from(source, make_predictor(sampling=sampling))
+            assert torch.equal(sample.conditioning_ids, sample.token_ids)
 
 
 class TestTeacherWindows:
