@@ -131,6 +131,9 @@ def _check_mask(loss: Loss) -> None:
         found.total.backward()
         assert dirty.grad is not None and clean.grad is not None
         require(
-            found.total == expected.total and torch.equal(dirty.grad, clean.grad),
+            found.total == expected.total
+            and found.count == expected.count
+            and torch.equal(dirty.grad.masked_fill(masked[:, None], 0), clean.grad)
+            and not dirty.grad[masked].any(),
             f"expected slots of weight 0 to contribute nothing, found another loss for logits of {garbage} there",
         )
