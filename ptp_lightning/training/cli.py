@@ -150,7 +150,9 @@ class TrainingCLI(LightningCLI):
             callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
         if trainer.enable_progress_bar is False:
             callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar | LogProgress)]
-        if trainer.enable_checkpointing is not False and not any(isinstance(one, Checkpoint) for one in callbacks):
+        # A fast_dev_run has no folder of its own: its checkpoint would be written into the current one.
+        stores = trainer.enable_checkpointing is not False and not trainer.fast_dev_run
+        if stores and not any(isinstance(one, Checkpoint) for one in callbacks):
             callbacks.append(self._get(self.config_init, "checkpoint"))
         if self.logs_settings:
             config = self.config if self.subcommand is None else self.config[self.subcommand]

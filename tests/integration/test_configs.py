@@ -47,6 +47,7 @@ def test_every_configuration_trains_and_validates(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["ptp_lightning", "fit", "--config", str(shrink(path, corpus, tmp_path))])
     main()
+    assert not (tmp_path / "checkpoints").exists()  # nothing is written outside of the run's own folder
 
 
 ROOT = Path(__file__).parents[2]
