@@ -41,6 +41,7 @@ GENERATED = re.compile(r"^<!-- generated: (\w+) -->$", re.MULTILINE)
 def setup(app: Any) -> None:
     """Called by Sphinx."""
     app.connect("source-read", insert_generated)
+    app.connect("env-get-outdated", always_generated)
 
 
 def insert_generated(app: Any, page: str, source: list[str]) -> None:
@@ -49,3 +50,8 @@ def insert_generated(app: Any, page: str, source: list[str]) -> None:
         from generated_reference import PAGES
 
         source[0] = GENERATED.sub(lambda found: PAGES[found[1]](), source[0])
+
+
+def always_generated(app: Any, *_: Any) -> list[str]:
+    """Pages that change with the code."""
+    return ["reference/command_line", "reference/configuration", "reference/api"]

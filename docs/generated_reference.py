@@ -41,45 +41,25 @@ PACKAGES = (
 """Whose public names the Python API lists, each where it is found first."""
 
 KINDS = (
-    ("model", "ptp_lightning.training", "ptp_lightning.training.modules.training_module.TrainingModule"),
-    ("data", "ptp_lightning.data", "ptp_lightning.data.packed_datamodule.PackedDataModule"),
-    ("model.init_args.predictor.objective", "ptp_lightning.models", "ptp_lightning.models.slots.objectives.Objective"),
-    (
-        "model.init_args.predictor.features",
-        "ptp_lightning.models",
-        "ptp_lightning.models.slots.auxiliary_features.AuxiliaryFeatures",
-    ),
-    (
-        "model.init_args.predictor.correction",
-        "ptp_lightning.models",
-        "ptp_lightning.models.correction.correction.Correction",
-    ),
-    ("model.init_args.predictor.student", "ptp_lightning.models", "ptp_lightning.models.students.Student"),
-    (
-        "model.init_args.predictor.sampling_range",
-        "ptp_lightning.models",
-        "ptp_lightning.models.slots.sampling_range.SamplingRange",
-    ),
-    ("model.init_args.loss", "ptp_lightning.losses", "ptp_lightning.losses.base.Loss"),
-    (
-        "model.init_args.position_weights",
-        "ptp_lightning.losses",
-        "ptp_lightning.losses.position_weights.PositionWeights",
-    ),
-    ("model.init_args.source", "ptp_lightning.training", "ptp_lightning.training.windows.window_source.WindowSource"),
-    (
-        "model.init_args.source.init_args.strategy",
-        "ptp_lightning.auxiliary_strategies",
-        "ptp_lightning.auxiliary_strategies.AuxiliaryStrategy",
-    ),
-    ("data.init_args.corpus", "ptp_lightning.data", "ptp_lightning.data.Corpus"),
-    ("data.init_args.series", "ptp_lightning.data", "ptp_lightning.data.Series"),
-    ("data.init_args.parts", "ptp_lightning.data", "ptp_lightning.data.StreamPart"),
-    ("data.init_args.parts.source", "ptp_lightning.data", "ptp_lightning.data.RowSource"),
-    ("data.init_args.parts.rendering", "ptp_lightning.data", "ptp_lightning.data.Rendering"),
-    ("trainer.strategy", "ptp_lightning.training", "ptp_lightning.training.FullyShardedStrategy"),
+    ("model", "ptp_lightning.training", "TrainingModule"),
+    ("data", "ptp_lightning.data", "PackedDataModule"),
+    ("model.init_args.predictor.objective", "ptp_lightning.models", "Objective"),
+    ("model.init_args.predictor.features", "ptp_lightning.models", "AuxiliaryFeatures"),
+    ("model.init_args.predictor.correction", "ptp_lightning.models", "Correction"),
+    ("model.init_args.predictor.student", "ptp_lightning.models", "Student"),
+    ("model.init_args.predictor.sampling_range", "ptp_lightning.models", "SamplingRange"),
+    ("model.init_args.loss", "ptp_lightning.losses", "Loss"),
+    ("model.init_args.position_weights", "ptp_lightning.losses", "PositionWeights"),
+    ("model.init_args.source", "ptp_lightning.training", "WindowSource"),
+    ("model.init_args.source.init_args.strategy", "ptp_lightning.auxiliary_strategies", "AuxiliaryStrategy"),
+    ("data.init_args.corpus", "ptp_lightning.data", "Corpus"),
+    ("data.init_args.series", "ptp_lightning.data", "Series"),
+    ("data.init_args.parts", "ptp_lightning.data", "StreamPart"),
+    ("data.init_args.parts.source", "ptp_lightning.data", "RowSource"),
+    ("data.init_args.parts.rendering", "ptp_lightning.data", "Rendering"),
+    ("trainer.strategy", "ptp_lightning.training", "FullyShardedStrategy"),
 )
-"""Keys whose value is a class, the package that exports the classes, and their base."""
+"""Keys whose value is a class, the package that exports such classes, and their base."""
 
 
 class ParserFound(BaseException):
@@ -111,10 +91,8 @@ def configuration() -> str:
     """Each key of a configuration with its type, default and meaning."""
     parts = []
     for key, package, base in KINDS:
-        module, _, name = base.rpartition(".")
         parts.append(f"## `{key}`")
-        classes = list(implementations(package, getattr(import_module(module), name)))
-        for cls in classes:
+        for cls in implementations(package, base):
             parser = ArgumentParser(exit_on_error=False)
             parser.add_class_arguments(cls, None)
             rows = [row for row in options(parser) if row[0] != "`--help`"]
@@ -187,11 +165,11 @@ def description_of(words: tuple[str, ...], parser: ArgumentParser) -> str:
     return _sentence(f"{found[1]}." if found and len(words) == 1 else parser.description)
 
 
-def implementations(package: str, base: type) -> Iterator[type]:
+def implementations(package: str, base: str) -> Iterator[type]:
     """The classes in a package that can be chosen, by name."""
     values = {name: value for name, value in vars(import_module(package)).items() if inspect.isclass(value)}
     for name in sorted(values):
-        if issubclass(values[name], base) and not inspect.isabstract(values[name]):
+        if issubclass(values[name], values[base]) and not inspect.isabstract(values[name]):
             yield values[name]
 
 
