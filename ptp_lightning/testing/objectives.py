@@ -59,13 +59,23 @@ def _check_drafts(objective: Objective, sampling: SamplingConfig, seed: int) -> 
     """Tokens and probabilities, and that these say how often those are correct."""
     logits, tokens, teacher = example_slots(seed, sampling)
     sampler = Sampler(sampling)
-    drafted = objective.tokens_from_logits(logits, uniform(NUM_SLOTS), sampler)
+    u = uniform(NUM_SLOTS)
+    drafted = objective.tokens_from_logits(logits, u, sampler)
     require(
         drafted.shape == (NUM_SLOTS,) and drafted.dtype == torch.int64,
         f"expected int64 tokens of the shape {(NUM_SLOTS,)}, found {drafted.dtype} of {tuple(drafted.shape)}",
     )
     require(
         ((drafted >= 0) & (drafted < VOCABULARY)).all(), f"expected tokens below {VOCABULARY}, found {drafted.max()}"
+    )
+    choices, probabilities = objective.likely_tokens(logits, u, sampler, 3)
+    require(
+        choices.shape == probabilities.shape and torch.equal(choices[:, 0], drafted),
+        "expected likely_tokens to begin with the token of tokens_from_logits, and a probability of each",
+    )
+    require(
+        (probabilities.diff(dim=1) <= 0).all() and (probabilities.sum(dim=1) <= 1 + 1e-6).all(),
+        "expected probabilities of likely_tokens that fall and sum to 1 at most",
     )
     probability = objective.correct_probability(logits.requires_grad_(), tokens, teacher, sampler)
     logits = logits.detach()

@@ -44,6 +44,8 @@ class Objective(ABC):
     ) -> tuple[Tensor, Tensor]:
         """The likeliest tokens, of which the first is that of `tokens_from_logits`, and their probabilities.
 
+        By default there are no alternatives: this token alone, with probability 1.
+
         Args:
             logits: see `tokens_from_logits`.
             auxiliaries: likewise.
@@ -53,7 +55,8 @@ class Objective(ABC):
         Returns:
             Two tensors `[..., C]`.
         """
-        return _most_likely(logits, sampling, count)
+        token_ids = self.tokens_from_logits(logits, auxiliaries, sampling).unsqueeze(-1)
+        return token_ids, torch.ones_like(token_ids, dtype=torch.float64)
 
     @abstractmethod
     def correct_probability(
@@ -97,6 +100,12 @@ class OneHotObjective(Objective):
         assert token_ids is not None, "greedy distributions list their one token"
         return token_ids.squeeze(-1)
 
+    def likely_tokens(
+        self, logits: Tensor, auxiliaries: Tensor, sampling: Sampler, count: int
+    ) -> tuple[Tensor, Tensor]:
+        """See `Objective.likely_tokens`."""
+        return _most_likely(logits, sampling, count)
+
     @torch.no_grad()
     def correct_probability(
         self, logits: Tensor, token_ids: Tensor, teacher: TokenDistribution, sampling: Sampler
@@ -135,8 +144,7 @@ class PickingObjective(Objective):
         if sampling.settings.temperature == 0:
             return _most_likely(logits, sampling, count)
         if self.cdf_error == 0:
-            token_ids = self.tokens_from_logits(logits, auxiliaries, sampling).unsqueeze(-1)
-            return token_ids, torch.ones_like(token_ids, dtype=torch.float64)
+            return super().likely_tokens(logits, auxiliaries, sampling, count)
         return likely_picks(auxiliaries, sampling.for_student().distribution(logits), self.cdf_error, count)
 
     def correct_probability(
