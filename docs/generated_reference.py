@@ -37,6 +37,7 @@ PACKAGES = (
     "ptp_lightning.data",
     "ptp_lightning.decoding",
     "ptp_lightning.evaluation",
+    "ptp_lightning.testing",
 )
 """Whose public names the Python API lists, each where it is found first."""
 
