@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
+import re
 import sqlite3
+import subprocess
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+from urllib.request import Request, urlopen
 
 import pytest
 import torch
@@ -92,6 +97,51 @@ def test_tensorboard_has_a_sample_marked_by_calls(folder: Path) -> None:
     assert "tokens in" in cost and "calls" in cost
     assert CORPUS_LINE.splitlines()[1].strip() in marked and "|" in marked and "~~" in marked
     assert all(line.startswith("    ") for line in marked.splitlines())
+
+
+def load_screenshots() -> ModuleType:
+    """The command that takes the screenshots of the documentation."""
+    spec = importlib.util.spec_from_file_location("screenshots", ROOT / "docs" / "tensorboard.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+SCREENSHOTS = load_screenshots()
+
+
+def fetch(address: str, body: dict[str, Any] | None = None) -> str:
+    data = None if body is None else json.dumps(body).encode()
+    return urlopen(Request(address, data, {"Content-Type": "application/json"})).read().decode()
+
+
+@pytest.mark.skipif(SCREENSHOTS.find_browser() is None, reason="needs Chromium: apt-get install chromium")
+def test_a_browser_shows_the_run(folder: Path) -> None:
+    """The page as it is drawn; and what TensorBoard sends to its tabs."""
+    browser = SCREENSHOTS.find_browser()
+    try:
+        SCREENSHOTS.browse(browser, "about:blank", "--dump-dom")
+    except subprocess.SubprocessError as error:
+        pytest.skip(f"Chromium does not run here: {error}")
+    with SCREENSHOTS.tensorboard(folder / "runs") as address:
+        page = SCREENSHOTS.browse(browser, f"{address}/#timeseries", "--dump-dom")
+        shown = re.findall(r'title="((?:Overview|perf|train|val|x_axis)\b[^"]*)"', page)
+        first, second, *_ = [title for title in shown if title.startswith("Overview/")]
+        assert (first, second) == ("Overview/correct_tokens", "Overview/training_loss_nats")
+        assert [title for title in shown if "/" not in title] == ["Overview", "perf", "train", "val", "x_axis"]
+        plugins = f"{address}/data/plugin"
+        run = "run=tiny/version_0"
+        assert {"val/by_position", "val/accuracy_by_step"} <= json.loads(fetch(f"{plugins}/images/tags"))[
+            "tiny/version_0"
+        ].keys()
+        sample = json.loads(fetch(f"{plugins}/text/text?{run}&tag=run/sample/text_summary"))[0]["text"]
+        assert "<pre><code>" in sample and "~~" in sample
+        results = json.loads(fetch(f"{plugins}/text/text?{run}&tag=run/results/text_summary"))[0]["text"]
+        assert "correct tokens per call" in results and "<table>" in results
+        experiment = json.loads(fetch(f"{plugins}/hparams/experiment", {"experimentName": ""}))
+        assert SETTINGS.keys() <= {info["name"] for info in experiment["hparamInfos"]}
+        assert "val/correct_tokens" in {info["name"]["tag"] for info in experiment["metricInfos"]}
 
 
 def test_without_a_logger_nothing_is_written_but_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
