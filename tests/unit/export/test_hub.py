@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from transformers import AutoModelForCausalLM
 
 from ptp_lightning import ParallelTokenPredictor
 from ptp_lightning.export.checkpoint import EXPORTED_FILES, load_network, read_predictor, save_network
@@ -103,6 +104,21 @@ def test_with_its_base_model(hub: HubStandIn, network: PredictorNetwork, tmp_pat
     assert same_weights(opened, network)
     assert (opened.config.backbone.path, opened.config.backbone.revision) == ("user/whole", commit)
     assert not any("custom_generate" in request for request in hub.requests)  # code of a stranger
+
+
+def test_transformers_opens_a_repository_with_its_base_model(
+    hub: HubStandIn, network: PredictorNetwork, tmp_path: Path
+) -> None:
+    save_with_base_model(network, tmp_path / "whole")
+    hub.add_folder("user/whole", tmp_path / "whole")
+    plain, parallel = (
+        AutoModelForCausalLM.from_pretrained("user/whole", trust_remote_code=trusted) for trusted in (False, True)
+    )
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    texts = [model.generate(torch.tensor([[50, 51, 52]]), **options).tolist() for model in (plain, parallel)]
+    assert texts[0] == texts[1]
+    assert any(request.endswith("custom_generate/generate.py") for request in hub.requests)
+    assert any(request.endswith("predictor/adapter_model.safetensors") for request in hub.requests)
 
 
 def test_only_data_is_downloaded(hub: HubStandIn, network: PredictorNetwork, tmp_path: Path) -> None:
