@@ -8,6 +8,7 @@ from ptp_lightning.sweeps.run import validate_choices
 from ptp_lightning.sweeps.study import load_study, path_from_study
 from ptp_lightning.sweeps.training_run import build, fit_arguments, override_arguments, read_configuration
 from ptp_lightning.sweeps.worker import trial_arguments
+from tests.helpers.parameter_products import one_in
 from tests.helpers.tiny_configs import SHRUNKEN
 
 ROOT = Path(__file__).parents[2]
@@ -34,11 +35,10 @@ def test_there_is_a_study_for_each_question() -> None:
     assert {path.stem for path in STUDIES} == NAMES
 
 
-@pytest.mark.parametrize("full", [False, True], ids=["quick", "full"])
-@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
-def test_every_path_of_a_study_exists(path: Path, full: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@one_in(2, path=STUDIES, version=["quick", "full"], ids=lambda value: Path(value).stem)
+def test_every_path_of_a_study_exists(path: Path, version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    study = load_study(path, full=full)
+    study = load_study(path, full=version == "full")
     validate_choices(study, path_from_study(path, study.base), {})
     for preparation in study.prepare:
         written = read_configuration(fit_arguments(path_from_study(path, preparation.config), preparation.overrides))
