@@ -71,7 +71,7 @@ def browse(browser: str, address: str, *options: str) -> str:
         f"--window-size={WIDTH},{HEIGHT}",
         *options,
     ]
-    words += ["--enable-unsafe-swiftshader", f"--virtual-time-budget={PAGE_MILLISECONDS}", address]
+    words += ["--disable-gpu", "--disable-3d-apis", f"--virtual-time-budget={PAGE_MILLISECONDS}", address]
     done = subprocess.run([browser, *words], capture_output=True, text=True, check=True, timeout=BROWSER_SECONDS)
     return done.stdout
 

@@ -85,6 +85,7 @@ def run(options: Namespace) -> None:
             sampling=settings.sampling,
             seed=settings.seed,
             window_length=settings.window_length,
+            num_draft_tokens=settings.num_draft_tokens,
             slot_budget=settings.slot_budget,
             end_of_text=settings.end_of_text,
             chat=options.chat,
@@ -169,6 +170,7 @@ def _warm_up(
         seed=settings.seed,
         decoder=decoder,
         window_length=settings.window_length,
+        num_draft_tokens=settings.num_draft_tokens,
         slot_budget=settings.slot_budget,
         tokenizer=tokenizer,
     )

@@ -177,6 +177,7 @@ def _measure_own(
         seed=settings.seed,
         decoder=decoder,
         window_length=settings.window_length,
+        num_draft_tokens=settings.num_draft_tokens,
         slot_budget=settings.slot_budget,
         end_of_text=settings.end_of_text,
         stop=stop,

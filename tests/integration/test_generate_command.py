@@ -103,6 +103,18 @@ class TestText:
         lines = [[line for line in out.splitlines() if "tokens per second]" not in line] for out in (alone, together)]
         assert lines[0] == lines[1]
 
+    def test_the_number_of_draft_tokens_reaches_the_decoder(self, shell: Shell) -> None:
+        common = ["--prompt", "def ", "--max_new_tokens", "24", "--window_length", "5"]
+        few, many = (shell.records(*common, "--num_draft_tokens", number)[0] for number in ("0", "16"))
+        assert few["token_ids"] == many["token_ids"]
+        expected = [
+            generate(
+                PREDICTOR, "def ", tokenizer=TOKENIZER, max_new_tokens=24, window_length=5, num_draft_tokens=number
+            )
+            for number in (0, 16)
+        ]
+        assert [few["num_calls"], many["num_calls"]] == [text.num_calls for text in expected]
+
     def test_the_slot_budget_is_measured_once_and_told(
         self, shell: Shell, prompts: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
