@@ -24,7 +24,7 @@ NUM_DRAFT_TOKENS = 8
 BEAM = 8
 CHOICES = 4
 SMALLEST_PROBABILITY = 1e-12
-WORTHWHILE_PROBABILITY = 0.05
+WORTHWHILE_PROBABILITY = 0.15
 """A drafted token that is correct with less than this probability takes longer to verify, on a CPU, than it saves."""
 
 
