@@ -5,7 +5,8 @@
 
 The minimum of many repetitions, which take turns, so that changes of the machine's speed affect all. A call reads the
 last token, a draft and the slots, picks tokens, and makes the next draft. A budget of 0 is a cycle of speculative
-decoding: the call that drafts a window and the call that verifies it. `--prompts` measures the reading of prompts.
+decoding with a single draft: the call that drafts a window and the call that verifies it. `--prompts` measures the
+reading of prompts, `--trees` that of drafted tokens: one draft, and trees of several.
 
 By default the model is a Llama with random weights, and so is the adapter; costs do not depend on them. `--model` names
 another model, and `--adapter` a trained predictor, with its correction and its draft vocabulary. Then the model is
@@ -30,6 +31,7 @@ from ptp_lightning.decoding.lookahead import Lookahead
 from ptp_lightning.decoding.preparation import prepare_for_decoding
 from ptp_lightning.decoding.slot_allocation import allocate_slots
 from ptp_lightning.decoding.state import BatchContext
+from ptp_lightning.decoding.token_tree import TokenTree
 from ptp_lightning.export.checkpoint import load_network
 from ptp_lightning.models import BackboneSettings, LoraSettings, PredictorConfig, PredictorNetwork
 from ptp_lightning.models.backbone import load_backbone
@@ -52,6 +54,11 @@ ACCEPTANCE_RATE = 0.7  # assumed when slots are allocated
 NUM_REPETITIONS = 10
 NUM_CONSECUTIVE = 4
 NUM_GENERATED = 6
+TREES = {  # the token before each, see `TokenTree`
+    "8 drafted tokens": [0, 0, 1, 2, 3, 4, 5, 6],
+    "8 drafted tokens, 4 paths": [0, 0, 0, 1, 1, 3, 3, 2],
+    "12 drafted tokens, 7 paths": [0, 0, 0, 0, 1, 1, 2, 2, 4, 4, 5, 6],
+}
 TARGETS = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -62,6 +69,7 @@ def main() -> None:
     parser.add_argument("--adapter", help="folder or name of a predictor instead, smollm2 for instance")
     parser.add_argument("--budgets", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--prompts", type=int, nargs="*", default=[], help="numbers of tokens of prompts")
+    parser.add_argument("--trees", action="store_true", help="measure the reading of trees of drafts")
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--draft", type=int, default=3, help="draft tokens verified by a call")
     parser.add_argument("--rank", type=int, default=16)
@@ -86,6 +94,8 @@ def main() -> None:
     for budget in options.budgets:
         name = f"call of {budget} slots" if budget else "speculative cycle, two calls"
         timed[name] = Call(predictor, sampling, options, budget).seconds
+    for name, parents in TREES.items() if options.trees else ():
+        timed[name] = partial(tree_call, context_of(predictor, sampling, options.context), parents)
     fastest = dict.fromkeys(timed, float("inf"))
     with prepare_for_decoding(predictor):
         for _ in range(options.repetitions):
@@ -144,6 +154,29 @@ def own_prompt(predictor: PredictorNetwork, length: int) -> float:
     return perf_counter() - begin
 
 
+def context_of(
+    predictor: PredictorNetwork, sampling: SamplingConfig, length: int, slot_budget: int = 1
+) -> BatchContext:
+    """A text that has been read."""
+    settings = GenerationSettings(sampling, 64, window_length=predictor.config.window_length, slot_budget=slot_budget)
+    with torch.inference_mode():
+        context = BatchContext(predictor, settings, [length])
+        context.read(torch.zeros(1, length, dtype=torch.long))
+        context.keep([length])
+    return context
+
+
+@torch.inference_mode()
+def tree_call(context: BatchContext, parents: list[int]) -> float:
+    """Seconds in which drafted tokens are read, without the picks after them; the context stays as it is."""
+    is_chain = parents == [max(0, column - 1) for column in range(len(parents))]
+    tree = TokenTree(torch.zeros(1, len(parents), dtype=torch.long), torch.tensor([parents]), is_chain)
+    begin = perf_counter()
+    context.read_tree(tree)
+    context.keep([0])
+    return perf_counter() - begin
+
+
 class Call:
     """A repeatable call after a context, or a cycle of two; without a budget, a step of autoregressive decoding."""
 
@@ -155,7 +188,6 @@ class Call:
         budget: int | None,
     ) -> None:
         length = predictor.config.window_length
-        settings = GenerationSettings(sampling, 64, window_length=length, slot_budget=budget or 1)
         self.predictor = predictor
         self.num_drafted = min(options.draft, length - 1) if budget else 0
         self.is_cycle = budget == 0
@@ -164,10 +196,7 @@ class Call:
             self.slots = [0]
         else:
             self.slots = list(allocate_slots(lengths, self.num_drafted, budget)) if budget else [length - 1]
-        with torch.inference_mode():
-            self.context = BatchContext(predictor, settings, [options.context])
-            self.context.read(torch.zeros(1, options.context, dtype=torch.long))
-            self.context.keep([options.context])
+        self.context = context_of(predictor, sampling, options.context, budget or 1)
         self.drafter = StudentDrafter(predictor.config.objective, self.context.sampling)
 
     @torch.inference_mode()

@@ -6,17 +6,20 @@ from importlib import import_module
 
 from ptp_lightning import __version__
 from ptp_lightning.utils.short_help import TRAINING_COMMANDS, all_options, training_help, wants_help
-from ptp_lightning.utils.user_errors import run_plainly
+from ptp_lightning.utils.user_errors import parsed_options, run_plainly
 
 COMMANDS = dict.fromkeys(TRAINING_COMMANDS, "training.cli:run") | {
     "plan": "planning.options:run",
     "pregenerate": "pregeneration.options:run",
-    "generate": "generation.options:run",
-    "evaluate": "evaluation.options:run",
+    "generate": "generation",
+    "evaluate": "evaluation",
     "sweep": "sweeps.command:main",
-    "export": "export.options:run",
+    "export": "export",
 }
-"""Modules and functions below `ptp_lightning`. Those named `options` print help without importing torch."""
+"""Functions below `ptp_lightning`, or packages: `options.build_parser` reads the options of `command.run`.
+
+Modules named `options` import no torch, so that `--help` is quick.
+"""
 
 CONFIGURED_COMMANDS = (*TRAINING_COMMANDS, "plan", "pregenerate", "sweep")
 """Those that read a configuration of their user, which may name classes in the current folder.
@@ -67,5 +70,9 @@ def dispatch(args: list[str]) -> None:
         rest = [command, *all_options(rest)]  # LightningCLI parses the command too
     if command in CONFIGURED_COMMANDS and (folder := os.getcwd()) not in sys.path:
         sys.path.append(folder)  # classes that a configuration names; last, so that its files hide no package
-    module, function = COMMANDS[command].split(":")
-    getattr(import_module(f"ptp_lightning.{module}"), function)(rest)
+    module, _, function = COMMANDS[command].partition(":")
+    if function:
+        getattr(import_module(f"ptp_lightning.{module}"), function)(rest)
+        return
+    options = parsed_options(command, import_module(f"ptp_lightning.{module}.options").build_parser(), rest)
+    import_module(f"ptp_lightning.{module}.command").run(options)

@@ -9,7 +9,7 @@ from benchmarks import decoding_calls
 
 
 def test_rows_of_a_trained_predictor(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    options = "--adapter code --budgets 0 4 --prompts 50 --context 16 --repetitions 1"
+    options = "--adapter code --budgets 0 4 --prompts 50 --trees --context 16 --repetitions 1"
     monkeypatch.setattr(sys, "argv", ["decoding_calls", *options.split()])
     num_threads = torch.get_num_threads()
     try:
@@ -24,5 +24,6 @@ def test_rows_of_a_trained_predictor(monkeypatch: pytest.MonkeyPatch, capsys: py
         "prompt of 50, own",
         "speculative cycle, two calls",
         "call of 4 slots",
+        *decoding_calls.TREES,
     ):
         assert all(float(number) > 0 for number in rows[name])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import log
 from typing import Protocol, runtime_checkable
@@ -21,9 +21,9 @@ from ptp_lightning.sampling import Sampler
 
 NUM_DRAFT_TOKENS = 8
 """Of the default tree. More tokens are correct more often, but reading them takes longer on a CPU."""
-BEAM = 8
-CHOICES = 4
-SMALLEST_PROBABILITY = 1e-12
+BEAM = 8  # paths that are continued at each depth
+CHOICES = 4  # tokens that may continue a path
+SMALLEST_PROBABILITY = 1e-12  # of a choice, so that its logarithm is finite
 WORTHWHILE_PROBABILITY = 0.15
 """A drafted token that is correct with less than this probability takes longer to verify, on a CPU, than it saves."""
 
@@ -110,26 +110,15 @@ def draft_trees(
         size: number of drafted tokens after the first.
     """
     num_slots = slots.shape[1]
-    if num_slots == 0:
-        return TokenTree.chain(first)
-    predictor = context.predictor
     auxiliaries = context.auxiliaries([start + 1 for start in starts], num_slots)
-    correction = predictor.correction
-    if correction is None:
-        all_logits = predictor.slot_logits(slots)
-    else:
-        assert isinstance(correction, CorrectionHead), "no other correction runs from left to right"
-        next_logits = correction.next_logits(slots, predictor.slot_logits)
+    next_logits = _next_logits(context, slots, first)
     token_ids = first
     scores = torch.zeros(first.shape, dtype=torch.float64, device=first.device)
     nodes = torch.zeros_like(first)  # index of each of `token_ids` among all candidates; the root is the first of them
     levels: list[TreeLevel] = []
     num_nodes = 1
     for slot in range(num_slots):
-        if correction is None:
-            logits = all_logits[:, slot : slot + 1].expand(-1, token_ids.shape[1], -1)
-        else:
-            logits = next_logits(slot, predictor.embed(token_ids))
+        logits = next_logits(slot, token_ids)
         u = auxiliaries[:, slot : slot + 1].expand(token_ids.shape)
         chosen, probabilities = drafter.likely(logits, u, [start + 1 + slot for start in starts], CHOICES)
         paths = scores.unsqueeze(2) + probabilities.double().clamp_min(SMALLEST_PROBABILITY).log()
@@ -178,11 +167,10 @@ def draft_windows(
     drafted = [start + 1 for start in starts]
     auxiliaries = context.auxiliaries(drafted, num_slots)
     if predictor.corrects_left_to_right:
-        assert isinstance(predictor.correction, CorrectionHead), "no other correction runs in this order"
-        next_logits = predictor.correction.next_logits(slots, predictor.slot_logits)
+        next_logits = _next_logits(context, slots, first)
 
         def predict_next(slot: int, token_ids: Tensor) -> Tensor:
-            logits = context.penalized_slots(next_logits(slot, predictor.embed(token_ids)), first)
+            logits = next_logits(slot, token_ids)
             return drafter(logits, auxiliaries[:, slot : slot + 1], [start + slot for start in drafted])
 
         return draft_left_to_right(first, num_slots, predict_next)
@@ -195,3 +183,20 @@ def draft_windows(
 
     draft = torch.cat([first, drafter(slot_logits(slots), auxiliaries, drafted)], dim=1)
     return refine_draft(draft, predictor.num_refinement_steps, predict_again)
+
+
+def _next_logits(context: BatchContext, slots: Tensor, first: Tensor) -> Callable[[int, Tensor], Tensor]:
+    """From slot j and W tokens `[B, W]` that it may stand for to its logits after each of them, `[B, W, N]`.
+
+    Args:
+        context: of a predictor without a correction, or with one that runs from left to right.
+        slots: see `draft_windows`.
+        first: likewise.
+    """
+    predictor = context.predictor
+    if predictor.correction is None:
+        all_logits = predictor.slot_logits(slots)
+        return lambda slot, token_ids: all_logits[:, slot : slot + 1].expand(-1, token_ids.shape[1], -1)
+    assert isinstance(predictor.correction, CorrectionHead), "no other correction runs from left to right"
+    corrected = predictor.correction.next_logits(slots, predictor.slot_logits)
+    return lambda slot, token_ids: context.penalized_slots(corrected(slot, predictor.embed(token_ids)), first)

@@ -87,13 +87,12 @@ def decode_speculatively(
 
             # Verify. A column of the picks is the base model's token after that column of the tree. Here the cycle
             # waits for the device.
-            ancestors = context.read_tree(tree)
+            context.read_tree(tree)
             context.timer.mark("forward")
             num_tokens = tree.token_ids.shape[1]
             distribution = context.sampling.distribution(context.next_logits([0] * len(starts), num_tokens))
-            depths = ancestors.sum(dim=2) - 1
-            auxiliaries = context.auxiliaries([start + 1 for start in starts], length).gather(1, depths)
-            verified, after = verified_paths(tree, ancestors, pick(auxiliaries, distribution))
+            auxiliaries = context.auxiliaries([start + 1 for start in starts], length).gather(1, tree.depths)
+            verified, after = verified_paths(tree, pick(auxiliaries, distribution))
             context.timer.mark("verifying")
 
             # Commit the longest correct path and the base model's token after it.

@@ -84,20 +84,14 @@ class BatchContext:
         index = torch.tensor(starts, device=self.device).unsqueeze(1) + torch.arange(length, device=self.device)
         return self._auxiliaries_at(index)
 
-    def read_tree(self, tree: TokenTree) -> Tensor:
-        """Run the base model on drafted tokens that follow each row; `keep_path` keeps some of them.
-
-        Returns:
-            `tree.ancestors`.
-        """
-        ancestors = tree.ancestors
+    def read_tree(self, tree: TokenTree) -> None:
+        """Run the base model on drafted tokens that follow each row; `keep_path` keeps some of them."""
         if tree.is_chain:
             self.read(tree.token_ids)
-        else:
-            embeddings = self.predictor.embed(tree.token_ids)
-            hidden, _ = self._call(embeddings, embeddings[:, :0], None, (tree, ancestors))
-            self._latest = _LatestCall(tree.token_ids, hidden, embeddings, is_tree=True)
-        return ancestors
+            return
+        embeddings = self.predictor.embed(tree.token_ids)
+        hidden, _ = self._call(embeddings, embeddings[:, :0], None, tree)
+        self._latest = _LatestCall(tree.token_ids, hidden, embeddings, is_tree=True)
 
     def read(self, token_ids: Tensor, lookahead: Lookahead | None = None) -> tuple[Tensor, Tensor]:
         """Run the network on tokens that follow each row, and on slots that look ahead of them.
@@ -247,13 +241,13 @@ class BatchContext:
         tokens: Tensor,
         slots: Tensor,
         lookahead: Lookahead | None,
-        tree_and_ancestors: tuple[TokenTree, Tensor] | None = None,
+        tree: TokenTree | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Last hidden states of tokens `[B, T, H]` and slots `[B, S, H]`, given their input embeddings."""
         self.num_calls += 1
         predictor, num_tokens = self.predictor, tokens.shape[1]
         lengths, limit = self._cache.lengths, predictor.max_positions
-        tree, ancestors = (None, None) if tree_and_ancestors is None else tree_and_ancestors
+        ancestors = None if tree is None else tree.ancestors
         position_ids, mask = positions_and_mask(lengths, num_tokens, lookahead, self.device, limit, ancestors)
         if self._joined is not None:
             return self._joined.run(tokens, slots, position_ids, mask, self._cache, tree)

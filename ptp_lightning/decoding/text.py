@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from time import perf_counter
-from typing import TYPE_CHECKING, Protocol, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict, Unpack
 
 from ptp_lightning.decoding.autoregressive import decode_autoregressively
 from ptp_lightning.decoding.generation import Decoded, Generation, GenerationSettings, OnTokens, require_room
@@ -194,6 +194,23 @@ def _require_known(options: Options) -> None:
         raise TypeError(
             f"expected options among {', '.join(Options.__annotations__)}, found {', '.join(sorted(unknown))}"
         )
+
+
+def options_of(settings: GenerationSettings) -> dict[str, Any]:
+    """The `Options` of `generate` that give these settings.
+
+    >>> options_of(GenerationSettings(seed=3, num_draft_tokens=5))["num_draft_tokens"]
+    5
+    """
+    return {
+        "max_new_tokens": settings.max_new_tokens,
+        "sampling": settings.sampling,
+        "seed": settings.seed,
+        "window_length": settings.window_length,
+        "num_draft_tokens": settings.num_draft_tokens,
+        "slot_budget": settings.slot_budget,
+        "end_of_text": settings.end_of_text,
+    }
 
 
 def _settings(

@@ -8,6 +8,8 @@ most.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -15,8 +17,11 @@ from torch import Tensor
 
 from ptp_lightning.models.attention.aligned_blocks import TokenRun
 
+LONGER_IS_LESS_LIKELY = 1e-6  # nats a token; where a token has probability 1, its path still comes after its beginning
 
-class TokenTree(NamedTuple):
+
+@dataclass(frozen=True)
+class TokenTree:
     """Drafted tokens of B texts, M of each. Column 0 is the root, the exact first token; parents come before children.
 
     Attributes:
@@ -43,7 +48,7 @@ class TokenTree(NamedTuple):
         parents = torch.arange(-1, token_ids.shape[1] - 1, device=token_ids.device).clamp_min(0)
         return cls(token_ids, parents.expand(token_ids.shape), is_chain=True)
 
-    @property
+    @cached_property
     def ancestors(self) -> Tensor:
         """`[B, M, M]` bool, true where a token (row) is another one (column) or follows it."""
         num_tokens = self.parents.shape[1]
@@ -54,7 +59,7 @@ class TokenTree(NamedTuple):
             jump = jump.gather(1, jump)
         return found
 
-    @property
+    @cached_property
     def depths(self) -> Tensor:
         """`[B, M]`, number of tokens between the root and each token, itself included."""
         return self.ancestors.sum(dim=2) - 1
@@ -74,26 +79,25 @@ class Verified(NamedTuple):
     rejected: list[list[int]]
 
 
-def verified_paths(tree: TokenTree, ancestors: Tensor, picks: Tensor) -> tuple[Verified, Tensor]:
+def verified_paths(tree: TokenTree, picks: Tensor) -> tuple[Verified, Tensor]:
     """Compare a tree with the base model's picks. Waits for the device.
 
     Args:
         tree: of M tokens; the roots are correct.
-        ancestors: of the tree.
         picks: `[B, M]`, the base model's token after each.
 
     Returns:
         The paths, and the pick after each of them `[B, 1]`.
 
     >>> tree = TokenTree(torch.tensor([[7, 4, 5, 6]]), torch.tensor([[0, 0, 0, 1]]))
-    >>> verified_paths(tree, tree.ancestors, picks=torch.tensor([[5, 0, 8, 0]]))[0]
+    >>> verified_paths(tree, picks=torch.tensor([[5, 0, 8, 0]]))[0]
     Verified(columns=[[0, 2]], token_ids=[[7, 5, 8]], rejected=[[]])
     """
     is_wrong = tree.token_ids != picks.gather(1, tree.parents)
     is_wrong[:, 0] = False
-    is_correct = ~(ancestors & is_wrong.unsqueeze(1)).any(dim=2)
-    last = (ancestors.sum(dim=2) * is_correct).argmax(dim=1, keepdim=True)
-    on_path = ancestors.gather(1, last.unsqueeze(2).expand(-1, -1, tree.parents.shape[1])).squeeze(1)
+    is_correct = ~(tree.ancestors & is_wrong.unsqueeze(1)).any(dim=2)
+    last = (tree.depths + 1).mul(is_correct).argmax(dim=1, keepdim=True)
+    on_path = tree.ancestors.gather(1, last.unsqueeze(2).expand(-1, -1, tree.parents.shape[1])).squeeze(1)
     after = picks.gather(1, last)
     num_tokens = tree.parents.shape[1]
     rows = torch.cat([on_path, tree.token_ids, tree.parents, after], dim=1).tolist()
@@ -117,7 +121,7 @@ class TreeLevel(NamedTuple):
 
     Attributes:
         token_ids: `[B, C]`.
-        scores: `[B, C]`, log probability of the path to each; never above that of its parent.
+        scores: `[B, C]` float64, log probability of the path to each; never above that of its parent.
         parents: `[B, C]`, index of the parent among all candidates: 0 is the root, then level follows level.
     """
 
@@ -134,15 +138,16 @@ def best_tree(first: Tensor, levels: Sequence[TreeLevel], size: int) -> TokenTre
         levels: at least one.
         size: number of candidates to choose; all if there are fewer.
 
-    >>> level = TreeLevel(torch.tensor([[4, 5]]), torch.tensor([[-0.1, -3.0]]), torch.tensor([[0, 0]]))
-    >>> below = TreeLevel(torch.tensor([[6, 8]]), torch.tensor([[-0.5, -9.0]]), torch.tensor([[1, 1]]))
+    >>> level = TreeLevel(torch.tensor([[4, 5]]), torch.tensor([[-0.1, -3.0]]).double(), torch.tensor([[0, 0]]))
+    >>> below = TreeLevel(torch.tensor([[6, 8]]), torch.tensor([[-0.5, -9.0]]).double(), torch.tensor([[1, 1]]))
     >>> best_tree(torch.tensor([[7]]), [level, below], size=2)
     TokenTree(token_ids=tensor([[7, 4, 6]]), parents=tensor([[0, 0, 1]]), is_chain=False)
     """
     token_ids, scores, parents = (torch.cat(parts, dim=1) for parts in zip(*levels, strict=True))
-    # A path is less likely than its beginning, also where the difference is rounded away.
     depths = torch.cat([torch.full_like(level.scores, depth) for depth, level in enumerate(levels)], dim=1)
-    chosen = (scores.double() - 1e-6 * depths).topk(min(size, scores.shape[1]), dim=1).indices.sort(dim=1).values
+    chosen = (
+        (scores - LONGER_IS_LESS_LIKELY * depths).topk(min(size, scores.shape[1]), dim=1).indices.sort(dim=1).values
+    )
     zero = torch.zeros_like(first)
     column = torch.zeros(len(first), scores.shape[1] + 1, dtype=torch.long, device=first.device)
     own = torch.arange(1, chosen.shape[1] + 1, device=first.device).expand_as(chosen)

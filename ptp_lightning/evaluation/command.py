@@ -16,6 +16,7 @@ import torch
 
 from ptp_lightning.decoding import GenerationSettings
 from ptp_lightning.decoding.devices import select_device
+from ptp_lightning.decoding.drafting import num_tree_tokens
 from ptp_lightning.decoding.model_settings import TAKEN_OVER, with_model_settings
 from ptp_lightning.decoding.slot_budget import measure_best_budget
 from ptp_lightning.decoding.text import end_of_text_ids, tokenizer_of
@@ -140,6 +141,7 @@ def _describe(
         **{name: value for name in TAKEN_OVER if (value := getattr(sampling, name)) is not None},
         "max_new_tokens": plan.settings.max_new_tokens,
         "window_length": plan.settings.window_length,
+        "num_draft_tokens": num_tree_tokens(predictor, plan.settings),
         "decoders": [decoder.name for decoder in decoders],
         "slot_budgets": list(budgets),
         "device": str(predictor.base_model.device),

@@ -1,41 +1,24 @@
-"""The options of `evaluate`, and its entry: the command itself is imported when they are valid."""
+"""The options of `evaluate`; the command itself is imported when they are valid."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from ptp_lightning.evaluation.decoder_names import DECODER_NAMES
 from ptp_lightning.evaluation.questions import BENCHMARKS, HELD_OUT_CODE
-from ptp_lightning.export.options import add_predictor_options
-from ptp_lightning.utils.user_errors import parsed_options
+from ptp_lightning.export.options import add_draft_options, add_predictor_options
+from ptp_lightning.utils.user_errors import option_parser
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
 
-def run(args: Sequence[str]) -> None:
-    """See `ptp_lightning.evaluation.command.run`.
-
-    Raises:
-        ValueError: an option is unknown or of another type.
-    """
-    options = parsed_options("evaluate", build_parser(), args)
-    from ptp_lightning.evaluation.command import run as run_command
-
-    run_command(options)
-
-
 def build_parser() -> ArgumentParser:
     """The parser of all options."""
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(
-        prog="python -m ptp_lightning evaluate",
-        description="Let all decoders answer the same questions, and report speed and exactness. Repeated with the "
+    parser = option_parser(
+        "evaluate",
+        "Let all decoders answer the same questions, and report speed and exactness. Repeated with the "
         "same --output, the command continues a stopped evaluation.",
-        exit_on_error=False,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add_predictor_options(parser)
@@ -56,12 +39,7 @@ def build_parser() -> ArgumentParser:
     add("--top_k", type=int, help="by default that of the adapter")
     add("--top_p", type=float, help="by default that of the adapter")
     add("--device", type=str, default="auto", help="auto uses a GPU if there is one")
-    add("--window_length", type=int, help="tokens drafted per cycle; by default as in training")
-    add(
-        "--num_draft_tokens",
-        type=int,
-        help="drafted tokens that a cycle verifies, alternatives included; 0 for a single draft",
-    )
+    add_draft_options(parser)
     add(
         "--slot_budget",
         type=Literal["auto"] | int,

@@ -18,7 +18,8 @@ from ptp_lightning.utils.atomic_files import write_atomically
 BYTES_PER_MEGABYTE = 1_000_000
 CONVENTIONS = """\
 * **tokens per call**: new tokens per forward pass of the base model, including the passes that read the prompt.
-* **correct**: correct tokens of a draft, including the exact first token.
+* **correct**: correct tokens of a draft, including the exact first token. Of a tree of drafts (`num draft tokens`
+  above 0) the longest correct path counts; validation and "all positions" are measured with single drafts.
 * **committed**: tokens committed per draft: the correct tokens, and the token that the base model picks after them
   (the "+1").
 * **speed**: tokens per second, relative to the autoregressive decoder of this package (AR) and to

@@ -81,21 +81,7 @@ def upload(
 ) -> str:
     """Create a repository of the hub if there is none, and upload a folder into it in one commit.
 
-    Args:
-        folder: the folder.
-        repo: "user/name".
-        private: visibility of a new repository; by default that of the user's settings.
-        token: of the user; by default that of `hf auth login`.
-        revision: branch; by default "main".
-        create_pr: open a pull request instead.
-        commit_message: of the commit.
-
-    Returns:
-        The address of the commit.
-
-    Raises:
-        ValueError: `repo` is no id of the hub.
-        ConnectionError: the hub refuses, or cannot be reached; says what was tried.
+    Further arguments, the result and errors as in `ParallelTokenPredictor.push_to_hub`.
     """
     from huggingface_hub import HfApi
 

@@ -1,39 +1,22 @@
-"""The options of `export` with its entry, and those of all commands that open a predictor."""
+"""The options of `export`, and those of all commands that open a predictor."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from ptp_lightning.export.packaged_adapters import DEFAULT_ADAPTER, PACKAGED_ADAPTERS
 from ptp_lightning.option_names import TRUST_OPTION, DtypeName
-from ptp_lightning.utils.user_errors import parsed_options
+from ptp_lightning.utils.user_errors import option_parser
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
 
-def run(args: Sequence[str]) -> None:
-    """See `ptp_lightning.export.command.run`.
-
-    Raises:
-        ValueError: an option is unknown or of another type.
-    """
-    options = parsed_options("export", build_parser(), args)
-    from ptp_lightning.export.command import run as run_command
-
-    run_command(options)
-
-
 def build_parser() -> ArgumentParser:
     """The parser of all options."""
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(
-        prog="python -m ptp_lightning export",
-        description="Write a trained predictor, without base weights, as a folder that PEFT and ptp_lightning open.",
-        exit_on_error=False,
-        allow_abbrev=False,
+    parser = option_parser(
+        "export",
+        "Write a trained predictor, without base weights, as a folder that PEFT and ptp_lightning open.",
     )
     add = parser.add_argument
     add("--ckpt_path", type=str, required=True, help="Lightning checkpoint, an earlier export, or user/name of the hub")
@@ -62,6 +45,17 @@ def add_predictor_options(parser: ArgumentParser) -> None:
     add("--base", type=str, help="folder, .gguf file or hub id of a sibling of the base model to use instead of it")
     add("--dtype", type=DtypeName, default="auto", help="of the base model; auto is that of the training")
     add_trust_option(parser)
+
+
+def add_draft_options(parser: ArgumentParser) -> None:
+    """Add `--window_length` and `--num_draft_tokens`."""
+    add = parser.add_argument
+    add("--window_length", type=int, help="tokens drafted per cycle; by default as in training")
+    add(
+        "--num_draft_tokens",
+        type=int,
+        help="drafted tokens that a cycle verifies, alternatives included; 0 for a single draft",
+    )
 
 
 def add_trust_option(parser: ArgumentParser) -> None:

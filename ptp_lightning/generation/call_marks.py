@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from rich.text import Text
     from transformers import PreTrainedTokenizerBase
 
-SHADES = ("black on #a6dcef", "black on #f9e2a2", "black on #c5e8b7")
-"""Of consecutive cycles, in turn; letters are black so that all of them are legible on dark terminals too."""
+SHADES = ("#a6dcef", "#f9e2a2", "#c5e8b7")
+"""Background colours of consecutive cycles, in turn."""
 REJECTED_STYLE = "strike #d0554f"
 LEGEND = (
     "each shade, or the text between two bars, is one cycle of draft and verification; struck out: its wrong drafts"
@@ -78,7 +78,7 @@ def coloured(cycles: Sequence[MarkedCycle]) -> Text:
 
     text = Text()
     for number, cycle in enumerate(cycles):
-        text.append(cycle.text, SHADES[number % len(SHADES)])
+        text.append(cycle.text, f"black on {SHADES[number % len(SHADES)]}")  # legible on dark terminals, too
         text.append(cycle.rejected, REJECTED_STYLE)
     return text
 

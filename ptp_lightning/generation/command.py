@@ -16,7 +16,14 @@ from ptp_lightning.decoding.model_settings import TAKEN_OVER, with_model_setting
 from ptp_lightning.decoding.slot_allocation import expected_tokens
 from ptp_lightning.decoding.slot_budget import measure_best_budget
 from ptp_lightning.decoding.stop_strings import StopStrings
-from ptp_lightning.decoding.text import encode_prompt, end_of_text_ids, generate, generate_batch, tokenizer_of
+from ptp_lightning.decoding.text import (
+    encode_prompt,
+    end_of_text_ids,
+    generate,
+    generate_batch,
+    options_of,
+    tokenizer_of,
+)
 from ptp_lightning.export.checkpoint import load_network
 from ptp_lightning.export.options import predictor_options, predictor_source
 from ptp_lightning.generation.call_marks import LEGEND, mark_cycles, print_marked
@@ -71,6 +78,7 @@ def run(options: Namespace) -> None:
         base_model = load_backbone(predictor.config.backbone).to(device)  # pyright: ignore[reportArgumentType]
         compare = partial(compare_decoders, predictor, base_model, settings=settings, **common)
     separator = CHAT_SEPARATOR if options.chat else ""  # between prompt and text
+    shows_cycles = options.show_calls or options.html is not None
     sections: list[Section] = []
     _warm_up(predictor, encoded[0], settings, options.decoder, tokenizer)
     for first in range(0, len(prompts), options.batch_size):
@@ -81,23 +89,18 @@ def run(options: Namespace) -> None:
         generations = generate_batch(
             predictor,
             some,
-            max_new_tokens=settings.max_new_tokens,
-            sampling=settings.sampling,
-            seed=settings.seed,
-            window_length=settings.window_length,
-            num_draft_tokens=settings.num_draft_tokens,
-            slot_budget=settings.slot_budget,
-            end_of_text=settings.end_of_text,
             chat=options.chat,
             system=options.system,
             on_text=_stream if streams else None,
+            **options_of(settings),
             **common,
         )
         for number, generation in enumerate(generations, start=first):
             measured = [] if compare is None else compare(encoded[number], num_tokens=generation.num_tokens)
             before = generation.prompt + separator
-            cycles = mark_cycles(generation, encoded[number], tokenizer)
-            sections.append(Section(before, cycles, "\n".join([_summary(generation), *comparison_lines(measured)])))
+            cost = "\n".join([_summary(generation), *comparison_lines(measured)])
+            cycles = mark_cycles(generation, encoded[number], tokenizer) if shows_cycles else []
+            sections.append(Section(before, cycles, cost))
             if options.json:
                 print(json.dumps(as_json(generation) | comparison_as_json(measured)), flush=True)
                 continue
@@ -107,7 +110,7 @@ def run(options: Namespace) -> None:
                 print_marked(before, cycles)
             else:
                 print("" if streams else before + generation.text)
-            print(f"\n{sections[-1].cost}", flush=True)
+            print(f"\n{cost}", flush=True)
     if not options.json:
         print("\n".join(_closing_lines(options)), end="")
     if options.html is not None:
@@ -145,7 +148,6 @@ def _require_consistent(options: Namespace) -> None:
             f"expected --batch_size 1 with --compare, which measures one text at a time, found {options.batch_size}: "
             "leave one of them out"
         )
-
     if options.show_calls and options.json:
         raise ValueError("expected one of --show_calls, which is for people, and --json, found both: leave one out")
     if options.html is not None:
@@ -162,18 +164,8 @@ def _warm_up(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     """Decode a few tokens, because the first calls pack weights and fill caches of kernels."""
-    generate(
-        predictor,
-        prompt,
-        max_new_tokens=min(WARM_UP_TOKENS, settings.max_new_tokens),
-        sampling=settings.sampling,
-        seed=settings.seed,
-        decoder=decoder,
-        window_length=settings.window_length,
-        num_draft_tokens=settings.num_draft_tokens,
-        slot_budget=settings.slot_budget,
-        tokenizer=tokenizer,
-    )
+    settings = replace(settings, max_new_tokens=min(WARM_UP_TOKENS, settings.max_new_tokens))
+    generate(predictor, prompt, decoder=decoder, tokenizer=tokenizer, **options_of(settings))
 
 
 def _closing_lines(options: Namespace) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ptp_lightning.decoding.generation import GenerationSettings
-from ptp_lightning.decoding.text import generate
+from ptp_lightning.decoding.text import generate, options_of
 from ptp_lightning.models.network import PredictorNetwork
 from ptp_lightning.option_names import DecoderName
 
@@ -172,16 +172,10 @@ def _measure_own(
     generation = generate(
         predictor,
         prompt,
-        max_new_tokens=max_new_tokens,
-        sampling=settings.sampling,
-        seed=settings.seed,
         decoder=decoder,
-        window_length=settings.window_length,
-        num_draft_tokens=settings.num_draft_tokens,
-        slot_budget=settings.slot_budget,
-        end_of_text=settings.end_of_text,
         stop=stop,
         tokenizer=tokenizer,
+        **options_of(replace(settings, max_new_tokens=max_new_tokens)),
     )
     return Measurement(decoder, generation.token_ids, generation.num_calls, generation.seconds)
 

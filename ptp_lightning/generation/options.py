@@ -1,39 +1,22 @@
-"""The options of `generate`, and its entry: the command itself is imported when they are valid."""
+"""The options of `generate`; the command itself is imported when they are valid."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-from ptp_lightning.export.options import add_predictor_options
+from ptp_lightning.export.options import add_draft_options, add_predictor_options
 from ptp_lightning.option_names import DecoderName
-from ptp_lightning.utils.user_errors import parsed_options
+from ptp_lightning.utils.user_errors import option_parser
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
 
-def run(args: Sequence[str]) -> None:
-    """See `ptp_lightning.generation.command.run`.
-
-    Raises:
-        ValueError: an option is unknown or of another type.
-    """
-    options = parsed_options("generate", build_parser(), args)
-    from ptp_lightning.generation.command import run as run_command
-
-    run_command(options)
-
-
 def build_parser() -> ArgumentParser:
     """The parser of all options."""
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(
-        prog="python -m ptp_lightning generate",
-        description="Continue prompts: the base model's own samples, several tokens per call.",
-        exit_on_error=False,
-        allow_abbrev=False,
+    parser = option_parser(
+        "generate",
+        "Continue prompts: the base model's own samples, several tokens per call.",
     )
     add = parser.add_argument
     add_predictor_options(parser)
@@ -55,12 +38,7 @@ def build_parser() -> ArgumentParser:
         default="speculative",
         help="several tokens per call, or one (autoregressive, the reference)",
     )
-    add("--window_length", type=int, help="tokens drafted per cycle; by default as in training")
-    add(
-        "--num_draft_tokens",
-        type=int,
-        help="drafted tokens that a cycle verifies, alternatives included; 0 for a single draft",
-    )
+    add_draft_options(parser)
     add(
         "--slot_budget",
         type=Literal["auto"] | int,

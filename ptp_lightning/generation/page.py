@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import NamedTuple
 
-from ptp_lightning.generation.call_marks import MarkedCycle
-
-COLOURS = ("#a6dcef", "#f9e2a2", "#c5e8b7")
+from ptp_lightning.generation.call_marks import SHADES, MarkedCycle
 
 _PAGE = """<!doctype html>
 <html lang="en">
@@ -52,7 +50,7 @@ class Section(NamedTuple):
 
 def html_page(sections: Sequence[Section]) -> str:
     """The page, without scripts and references to other files."""
-    shades = "\n".join(f".shade{number} {{ background: {colour}; }}" for number, colour in enumerate(COLOURS))
+    shades = "\n".join(f".shade{number} {{ background: {colour}; }}" for number, colour in enumerate(SHADES))
     return _PAGE.format(shades=shades, sections="\n".join(map(_section, sections)))
 
 
@@ -74,4 +72,4 @@ def _span(number: int, cycle: MarkedCycle) -> str:
     tokens = f"{cycle.num_tokens} token{'' if cycle.num_tokens == 1 else 's'}"
     title = f"cycle {number + 1}: {tokens} in {calls}"
     rejected = f"<del>{escape(cycle.rejected)}</del>" if cycle.rejected else ""
-    return f'<span class="cycle shade{number % len(COLOURS)}" title="{title}">{escape(cycle.text)}</span>{rejected}'
+    return f'<span class="cycle shade{number % len(SHADES)}" title="{title}">{escape(cycle.text)}</span>{rejected}'

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ptp_lightning.utils.named_files import find_yaml
-from ptp_lightning.utils.user_errors import parsed_options
+from ptp_lightning.utils.user_errors import option_parser, parsed_options
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -128,14 +128,7 @@ def split_overrides(args: Sequence[str]) -> tuple[list[str], Overrides]:
 
 
 def _parser(command: str, description: str) -> ArgumentParser:
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(
-        prog=f"python -m ptp_lightning sweep {command}",
-        description=description,
-        exit_on_error=False,
-        allow_abbrev=False,
-    )
+    parser = option_parser(f"sweep {command}", description)
     parser.add_argument("study", type=str, help="file, or name of one in sweeps/")
     parser.add_argument("--full", action="store_true", help="the full version instead of the quick one")
     parser.add_argument("--output", type=str, help="folder of the study; by default runs/sweeps/NAME")

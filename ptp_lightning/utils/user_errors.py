@@ -57,6 +57,15 @@ def warnings_as_notes() -> Iterator[None]:
         yield
 
 
+def option_parser(command: str, description: str) -> ArgumentParser:
+    """A parser for the options of a command, which raises errors and takes no abbreviations."""
+    from jsonargparse import ArgumentParser
+
+    return ArgumentParser(
+        prog=f"python -m ptp_lightning {command}", description=description, exit_on_error=False, allow_abbrev=False
+    )
+
+
 def parsed_options(command: str, parser: ArgumentParser, args: Sequence[str]) -> Namespace:
     """The options of a command.
 

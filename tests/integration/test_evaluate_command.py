@@ -15,10 +15,15 @@ from ptp_lightning.sampling import SamplingConfig
 from ptp_lightning.utils.user_errors import INTERRUPTED
 from tests.helpers.byte_tokenizer import byte_tokenizer
 from tests.helpers.tiny_models import tiny_llama
-from tests.helpers.tiny_predictors import sharpen, tiny_predictor
+from tests.helpers.tiny_predictors import CORRECTIONS, sharpen, tiny_predictor
 
 VOCABULARY = 257
-PREDICTOR = tiny_predictor(vocab_size=VOCABULARY, sampling=SamplingConfig(temperature=0.7, top_k=50), window_length=4)
+PREDICTOR = tiny_predictor(
+    vocab_size=VOCABULARY,
+    sampling=SamplingConfig(temperature=0.7, top_k=50),
+    window_length=4,
+    correction=CORRECTIONS["token_conditioned"],  # drafts trees of tokens
+)
 TOKENIZER = byte_tokenizer()
 QUESTIONS = [
     {"question_id": 1, "category": "code", "turns": ["def f", "shorter"]},
@@ -208,6 +213,8 @@ def test_a_folder_of_another_evaluation_is_rejected(evaluation: Evaluation) -> N
     before = evaluation.records
     status, _, err = evaluation("--decoders", "autoregressive", "--max_new_tokens", "8")
     assert status == 2 and "max_new_tokens 9, found 8: choose another --output" in err
+    status, _, err = evaluation("--decoders", "autoregressive", "--num_draft_tokens", "3")
+    assert status == 2 and "num_draft_tokens 8, found 3: choose another --output" in err
     evaluation.questions.write_text(json.dumps(QUESTIONS[1]) + "\n")
     status, _, err = evaluation("--decoders", "autoregressive")
     assert status == 2 and "num_questions 2, found 1" in err

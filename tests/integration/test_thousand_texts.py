@@ -11,7 +11,7 @@ from ptp_lightning.decoding import DECODERS, GenerationSettings, decode_autoregr
 from ptp_lightning.export.checkpoint import load_network
 from ptp_lightning.models import BackboneSettings, LoraSettings, PredictorConfig, PredictorNetwork
 from ptp_lightning.sampling import SamplingConfig
-from tests.helpers.tiny_predictors import tiny_predictor
+from tests.helpers.tiny_predictors import REFINER, tiny_predictor
 
 NUM_TEXTS = 1000
 SAMPLING = (
@@ -26,7 +26,11 @@ PROMPTS = ([9, 14, 6, 11, 20], [7] * 40, [31, 5], list(range(1, 31)), [12, 8, 8]
 
 def predictors(dtype: str) -> list[PredictorNetwork]:
     """The shipped adapter with its trained model, and tiny ones of each family."""
-    tiny = [tiny_predictor(family, dtype=getattr(torch, dtype)) for family in FAMILIES]
+    # Half of them draft trees of tokens, which a refiner cannot.
+    tiny = [
+        tiny_predictor(family, dtype=getattr(torch, dtype), correction=correction)
+        for family, correction in zip(FAMILIES, (REFINER, None) * 2, strict=True)
+    ]
     return [load_network(dtype=dtype), *tiny]  # pyright: ignore[reportArgumentType]
 
 
@@ -40,7 +44,7 @@ def count_deviating(predictor: PredictorNetwork, sampling: SamplingConfig, num_t
             decode_autoregressively(predictor, [prompt], GenerationSettings(sampling, 24, seed))[0].token_ids
             for prompt, seed in zip(prompts, seeds, strict=True)
         ]
-        settings = GenerationSettings(sampling, 24, seeds, window_length=5, slot_budget=12)
+        settings = GenerationSettings(sampling, 24, seeds, window_length=5, slot_budget=12, num_draft_tokens=8)
         texts = [
             [decoded.token_ids for decoded in decode(predictor, prompts, settings)] for decode in DECODERS.values()
         ]
@@ -69,15 +73,19 @@ def test_texts_are_the_reference_texts(dtype: str) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_texts_of_smollm2_are_the_reference_texts(dtype: str) -> None:
+@pytest.mark.parametrize("adapter", ["trained", "random"])
+def test_texts_of_smollm2_are_the_reference_texts(adapter: str, dtype: str) -> None:
     """A wide vocabulary, which has many borders; needs the package that carries the model."""
     try:
-        config = PredictorConfig(BackboneSettings("smollm2", dtype), lora=LoraSettings(rank=8))  # pyright: ignore
-        predictor = PredictorNetwork(config).eval()
+        if adapter == "trained":
+            predictor = load_network("smollm2", dtype=dtype).eval()  # pyright: ignore[reportArgumentType]
+        else:
+            config = PredictorConfig(BackboneSettings("smollm2", dtype), lora=LoraSettings(rank=8))  # pyright: ignore
+            predictor = PredictorNetwork(config).eval()
     except (FileNotFoundError, ImportError) as error:
         pytest.skip(str(error))
     for name, parameter in predictor.named_parameters():
-        if "lora_B" in name:
+        if adapter == "random" and "lora_B" in name:
             parameter.data.normal_(std=0.002)
     deviating = [count_deviating(predictor, sampling, 12, batch_size) for sampling in SAMPLING for batch_size in (1, 5)]
     assert deviating == [0] * len(deviating)

@@ -32,7 +32,7 @@ SlotHead = Callable[[Tensor], Tensor]
 """The output head of slots: hidden states `[..., H]` to logits `[..., N]` of the tokens that slots can draft."""
 
 NextLogits = Callable[[int, Tensor], Tensor]
-"""Slot j and the embeddings `[B, 1, H]` of the token it stands for, to its corrected logits `[B, 1, N]`."""
+"""Slot j and the embeddings `[B, W, H]` of W tokens it may stand for, to its logits after each, `[B, W, N]`."""
 
 
 class Correction(ABC):

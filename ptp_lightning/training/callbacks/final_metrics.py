@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from ptp_lightning.metrics import as_tags
-from ptp_lightning.training.callbacks.trainer_state import tensorboard_loggers, val_summary
+from ptp_lightning.training.trainer_state import tensorboard_loggers, val_summary
 
 HEADLINES = ("val/correct_tokens", "train/loss_nats")
 

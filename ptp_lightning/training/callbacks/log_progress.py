@@ -9,7 +9,7 @@ import rich
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from ptp_lightning.batch import PackedBatch
-from ptp_lightning.training.callbacks.trainer_state import val_summary
+from ptp_lightning.training.trainer_state import val_summary
 from ptp_lightning.utils.progress_lines import LinePacer, print_line
 
 

@@ -15,7 +15,7 @@ from ptp_lightning.training.callbacks.figures import (
     draw_by_position,
     draw_correct_token_counts,
 )
-from ptp_lightning.training.callbacks.trainer_state import tensorboard_loggers, val_summary
+from ptp_lightning.training.trainer_state import tensorboard_loggers, val_summary
 
 LINES_TAG = "val/by_position"
 HEAT_MAP_TAG = "val/accuracy_by_step"

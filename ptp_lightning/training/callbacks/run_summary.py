@@ -18,7 +18,7 @@ from rich.text import Text
 
 from ptp_lightning.data.packed_datamodule import PackedDataModule
 from ptp_lightning.metrics import WindowSummary, as_tags
-from ptp_lightning.training.callbacks.trainer_state import val_summary
+from ptp_lightning.training.trainer_state import datamodule_of, val_summary
 
 MAX_TABLE_ROWS = 16
 MEASUREMENTS = {"validate": "Validation", "test": "Test"}
@@ -115,7 +115,7 @@ def measurement_table(title: str, metrics: Mapping[str, Any], summary: WindowSum
 
 def is_text(trainer: Trainer) -> bool:
     """Whether the data are text, so that the trained model can continue a prompt; other series have no tokenizer."""
-    data: object = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+    data: object = datamodule_of(trainer)
     return not isinstance(data, PackedDataModule) or data.tokenizer is not None
 
 

@@ -16,7 +16,7 @@ from ptp_lightning.decoding.text import generate
 from ptp_lightning.generation.call_marks import LEGEND, mark_cycles, plain_marks
 from ptp_lightning.metrics import WindowSummary, as_tags
 from ptp_lightning.models.network import PredictorNetwork
-from ptp_lightning.training.callbacks.trainer_state import tensorboard_loggers, val_summary
+from ptp_lightning.training.trainer_state import datamodule_of, tensorboard_loggers, val_summary
 from ptp_lightning.utils.passwords import without_passwords
 
 COMMAND_TAG = "run/command"
@@ -75,7 +75,7 @@ class RunText(Callback):
 
     def _sample(self, trainer: Trainer, pl_module: LightningModule) -> str | None:
         predictor: object = getattr(pl_module, "predictor", None)
-        data: object = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        data: object = datamodule_of(trainer)
         tokenizer = data.tokenizer if isinstance(data, PackedDataModule) else None
         # The other processes take no part in decoding, so each needs all weights.
         has_all_weights = isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy)

@@ -3,7 +3,7 @@
 import copy
 import math
 import re
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -21,6 +21,7 @@ from ptp_lightning.models.layers.activation_checkpointing import checkpoint_laye
 from ptp_lightning.models.lora.gate import Gate
 from ptp_lightning.training.modules.training_module import TrainingModule
 from ptp_lightning.training.optimization import OptimizerSettings, configure
+from ptp_lightning.training.trainer_state import datamodule_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -96,7 +97,7 @@ class AutoregressiveModule(TrainingModule):
 
     def setup(self, stage: str) -> None:
         """Check that data and model fit; count the bytes of each token."""
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        data = datamodule_of(self.trainer)
         vocab_size = self.model.config.vocab_size
         if data.vocab_size > vocab_size:
             raise ValueError(
@@ -191,7 +192,7 @@ class AutoregressiveModule(TrainingModule):
         written.generation_config = copy.deepcopy(self.model.generation_config)
         written.load_state_dict(state)
         written.save_pretrained(self.output)
-        tokenizer = self.trainer.datamodule.tokenizer  # type: ignore[attr-defined]
+        tokenizer = datamodule_of(self.trainer).tokenizer
         if tokenizer is not None:
             tokenizer.save_pretrained(self.output)
 

@@ -27,6 +27,7 @@ from ptp_lightning.models.network import PredictorNetwork
 from ptp_lightning.sampling import SamplingConfig
 from ptp_lightning.training.modules.training_module import TrainingModule
 from ptp_lightning.training.optimization import OptimizerSettings, configure
+from ptp_lightning.training.trainer_state import datamodule_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -88,7 +89,7 @@ class PredictorModule(TrainingModule):
         Raises:
             ValueError: tokenizer, row length or window length do not fit, or another teacher wrote the completions.
         """
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        data = datamodule_of(self.trainer)
         length, limit = self.predictor.config.window_length, self.predictor.max_positions
         if isinstance(data, CompletionsDataModule):
             require_own_completions(self.predictor, data.settings)
@@ -116,7 +117,7 @@ class PredictorModule(TrainingModule):
         warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode", category=PossibleUserWarning)
         head = self.predictor.draft_head
         if head is not None and not head.is_chosen:
-            data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+            data = datamodule_of(self.trainer)
             size, vocab_size = self.predictor.config.draft_vocabulary, self.predictor.base_model.config.vocab_size
             assert size is not None, "there is a draft head"
             texts = first_tokens(data.training_texts(), COUNTED_TOKENS)

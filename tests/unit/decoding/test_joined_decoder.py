@@ -19,6 +19,7 @@ from ptp_lightning.decoding.joined_decoder import JoinedDecoder
 from ptp_lightning.decoding.lookahead import Lookahead
 from ptp_lightning.decoding.preparation import prepare_for_decoding
 from ptp_lightning.decoding.state import MIN_PREFILL_TOKENS, BatchContext
+from ptp_lightning.decoding.token_tree import TokenTree
 from ptp_lightning.models import LoraSettings, PredictorConfig, PredictorNetwork
 from ptp_lightning.models.layers.packed_linear import PackedWeights
 from ptp_lightning.models.lora.joined_adapter import JoinedAdapter
@@ -95,6 +96,30 @@ def test_bits_do_not_depend_on_rows_slots_or_texts(shape: tuple[int, int], dtype
         assert torch.equal(hidden_states(network, texts[row : row + 1], kept[row : row + 1], [7])[0], together[row])
     pair = hidden_states(network, texts[:2], kept[:2], [3, 4])
     assert torch.equal(pair, together[:2])
+
+
+@by_dtype
+@pytest.mark.parametrize("hidden_size", [576, 2048])
+@torch.inference_mode()
+def test_bits_do_not_depend_on_other_paths_of_a_tree(hidden_size: int, dtype: torch.dtype) -> None:
+    """Paths of 1 to 6 tokens from a tree of 12, across borders of blocks, and the tokens that follow the kept one."""
+    network, (text, *_) = wide(hidden_size, dtype), random_texts(1)
+    parents = [0, 0, 0, 1, 1, 3, 3, 2, 5, 8, 7, 6]
+    for kept in (36, 37, 38, 39):
+        for path in ([0, 1, 3, 5, 8, 9], [0, 1, 3, 6, 11], [0, 2, 7, 10], [0, 1, 4]):
+            columns = dict(zip(path, text[kept:], strict=False))
+            tree = torch.tensor([[columns.get(column, (7 * column) % VOCABULARY) for column in range(len(parents))]])
+            with prepare_for_decoding(network):
+                context = BatchContext(network, GenerationSettings(), [kept])
+                context.read(text[:kept].unsqueeze(0))
+                context.keep([kept])
+                context.read_tree(TokenTree(tree, torch.tensor([parents])))
+                logits = context.next_logits([0], len(parents))[:, path]
+                context.keep_path([path])
+                context.read(text[None, kept + len(path) : kept + len(path) + 3])
+                found = torch.cat([logits, context.next_logits([0], 3)], dim=1)
+                expected = context.logits(hidden_states(network, [text], [kept], [1] * (len(path) + 3)))
+            assert torch.equal(found, expected)
 
 
 @by_dtype

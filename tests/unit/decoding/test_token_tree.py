@@ -79,7 +79,7 @@ class TestTrees:
         token_ids = [random.randrange(3) for _ in parents]
         picks = [random.randrange(3) for _ in parents]
         tree = TokenTree(torch.tensor([token_ids]), torch.tensor([parents]))
-        (columns,), (found,), _ = verified_paths(tree, tree.ancestors, torch.tensor([picks]))[0]
+        (columns,), (found,), _ = verified_paths(tree, torch.tensor([picks]))[0]
         correct = [
             path
             for path in (path_to(column, parents) for column in range(len(parents)))
@@ -91,14 +91,16 @@ class TestTrees:
     def test_the_likeliest_paths_are_chosen_and_parents_come_first(self) -> None:
         """Paths of probability 0.6, 0.3; 0.54, 0.06, 0.29, 0.01; equal ones are as long as their beginnings allow."""
         first = torch.tensor([[9]])
-        level = TreeLevel(torch.tensor([[1, 2]]), torch.tensor([[0.6, 0.3]]).log(), torch.tensor([[0, 0]]))
+        level = TreeLevel(torch.tensor([[1, 2]]), torch.tensor([[0.6, 0.3]]).double().log(), torch.tensor([[0, 0]]))
         below = TreeLevel(
-            torch.tensor([[3, 4, 5, 6]]), torch.tensor([[0.54, 0.06, 0.29, 0.01]]).log(), torch.tensor([[1, 1, 2, 2]])
+            torch.tensor([[3, 4, 5, 6]]),
+            torch.tensor([[0.54, 0.06, 0.29, 0.01]]).double().log(),
+            torch.tensor([[1, 1, 2, 2]]),
         )
         assert best_tree(first, [level, below], 2).token_ids.tolist() == [[9, 1, 3]]
         tree = best_tree(first, [level, below], 4)
         assert tree.token_ids.tolist() == [[9, 1, 2, 3, 5]] and tree.parents.tolist() == [[0, 0, 0, 1, 2]]
-        certain = [level._replace(scores=torch.zeros(1, 2)), below._replace(scores=torch.zeros(1, 4))]
+        certain = [level._replace(scores=torch.zeros(1, 2).double()), below._replace(scores=torch.zeros(1, 4).double())]
         assert best_tree(first, certain, 2).parents.tolist() == [[0, 0, 0]]
 
 

@@ -1,11 +1,18 @@
-"""What callbacks read from the trainer."""
+"""What modules and callbacks read from the trainer."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from ptp_lightning.metrics import WindowSummary
+
+
+def datamodule_of(trainer: Trainer) -> Any:
+    """The data module of a running trainer; any class, or None."""
+    return trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]  Lightning adds it to each trainer
 
 
 def val_summary(trainer: Trainer, pl_module: LightningModule) -> WindowSummary | None:
