@@ -25,11 +25,11 @@ from ptp_lightning.sweeps.storage import JOURNAL, open_storage
 from ptp_lightning.sweeps.study import Overrides, Parameters, Study, load_study, path_from_study, study_name
 from ptp_lightning.sweeps.training_run import (
     budget_overrides,
-    build,
     configured_world_size,
     fit_arguments,
     override_arguments,
     read_configuration,
+    require_logged,
     silence_training_logs,
     tokens_per_step,
 )
@@ -91,7 +91,10 @@ class StudyRunner:
             for preparation in study.prepare:
                 prepare(preparation, self.study_file, study.overrides | self.overrides, log)
             parameters = study.covering_points()[0]
-            build(trial_arguments(study, base, self.overrides, parameters, study.seeds[0]))
+            require_logged(
+                study.metric_of(parameters),
+                trial_arguments(study, base, self.overrides, parameters, study.seeds[0]),
+            )
         queue = TrialQueue(study, stored, storage, retry_failed=self.retry_failed and not is_job)
         if not is_job:
             queue.fill()

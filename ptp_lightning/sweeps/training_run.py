@@ -23,13 +23,14 @@ from ptp_lightning.data.corpus import Corpus, Document, Split
 from ptp_lightning.data.datamodule import CorpusDataModule
 from ptp_lightning.metrics import WindowSummary
 from ptp_lightning.sweeps.study import Budget, Overrides
-from ptp_lightning.sweeps.trial_callbacks import PruneAtValidation, TrainingClock
+from ptp_lightning.sweeps.trial_callbacks import PruneAtValidation, TrainingClock, require_metric
 from ptp_lightning.training.callbacks import LogProgress, RunSummary, RunText
 from ptp_lightning.training.cli import PlainErrorParser, TrainingCLI, parsed
 from ptp_lightning.utils.user_errors import plain_reason
 
 # A study keeps metrics and the commands to repeat its trainings, no checkpoints.
 LEFT_OUT = (Checkpoint, ProgressBar, LogProgress, RunSummary, RunText)
+CHECKED_BATCHES = 2  # of a validation that shows which metrics are logged
 FOLLOWER_ARGUMENTS = "SWEEPS_FOLLOWER_ARGUMENTS"  # environment variable with the arguments of `fit` for other ranks
 
 
@@ -172,14 +173,30 @@ def read_configuration(arguments: Sequence[str]) -> dict[str, Any]:
     return parsed(ParsingCLI, RaisingParser, list(arguments), run=False).config.as_dict()
 
 
-def build(arguments: Sequence[str]) -> None:
+def build(arguments: Sequence[str]) -> TrialCLI:
     """Build model, data and trainer, to find errors before a study starts.
 
     Raises:
         ValueError: parts do not fit each other, or something is missing.
         FileNotFoundError: a file is missing.
     """
-    parsed(TrialCLI, RaisingParser, list(arguments), run=False)
+    return parsed(TrialCLI, RaisingParser, list(arguments), run=False)
+
+
+def require_logged(metric: str, arguments: Sequence[str]) -> None:
+    """Validate two batches, to find out whether a training logs a metric before one begins.
+
+    Trainings on several devices are only built, because one device may be too small for them; their trials find it out
+    in the validation before their first step.
+
+    Raises:
+        ValueError: the metric is not logged; or as `build`.
+        FileNotFoundError: as `build`.
+    """
+    cli = build([*arguments, "--trainer.logger=false", f"--trainer.limit_val_batches={CHECKED_BATCHES}"])
+    if cli.trainer.world_size == 1:
+        cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
+        require_metric(metric, cli.trainer)
 
 
 def fit_arguments(base: str, *overrides: Overrides) -> list[str]:

@@ -80,17 +80,27 @@ class PruneAtValidation(Callback):
         Raises:
             ValueError: the metric was not logged.
         """
+        if self.trial is not None:
+            require_metric(self.metric, trainer)
         if trainer.sanity_checking:
             return
         pruned = False
         if self.trial is not None:
-            if self.metric not in trainer.callback_metrics:
-                raise ValueError(
-                    f"expected a validation that logs objective.metric {self.metric}, found "
-                    f"{sorted(tag for tag in trainer.callback_metrics if '/position_' not in tag)}"
-                )
             self.trial.report(float(trainer.callback_metrics[self.metric]), trainer.global_step)
             pruned = trainer.global_step < trainer.max_steps and self.trial.should_prune()
         self.pruned = trainer.strategy.broadcast(pruned)
         if self.pruned:
             trainer.should_stop = True
+
+
+def require_metric(metric: str, trainer: Trainer) -> None:
+    """Refuse a metric that the last validation has not logged.
+
+    Raises:
+        ValueError: with the tags that it has logged.
+    """
+    if metric not in trainer.callback_metrics:
+        raise ValueError(
+            f"expected a validation that logs objective.metric {metric}, found "
+            f"{sorted(tag for tag in trainer.callback_metrics if '/position_' not in tag)}"
+        )

@@ -146,6 +146,17 @@ def test_a_missing_file_of_the_data_is_named(
     assert stored.trials == []
 
 
+def test_a_metric_that_is_not_logged_is_refused_before_the_first_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_study(tmp_path, objective={"metric": "val/corect"})
+    message = refused(monkeypatch, capsys, "run", path.name)
+    assert "expected a validation that logs objective.metric val/corect, found ['val/" in message
+    assert "'val/correct_tokens'" in message
+    stored = load_stored("tiny_quick", open_storage("runs/sweeps/tiny_quick/study.journal", create=False))
+    assert stored.trials == []
+
+
 @pytest.mark.parametrize(
     ("is_job", "num_trained", "is_seeds_own"), [(False, 0, True), (True, 0, False), (False, 1, False)]
 )
