@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from ptp_lightning.training.callbacks import LogProgress, RunSettings, RunSummary
 from ptp_lightning.training.class_names import unknown_class
+from ptp_lightning.training.disk_errors import plain_disk_errors
 from ptp_lightning.training.distributed.termination import TerminateTogether
 from ptp_lightning.training.hyperparameters import flat_settings
 from ptp_lightning.training.run_folder import SaveRunConfig, newest_checkpoint
@@ -185,6 +186,11 @@ class TrainingCLI(LightningCLI):
                 "evaluate and from_pretrained)"
             )
         return options
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run it; errors of the disk name the folder of the run."""
+        with plain_disk_errors(self.trainer):
+            super()._run_subcommand(subcommand)
 
     def _dump_config(self) -> None:
         """Store the parsed values, as in Lightning, without a second validation, which takes as long as the first."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import threading
 import time
@@ -123,6 +124,31 @@ def test_validations_go_by_steps(config: Path, capsys: pytest.CaptureFixture[str
 def test_a_misconfigured_trainer_is_one_line(config: Path) -> None:
     with pytest.raises(ValueError, match=r"is not a valid duration[^\n]*: change the settings of trainer$"):
         fit("--trainer.max_time", "foo")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "logger", ["ptp_lightning.training.loggers.OverviewTensorBoardLogger", "lightning.pytorch.loggers.CSVLogger"]
+)
+def test_a_log_that_cannot_be_written_is_one_line(
+    logger: str, config: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files may not grow above a limit, whose error is that of a full disk but for its number."""
+    settings = {"save_dir": "runs", "name": "tiny"}
+    settings |= {"flush_logs_every_n_steps": 1} if logger.endswith("CSVLogger") else {"max_queue": 1}
+    plain = yaml.safe_load(config.read_text())
+    plain["trainer"]["logger"] = {"class_path": logger, "init_args": settings}
+    config.write_text(yaml.safe_dump(plain))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"^[^\n]*the log of the run in runs/tiny/version_0[^\n]*save_dir[^\n]*$"):
+            fit("--trainer.max_steps=100000", "--trainer.log_every_n_steps=1", "--trainer.enable_checkpointing=false")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "Traceback" not in "".join(capfd.readouterr())
+    for table in Path("runs").rglob("metrics.csv"):
+        assert table.read_bytes().endswith(b"\n")
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])

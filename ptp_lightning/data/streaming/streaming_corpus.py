@@ -26,6 +26,7 @@ from ptp_lightning.data.streaming.unusable_rows import (
     is_new_magnitude,
     require_rows,
 )
+from ptp_lightning.data.streaming.worker_processes import loaded_items
 from ptp_lightning.data.text_datamodule import TextDataModule
 from ptp_lightning.utils.randomness import keyed_generator
 
@@ -137,7 +138,7 @@ class BatchStream(IterableDataset[PackedBatch]):
         options: dict[str, Any] = {"num_workers": self._num_workers, "batch_size": None, "collate_fn": _no_collation}
         if self._num_workers:
             options["prefetch_factor"] = PREFETCHED_BLOCKS
-        for item in DataLoader(_ErrorsAsItems(stream), **options):
+        for item in loaded_items(DataLoader(_ErrorsAsItems(stream), **options)):
             if isinstance(item, Exception):
                 raise item
             self._count(item)
@@ -174,7 +175,7 @@ class _ErrorsAsItems(IterableDataset[Block | Exception]):
     def __iter__(self) -> Iterator[Block | Exception]:
         try:
             yield from self._blocks
-        except (ValueError, FileNotFoundError) as error:
+        except (ValueError, OSError, ImportError) as error:
             yield error
 
 
