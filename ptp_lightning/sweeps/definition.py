@@ -28,7 +28,7 @@ MAX_SHOWN = 12
 
 
 def definition_of(study: Study, base: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything that must not change when a study is continued; seeds and trials may be added.
+    """Everything that must not change when a study is continued; seeds, trials and numbers of steps may be added.
 
     Args:
         study: the study.
@@ -42,7 +42,7 @@ def definition_of(study: Study, base: Mapping[str, Any]) -> dict[str, Any]:
         "base": compared,
         "space": flattened(study.variants | space),
         "objective": asdict(study.objective),
-        "budget": asdict(study.budget),
+        "budget": study.budget.definition(),
     }
     return json.loads(json.dumps(definition, default=str))  # as it is read back
 

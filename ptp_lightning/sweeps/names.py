@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from ptp_lightning.sweeps.budget import Budget
 from ptp_lightning.sweeps.study import Parameters, short_name
 
 MAX_RUN_NAME = 120
@@ -21,6 +22,18 @@ def describe(parameters: Parameters, seed: int) -> str:
 def describe_parameters(parameters: Parameters) -> str:
     """A point without its seed."""
     return " ".join(f"{short_name(name)}={format_value(value)}" for name, value in parameters.items())
+
+
+def budget_text(budget: Budget) -> str:
+    """The budget in words.
+
+    >>> budget_text(Budget(steps=[200, 800], tokens=819200, validations=1))
+    '200 or 800 steps, 1,024 tokens each'
+    """
+    if not budget.is_axis:
+        return f"{budget.largest:,} steps and {budget.tokens:,} tokens"
+    steps = " or ".join(f"{steps:,}" for steps in budget.all_steps)
+    return f"{steps} steps, {budget.tokens // budget.largest:,} tokens each"
 
 
 def run_name(number: int, parameters: Parameters, seed: int) -> str:

@@ -69,7 +69,9 @@ class TrialQueue:
         self.study = study
         self.stored = stored
         self.storage = storage
-        self.keys = {point.key for point in study.points()}
+        self.order = {
+            point.key: (study.steps_of(point.parameters), order) for order, point in enumerate(study.points())
+        }
         self.study_id = storage.get_study_id_from_name(stored.study_name)
         # Trials that had failed before; a retried point that fails again stays failed.
         self.retried = {trial.number for trial in self._trials() if trial.state == TrialState.FAIL and retry_failed}
@@ -110,12 +112,12 @@ class TrialQueue:
                 ends[key] = trial.state.name
             elif _has_failed(trial) or lost[key] >= MAX_LOST:
                 ends.setdefault(key, TrialState.FAIL.name)
-        counts = Counter(end for key, end in ends.items() if key in self.keys)
-        return Progress(len(self.keys), counts["COMPLETE"], counts["PRUNED"], counts["FAIL"], counts["RUNNING"])
+        counts = Counter(end for key, end in ends.items() if key in self.order)
+        return Progress(len(self.order), counts["COMPLETE"], counts["PRUNED"], counts["FAIL"], counts["RUNNING"])
 
     def _take_waiting(self) -> Trial | None:
-        for waiting in self._trials(TrialState.WAITING):
-            if point_of(waiting) not in self.keys or not self._start(waiting):
+        for waiting in self._in_order(self._trials(TrialState.WAITING)):
+            if not self._start(waiting):
                 continue
             trial = Trial(self.stored, waiting._trial_id)
             for name, value in (HEARTBEAT, time.time()), (OWNER, asdict(LockOwner.current())):
@@ -124,6 +126,19 @@ class TrialQueue:
                 return trial
             self.give_up(trial, "another trial has this point")
         return None
+
+    def _in_order(self, trials: list[FrozenTrial]) -> list[FrozenTrial]:
+        """Trials of the study's points in its order, though a stopped trial is enqueued again after all others.
+
+        Among those of equally many steps, points that killed processes left come last.
+        """
+        lost = self._times_lost(self._trials(TrialState.FAIL))
+
+        def place(trial: FrozenTrial) -> tuple[int, int, int]:
+            steps, order = self.order[point_of(trial)]
+            return steps, lost[point_of(trial)], order
+
+        return sorted((trial for trial in trials if point_of(trial) in self.order), key=place)
 
     def _trials(self, *states: TrialState) -> list[FrozenTrial]:
         """Trials that a queue of this version enqueued or that ended, by number; others in the storage are ignored."""

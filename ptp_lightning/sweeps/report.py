@@ -13,7 +13,7 @@ from optuna.trial import TrialState
 
 from ptp_lightning.sweeps.attributes import COMMAND, GIVEN_UP, TRACEBACK
 from ptp_lightning.sweeps.figures import write_figures
-from ptp_lightning.sweeps.names import describe_parameters, format_value
+from ptp_lightning.sweeps.names import budget_text, describe_parameters, format_value
 from ptp_lightning.sweeps.study import Study, short_name
 from ptp_lightning.sweeps.summary import Row, best_row, rows_of
 
@@ -42,9 +42,8 @@ def report_text(study: Study, stored: optuna.Study, rows: Sequence[Row]) -> str:
     """The report without its figures."""
     parts = [
         f"# {stored.study_name}\n\n{study.title}\n",
-        f"`{study.objective.metric}` ({study.objective.direction}) after {study.budget.steps:,} steps and "
-        f"{study.budget.tokens:,} tokens; seeds {', '.join(map(str, study.seeds))}. `±` is half of the 95 % interval "
-        "of the mean over seeds (Student's t).\n",
+        f"`{study.objective.metric}` ({study.objective.direction}) after {budget_text(study.budget)}; seeds "
+        f"{', '.join(map(str, study.seeds))}. `±` is half of the 95 % interval of the mean over seeds (Student's t).\n",
         table(study, rows),
     ]
     overheads = sorted(seconds for row in rows for seconds in row.overheads)

@@ -18,6 +18,7 @@ from optuna.storages import BaseStorage
 from optuna.trial import TrialState
 
 from ptp_lightning.sweeps.definition import definition_of, require_same
+from ptp_lightning.sweeps.names import budget_text
 from ptp_lightning.sweeps.prepare import prepare
 from ptp_lightning.sweeps.queue import TrialQueue
 from ptp_lightning.sweeps.report import write_report
@@ -33,10 +34,9 @@ from ptp_lightning.sweeps.training_run import (
     silence_training_logs,
     tokens_per_step,
 )
-from ptp_lightning.sweeps.worker import Worker, trial_arguments
+from ptp_lightning.sweeps.worker import TENSORBOARD, Worker, trial_arguments
 from ptp_lightning.utils.passwords import without_passwords
 
-TENSORBOARD = "tensorboard"
 OUTPUTS = "runs/sweeps"
 JOB = "SWEEPS_JOB"  # environment variable of the processes that --jobs starts
 STORAGE = "SWEEPS_STORAGE"  # their storage, which is no option because all users see options, and the password in it
@@ -103,7 +103,7 @@ class StudyRunner:
             self._run_jobs(trials, jobs)
         else:
             reseed_unless_first(study, stored, is_job=is_job)
-            Worker(study, queue, base, self.overrides, self.folder / TENSORBOARD, log).work(trials)
+            Worker(study, queue, base, self.overrides, self.folder, log).work(trials)
         if not is_job:
             print(write_report(study, stored, self.folder))
             if failed := queue.progress().failed:
@@ -127,14 +127,16 @@ class StudyRunner:
     def _base_configuration(self, study: Study, base: str) -> dict[str, Any]:
         if not Path(base).is_file():
             raise FileNotFoundError(f"expected the configuration of a run at {base}, found none: set base of the study")
-        return read_configuration(fit_arguments(base, study.overrides, self.overrides, budget_overrides(study.budget)))
+        return read_configuration(
+            fit_arguments(base, study.overrides, self.overrides, budget_overrides(study.budget, study.budget.largest))
+        )
 
     def _greet(self, study: Study, queue: TrialQueue) -> None:
         progress = queue.progress()
         log(f"{self.name}: {study.title}")
         log(
-            f"  {progress.total} trainings of {study.budget.steps:,} steps, {study.budget.tokens:,} tokens; "
-            f"{progress.ended} done, {progress.running} running"
+            f"  {progress.total} trainings of {budget_text(study.budget)}; {progress.ended} done, "
+            f"{progress.running} running"
         )
         log(f"  storage: {without_passwords(self.location)}; curves: tensorboard --logdir {self.folder / TENSORBOARD}")
 
@@ -174,9 +176,10 @@ def validate_choices(study: Study, base: str, overrides: Overrides) -> None:
         configuration = _configuration_of(study, base, overrides, parameters)
         steps = configuration["trainer"]["max_steps"]
         tokens = steps * tokens_per_step(configuration, configured_world_size(configuration))
-        if (steps, tokens) != (study.budget.steps, study.budget.tokens):
+        expected = study.steps_of(parameters)
+        if (steps, tokens) != (expected, study.budget.tokens_of(expected)):
             raise ValueError(
-                f"expected {study.budget.steps:,} steps and {study.budget.tokens:,} tokens of every trial (budget), "
+                f"expected {expected:,} steps and {study.budget.tokens_of(expected):,} tokens (budget), "
                 f"found {steps:,} and {tokens:,} for {parameters}: set budget, or let the choice change batch_size or "
                 "num_windows too"
             )

@@ -17,6 +17,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.pruners import BasePruner, NopPruner
 from optuna.samplers import BaseSampler
 
+from ptp_lightning.sweeps.budget import STEPS_KEY, Budget
 from ptp_lightning.utils.named_files import shipped_names
 from ptp_lightning.utils.renamed_keys import require_current_names
 from ptp_lightning.utils.user_errors import plain_reason
@@ -28,28 +29,6 @@ MAX_GRID = 1000
 Value = bool | int | float | str | None
 Parameters = dict[str, Value]
 Overrides = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Budget:
-    """Cost of every trial of a study; results are compared at equal budgets only.
-
-    Args:
-        steps: optimiser steps.
-        tokens: tokens of all training windows: steps x rows x windows x window length.
-        validations: number of validations, evenly spread, the last one after the last step.
-    """
-
-    steps: int
-    tokens: int
-    validations: int = 4
-
-    def __post_init__(self) -> None:
-        if self.steps < 1 or self.validations < 1 or self.steps % self.validations:
-            raise ValueError(
-                f"expected budget.steps to be a multiple of budget.validations, so that the last step is validated, "
-                f"found {self.steps} and {self.validations}"
-            )
 
 
 @dataclass(frozen=True)
@@ -136,6 +115,8 @@ class Point:
 class Study:
     """A study. Without a sampler it is the grid of all variants and settings, each point trained once per seed.
 
+    With several numbers of steps in its budget, every point of the grid is trained once for each of them.
+
     Args:
         title: the question, in one line.
         base: configuration of the trials, relative to the study's file.
@@ -186,7 +167,13 @@ class Study:
                 raise ValueError(f"expected choices of variants.{name}, found none")
         if both := sorted(self.variants.keys() & self.settings.keys()):
             raise ValueError(f"expected each parameter once, found {both} in variants and settings")
-        shorts = [short_name(name) for name in [*self.variants, *self.settings]]
+        if self.budget.is_axis and self.sampler is not None:
+            raise ValueError(
+                f"expected one number of budget.steps with a sampler, found {self.budget.steps}: leave sampler and "
+                "trials out to train the grid at all of them"
+            )
+        names = [*self.variants, *self.settings, *([STEPS_KEY] if self.budget.is_axis else [])]
+        shorts = [short_name(name) for name in names]
         if len(set(shorts)) < len(shorts):
             raise ValueError(f"expected parameters whose paths end differently, found {shorts}: make one a variant")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
@@ -215,15 +202,22 @@ class Study:
 
     @property
     def distributions(self) -> dict[str, BaseDistribution]:
-        """Distributions of all parameters; a variant has those of its choices' names."""
-        variants = {name: CategoricalDistribution(list(choices)) for name, choices in self.variants.items()}
-        return variants | self.settings
+        """Distributions of all parameters; a variant has those of its choices' names.
+
+        Several numbers of steps are a range: in a storage it may grow, while choices are fixed.
+        """
+        if not self.budget.is_axis:
+            return self._compared
+        steps = self.budget.all_steps
+        return self._compared | {STEPS_KEY: IntDistribution(steps[0], steps[-1], log=True)}
 
     def points(self) -> list[Point]:
-        """All trainings, those of the first seed first."""
+        """All trainings: those of few steps first, and among them those of the first seed."""
         if self.trials is not None:
             return [Point({}, self.seeds[0], ticket) for ticket in range(self.trials)]
-        return [Point(parameters, seed) for seed in self.seeds for parameters in self._grid()]
+        budgets = [{STEPS_KEY: steps} for steps in self.budget.all_steps] if self.budget.is_axis else [{}]
+        grid = list(self._grid())
+        return [Point(parameters | budget, seed) for budget in budgets for seed in self.seeds for parameters in grid]
 
     def covering_points(self) -> list[Parameters]:
         """The fewest points that contain every choice of every parameter, and the ends of every range."""
@@ -232,18 +226,29 @@ class Study:
         return [{name: values[k % len(values)] for name, values in choices.items()} for k in range(count)]
 
     def overrides_of(self, parameters: Mapping[str, Value]) -> Overrides:
-        """Overrides of the configuration that parameters stand for."""
+        """Overrides of the configuration that parameters stand for, without those of the budget."""
         changed: Overrides = {}
         for name, value in parameters.items():
-            changed |= self.variants[name][str(value)] if name in self.variants else {name: value}
+            if name != STEPS_KEY or not self.budget.is_axis:
+                changed |= self.variants[name][str(value)] if name in self.variants else {name: value}
         return changed
+
+    def steps_of(self, parameters: Mapping[str, Value]) -> int:
+        """Number of steps of a point's training."""
+        return int(parameters[STEPS_KEY] or 0) if self.budget.is_axis else self.budget.largest
 
     def metric_of(self, parameters: Mapping[str, Value]) -> str:
         """Tag of a point's metric."""
         return self.objective.metric.format(**{short_name(name): value for name, value in parameters.items()})
 
+    @property
+    def _compared(self) -> dict[str, BaseDistribution]:
+        """Distributions of variants and settings."""
+        variants = {name: CategoricalDistribution(list(choices)) for name, choices in self.variants.items()}
+        return variants | self.settings
+
     def _grid(self) -> Iterator[Parameters]:
-        choices = {name: _choices(name, distribution) for name, distribution in self.distributions.items()}
+        choices = {name: _choices(name, distribution) for name, distribution in self._compared.items()}
         for values in itertools.product(*choices.values()):
             yield dict(zip(choices, values, strict=True))
 

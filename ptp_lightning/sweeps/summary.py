@@ -111,13 +111,14 @@ def require_equal_budgets(study: Study, trials: Sequence[FrozenTrial]) -> None:
     Raises:
         ValueError: a trial trained on other numbers of steps or tokens.
     """
-    budget = study.budget
     for trial in trials:
         if trial.state == TrialState.COMPLETE:
+            steps = study.steps_of(parameters_of(trial))
+            tokens = study.budget.tokens_of(steps)
             spent = trial.user_attrs.get(STEPS), trial.user_attrs.get(TOKENS)
-            if spent != (budget.steps, budget.tokens):
+            if spent != (steps, tokens):
                 raise ValueError(
-                    f"expected {budget.steps} steps and {budget.tokens} tokens of every trial (budget), found "
+                    f"expected {steps} steps and {tokens} tokens of every trial (budget), found "
                     f"{spent[0]} and {spent[1]} of trial {trial.number}: only equal budgets are compared; set budget, "
                     "or remove the trial from the storage"
                 )

@@ -22,13 +22,15 @@ from lightning.pytorch.callbacks import Callback, Checkpoint, ProgressBar
 from ptp_lightning.data.corpus import Corpus, Document, Split
 from ptp_lightning.data.datamodule import CorpusDataModule
 from ptp_lightning.metrics import WindowSummary
-from ptp_lightning.sweeps.study import Budget, Overrides
+from ptp_lightning.sweeps.budget import STEPS_KEY, Budget
+from ptp_lightning.sweeps.checkpoints import TrialCheckpoints
+from ptp_lightning.sweeps.study import Overrides
 from ptp_lightning.sweeps.trial_callbacks import PruneAtValidation, TrainingClock, require_metric
 from ptp_lightning.training.callbacks import LogProgress, RunSummary, RunText
 from ptp_lightning.training.cli import PlainErrorParser, TrainingCLI, parsed
 from ptp_lightning.utils.user_errors import plain_reason
 
-# A study keeps metrics and the commands to repeat its trainings, no checkpoints.
+# A study keeps metrics and the commands to repeat its trainings; it has checkpoints of its own, see `TrialCheckpoints`.
 LEFT_OUT = (Checkpoint, ProgressBar, LogProgress, RunSummary, RunText)
 CHECKED_BATCHES = 2  # of a validation that shows which metrics are logged
 FOLLOWER_ARGUMENTS = "SWEEPS_FOLLOWER_ARGUMENTS"  # environment variable with the arguments of `fit` for other ranks
@@ -92,8 +94,9 @@ class Result:
         prefix_counts: number of windows with 0, 1, .. correct tokens before the first error; None as above.
         steps: optimiser steps.
         tokens: tokens of all training windows.
-        seconds: in total, with reading the configuration and building the model.
+        seconds: in total, with reading the configuration, building the model, and the steps before a checkpoint.
         training_seconds: from the first step to the end of the last validation.
+        cpu_seconds: as `seconds`, the time of all cores in this process.
     """
 
     metrics: dict[str, float]
@@ -103,6 +106,7 @@ class Result:
     tokens: int
     seconds: float
     training_seconds: float
+    cpu_seconds: float
 
 
 class TrainingRuns:
@@ -112,7 +116,11 @@ class TrainingRuns:
         self._corpora: dict[str, Corpus] = {}
 
     def run(
-        self, arguments: Sequence[str], callbacks: Iterable[Callback], hyperparameters: Mapping[str, Any]
+        self,
+        arguments: Sequence[str],
+        callbacks: Iterable[Callback],
+        hyperparameters: Mapping[str, Any],
+        checkpoints: TrialCheckpoints,
     ) -> Result:
         """Train.
 
@@ -120,11 +128,12 @@ class TrainingRuns:
             arguments: of `fit`.
             callbacks: in addition to those of the configuration.
             hyperparameters: shown beside the results in TensorBoard.
+            checkpoints: with which the training begins, and which it writes; on several devices, none.
 
         Raises:
             ValueError: the configuration cannot be trained.
         """
-        begin = time.monotonic()
+        begin, cpu_begin = time.monotonic(), time.process_time()
         with follower_environment(arguments):
             cli = parsed(TrialCLI, RaisingParser, list(arguments), run=False)
             self._share(cli.datamodule)
@@ -132,7 +141,11 @@ class TrainingRuns:
             cli.trainer.callbacks += [clock, *callbacks]  # pyright: ignore[reportAttributeAccessIssue]
             for logger in cli.trainer.loggers:
                 logger.log_hyperparams(dict(hyperparameters))
-            cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+            start = None
+            if cli.trainer.world_size == 1:  # other ranks would have to begin with the same checkpoint
+                start = checkpoints.start(cli.model)
+                cli.trainer.callbacks.append(checkpoints)  # pyright: ignore[reportAttributeAccessIssue]
+            cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=None if start is None else str(start))
             metrics = {tag: float(value) for tag, value in cli.trainer.callback_metrics.items()}
             summary = getattr(cli.model, "val_summary", None)
             windows = summary if isinstance(summary, WindowSummary) else None
@@ -143,8 +156,9 @@ class TrainingRuns:
                 prefix_counts=None if windows is None else windows.prefix_counts.tolist(),
                 steps=cli.trainer.global_step,
                 tokens=cli.trainer.global_step * per_step,
-                seconds=time.monotonic() - begin,
+                seconds=time.monotonic() - begin + clock.earlier_seconds,
                 training_seconds=clock.seconds,
+                cpu_seconds=time.process_time() - cpu_begin + clock.earlier_cpu_seconds,
             )
 
     def _share(self, data: LightningDataModule) -> None:
@@ -218,9 +232,9 @@ def fit_command(arguments: Sequence[str]) -> str:
     return shlex.join(["python", "-m", "ptp_lightning", "fit", *arguments])
 
 
-def budget_overrides(budget: Budget) -> Overrides:
-    """Overrides for the number of steps and validations."""
-    return {"trainer.max_steps": budget.steps, "trainer.val_check_interval": budget.steps // budget.validations}
+def budget_overrides(budget: Budget, steps: int) -> Overrides:
+    """Overrides for one of the budget's numbers of steps, and the number of validations."""
+    return {STEPS_KEY: steps, "trainer.val_check_interval": steps // budget.validations}
 
 
 def logger_overrides(folder: Path, run: str) -> Overrides:

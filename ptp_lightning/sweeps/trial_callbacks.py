@@ -1,4 +1,4 @@
-"""Callbacks of a trial: training time, heartbeat and pruning."""
+"""Callbacks of a trial: training time, heartbeat and pruning; for checkpoints see `TrialCheckpoints`."""
 
 from __future__ import annotations
 
@@ -14,21 +14,42 @@ HEARTBEAT_SECONDS = 60.0
 
 
 class TrainingClock(Callback):
-    """Measures the wall-clock time from the first step to the end of the last validation.
+    """Measures a training from its first step to the end of its last validation, also across interruptions.
+
+    Checkpoints hold its state, so a resumed training counts the time of the steps before.
 
     Attributes:
-        seconds: the time.
+        seconds: wall-clock time.
+        cpu_seconds: time of all cores in this process.
+        earlier_seconds: of `seconds`, those before the checkpoint with which the training began.
+        earlier_cpu_seconds: of `cpu_seconds`.
     """
 
-    seconds = 0.0
+    def __init__(self) -> None:
+        self.seconds = self.earlier_seconds = 0.0
+        self.cpu_seconds = self.earlier_cpu_seconds = 0.0
+        self._begin, self._cpu_begin = time.monotonic(), time.process_time()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start."""
-        self._begin = time.monotonic()
+        self._begin, self._cpu_begin = time.monotonic(), time.process_time()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop."""
-        self.seconds = time.monotonic() - self._begin
+        self._read()
+
+    def state_dict(self) -> dict[str, float]:
+        """The time until now."""
+        self._read()
+        return {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds}
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        """Count on from there."""
+        self.earlier_seconds, self.earlier_cpu_seconds = state_dict["seconds"], state_dict["cpu_seconds"]
+
+    def _read(self) -> None:
+        self.seconds = self.earlier_seconds + time.monotonic() - self._begin
+        self.cpu_seconds = self.earlier_cpu_seconds + time.process_time() - self._cpu_begin
 
 
 class Heartbeat(Callback):
@@ -73,6 +94,16 @@ class PruneAtValidation(Callback):
         self.metric = metric
         self.trial = trial
         self.pruned = False
+        self._reports: dict[int, float] = {}
+
+    def state_dict(self) -> dict[str, dict[int, float]]:
+        """The reports until now."""
+        return {"reports": dict(self._reports)}
+
+    def load_state_dict(self, state_dict: dict[str, dict[int, float]]) -> None:
+        """Report again, to another trial, what the interrupted one had reported."""
+        for step, value in state_dict["reports"].items():
+            self._report(value, step)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Report and decide on rank 0, and broadcast the decision.
@@ -86,11 +117,16 @@ class PruneAtValidation(Callback):
             return
         pruned = False
         if self.trial is not None:
-            self.trial.report(float(trainer.callback_metrics[self.metric]), trainer.global_step)
+            self._report(float(trainer.callback_metrics[self.metric]), trainer.global_step)
             pruned = trainer.global_step < trainer.max_steps and self.trial.should_prune()
         self.pruned = trainer.strategy.broadcast(pruned)
         if self.pruned:
             trainer.should_stop = True
+
+    def _report(self, value: float, step: int) -> None:
+        assert self.trial is not None
+        self._reports[step] = value
+        self.trial.report(value, step)
 
 
 def require_metric(metric: str, trainer: Trainer) -> None:

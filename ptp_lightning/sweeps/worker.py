@@ -14,16 +14,21 @@ from optuna.trial import Trial, TrialState
 from ptp_lightning.sweeps.attributes import (
     ACCURACY,
     COMMAND,
+    CPU_SECONDS,
     LOG_DIR,
     METRICS,
     PREFIX_COUNTS,
     SECONDS,
     SEED,
+    SHARED_STEPS,
+    START_STEP,
     STEPS,
     TOKENS,
     TRACEBACK,
     TRAINING_SECONDS,
+    VERSION,
 )
+from ptp_lightning.sweeps.checkpoints import TrialCheckpoints, folder_of
 from ptp_lightning.sweeps.names import describe, run_name
 from ptp_lightning.sweeps.queue import TrialQueue
 from ptp_lightning.sweeps.study import Overrides, Parameters, Study, short_name
@@ -37,6 +42,10 @@ from ptp_lightning.sweeps.training_run import (
     override_arguments,
 )
 from ptp_lightning.sweeps.trial_callbacks import Heartbeat, PruneAtValidation
+from ptp_lightning.sweeps.versions import package_version
+
+TENSORBOARD = "tensorboard"
+CHECKPOINTS = "checkpoints"
 
 
 class Worker:
@@ -47,7 +56,7 @@ class Worker:
         queue: its points.
         base: file of the base configuration.
         overrides: of all trials, from the command line.
-        tensorboard: folder of TensorBoard files.
+        folder: of the study; TensorBoard files and checkpoints are written below it.
         log: is called with a line at the start and at the end of every trial.
     """
 
@@ -57,16 +66,18 @@ class Worker:
         queue: TrialQueue,
         base: str,
         overrides: Overrides,
-        tensorboard: Path,
+        folder: Path,
         log: Callable[[str], None],
     ) -> None:
         self.study = study
         self.queue = queue
         self.base = base
         self.overrides = overrides
-        self.tensorboard = tensorboard
+        self.tensorboard = folder / TENSORBOARD
+        self.checkpoints = folder / CHECKPOINTS
         self.log = log
         self.runs = TrainingRuns()
+        self.version = package_version()  # now: the files of a checkout may change while it trains
 
     def work(self, limit: int | None) -> int:
         """Train until no point is left, or at most `limit` trials; returns the number of trials.
@@ -98,6 +109,11 @@ class Worker:
         run = run_name(trial.number, parameters, seed)
         trial.set_user_attr(COMMAND, fit_command(arguments))
         trial.set_user_attr(LOG_DIR, str(self.tensorboard / run))
+        checkpoints = TrialCheckpoints(
+            self.checkpoints / folder_of(arguments),
+            self.study.steps_of(parameters),
+            serves_others=self.study.budget.is_axis,
+        )
         pruning = PruneAtValidation(self.study.metric_of(parameters), trial)
         hyperparameters = {short_name(name): value for name, value in parameters.items()} | {SEED: seed}
         try:
@@ -106,8 +122,12 @@ class Worker:
                     [*arguments, *override_arguments(logger_overrides(self.tensorboard, run))],
                     [pruning, Heartbeat(trial)],
                     hyperparameters,
+                    checkpoints,
                 )
+                for name, step in (START_STEP, checkpoints.start_step), (SHARED_STEPS, checkpoints.shared_steps):
+                    trial.set_user_attr(name, step)
                 self.log(f"{self._record(trial, result, pruning)}: {label} ({result.seconds:.0f} s)")
+                checkpoints.remove_own()
             except (KeyboardInterrupt, SystemExit) as stop:  # Lightning turns Ctrl-C and SIGTERM into an exit
                 self.queue.give_up(trial, "stopped")
                 self.queue.fill()
@@ -118,6 +138,7 @@ class Worker:
             except Exception as error:  # of one trial; the next one may succeed
                 trial.set_user_attr(TRACEBACK, traceback.format_exc())
                 self.queue.stored.tell(trial, state=TrialState.FAIL)
+                checkpoints.remove_own()
                 self.log(f"trial {trial.number} failed: {label}: {type(error).__name__}: {error}")
         except UpdateFinishedTrialError:
             self.log(f"trial {trial.number} was given up by another process, which took this one for dead: {label}")
@@ -135,6 +156,8 @@ class Worker:
             (TOKENS, result.tokens),
             (SECONDS, result.seconds),
             (TRAINING_SECONDS, result.training_seconds),
+            (CPU_SECONDS, result.cpu_seconds),
+            (VERSION, self.version),
         ):
             trial.set_user_attr(name, entry)
         if pruning.pruned:
@@ -150,9 +173,8 @@ class Worker:
 def trial_arguments(study: Study, base: str, overrides: Overrides, parameters: Parameters, seed: int) -> list[str]:
     """Arguments of `fit` for a point; budget, seed and parameters outrank the overrides of the command line."""
     seeds = dict.fromkeys(study.seed_paths, seed)
-    return fit_arguments(
-        base, study.overrides, overrides, budget_overrides(study.budget), seeds, study.overrides_of(parameters)
-    )
+    budget = budget_overrides(study.budget, study.steps_of(parameters))
+    return fit_arguments(base, study.overrides, overrides, budget, seeds, study.overrides_of(parameters))
 
 
 def suggest(trial: Trial, name: str, distribution: BaseDistribution) -> bool | int | float | str | None:

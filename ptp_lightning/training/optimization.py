@@ -167,7 +167,7 @@ def configure(
         ]
         optimizer = torch.optim.AdamW(groups, lr=rate, betas=settings.betas)
 
-    decay_steps = max(int(total_steps * settings.decay_fraction), 1)
+    decay_steps = total_steps - decay_start(settings, total_steps)
 
     def scale(step: int) -> float:
         """The learning rate at a step, as a fraction of the peak."""
@@ -179,6 +179,15 @@ def configure(
     for member in optimizer.optimizers if isinstance(optimizer, JointOptimizer) else [optimizer]:
         _keep_settings(member)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def decay_start(settings: OptimizerSettings, total_steps: float) -> float:
+    """The step at which the rate begins to decay; the rates before it are those of every longer training.
+
+    >>> decay_start(OptimizerSettings(decay_fraction=0.4), total_steps=200)
+    120
+    """
+    return total_steps - max(int(total_steps * settings.decay_fraction), 1)
 
 
 def _keep_settings(optimizer: torch.optim.Optimizer) -> None:

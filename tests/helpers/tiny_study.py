@@ -6,10 +6,17 @@ from typing import Any
 import yaml
 from optuna.distributions import CategoricalDistribution
 
-from ptp_lightning.sweeps.study import Budget, Study
+from ptp_lightning.sweeps.budget import Budget
+from ptp_lightning.sweeps.queue import TrialQueue
+from ptp_lightning.sweeps.run import open_study
+from ptp_lightning.sweeps.storage import open_storage
+from ptp_lightning.sweeps.study import Study, load_study
+from ptp_lightning.sweeps.worker import Worker
 
 CONFIG = Path(__file__).parents[2] / "configs" / "markov_categorical.yaml"
-STEPS, TOKENS = 4, 4 * 4 * 2 * 4  # steps, rows, windows, window length
+TOKENS_PER_STEP = 4 * 2 * 4  # rows, windows, window length
+STEPS, TOKENS = 4, 4 * TOKENS_PER_STEP
+METRIC = "val/correct_tokens"
 INDEPENDENT = {"model.init_args.predictor.objective": "ptp_lightning.models.IndependentObjective"}
 UNSOUND = {"model.init_args.loss": "ptp_lightning.losses.BinaryCrossEntropy"}  # detected when the module is built
 ENTROPY = "data.init_args.series.init_args.entropy"
@@ -46,3 +53,12 @@ def letters(*, seeds: tuple[int, ...] = (0,), **changes: Any) -> Study:
         {} if changes.keys() & {"variants", "settings"} else {"settings": {"x": CategoricalDistribution(["a", "b"])}}
     )
     return Study(title="letters", base="x.yaml", budget=Budget(4, 8), seeds=list(seeds), **space, **changes)
+
+
+def worker_for(folder: Path, messages: list[str], **changes: Any) -> Worker:
+    """A worker of the tiny study with these changes, whose points are enqueued."""
+    study = load_study(write_study(folder, **changes), full=True)
+    storage = open_storage(str(folder / "study.journal"), create=True)
+    queue = TrialQueue(study, open_study(study, "tiny", storage), storage)
+    queue.fill()
+    return Worker(study, queue, str(CONFIG), {}, folder, messages.append)

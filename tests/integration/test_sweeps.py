@@ -17,6 +17,7 @@ NAMES = {
     "auxiliary_sampling",
     "best_of",
     "cdf_order",
+    "crossing_losses",
     "depth",
     "embeddings",
     "gate_rank",

@@ -34,6 +34,11 @@ class TerminateTogether(Callback):
         self._received: int | None = None
         self._all_agreed = False
 
+    @property
+    def stopped_between_steps(self) -> bool:
+        """Whether a signal has ended the training between two steps, so that a checkpoint holds whole steps."""
+        return self._all_agreed
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Replace the handlers of Lightning, which Lightning removes itself, and of Python."""
         self._received, self._all_agreed = None, False

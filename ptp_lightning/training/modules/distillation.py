@@ -110,6 +110,10 @@ class DistillationModule(PredictorModule):
         """False if all windows are sampled: those may extend beyond the end of a row."""
         return self.source.reads_rows or self.val_source.reads_rows
 
+    def shared_steps(self, total_steps: int) -> int:
+        """See `TrainingModule`; none if the choice of windows depends on the fraction of steps that are done."""
+        return 0 if self.source.depends_on_progress else super().shared_steps(total_steps)
+
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
         """Loss in nats per slot, normalised by the weights of the slots of all ranks."""
         generator = keyed_generator(self.seed, "train", self.global_rank, self.global_step, self.micro_batch)

@@ -18,7 +18,7 @@ from ptp_lightning.losses import LossSum
 from ptp_lightning.models.layers.decoder_stack import decoder_layers
 from ptp_lightning.training.alignment import align_with_step
 from ptp_lightning.training.distributed.sharding import shard
-from ptp_lightning.training.optimization import OptimizerSettings, require_same_optimizer
+from ptp_lightning.training.optimization import OptimizerSettings, decay_start, require_same_optimizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -60,6 +60,13 @@ class TrainingModule(LightningModule, ABC):
     @abstractmethod
     def networks(self) -> list[PreTrainedModel]:
         """The causal LMs that a step runs."""
+
+    def shared_steps(self, total_steps: int) -> int:
+        """Number of first steps that a training of this length has in common with every longer one.
+
+        A checkpoint that is written after them continues each of these trainings.
+        """
+        return int(decay_start(self.optimizer_settings, total_steps))
 
     def configure_model(self) -> None:
         """Shard the weights over processes if the strategy does so."""

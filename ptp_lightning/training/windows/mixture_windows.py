@@ -82,6 +82,12 @@ class MixtureWindows(WindowSource):
         return self.sources[index].choose(progress, generator)
 
     @property
+    def depends_on_progress(self) -> bool:
+        """Whether the weights change."""
+        changes = self.final_weights is not None and self.weights(0.0) != self.weights(1.0)
+        return changes or any(source.depends_on_progress for source in self.sources)
+
+    @property
     def reads_rows(self) -> bool:
         """Whether any source does."""
         return any(source.reads_rows for source in self.sources)

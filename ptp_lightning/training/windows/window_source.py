@@ -63,6 +63,11 @@ class WindowSource(ABC):
         return self
 
     @property
+    def depends_on_progress(self) -> bool:
+        """Whether `choose` depends on the fraction of the training steps that are done."""
+        return False
+
+    @property
     def reads_rows(self) -> bool:
         """Whether windows hold tokens of the rows."""
         return False

@@ -43,8 +43,8 @@ def add(
     """A trial as a worker writes it."""
     state = attributes.pop("state", TrialState.COMPLETE)
     result = {
-        STEPS: study.budget.steps,
-        TOKENS: study.budget.tokens,
+        STEPS: study.steps_of(parameters),
+        TOKENS: study.budget.tokens_of(study.steps_of(parameters)),
         SECONDS: 10.0 * (seed + 1),
         TRAINING_SECONDS: 10.0 * (seed + 1) - (seed + 1) / 2,
         METRICS: {"val/other": 2.0 * (value or 0)},

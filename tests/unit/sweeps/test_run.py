@@ -72,7 +72,7 @@ def test_a_study_goes_on_only_as_what_it_was(
     run = ("run", path.name, "--full", "--trials", "1")
     command(monkeypatch, *run)
     printed = capsys.readouterr().out
-    assert "2 trainings of 4 steps, 128 tokens; 0 done" in printed
+    assert "2 trainings of 4 steps and 128 tokens; 0 done" in printed
     assert "| categorical |" in printed
     assert "Report  runs/sweeps/tiny/report.md" in printed
     message = refused(monkeypatch, capsys, *run, f"--{ENTROPY}", "0.5")

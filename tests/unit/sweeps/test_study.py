@@ -9,8 +9,8 @@ import yaml
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.samplers import RandomSampler
 
+from ptp_lightning.sweeps.budget import Budget
 from ptp_lightning.sweeps.study import (
-    Budget,
     Point,
     Published,
     PublishedValue,

@@ -4,7 +4,6 @@ import shlex
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from optuna.trial import TrialState
@@ -23,26 +22,13 @@ from ptp_lightning.sweeps.attributes import (
     TOKENS,
     TRACEBACK,
 )
-from ptp_lightning.sweeps.queue import Progress, TrialQueue
-from ptp_lightning.sweeps.run import open_study
-from ptp_lightning.sweeps.storage import open_storage
-from ptp_lightning.sweeps.study import load_study
+from ptp_lightning.sweeps.queue import Progress
 from ptp_lightning.sweeps.training_run import RaisingParser, SharedCorpus
 from ptp_lightning.sweeps.worker import Worker
 from ptp_lightning.training.cli import TrainingCLI, parsed
-from tests.helpers.tiny_study import CONFIG, ENTROPY, UNSOUND, write_study
+from tests.helpers.tiny_study import ENTROPY, METRIC, UNSOUND, worker_for
 from tests.helpers.tiny_study import STEPS as BUDGET_STEPS
 from tests.helpers.tiny_study import TOKENS as BUDGET_TOKENS
-
-METRIC = "val/correct_tokens"
-
-
-def worker_for(folder: Path, messages: list[str], **changes: Any) -> Worker:
-    study = load_study(write_study(folder, **changes), full=True)
-    storage = open_storage(str(folder / "study.journal"), create=True)
-    queue = TrialQueue(study, open_study(study, "tiny", storage), storage)
-    queue.fill()
-    return Worker(study, queue, str(CONFIG), {}, folder / "tensorboard", messages.append)
 
 
 @pytest.fixture(scope="module")
