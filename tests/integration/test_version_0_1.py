@@ -119,7 +119,7 @@ def test_a_study_continues(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     Path("study.yaml").write_text(yaml.safe_dump(study))
     command(monkeypatch, "sweep", "run", "study.yaml", "--full", "--output", "out", "--storage", "study.journal")
     printed = capsys.readouterr().out
-    assert "2 trainings of 2 steps, 48 tokens; 1 done" in printed
+    assert "2 trainings of 2 steps and 48 tokens; 1 done" in printed
     rows = [line.split("|")[1:3] for line in printed.splitlines() if line.startswith("| ")]
     assert [name.strip() for name, _ in rows] == ["num_refinement_steps", "---", "1", "2"]
     stored = load_stored("study", open_storage("study.journal", create=False))
