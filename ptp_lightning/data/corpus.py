@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
+from ptp_lightning.utils.local_paths import local_path
+
 Split = Literal["train", "val", "test"]
 
 # A document is assigned to one of 100 buckets by a hash; buckets 0 to 89 are for training.
@@ -81,6 +83,9 @@ class StandardLibrary(Corpus):
                 yield Document(name, path.read_text(encoding="utf-8", errors="replace"))
 
 
+STREAMED = "stream it with ptp_lightning.data.StreamingCorpus, or download it, and set"
+
+
 @dataclass(frozen=True)
 class TextFiles(Corpus):
     """Plain text files; each file is a document.
@@ -103,7 +108,7 @@ class TextFiles(Corpus):
         if not self.paths:
             raise ValueError("expected at least one file or folder, found an empty list: set data.corpus.paths")
         for path in self.paths:
-            if not Path(path).exists():
+            if not local_path(path, "data.corpus.paths", STREAMED).exists():
                 raise FileNotFoundError(f"expected a file or folder at {path}, found nothing: set data.corpus.paths")
 
     def documents(self, split: Split) -> Iterator[Document]:

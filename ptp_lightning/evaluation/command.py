@@ -34,6 +34,7 @@ from ptp_lightning.export.checkpoint import load_network
 from ptp_lightning.export.options import predictor_options, predictor_source
 from ptp_lightning.models.backbone import load_backbone
 from ptp_lightning.models.network import PredictorNetwork
+from ptp_lightning.utils.local_paths import WRITTEN, local_path
 from ptp_lightning.utils.progress_lines import LinePacer, print_line
 from ptp_lightning.utils.user_errors import warnings_as_notes
 
@@ -78,7 +79,7 @@ def run(options: Namespace) -> None:
     base_model = load_backbone(predictor.config.backbone).to(device).eval() if needs_base_model else None  # pyright: ignore[reportArgumentType]
     budgets = _slot_budgets(options, predictor, settings) if PARTIAL_QUADRATIC in names else []
     decoders = make_decoders(names, predictor, base_model, budgets)
-    folder = Path(options.output).expanduser()
+    folder = local_path(options.output, "--output", WRITTEN)
     description = _describe(options, plan, decoders, budgets, predictor)
     file = RecordFile(folder, description)
 
@@ -102,7 +103,7 @@ def _complete_settings(
 def _slot_budgets(options: Namespace, predictor: PredictorNetwork, settings: GenerationSettings) -> list[int]:
     """The slot budgets of the options; `auto` is measured once, and read from the folder by a continued evaluation."""
     given: list[int | str] = options.slot_budget
-    stored = Path(options.output).expanduser() / RUN_FILE
+    stored = local_path(options.output, "--output", WRITTEN) / RUN_FILE
     if "auto" in given and stored.is_file():
         return json.loads(stored.read_text(encoding="utf-8"))["slot_budgets"]
     budgets = []

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ptp_lightning.utils.local_paths import local_path
 from ptp_lightning.utils.text_files import read_lines
 
 
@@ -94,7 +95,7 @@ def read_questions(benchmark: str, path: str | Path | None = None, limit: int | 
         return held_out_code()[:limit]
     if path is None:
         raise ValueError(f"expected --questions with --benchmark {benchmark}, found none")
-    questions = list(_questions(benchmark, Path(path).expanduser()))
+    questions = list(_questions(benchmark, local_path(path, "--questions")))
     seen: set[str] = set()
     for question in questions:
         if question.question_id in seen:

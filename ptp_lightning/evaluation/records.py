@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ptp_lightning.utils.atomic_files import write_atomically
+from ptp_lightning.utils.local_paths import WRITTEN, local_path
 
 RUN_FILE, RECORDS_FILE = "run.json", "records.jsonl"
 ALL_POSITIONS = "all_positions"  # instead of a decoder's name, in records of `correct_tokens_at_all_positions`
@@ -83,7 +84,7 @@ class RecordFile:
     """
 
     def __init__(self, folder: str | Path, run: dict[str, Any]) -> None:
-        folder = Path(folder).expanduser()
+        folder = local_path(folder, "--output", WRITTEN)
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / RECORDS_FILE
         stored = folder / RUN_FILE

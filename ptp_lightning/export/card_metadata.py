@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
+from ptp_lightning.utils.local_paths import expanded
 from ptp_lightning.utils.packaged_models import PACKAGED_MODELS
 from ptp_lightning.utils.pretrained import EMBEDDED
 
@@ -88,7 +88,7 @@ def hub_name(path: str) -> str | None:
 
     if path in PACKAGED_MODELS:
         return PACKAGED_MODELS[path].hub_id
-    if path == EMBEDDED or Path(path).expanduser().exists() or path.endswith(".gguf"):
+    if path == EMBEDDED or expanded(path).exists() or path.endswith(".gguf"):
         return None
     try:
         validate_repo_id(path)

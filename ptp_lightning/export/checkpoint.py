@@ -45,7 +45,8 @@ from ptp_lightning.models.network import TOKEN_RANKS, PredictorNetwork
 from ptp_lightning.models.students import GatedLoraStudent
 from ptp_lightning.option_names import DTYPES, DtypeName
 from ptp_lightning.utils.atomic_files import replacing
-from ptp_lightning.utils.pretrained import PATH_KEY, clear_errors, few, listing, require_no_url
+from ptp_lightning.utils.local_paths import WRITTEN, local_path
+from ptp_lightning.utils.pretrained import HUB_ADVICE, PATH_KEY, clear_errors, few, listing
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -112,8 +113,8 @@ def load_network(
 def read_predictor(path: str | Path | None = None) -> StoredPredictor:
     """Read what `load_network` needs; arguments and errors as there, without those about the base model."""
     path = DEFAULT_ADAPTER if path is None else path
-    require_no_url(path, CHECKPOINT_KEY)
-    target = packaged_adapter_folder(str(path)) if path in PACKAGED_ADAPTERS else Path(path).expanduser()
+    is_packaged = path in PACKAGED_ADAPTERS
+    target = packaged_adapter_folder(str(path)) if is_packaged else local_path(path, CHECKPOINT_KEY, HUB_ADVICE)
     if target.is_file():
         return _read_checkpoint(target)
     if target.is_dir():
@@ -249,7 +250,7 @@ def require_free_folder(folder: str | Path, *, overwrite: bool = False) -> Path:
     Raises:
         ValueError: something else is there, or an earlier export and `overwrite` is false.
     """
-    target = Path(folder).expanduser().resolve()
+    target = local_path(folder, "output", WRITTEN).resolve()
     if not target.exists():
         return target
     if not target.is_dir():

@@ -17,6 +17,7 @@ from ptp_lightning.export.checkpoint import (
     save_network,
 )
 from ptp_lightning.export.model_folder import save_with_base_model
+from ptp_lightning.utils.local_paths import WRITTEN, local_path
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
@@ -46,7 +47,7 @@ def run(options: Namespace) -> None:
             save_network(predictor, options.output, overwrite=options.overwrite, **about)
     except (OSError, SafetensorError) as error:  # no permission, no space
         raise ValueError(f"cannot write {options.output}: {error}: set --output") from error
-    folder = Path(options.output).expanduser()
+    folder = local_path(options.output, "--output", WRITTEN)
     print(_summary_with_base_model(folder) if options.with_base_model else _summary(folder))
 
 

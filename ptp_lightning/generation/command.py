@@ -7,7 +7,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ptp_lightning.decoding.devices import select_device
@@ -39,6 +38,7 @@ from ptp_lightning.option_names import DecoderName
 from ptp_lightning.sampling import SamplingConfig
 from ptp_lightning.utils.atomic_files import write_atomically
 from ptp_lightning.utils.chat_templates import require_chat_template
+from ptp_lightning.utils.local_paths import WRITTEN, local_path
 from ptp_lightning.utils.text_files import read_lines
 from ptp_lightning.utils.user_errors import warnings_as_notes
 
@@ -114,7 +114,7 @@ def run(options: Namespace) -> None:
     if not options.json:
         print("\n".join(_closing_lines(options)), end="")
     if options.html is not None:
-        write_atomically(Path(options.html).expanduser(), html_page(sections).encode())
+        write_atomically(local_path(options.html, "--html", WRITTEN), html_page(sections).encode())
 
 
 def _encoded(
@@ -151,7 +151,7 @@ def _require_consistent(options: Namespace) -> None:
     if options.show_calls and options.json:
         raise ValueError("expected one of --show_calls, which is for people, and --json, found both: leave one out")
     if options.html is not None:
-        file = Path(options.html).expanduser()
+        file = local_path(options.html, "--html", WRITTEN)
         if file.is_dir() or not file.parent.is_dir():
             raise ValueError(f"expected --html to be a file in a folder that exists, found {options.html}: set --html")
 
@@ -227,7 +227,7 @@ def _prompts(prompt: str | None, file: str | None) -> list[str]:
         raise ValueError(f"expected one of --prompt and --prompts, found {'neither' if prompt is None else 'both'}")
     if prompt is not None:
         return [prompt]
-    return [line for _, line in read_lines(Path(str(file)).expanduser(), "one prompt per line", "--prompts")]
+    return [line for _, line in read_lines(str(file), "one prompt per line", "--prompts")]
 
 
 def _describe(sampling: SamplingConfig) -> str:

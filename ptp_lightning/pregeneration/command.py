@@ -42,6 +42,7 @@ from ptp_lightning.pregeneration.user_turns import (
 from ptp_lightning.training.cli import PlainErrorParser, TrainingCLI, parsed
 from ptp_lightning.training.modules.predictor_module import PredictorModule, require_known_tokens
 from ptp_lightning.utils.chat_templates import require_chat_template
+from ptp_lightning.utils.local_paths import WRITTEN, local_path
 from ptp_lightning.utils.user_errors import INTERRUPTED
 
 SIZES = ("num_completions", "max_new_tokens", "prompt_tokens", "num_prompts", "batch_size", "shard_prompts")
@@ -126,7 +127,7 @@ def run(args: Sequence[str]) -> None:
 
 def _shard_prompts(options: Any) -> int:
     """Prompts per file of the folder that is continued; of a new one, as many as make a batch."""
-    output = Path(options.output).expanduser()
+    output = local_path(options.output, "--output", WRITTEN)
     for folder in (output, first_round(output)):
         if (folder / SETTINGS_FILE).is_file():
             return CompletionFolder.open(folder).settings.shard_prompts
@@ -178,7 +179,7 @@ def _own_prompts(cli: PregenerateCLI, predictor: PredictorNetwork) -> tuple[Comp
         with _stoppable(options.output):
             texts = write_user_turns(
                 plan,
-                Path(options.output).expanduser(),
+                local_path(options.output, "--output", WRITTEN),
                 template,
                 tokenizer,
                 partial(_complete, predictor=predictor, batch_size=options.batch_size, title="user turns"),

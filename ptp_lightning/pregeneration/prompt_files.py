@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ptp_lightning.data.rendering import require_unicode, text_at
 from ptp_lightning.data.streaming.row_source import BadRowError
 from ptp_lightning.utils.chat_templates import chat_prompt, user_message
+from ptp_lightning.utils.local_paths import expanded, local_path
 from ptp_lightning.utils.text_files import read_lines
 from ptp_lightning.utils.text_tokens import text_ids
 
@@ -78,8 +78,9 @@ def same_words(text: str) -> str:
 
 def _texts(entry: str) -> list[str]:
     name, _, column = entry.rpartition(":")
-    path = Path(name).expanduser()
-    if not path.is_file() and Path(entry).expanduser().is_file():
+    whole = local_path(entry, PROMPTS_KEY)
+    path = expanded(name)
+    if not path.is_file() and whole.is_file():
         raise ValueError(f"expected FILE:COLUMN, found {entry} without a column{_columns(entry)}: set {PROMPTS_KEY}")
     texts = []
     for number, line in read_lines(path, EXPECTED, PROMPTS_KEY):
@@ -101,7 +102,7 @@ def _texts(entry: str) -> list[str]:
 def _columns(file: str) -> str:
     """The columns of the first row, for an error message; nothing if there is none."""
     try:
-        (_, line), *_ = read_lines(Path(file).expanduser(), EXPECTED, PROMPTS_KEY)
+        (_, line), *_ = read_lines(file, EXPECTED, PROMPTS_KEY)
         return f" ({', '.join(json.loads(line))})"
     except (ValueError, TypeError):
         return ""

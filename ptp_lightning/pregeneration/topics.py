@@ -5,11 +5,11 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import yaml
 
+from ptp_lightning.utils.local_paths import local_path
 from ptp_lightning.utils.pretrained import clear_errors, embedded_folder
 
 TOPICS_KEY = "--topics"
@@ -50,7 +50,7 @@ def read_topics(file: str | None) -> list[Topic]:
         FileNotFoundError: there is no such file.
         ValueError: it holds something else; names the entry.
     """
-    path = embedded_folder(SHIPPED_TOPICS) if file is None else Path(file).expanduser()
+    path = embedded_folder(SHIPPED_TOPICS) if file is None else local_path(file, TOPICS_KEY)
     if not path.is_file():
         raise FileNotFoundError(f"expected a YAML file of topics at {path}, found none: set {TOPICS_KEY}")
     with clear_errors(path, TOPICS_KEY):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ptp_lightning.utils.local_paths import WRITTEN, local_path
 from ptp_lightning.utils.named_files import find_yaml
 from ptp_lightning.utils.user_errors import option_parser, parsed_options
 
@@ -77,7 +77,7 @@ def run(args: Sequence[str]) -> None:
     runner = StudyRunner(
         study_file=find_yaml(options.study, "sweeps"),
         full=options.full,
-        output=options.output,
+        output=None if options.output is None else str(local_path(options.output, "--output", WRITTEN)),
         storage=options.storage,
         overrides=overrides,
         retry_failed=options.retry_failed,
@@ -95,7 +95,7 @@ def report(args: Sequence[str]) -> None:
 
     path = find_yaml(options.study, "sweeps")
     study, name = load_study(path, full=options.full), study_name(path, full=options.full)
-    output = Path(options.output or default_output(name))
+    output = local_path(options.output or default_output(name), "--output", WRITTEN)
     location = options.storage or journal_in(default_output(name) if options.output is None else output)
     stored = load_stored(name, open_storage(location, create=False))
     print(write_report(study, stored, output))

@@ -7,8 +7,11 @@ from os.path import isfile  # unlike Path.is_file it accepts any text, a configu
 from pathlib import Path
 from typing import Literal
 
+from ptp_lightning.utils.local_paths import is_address, local_path
+
 Kind = Literal["configs", "sweeps"]
 SUFFIX = ".yaml"
+NAMED_BY: dict[Kind, str] = {"configs": "--config", "sweeps": "the study"}
 
 
 def shipped_folder(kind: Kind) -> Path:
@@ -44,12 +47,17 @@ def find_yaml(name: str, kind: Kind) -> Path:
     Returns:
         An existing file, or `name` as a path if there is none.
 
+    Raises:
+        ValueError: it is an address.
+
     >>> find_yaml("losses", "sweeps").name
     'losses.yaml'
     """
     given = Path(name)
     if isfile(name) or given.is_absolute():
         return given
+    if is_address(name):
+        return local_path(name, NAMED_BY[kind])
     inner = given.relative_to(kind) if given.parts[:1] == (kind,) else given
     shipped = shipped_folder(kind) / f"{inner.as_posix().removesuffix(SUFFIX)}{SUFFIX}"
     return shipped if ".." not in inner.parts and isfile(shipped) else given

@@ -9,6 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ptp_lightning.utils.local_paths import expanded, local_path
 from ptp_lightning.utils.packaged_models import PACKAGED_MODELS, packaged_folder
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ PATH_KEY = "predictor.backbone.path"
 TOKENIZER_KEY = "data.tokenizer"
 GGUF_MAGIC = b"GGUF"
 LOCAL = {"local_files_only": True, "trust_remote_code": False}
+HUB_ADVICE = "give an id of the hub as user/name, or download it, and set"
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
 
 
@@ -44,8 +46,7 @@ def locate(path: str, *, revision: str | None = None, key: str = PATH_KEY) -> di
     """
     if path in PACKAGED_MODELS:
         return {"pretrained_model_name_or_path": str(packaged_folder(path, key=key)), **LOCAL}
-    local = embedded_folder() if path == EMBEDDED else Path(path).expanduser()
-    require_no_url(path, key)
+    local = embedded_folder() if path == EMBEDDED else local_path(path, key, HUB_ADVICE)
     if local.is_dir():
         return {"pretrained_model_name_or_path": str(local), **LOCAL}
     if local.is_file():
@@ -65,22 +66,8 @@ def absolute_if_local(path: str) -> str:
     """
     if path == EMBEDDED or path in PACKAGED_MODELS:
         return path
-    local = Path(path).expanduser()
+    local = expanded(path)
     return str(local.absolute()) if local.exists() else path
-
-
-def require_no_url(path: str | Path, key: str) -> None:
-    """Refuse addresses where a file is opened.
-
-    Raises:
-        ValueError: the path begins with a scheme.
-
-    >>> require_no_url("https://example.org/a.ckpt", "--ckpt_path")
-    Traceback (most recent call last):
-    ValueError: expected a path, found the address https://example.org/a.ckpt: download it, and set --ckpt_path
-    """
-    if isinstance(path, str) and "://" in path:
-        raise ValueError(f"expected a path, found the address {path}: download it, and set {key}")
 
 
 def load_tokenizer(path: str, *, revision: str | None = None, key: str = TOKENIZER_KEY) -> PreTrainedTokenizerBase:

@@ -6,8 +6,10 @@ import gzip
 import zlib
 from pathlib import Path
 
+from ptp_lightning.utils.local_paths import local_path
 
-def read_lines(path: Path, expected: str, key: str) -> list[tuple[int, str]]:
+
+def read_lines(path: str | Path, expected: str, key: str) -> list[tuple[int, str]]:
     """The lines of a UTF-8 file that are not blank, with their numbers from 1.
 
     Lines end with a line feed, or with carriage return and line feed. Other characters that Unicode calls line
@@ -20,8 +22,10 @@ def read_lines(path: Path, expected: str, key: str) -> list[tuple[int, str]]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is not UTF-8 text, is no gzip file though named so, or has no lines.
+        ValueError: the path is an address, or the file is not UTF-8 text, is no gzip file though named so, or has no
+            lines.
     """
+    path = local_path(path, key)
     if not path.is_file():
         raise FileNotFoundError(f"expected {expected} at {path}, found no file: set {key}")
     try:

@@ -18,6 +18,7 @@ import numpy as np
 
 from ptp_lightning.sampling import SamplingConfig
 from ptp_lightning.utils.atomic_files import write_atomically
+from ptp_lightning.utils.local_paths import WRITTEN, local_path
 from ptp_lightning.utils.pretrained import clear_errors, few, listing
 
 if TYPE_CHECKING:
@@ -221,7 +222,7 @@ class CompletionFolder:
             FileNotFoundError: the folder does not exist, or contains no `completions.json`.
             ValueError: `completions.json` is invalid.
         """
-        folder = Path(path).expanduser()
+        folder = local_path(path, FOLDER_KEY)
         if not folder.is_dir():
             raise FileNotFoundError(
                 f"expected a folder written by `python -m ptp_lightning pregenerate` at {folder}, found none: "
@@ -241,7 +242,7 @@ class CompletionFolder:
             ValueError: the folder was created with other settings, or is not a folder of completions.
             OSError: the folder cannot be written to.
         """
-        folder = Path(path).expanduser()
+        folder = local_path(path, "--output", WRITTEN)
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"expected a folder at {folder}, found a file: choose another --output")
         folder.mkdir(parents=True, exist_ok=True)

@@ -20,6 +20,7 @@ import numpy as np
 from ptp_lightning.data.corpus import Split, split_of
 from ptp_lightning.data.series.series import RecordedSeries
 from ptp_lightning.utils.atomic_files import write_atomically
+from ptp_lightning.utils.local_paths import local_path
 
 CACHE_FORMAT = 1  # part of the cache key; to be raised when the same settings give other ids
 RESTARTS = 4  # of k-means; the best result is used
@@ -81,7 +82,7 @@ class PickUps(RecordedSeries):
                 "expected a CSV file with latitudes and longitudes, found no path: set data.series.path (on the "
                 "command line --data.init_args.series.init_args.path FILE)"
             )
-        if not Path(self.path).is_file():
+        if not local_path(self.path, "data.series.path").is_file():
             raise FileNotFoundError(
                 f"expected a CSV file with latitudes and longitudes at {self.path}, found none: set data.series.path"
             )

@@ -7,11 +7,11 @@ import random
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, Any, Literal, cast
 
 from ptp_lightning.data.shard_spec import ShardSpec
 from ptp_lightning.data.streaming.row_source import BadRowError, Position, RawRow, RowSource
+from ptp_lightning.utils.local_paths import expanded
 from ptp_lightning.utils.pretrained import clear_errors
 
 
@@ -41,7 +41,7 @@ class FileRows(RowSource):
         """All files, in the given order and sorted within folders."""
         found: list[str] = []
         for given in self.paths:
-            path = Path(given).expanduser()
+            path = expanded(given)
             if "://" in given:
                 found.append(given)
             elif path.is_dir():

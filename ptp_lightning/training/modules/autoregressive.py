@@ -22,6 +22,7 @@ from ptp_lightning.models.lora.gate import Gate
 from ptp_lightning.training.modules.training_module import TrainingModule
 from ptp_lightning.training.optimization import OptimizerSettings, configure
 from ptp_lightning.training.trainer_state import datamodule_of
+from ptp_lightning.utils.local_paths import WRITTEN, local_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -80,7 +81,7 @@ class AutoregressiveModule(TrainingModule):
         super().__init__(optimizer)
         if perplexity_positions < 0:
             raise ValueError(f"expected model.init_args.perplexity_positions >= 0, found {perplexity_positions}")
-        self.output = output
+        self.output = None if output is None else str(local_path(output, "model.init_args.output", WRITTEN))
         self.output_dtype = output_dtype
         self.perplexity = PositionMeans(perplexity_positions) if perplexity_positions else None
         self.model = load_backbone(backbone)
