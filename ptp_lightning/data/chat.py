@@ -6,7 +6,7 @@ import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from ptp_lightning.data.packing import TokenDocument
 from ptp_lightning.data.rendering import Rendering, end_of_text, require_unicode, value_at
@@ -68,17 +68,24 @@ class Chat(Rendering):
             )
 
     def document(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> TokenDocument:
-        """See `Rendering.document`; the end-of-turn token of the template is part of the assistant's message."""
+        """See `Rendering.document`; raises BadRowError for a conversation of several documents, see `documents`."""
+        *earlier, document = self.documents(row, tokenizer)
+        if earlier:
+            raise BadRowError(
+                f"expected a conversation that its chat template writes as one document, found {len(earlier) + 1}: "
+                "call documents, or set template of ptp_lightning.data.Chat"
+            )
+        return document
+
+    def documents(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[TokenDocument]:
+        """See `Rendering.documents`; the end-of-turn token of the template is part of the assistant's message.
+
+        A template may change earlier messages, as that of Qwen3 does, which leaves out earlier reasoning. The
+        conversation then becomes several documents, each of which ends with an answer, in its context as the template
+        writes it when the answer is generated. Every answer is learned in one of them.
+        """
         messages, tools = self._messages(row), self._tools(row)
-        text, spans = self._formatted(messages, tools, tokenizer)
-        require_unicode(text)
-        encoded: Any = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        ids: list[int] = encoded["input_ids"]
-        is_completion = [any(begin <= start < end for begin, end in spans) for start, _ in encoded["offset_mapping"]]
-        closing = end_of_text(tokenizer)
-        if closing and ids[-1:] == closing:
-            closing = []
-        return TokenDocument(ids + closing, is_completion + [messages[-1]["role"] == "assistant"] * len(closing))
+        return [_tokenized(text, tokenizer) for text in self._formatted(messages, tools, tokenizer)]
 
     def _messages(self, row: Mapping[str, Any]) -> list[Message]:
         found = value_at(row, self.column)
@@ -138,8 +145,8 @@ class Chat(Rendering):
 
     def _formatted(
         self, messages: list[Message], tools: list[Any] | None, tokenizer: PreTrainedTokenizerBase
-    ) -> tuple[str, list[Span]]:
-        """The formatted text, and the character ranges of the assistant's messages.
+    ) -> list[_Formatted]:
+        """The formatted texts, with the character ranges of the assistant's messages to learn.
 
         Templates differ in the forms of content that they take, and drop or misprint other forms silently. So the
         forms that mean the same are tried until the text contains all that is learned.
@@ -147,20 +154,18 @@ class Chat(Rendering):
         errors: list[BadRowError] = []
         for variant in _equivalent(messages):
             try:
-                text, spans = self._spans(variant, tools, tokenizer)
-                _require_written(text, spans, variant, tools)
-                return text, spans
+                texts = self._texts(variant, tools, tokenizer)
+                for text in texts:
+                    _require_written(text, tools)
+                return texts
             except BadRowError as error:
                 errors.append(error)
         raise errors[0]
 
-    def _spans(
+    def _texts(
         self, messages: list[Message], tools: list[Any] | None, tokenizer: PreTrainedTokenizerBase
-    ) -> tuple[str, list[Span]]:
-        """See `_formatted`; of one form of the messages.
-
-        A message's range is what it adds to the text of the messages before it, so no markers are needed in templates.
-        """
+    ) -> list[_Formatted]:
+        """See `_formatted`; of one form of the messages."""
 
         def rendered(number: int, *, add_generation_prompt: bool = False) -> str:
             part = messages[:number]
@@ -171,20 +176,59 @@ class Chat(Rendering):
             except ValueError as error:
                 raise BadRowError(str(error)) from error
 
-        spans: list[Span] = []
-        text = rendered(len(messages))
-        for number, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before = rendered(number, add_generation_prompt=True) if number else ""
-            after = rendered(number + 1)
-            if not (text.startswith(before) and text.startswith(after)):
+        remaining = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+        # What the template writes before an answer that is generated, and with it.
+        before = {number: rendered(number, add_generation_prompt=True) if number else "" for number in remaining}
+        after = {number: rendered(number + 1) for number in remaining}
+        texts: list[_Formatted] = []
+        end = len(messages)
+        while remaining or not texts:
+            text = rendered(end)
+            # An answer's range is what it adds to the text of the messages before it: templates need no markers.
+            spans = {
+                number: (len(before[number]), len(after[number]))
+                for number in remaining
+                if text.startswith(before[number]) and text.startswith(after[number])
+            }
+            if spans or not remaining:
+                texts.append(_Formatted(text, messages[:end], spans))
+            elif end == remaining[-1] + 1:
                 raise BadRowError(
                     "expected a chat template that appends each message to the previous ones, found that message "
-                    f"{number + 1} changes them: set template of ptp_lightning.data.Chat"
+                    f"{end} changes them: set template of ptp_lightning.data.Chat"
                 )
-            spans.append((len(before), len(after)))
-        return text, spans
+            remaining = [number for number in remaining if number not in spans]
+            end = remaining[-1] + 1 if remaining else 0
+        return texts[::-1]
+
+
+class _Formatted(NamedTuple):
+    """A conversation as text.
+
+    Attributes:
+        text: the text.
+        messages: of the conversation.
+        spans: ranges of the messages to learn, by their index.
+    """
+
+    text: str
+    messages: list[Message]
+    spans: dict[int, Span]
+
+
+def _tokenized(formatted: _Formatted, tokenizer: PreTrainedTokenizerBase) -> TokenDocument:
+    """Tokens of a conversation, and the end of the text, which is learned after an answer."""
+    text, messages, spans = formatted
+    require_unicode(text)
+    encoded: Any = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    ids: list[int] = encoded["input_ids"]
+    is_completion = [
+        any(begin <= start < end for begin, end in spans.values()) for start, _ in encoded["offset_mapping"]
+    ]
+    closing = end_of_text(tokenizer)
+    if closing and ids[-1:] == closing:
+        closing = []
+    return TokenDocument(ids + closing, is_completion + [messages[-1]["role"] == "assistant"] * len(closing))
 
 
 def _parsed_json(text: str) -> Any:
@@ -250,7 +294,7 @@ def _text_of(content: str | Sequence[Mapping[str, str]] | None) -> str:
     return "".join(part["text"] for part in content)
 
 
-def _require_written(text: str, spans: Sequence[Span], messages: Sequence[Message], tools: list[Any] | None) -> None:
+def _require_written(formatted: _Formatted, tools: list[Any] | None) -> None:
     """Reject a text in which the template did not write what is learned, or misprinted it.
 
     Templates may leave parts of a text out, such as an earlier reasoning, so only the last word of a text is required.
@@ -259,9 +303,9 @@ def _require_written(text: str, spans: Sequence[Span], messages: Sequence[Messag
         BadRowError: names what is missing.
     """
     remedy = "found that it does not: set template of ptp_lightning.data.Chat"
-    answers = iter(spans)
-    for message in messages:
-        begin, end = next(answers) if message["role"] == "assistant" else (0, len(text))
+    text, messages, spans = formatted
+    for number, message in enumerate(messages):
+        begin, end = spans.get(number, (0, len(text)))
         written, content = text[begin:end], message.get("content")
         parts = content if isinstance(content, list) else []
         learned = [_text_of(content)] if message["role"] == "assistant" else []

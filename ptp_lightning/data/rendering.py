@@ -30,6 +30,10 @@ class Rendering(ABC):
             BadRowError: a column is missing or has another type; the message names the configuration key.
         """
 
+    def documents(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[TokenDocument]:
+        """All documents of the row: one, unless a rendering says otherwise. Raises as `document`."""
+        return [self.document(row, tokenizer)]
+
     def require_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Check that the tokenizer can be used, before any row is read; raises ValueError."""
         del tokenizer

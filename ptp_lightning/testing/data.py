@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 
 from ptp_lightning.data.corpus import Corpus, Split
+from ptp_lightning.data.packing import TokenDocument
 from ptp_lightning.data.rendering import Rendering
 from ptp_lightning.data.series.series import Series
 from ptp_lightning.data.shard_spec import ShardSpec
@@ -87,25 +88,29 @@ def check_rendering(
     rendering.require_tokenizer(tokenizer)
     for row in rows:
         before = dict(row)
-        document = rendering.document(row, tokenizer)
+        documents = rendering.documents(row, tokenizer)
         require(row == before, "expected the row as before")
-        require(rendering.document(row, tokenizer) == document, "expected the same document for the same row")
-        ids, learned = list(document.token_ids), list(document.completion_mask)
-        require(
-            len(ids) == len(learned), f"expected a mask of the {len(ids)} tokens, found one of {len(learned)} entries"
-        )
-        require(any(learned), "expected tokens to learn, found none")
-        require(
-            all(isinstance(one, int) and 0 <= one < len(tokenizer) for one in ids),
-            f"expected token ids below {len(tokenizer)}, found {ids[:8]}",
-        )
-        if tokenizer.eos_token_id is not None:
-            require(ids[-1] == tokenizer.eos_token_id, "expected the end-of-text token at the end")
+        require(rendering.documents(row, tokenizer) == documents, "expected the same documents for the same row")
+        require(len(documents) > 0, "expected at least one document of a row, found none")
+        for document in documents:
+            _check_document(document, tokenizer)
     try:
-        rendering.document({}, tokenizer)
+        rendering.documents({}, tokenizer)
     except BadRowError:
         return
     raise AssertionError("expected a BadRowError for a row without columns, found a document")
+
+
+def _check_document(document: TokenDocument, tokenizer: PreTrainedTokenizerBase) -> None:
+    ids, learned = list(document.token_ids), list(document.completion_mask)
+    require(len(ids) == len(learned), f"expected a mask of the {len(ids)} tokens, found one of {len(learned)} entries")
+    require(any(learned), "expected tokens to learn, found none")
+    require(
+        all(isinstance(one, int) and 0 <= one < len(tokenizer) for one in ids),
+        f"expected token ids below {len(tokenizer)}, found {ids[:8]}",
+    )
+    if tokenizer.eos_token_id is not None:
+        require(ids[-1] == tokenizer.eos_token_id, "expected the end-of-text token at the end")
 
 
 def check_corpus(corpus: Corpus) -> None:

@@ -178,7 +178,7 @@ class BlockStream(IterableDataset[Block]):
                 continue
             try:
                 columns = self._parts[part].source.parse(row)
-                documents.append(self._parts[part].effective_rendering.document(columns, self._settings.tokenizer))
+                documents += self._parts[part].effective_rendering.documents(columns, self._settings.tokenizer)
             except BadRowError as error:
                 row_errors.append(str(error) if row.name in str(error) else f"{row.name}: {error}")
         return BlockDocuments(documents, row_errors)

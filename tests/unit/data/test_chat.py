@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from ptp_lightning.data.chat import Chat
 from ptp_lightning.data.streaming.row_source import BadRowError
 from tests.helpers.byte_tokenizer import END_OF_TEXT_ID, byte_tokenizer
-from tests.helpers.learned_text import split
+from tests.helpers.learned_text import split, split_document
 
 TEMPLATE = (
     "{% for message in messages %}<{{ message.role }}>{{ message.content }}</>{% endfor %}"
@@ -202,6 +202,55 @@ class TestContent:
         template = "{% for m in messages %}<{{ m.role }}></>{% endfor %}" + GENERATION_PROMPT
         with pytest.raises(BadRowError, match=r"writes the content 'Yo\.'"):
             Chat(template=template).document({"messages": answer(content="Yo.")}, tokenizer)
+
+
+# As Qwen3's: reasoning is written after the last question alone.
+LAST_REASONING = (
+    "{% set last = namespace(question=0) %}"
+    "{% for m in messages %}{% if m.role == 'user' %}{% set last.question = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}<{{ m.role }}>"
+    "{% if m.role == 'assistant' and loop.index0 > last.question %}({{ m.reasoning_content }}){% endif %}"
+    "{{ m.content }}</>{% endfor %}" + GENERATION_PROMPT
+)
+
+
+class TestTemplatesThatChangeEarlierMessages:
+    def messages(self, roles: str) -> list[dict[str, str]]:
+        """A message of each role (its first letter), with its number as content, and ten times that as reasoning."""
+        names = {"u": "user", "a": "assistant", "t": "tool"}
+        return [
+            {"role": names[role], "content": str(number), "reasoning_content": str(10 * number)}
+            for number, role in enumerate(roles, start=1)
+        ]
+
+    def documents(self, roles: str, tokenizer: PreTrainedTokenizerBase, template: str = LAST_REASONING) -> list[str]:
+        """What is learned of each document in brackets, after what is not."""
+        found = Chat(template=template).documents({"messages": self.messages(roles)}, tokenizer)
+        texts = [split_document(document, tokenizer) for document in found]
+        return [f"{hidden.strip('.')} [{learned.strip('.')}]" for learned, hidden in texts]
+
+    def test_each_answer_is_learned_as_it_is_generated(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        assert self.documents("uaua", tokenizer) == [
+            "<user>1</><assistant> [(20)2</>$]",
+            "<user>1</><assistant>2</><user>3</><assistant> [(40)4</>$]",
+        ]
+
+    def test_answers_to_one_question_stay_together(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """A call of a tool and the answer after it."""
+        first, second = self.documents("uataua", tokenizer)
+        assert first.replace(".", "") == "<user>1</><assistant><tool>3</><assistant> [(20)2</>(40)4</>$]"
+        assert second == "<user>1</><assistant>2</><tool>3</><assistant>4</><user>5</><assistant> [(60)6</>$]"
+
+    def test_a_last_question_is_left_out(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        assert self.documents("uau", tokenizer) == self.documents("ua", tokenizer)
+
+    def test_other_templates_make_one_document(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        for roles in ("ua", "uaua", "uau"):
+            assert len(self.documents(roles, tokenizer, template=WHAT_THERE_IS)) == 1
+
+    def test_several_documents_are_not_one(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        with pytest.raises(BadRowError, match="as one document, found 2"):
+            Chat(template=LAST_REASONING).document({"messages": self.messages("uaua")}, tokenizer)
 
 
 class TestSpeakers:
