@@ -76,12 +76,13 @@ def test_settings_and_metrics_reach_all_loggers(folder: Path) -> None:
     assert {"val/correct_tokens", "train/loss_nats", "perf/tokens_per_second", "train/learning_rate"} <= set(header)
 
 
-def test_tensorboard_begins_with_the_headline_and_ends_with_the_epoch(folder: Path) -> None:
+def test_tensorboard_begins_with_the_headline_and_ends_with_epoch_and_learning_rate(folder: Path) -> None:
     events = EventAccumulator(str(folder / "runs/tiny/version_0"), size_guidance={"tensors": 0}).Reload()
     tags = sorted(events.Tags()["scalars"])
     headline = sorted(OVERVIEW[tag] for tag in tags if tag in OVERVIEW)
     assert headline[:2] == ["Overview/correct_tokens", "Overview/training_loss_nats"]
-    assert tags[: len(headline)] == headline and tags[-1] == "x_axis/epoch"
+    assert tags[: len(headline)] == headline
+    assert tags[-2:] == ["z_schedule/epoch", "z_schedule/learning_rate"]
     for tag, shown in OVERVIEW.items():
         if tag in tags:
             points = [(event.step, event.value) for event in events.Scalars(tag)]
@@ -126,10 +127,10 @@ def test_a_browser_shows_the_run(folder: Path) -> None:
         pytest.skip(f"Chromium does not run here: {error}")
     with SCREENSHOTS.tensorboard(folder / "runs") as address:
         page = SCREENSHOTS.browse(browser, f"{address}/#timeseries", "--dump-dom")
-        shown = re.findall(r'title="((?:Overview|perf|train|val|x_axis)\b[^"]*)"', page)
+        shown = re.findall(r'title="((?:Overview|perf|train|val|z_schedule)\b[^"]*)"', page)
         first, second, *_ = [title for title in shown if title.startswith("Overview/")]
         assert (first, second) == ("Overview/correct_tokens", "Overview/training_loss_nats")
-        assert [title for title in shown if "/" not in title] == ["Overview", "perf", "train", "val", "x_axis"]
+        assert [title for title in shown if "/" not in title] == ["Overview", "perf", "train", "val", "z_schedule"]
         plugins = f"{address}/data/plugin"
         run = "run=tiny/version_0"
         assert {"val/by_position", "val/accuracy_by_step"} <= json.loads(fetch(f"{plugins}/images/tags"))[

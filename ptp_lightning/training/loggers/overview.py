@@ -16,12 +16,17 @@ OVERVIEW = {
 }
 """Further tags of metrics. TensorBoard sorts groups and charts by name, upper case first."""
 
-LAST = {"epoch": "x_axis/epoch"}
-"""Tags instead of those that Lightning writes, and that would be first; training streams have no epochs."""
+LAST = {"epoch": "z_schedule/epoch", "train/learning_rate": "z_schedule/learning_rate"}
+"""Tags of what is known before the training, which people look at last."""
+
+MONITORED_RATES = "lr-"
+"""How the tags of Lightning's `LearningRateMonitor` begin; they come last, too."""
 
 
 class OverviewTensorBoardLogger(TensorBoardLogger):
-    """Lightning's TensorBoard logger, with a first group *Overview* of the headline metrics, and `epoch` last.
+    """Lightning's TensorBoard logger, with a first group *Overview* of the headline metrics.
+
+    Epochs, which training streams do not have, and learning rates are the last group.
 
     All other metrics keep their tags; names in checkpoints, monitors and other loggers are the same.
     """
@@ -36,7 +41,10 @@ def with_overview(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Metrics by the tags under which they are written.
 
     >>> with_overview({"epoch": 0, "val/correct_tokens": 2.5})
-    {'x_axis/epoch': 0, 'val/correct_tokens': 2.5, 'Overview/correct_tokens': 2.5}
+    {'z_schedule/epoch': 0, 'val/correct_tokens': 2.5, 'Overview/correct_tokens': 2.5}
+    >>> with_overview({"lr-AdamW": 0.1})
+    {'z_schedule/lr-AdamW': 0.1}
     """
-    tags = {LAST.get(tag, tag): value for tag, value in metrics.items()}
+    last = LAST | {tag: f"z_schedule/{tag}" for tag in metrics if tag.startswith(MONITORED_RATES)}
+    tags = {last.get(tag, tag): value for tag, value in metrics.items()}
     return tags | {OVERVIEW[tag]: value for tag, value in metrics.items() if tag in OVERVIEW}
