@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 from ptp_lightning.decoding.generation import Generation
 from ptp_lightning.decoding.text import generate
 from ptp_lightning.export.checkpoint import build_network, read_predictor, save_network
-from ptp_lightning.export.hub import upload
+from ptp_lightning.export.hub import upload, warn_of_local_base
 from ptp_lightning.models.config import PredictorConfig
 from ptp_lightning.models.network import PredictorNetwork
 from ptp_lightning.option_names import DecoderName, DtypeName
@@ -108,6 +108,7 @@ class ParallelTokenPredictor:
             ValueError: `repo_id` is no id of the hub, or the student has no adapter.
             ConnectionError: the hub refuses, or cannot be reached; says what was tried.
         """
+        warn_of_local_base(self.config.backbone.path)
         with TemporaryDirectory() as scratch:
             folder = Path(scratch) / "predictor"
             save_network(self.network, folder, dtype=dtype, training=self.training, license=license, name=repo_id)

@@ -16,8 +16,10 @@ from ptp_lightning.export.checkpoint import (
     require_free_folder,
     save_network,
 )
+from ptp_lightning.export.hub import warn_of_local_base
 from ptp_lightning.export.model_folder import save_with_base_model
 from ptp_lightning.utils.local_paths import WRITTEN, local_path
+from ptp_lightning.utils.user_errors import warnings_as_notes
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
@@ -37,7 +39,10 @@ def run(options: Namespace) -> None:
         raise ValueError("expected --with_base_model without --overwrite, found both: choose a new --output")
     require_free_folder(options.output, overwrite=options.overwrite)  # before the model is loaded
     stored = read_predictor(options.ckpt_path)
-    predictor = build_network(stored, trust_custom_classes=options.trust_custom_classes)
+    with warnings_as_notes():
+        predictor = build_network(stored, base=options.base, trust_custom_classes=options.trust_custom_classes)
+        if not options.with_base_model:
+            warn_of_local_base(predictor.config.backbone.path)
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
     about: dict[str, Any] = {"dtype": dtype, "training": stored.training, "license": options.license}
     try:

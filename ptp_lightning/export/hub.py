@@ -8,12 +8,15 @@ the base model's.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from ptp_lightning.export.card_metadata import hub_name
 from ptp_lightning.export.migrations import CHECKPOINT_KEY
+from ptp_lightning.utils.pretrained import EMBEDDED
 
 HUB_ID = re.compile(r"(?P<repo>\w[\w.-]{0,95}/\w[\w.-]{0,95})(@(?P<revision>[\w./-]+))?", re.ASCII)
 LOCAL_SUFFIXES = (".ckpt", ".safetensors", ".pt", ".bin", ".gguf", ".json")
@@ -98,6 +101,21 @@ def upload(
             create_pr=create_pr,
         )
     return commit.commit_url
+
+
+def warn_of_local_base(base_model: str) -> None:
+    """Say that others cannot open an adapter whose base model is a file or folder of this machine.
+
+    Args:
+        base_model: its path or id.
+    """
+    if base_model != EMBEDDED and hub_name(base_model) is None:
+        warnings.warn(
+            f"the base model is {base_model} of this machine, which others do not have: they open the adapter with "
+            "--base USER/MODEL (base= in Python), or you write the id of the hub into it: export --base USER/MODEL, "
+            "from_pretrained(.., base=..) before push_to_hub",
+            stacklevel=3,
+        )
 
 
 @contextmanager

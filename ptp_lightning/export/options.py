@@ -21,6 +21,7 @@ def build_parser() -> ArgumentParser:
     add = parser.add_argument
     add("--ckpt_path", type=str, required=True, help="Lightning checkpoint, an earlier export, or user/name of the hub")
     add("--output", type=str, required=True, help="folder to write")
+    add("--base", type=str, help="hub id, folder or .gguf file to write as the base model")
     add("--dtype", type=Literal["float32", "bfloat16"], help="of the weights on disk; by default the checkpoint's")
     add("--with_base_model", action="store_true", help="write a model folder that transformers opens by itself")
     add("--license", type=str, help="for the model card, as the hub names it: apache-2.0, mit, ..")

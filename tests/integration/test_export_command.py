@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -95,7 +96,8 @@ def test_truncated_checkpoint(run: Run, tmp_path: Path) -> None:
 
 def test_export_writes_what_it_says(run: Run, export, capsys: pytest.CaptureFixture[str]) -> None:
     export("--ckpt_path", run.checkpoint, "--output", "my adapter")
-    printed = capsys.readouterr().out
+    printed, notes = capsys.readouterr()
+    assert f"note: the base model is {run.base} of this machine" in notes
     assert same_weights(run.module.predictor, load_network("my adapter"))
     assert read_predictor("my adapter").training == run.training
     for name in EXPORTED_FILES:
@@ -111,6 +113,12 @@ def test_export_of_an_export_in_bfloat16(run: Run, export) -> None:
     assert sum(file.stat().st_size for file in Path("small").glob("*.safetensors")) < 0.7 * sum(
         file.stat().st_size for file in Path("large").glob("*.safetensors")
     )
+
+
+def test_export_names_another_place_of_the_base_model(run: Run, export, tmp_path: Path) -> None:
+    shutil.copytree(run.base, tmp_path / "user" / "model")  # as an id of the hub
+    export("--ckpt_path", run.checkpoint, "--output", "out", "--base", "user/model")
+    assert read_predictor("out").config["backbone"]["path"] == "user/model"
 
 
 def test_overwrite(run: Run, export, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from ptp_lightning import ParallelTokenPredictor
 from ptp_lightning.export.checkpoint import EXPORTED_FILES, load_network, read_predictor, save_network
-from ptp_lightning.export.hub import hub_id
+from ptp_lightning.export.hub import hub_id, warn_of_local_base
 from ptp_lightning.export.model_folder import save_with_base_model
 from ptp_lightning.export.packaged_adapters import packaged_adapter_folder
 from ptp_lightning.models import PredictorNetwork
@@ -21,6 +22,8 @@ from tests.helpers.byte_tokenizer import byte_tokenizer
 from tests.helpers.hub_stand_in import TOKEN, HubStandIn, running_hub, use_hub
 from tests.helpers.stored_predictors import trained
 from tests.helpers.tiny_models import tiny_llama
+
+pytestmark = pytest.mark.filterwarnings("ignore:the base model is .* of this machine")
 
 TRAINING = {"steps": 400, "prefix_counts": [0, 3, 2, 2, 1]}
 
@@ -57,6 +60,19 @@ def test_what_is_pushed_opens(hub: HubStandIn, network: PredictorNetwork) -> Non
     opened = ParallelTokenPredictor.from_pretrained("user/mine")
     assert same_weights(opened.network, network)
     assert opened.training == TRAINING
+
+
+def test_a_base_model_that_others_do_not_have(
+    hub: HubStandIn, network: PredictorNetwork, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predictor, here = ParallelTokenPredictor(network), network.config.backbone.path
+    with pytest.warns(UserWarning, match=f"the base model is {here} of this machine.*--base USER/MODEL") as caught:
+        predictor.push_to_hub("user/mine", token=TOKEN)
+    assert [warning.filename for warning in caught] == [__file__]
+    for known in ("user/base", "smollm2", "embedded"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            warn_of_local_base(known)
 
 
 def test_its_card(hub: HubStandIn, network: PredictorNetwork) -> None:
