@@ -1,4 +1,4 @@
-"""The commands `sweep run` and `sweep report`."""
+"""The commands `sweep run`, `sweep status` and `sweep report`."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from ptp_lightning.utils.named_files import find_yaml
 from ptp_lightning.utils.user_errors import option_parser, parsed_options
 
 if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser
+    from pathlib import Path
 
-    from ptp_lightning.sweeps.study import Overrides
+    from jsonargparse import ArgumentParser, Namespace
+
+    from ptp_lightning.sweeps.study import Overrides, Study
 
 STOPPED_EXIT_CODE = 130
 CONFIGURATION_KEYS = ("trainer", "model", "data", "seed_everything")
@@ -24,8 +26,10 @@ HELP = """usage: python -m ptp_lightning sweep COMMAND STUDY [options]
   run     train the points of a study that are not trained yet, and report:
           gate_rank [--full] [--trials N] [--jobs K] [--output DIR] [--storage FILE_OR_URL]
           [--trainer.*, --model.*, --data.* as in fit, for all trials]
-  report  write the tables and figures of the trained points:
+  status  one line on a study, also while it runs: done, running, waiting, failed, time left:
           gate_rank [--full] [--output DIR] [--storage FILE_OR_URL]
+  report  write the tables and figures of the trained points:
+          gate_rank [--full] [--output DIR] [--storage FILE_OR_URL] [--csv FILE] [--from_csv FILE]
 
 STUDY is a file, or the name of one in sweeps/. The quick version of a study runs unless --full is given. The same
 command continues a stopped study, and several processes share one. Each command explains its options with --help."""
@@ -53,12 +57,10 @@ def dispatch(args: Sequence[str]) -> None:
         print(HELP)
         return
     command, *rest = args
-    if command == "run":
-        run(rest)
-    elif command == "report":
-        report(rest)
-    else:
-        raise ValueError(f"expected run or report, found {command!r}\n\n{HELP}")
+    commands = {"run": run, "status": status, "report": report}
+    if command not in commands:
+        raise ValueError(f"expected run, status or report, found {command!r}\n\n{HELP}")
+    commands[command](rest)
 
 
 def run(args: Sequence[str]) -> None:
@@ -85,20 +87,49 @@ def run(args: Sequence[str]) -> None:
     runner.run(options.trials, options.jobs)
 
 
+def status(args: Sequence[str]) -> None:
+    """Print one line on a study; reads only."""
+    options = parsed_options("status", _parser("status", "Say how far a study is, also while it runs."), args)
+    from ptp_lightning.sweeps.status import status_line
+    from ptp_lightning.sweeps.storage import open_storage
+
+    study, name, _, location = _study_at(options)
+    print(f"{name}: {status_line(study, name, open_storage(location, create=False, read_only=True))}")
+
+
 def report(args: Sequence[str]) -> None:
     """Write the tables and figures of the trained points."""
-    options = parsed_options("report", _parser("report", "Write the tables and figures of a study."), args)
+    parser = _parser("report", "Write the tables and figures of a study.")
+    parser.add_argument("--csv", type=str, help="also write the results into this file")
+    parser.add_argument("--from_csv", type=str, help="take the results from such a file instead of a storage")
+    options = parsed_options("report", parser, args)
+    import optuna
+
     from ptp_lightning.sweeps.report import write_report
-    from ptp_lightning.sweeps.run import default_output, journal_in
+    from ptp_lightning.sweeps.results_csv import read_csv, write_csv
     from ptp_lightning.sweeps.storage import load_stored, open_storage
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study, name, output, location = _study_at(options)
+    written = None if options.csv is None else local_path(options.csv, "--csv", WRITTEN)
+    if options.from_csv is not None:
+        stored = read_csv(study, local_path(options.from_csv, "--from_csv"), name)
+    else:
+        stored = load_stored(name, open_storage(location, create=False))
+    print(write_report(study, stored, output))
+    if written is not None:
+        write_csv(study, stored, written)
+
+
+def _study_at(options: Namespace) -> tuple[Study, str, Path, str]:
+    """The study that options name, its name, its folder, and the location of its storage."""
+    from ptp_lightning.sweeps.run import default_output, journal_in
     from ptp_lightning.sweeps.study import load_study, study_name
 
     path = find_yaml(options.study, "sweeps")
-    study, name = load_study(path, full=options.full), study_name(path, full=options.full)
+    name = study_name(path, full=options.full)
     output = local_path(options.output or default_output(name), "--output", WRITTEN)
-    location = options.storage or journal_in(default_output(name) if options.output is None else output)
-    stored = load_stored(name, open_storage(location, create=False))
-    print(write_report(study, stored, output))
+    return load_study(path, full=options.full), name, output, options.storage or journal_in(output)
 
 
 def split_overrides(args: Sequence[str]) -> tuple[list[str], Overrides]:

@@ -1,10 +1,14 @@
-"""Figures of a study: its history, the results by each parameter, and accuracy by position."""
+"""Figures of a study: its history, the results by each parameter, and accuracy by position.
+
+With several budgets, curves of the results by steps and by CPU time take the place of the first two.
+"""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,14 +17,24 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.trial import FrozenTrial, TrialState
 
 from ptp_lightning.sweeps.attributes import ACCURACY
+from ptp_lightning.sweeps.crossings import Curve, curves_of
 from ptp_lightning.sweeps.names import describe_parameters
 from ptp_lightning.sweeps.study import Study, short_name
-from ptp_lightning.sweeps.summary import Row, baseline_row, best_row, parameters_of, value_of
+from ptp_lightning.sweeps.summary import (
+    Row,
+    at_largest_budget,
+    baseline_row,
+    best_row,
+    half_width,
+    parameters_of,
+    value_of,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+CURVES = "curves.png"
 HISTORY = "history.png"
 SLICES = "slices.png"
 POSITIONS = "positions.png"
@@ -30,15 +44,37 @@ DOTS_PER_INCH = 120
 def write_figures(study: Study, stored: optuna.Study, rows: Sequence[Row], folder: Path) -> list[str]:
     """Write the figures that have data; returns their file names."""
     complete = stored.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    figures: dict[str, Figure | None] = {
-        HISTORY: draw_history(study, stored) if complete else None,
-        SLICES: draw_slices(study, complete) if complete else None,
-        POSITIONS: draw_positions(study, rows),
-    }
+    figures: dict[str, Figure | None] = {}
+    if complete and study.budget.is_axis:
+        figures = {CURVES: draw_curves(study, curves_of(rows))}
+    elif complete:
+        figures = {HISTORY: draw_history(study, stored), SLICES: draw_slices(study, complete)}
+    figures[POSITIONS] = draw_positions(study, at_largest_budget(study, rows))
     for name, figure in figures.items():
         if figure is not None:
             figure.savefig(folder / name, dpi=DOTS_PER_INCH)
     return [name for name, figure in figures.items() if figure is not None]
+
+
+def draw_curves(study: Study, curves: Sequence[Curve]) -> Figure:
+    """Results against the number of steps and against CPU hours; bars are 95 % intervals over seeds."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    by_steps, by_hours = figure.subplots(1, 2, sharey=True)
+    for curve in curves:
+        all_steps = curve.all_steps
+        values = [curve.values(steps) for steps in all_steps]
+        means, widths = [fmean(one) for one in values], [half_width(one) for one in values]
+        for axes, x_values in (by_steps, all_steps), (by_hours, [curve.cpu_hours(steps) for steps in all_steps]):
+            axes.errorbar(x_values, means, widths, fmt="o-", capsize=3, label=describe_parameters(curve.parameters))
+    all_steps = sorted({steps for curve in curves for steps in curve.all_steps})
+    by_steps.set(xscale="log", xlabel="steps", ylabel=study.objective.metric)
+    by_steps.set_xticks(all_steps, [f"{steps:,}" for steps in all_steps])
+    by_steps.minorticks_off()
+    by_hours.set(xscale="log", xlabel="CPU hours of a training")
+    by_steps.legend(fontsize="small")
+    return figure
 
 
 def draw_history(study: Study, stored: optuna.Study) -> Figure:

@@ -103,17 +103,27 @@ class TrialQueue:
 
     def progress(self) -> Progress:
         """Number of points by state."""
+        counts = Counter(self.states().values())
+        complete, pruned = counts[TrialState.COMPLETE], counts[TrialState.PRUNED]
+        return Progress(len(self.order), complete, pruned, counts[TrialState.FAIL], counts[TrialState.RUNNING])
+
+    def states(self) -> dict[str, TrialState]:
+        """The state of each point that is not waiting, by its key."""
         trials = self._trials()
         lost = self._times_lost(trials)
-        ends: dict[str, str] = {}
+        states: dict[str, TrialState] = {}
         for trial in trials:
             key = point_of(trial)
             if trial.state in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING):
-                ends[key] = trial.state.name
+                states[key] = trial.state
             elif _has_failed(trial) or lost[key] >= MAX_LOST:
-                ends.setdefault(key, TrialState.FAIL.name)
-        counts = Counter(end for key, end in ends.items() if key in self.order)
-        return Progress(len(self.order), counts["COMPLETE"], counts["PRUNED"], counts["FAIL"], counts["RUNNING"])
+                states.setdefault(key, TrialState.FAIL)
+        return {key: state for key, state in states.items() if key in self.order}
+
+    def running(self) -> list[FrozenTrial]:
+        """The trials of this study's points that a living process trains."""
+        trials = self._trials(TrialState.RUNNING)
+        return [trial for trial in trials if point_of(trial) in self.order and not _is_lost(trial)]
 
     def _take_waiting(self) -> Trial | None:
         for waiting in self._in_order(self._trials(TrialState.WAITING)):

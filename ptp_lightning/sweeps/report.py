@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,13 +11,14 @@ import optuna
 from optuna.trial import TrialState
 
 from ptp_lightning.sweeps.attributes import COMMAND, GIVEN_UP, TRACEBACK
+from ptp_lightning.sweeps.budget_report import budget_parts
 from ptp_lightning.sweeps.figures import write_figures
 from ptp_lightning.sweeps.names import budget_text, describe_parameters, format_value
 from ptp_lightning.sweeps.study import Study, short_name
-from ptp_lightning.sweeps.summary import Row, best_row, rows_of
+from ptp_lightning.sweeps.summary import Row, at_largest_budget, best_row, rows_of
+from ptp_lightning.sweeps.tables import NONE, markdown, number
 
 REPORT = "report.md"
-NONE = "-"
 MIN_RESULTS_FOR_IMPORTANCE = 8
 
 
@@ -44,6 +44,7 @@ def report_text(study: Study, stored: optuna.Study, rows: Sequence[Row]) -> str:
         f"# {stored.study_name}\n\n{study.title}\n",
         f"`{study.objective.metric}` ({study.objective.direction}) after {budget_text(study.budget)}; seeds "
         f"{', '.join(map(str, study.seeds))}. `±` is half of the 95 % interval of the mean over seeds (Student's t).\n",
+        *(budget_parts(study, rows) if study.budget.is_axis else []),
         table(study, rows),
     ]
     overheads = sorted(seconds for row in rows for seconds in row.overheads)
@@ -60,10 +61,11 @@ def report_text(study: Study, stored: optuna.Study, rows: Sequence[Row]) -> str:
     if importances:
         shares = ", ".join(f"{short_name(name)} {share:.2f}" for name, share in importances.items())
         parts.append(f"Importance of the parameters (fANOVA, shares of 1): {shares}.\n")
-    best = best_row(study, rows)
+    best = best_row(study, at_largest_budget(study, rows))
     if best is not None:
-        parts.append(f"Best: {describe_parameters(best.parameters)}. Its training alone:\n")
-        parts.append(f"```\n{best.trials[0].user_attrs[COMMAND]}\n```\n")
+        command = best.trials[0].user_attrs.get(COMMAND)  # results of a CSV file have none
+        parts.append(f"Best: {describe_parameters(best.parameters)}.{' Its training alone:' if command else ''}\n")
+        parts += [f"```\n{command}\n```\n"] if command else []
     parts += failures(stored)
     return "\n".join(parts)
 
@@ -97,28 +99,16 @@ def shorter_drafts_table(study: Study, rows: Sequence[Row]) -> str:
     return markdown(lines)
 
 
-def markdown(lines: list[list[str]]) -> str:
-    """A Markdown table; the first line is the header.
-
-    >>> print(markdown([["a", "b"], ["1", "2"]]), end="")
-    | a | b |
-    | --- | --- |
-    | 1 | 2 |
-    """
-    header, *others = lines
-    return "".join(f"| {' | '.join(line)} |\n" for line in [header, ["---"] * len(header), *others])
-
-
 def parameter_importances(study: Study, stored: optuna.Study) -> dict[str, float]:
-    """Share of each parameter in the variance of results (fANOVA); empty for one parameter or too few results.
+    """Share of each parameter in the variance of results (fANOVA); empty if it would say nothing.
 
     Optuna's default evaluator compares the best trials with all trials, which is blind in a grid.
     """
     from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 
     num_results = len(stored.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
-    if len(study.distributions) < 2 or num_results < MIN_RESULTS_FOR_IMPORTANCE:
-        return {}
+    if len(study.distributions) < 2 or num_results < MIN_RESULTS_FOR_IMPORTANCE or study.budget.is_axis:
+        return {}  # the budget would explain most of the variance
     try:
         evaluator = FanovaImportanceEvaluator(seed=0)
         return get_param_importances(stored, evaluator=evaluator, params=list(study.distributions))
@@ -140,12 +130,3 @@ def failures(stored: optuna.Study) -> list[str]:
         *(f"* {n}: {line}" for n, line in failed),
         "",
     ]
-
-
-def number(value: float, digits: int = 3) -> str:
-    """A number for a table; `-` for NaN.
-
-    >>> number(0.12345), number(float("nan"))
-    ('0.123', '-')
-    """
-    return NONE if math.isnan(value) else f"{value:.{digits}f}"

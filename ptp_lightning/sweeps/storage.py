@@ -28,12 +28,13 @@ MAX_ATTEMPTS = 8
 FIRST_PAUSE_SECONDS = 0.05
 
 
-def open_storage(location: str, *, create: bool) -> BaseStorage:
+def open_storage(location: str, *, create: bool, read_only: bool = False) -> BaseStorage:
     """The storage at a URL (`sqlite:///study.db`) or in a journal file.
 
     Args:
         location: URL or path.
         create: create a missing journal.
+        read_only: leave a journal as it is, also an incomplete last line, which another process may be writing.
 
     Raises:
         FileNotFoundError: there is no journal, and `create` is false.
@@ -49,10 +50,11 @@ def open_storage(location: str, *, create: bool) -> BaseStorage:
             f"expected a study's storage at {path}, found none: start one with run, or set --storage"
         )
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        drop_torn_line(path)
-        with path.open("ab"):
-            pass  # can be written
+        if not read_only:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            drop_torn_line(path)
+            with path.open("ab"):
+                pass  # can be written
         return JournalStorage(JournalFileBackend(str(path)))
     except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
         raise ValueError(

@@ -7,7 +7,7 @@ import json
 import os
 from argparse import ArgumentError
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -294,7 +294,8 @@ def load_study(path: Path, *, full: bool) -> Study:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Study, "study")
     try:
-        return parser.instantiate(parser.parse_object({"study": plain}))["study"]
+        study: Study = parser.instantiate(parser.parse_object({"study": _without_overrides(plain)}))["study"]
+        return replace(study, overrides=plain.get("overrides", {}), variants=plain.get("variants", {}))
     except (ArgumentError, ValueError, TypeError) as error:
         reason = plain_reason(str(error)).replace("study.", "")
         raise ValueError(f"{path}: {reason}") from error
@@ -328,13 +329,13 @@ def path_from_study(study_file: Path, path: str) -> str:
 
 
 def _with_class_paths_as_text(plain: dict[str, Any]) -> dict[str, Any]:
-    """A study whose overrides have class paths as text; jsonargparse would instantiate entries with `class_path`."""
+    """A study whose overrides have class paths as text, as options of the command line have them."""
     text = dict(plain)
     if isinstance(plain.get("overrides"), dict):
         text["overrides"] = _class_path_as_text(plain["overrides"])
     if isinstance(plain.get("variants"), dict):
         text["variants"] = {
-            name: {choice: _class_path_as_text(overrides or {}) for choice, overrides in (choices or {}).items()}
+            name: {str(choice): _class_path_as_text(more or {}) for choice, more in (choices or {}).items()}
             for name, choices in plain["variants"].items()
         }
     return text
@@ -350,6 +351,16 @@ def _class_path_as_text(overrides: Overrides) -> Overrides:
         else:
             text[path] = value
     return text
+
+
+def _without_overrides(plain: dict[str, Any]) -> dict[str, Any]:
+    """A study for jsonargparse, which would instantiate every entry with `class_path`, also in lists."""
+    left = dict(plain)
+    if isinstance(plain.get("overrides"), dict):
+        left["overrides"] = {}
+    if isinstance(plain.get("variants"), dict):
+        left["variants"] = {name: {choice: {} for choice in choices} for name, choices in plain["variants"].items()}
+    return left
 
 
 def _choices(name: str, distribution: BaseDistribution) -> list[Value]:

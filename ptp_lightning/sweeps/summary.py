@@ -124,6 +124,12 @@ def require_equal_budgets(study: Study, trials: Sequence[FrozenTrial]) -> None:
                 )
 
 
+def at_largest_budget(study: Study, rows: Sequence[Row]) -> list[Row]:
+    """The rows of the largest number of steps with results; all rows if there is one budget."""
+    largest = max((study.steps_of(row.parameters) for row in rows if row.trials), default=0)
+    return [row for row in rows if study.steps_of(row.parameters) == largest]
+
+
 def best_row(study: Study, rows: Sequence[Row]) -> Row | None:
     """The row with the best mean; None without results."""
     return _extreme(rows, largest=study.objective.direction == "maximize")

@@ -8,7 +8,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from optuna.trial import Trial
 
-from ptp_lightning.sweeps.attributes import HEARTBEAT
+from ptp_lightning.sweeps.attributes import HEARTBEAT, START_STEP
 
 HEARTBEAT_SECONDS = 60.0
 
@@ -62,6 +62,10 @@ class Heartbeat(Callback):
     def __init__(self, trial: Trial) -> None:
         self.trial = trial
         self._noted = time.monotonic()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note with which step the training begins."""
+        self.trial.set_user_attr(START_STEP, trainer.global_step)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         """See the class."""

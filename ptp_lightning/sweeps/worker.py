@@ -21,7 +21,6 @@ from ptp_lightning.sweeps.attributes import (
     SECONDS,
     SEED,
     SHARED_STEPS,
-    START_STEP,
     STEPS,
     TOKENS,
     TRACEBACK,
@@ -124,8 +123,7 @@ class Worker:
                     hyperparameters,
                     checkpoints,
                 )
-                for name, step in (START_STEP, checkpoints.start_step), (SHARED_STEPS, checkpoints.shared_steps):
-                    trial.set_user_attr(name, step)
+                trial.set_user_attr(SHARED_STEPS, checkpoints.shared_steps)
                 self.log(f"{self._record(trial, result, pruning)}: {label} ({result.seconds:.0f} s)")
                 checkpoints.remove_own()
             except (KeyboardInterrupt, SystemExit) as stop:  # Lightning turns Ctrl-C and SIGTERM into an exit

@@ -52,7 +52,8 @@ def letters(*, seeds: tuple[int, ...] = (0,), **changes: Any) -> Study:
     space = (
         {} if changes.keys() & {"variants", "settings"} else {"settings": {"x": CategoricalDistribution(["a", "b"])}}
     )
-    return Study(title="letters", base="x.yaml", budget=Budget(4, 8), seeds=list(seeds), **space, **changes)
+    usual = {"title": "letters", "base": "x.yaml", "budget": Budget(4, 8), "seeds": list(seeds)}
+    return Study(**(usual | space | changes))
 
 
 def worker_for(folder: Path, messages: list[str], **changes: Any) -> Worker:

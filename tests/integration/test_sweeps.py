@@ -14,10 +14,13 @@ from tests.helpers.tiny_configs import SHRUNKEN
 ROOT = Path(__file__).parents[2]
 STUDIES = sorted((ROOT / "sweeps").glob("*.yaml"))
 NAMES = {
+    "as_in_the_paper",
     "auxiliary_sampling",
     "best_of",
     "cdf_order",
+    "crossing_embeddings",
     "crossing_losses",
+    "crossing_overlap",
     "depth",
     "embeddings",
     "gate_rank",

@@ -13,6 +13,7 @@ from optuna.trial import TrialState, create_trial
 from ptp_lightning.sweeps.attributes import (
     ACCURACY,
     COMMAND,
+    CPU_SECONDS,
     GIVEN_UP,
     METRICS,
     PREFIX_COUNTS,
@@ -47,6 +48,7 @@ def add(
         TOKENS: study.budget.tokens_of(study.steps_of(parameters)),
         SECONDS: 10.0 * (seed + 1),
         TRAINING_SECONDS: 10.0 * (seed + 1) - (seed + 1) / 2,
+        CPU_SECONDS: 9.0 * (seed + 1),
         METRICS: {"val/other": 2.0 * (value or 0)},
         ACCURACY: [1.0, (value or 0) / 10],
         PREFIX_COUNTS: [0, 1, 2, 1],

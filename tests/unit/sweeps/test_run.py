@@ -102,11 +102,14 @@ def test_a_study_goes_on_only_as_what_it_was(
         (["run", "tiny.yaml", "--jobs", "0"], "expected --jobs >= 1, found 0"),
         (["run", "tiny.yaml", "--quick"], "--quick"),
         (["run"], "study"),
-        (["run", "none.yaml"], "expected a study at none.yaml, found none: give a file, or one of auxiliary_sampling"),
+        (
+            ["run", "none.yaml"],
+            "expected a study at none.yaml, found none: give a file, or one of as_in_the_paper, aux",
+        ),
         (["run", "tiny.yaml", "--storage", "."], "an Optuna journal that can be read and written at --storage"),
         (["run", "tiny.yaml", "--model.init_args.seed"], "a value after --model.init_args.seed"),
         (["report", "tiny.yaml"], "start one with run"),
-        (["reprot", "tiny.yaml"], "expected run or report, found 'reprot'"),
+        (["reprot", "tiny.yaml"], "expected run, status or report, found 'reprot'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

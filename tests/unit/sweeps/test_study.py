@@ -86,6 +86,9 @@ def test_classes_in_overrides_stay_names(tmp_path: Path) -> None:
     beta = {"class_path": "p.Beta", "init_args": {"b": 2, "inner": {"class_path": "p.C"}}}
     study = load_study(write_study(tmp_path, variants={"v": {"x": {"s.t": beta}}}), full=True)
     assert study.variants == {"v": {"x": {"s.t": "p.Beta", "s.t.init_args.b": 2, "s.t.init_args.inner": "p.C"}}}
+    terms = [{"loss": {"class_path": "ptp_lightning.losses.CrossEntropy"}, "weight": 0.1}]
+    study = load_study(write_study(tmp_path, overrides={"terms": terms}), full=True)
+    assert study.overrides == {"terms": terms}
 
 
 def test_files_are_named_as_seen_from_the_study() -> None:
@@ -94,6 +97,7 @@ def test_files_are_named_as_seen_from_the_study() -> None:
 
 CATEGORIES = {"class_path": "optuna.distributions.CategoricalDistribution", "init_args": {"choices": [1, 2]}}
 ENDLESS = {"class_path": "optuna.distributions.FloatDistribution", "init_args": {"low": 0.0, "high": 1.0}}
+AXIS = {"steps": [2, 4], "tokens": 8, "validations": 1}
 SAMPLER = {"class_path": "optuna.samplers.RandomSampler"}
 
 
@@ -115,6 +119,15 @@ SAMPLER = {"class_path": "optuna.samplers.RandomSampler"}
         ({"sampler": SAMPLER, "trials": 3, "seeds": [0, 1]}, "expected a single seed with a sampler"),
         ({"budget": {"steps": 5, "tokens": 1, "validations": 2}}, "a multiple of budget.validations"),
         ({"budget": {"steps": 4}}, "tokens"),
+        ({"budget": {"steps": [], "tokens": 1}}, "different numbers in budget.steps, at least one"),
+        ({"budget": {"steps": [2, 2], "tokens": 4}}, "different numbers in budget.steps, at least one"),
+        (
+            {"budget": {"steps": [2, 4], "tokens": 8}},
+            "expected budget.validations 1 with several budget.steps, found 4",
+        ),
+        ({"budget": {"steps": [2, 4], "tokens": 6, "validations": 1}}, "a multiple of the largest of budget.steps"),
+        ({"budget": AXIS, "sampler": SAMPLER, "trials": 3}, "one number of budget.steps with a sampler"),
+        ({"budget": AXIS, "settings": {"trainer.max_steps": CATEGORIES}}, "paths end differently"),
         ({"baseline": {"objectiv": "independent"}}, "one of the parameters ['objective'], found 'objectiv'"),
         ({"baseline": {"objective": "mtp"}}, "one of the choices ['categorical', 'independent'] of objective"),
         ({"objective": {"metric": "val/best_of_{num}"}}, "objective.metric to name parameters"),
