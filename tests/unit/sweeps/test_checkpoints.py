@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from optuna.trial import FrozenTrial, TrialState
@@ -23,9 +24,11 @@ from ptp_lightning.sweeps.attributes import (
 from ptp_lightning.sweeps.budget import STEPS_KEY
 from ptp_lightning.sweeps.checkpoints import TrialCheckpoints
 from ptp_lightning.sweeps.training_run import Result, TrainingRuns
-from ptp_lightning.sweeps.trial_callbacks import PruneAtValidation
+from ptp_lightning.sweeps.trial_callbacks import PruneAtValidation, TrainingClock
 from ptp_lightning.sweeps.worker import Worker
 from ptp_lightning.training.distributed.termination import TerminateTogether
+from ptp_lightning.training.modules.training_module import TrainingModule
+from ptp_lightning.training.optimization import OptimizerSettings
 from tests.helpers.tiny_study import METRIC, TOKENS_PER_STEP, plain_study, worker_for
 
 BUDGETS = [4, 8, 12]
@@ -85,6 +88,42 @@ def test_a_long_training_begins_with_the_first_steps_of_a_short_one(
     for name in (TRAINING_SECONDS, CPU_SECONDS):  # with those of the shared steps
         assert trials[BUDGETS[-1]].user_attrs[name] > 0
     assert trials[BUDGETS[-1]].user_attrs[SECONDS] > trials[BUDGETS[-1]].user_attrs[TRAINING_SECONDS]
+
+
+@pytest.mark.parametrize(
+    ("total_steps", "chosen"),
+    [
+        pytest.param(2, None, id="both begin after its decay has begun"),
+        pytest.param(4, "shared_step_000002.ckpt", id="the first of its steps"),
+        pytest.param(8, "of_8_step_000005.ckpt", id="its own, which is later"),
+        pytest.param(14, "shared_step_000006.ckpt", id="the later one"),
+    ],
+)
+def test_a_training_begins_with_the_most_steps_that_are_its_own(
+    total_steps: int, chosen: str | None, tmp_path: Path
+) -> None:
+    for name in ("shared_step_000002", "shared_step_000006", "of_8_step_000005", "of_80_step_000007"):
+        (tmp_path / f"{name}.ckpt").touch()
+    checkpoints = TrialCheckpoints(tmp_path, total_steps, serves_others=True)
+    start = checkpoints.start(Half(OptimizerSettings(decay_fraction=0.5)))
+    assert start == (None if chosen is None else tmp_path / chosen)
+
+
+class Half(TrainingModule):
+    """A module that is not trained."""
+
+    @property
+    def networks(self) -> list[Any]:
+        return []
+
+
+def test_time_counts_from_the_first_step_of_the_earlier_process() -> None:
+    clock = TrainingClock()
+    clock.load_state_dict({"seconds": 100.0, "cpu_seconds": 50.0})
+    clock.on_train_start(Trainer(logger=False), Half(OptimizerSettings()))
+    state = clock.state_dict()
+    assert 100 < state["seconds"] < 101
+    assert 50 < state["cpu_seconds"] < 51
 
 
 class StopAt(Callback):
@@ -163,6 +202,12 @@ def test_a_killed_training_goes_on_from_its_last_checkpoint_with_its_reports(
     assert [path.name for path in (tmp_path / "killed").iterdir()] == ["of_12_step_000006.ckpt"]
     assert reports == reported[:1]
     reports.clear()
+    (left,) = (tmp_path / "killed").iterdir()
+    content = torch.load(left, weights_only=True)
+    content["callbacks"]["TrainingClock"] = {"seconds": 1000.0, "cpu_seconds": 2000.0}
+    torch.save(content, left)
     found = train(tmp_path / "killed", of, pruning())
     assert reports == reported
     assert (found.metrics, found.prefix_counts) == (expected.metrics, expected.prefix_counts)
+    assert 1000 < found.training_seconds < found.seconds < 1100
+    assert 2000 < found.cpu_seconds < 2100

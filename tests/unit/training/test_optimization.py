@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ptp_lightning.training.optimization import JointOptimizer, OptimizerSettings, configure
+from ptp_lightning.training.optimization import JointOptimizer, OptimizerSettings, configure, decay_start
 
 
 class Network(nn.Module):
@@ -106,6 +106,14 @@ class TestSchedule:
     def test_rises_stays_and_falls(self) -> None:
         rates = self.rates(10, warmup_steps=4, decay_fraction=0.4)
         assert rates == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25]
+
+    def test_is_that_of_longer_trainings_until_it_falls(self) -> None:
+        settings: dict[str, Any] = {"warmup_steps": 4, "decay_fraction": 0.4}
+        shared = int(decay_start(OptimizerSettings(**settings), 10))
+        short, long = self.rates(10, **settings), self.rates(40, **settings)
+        assert shared == 6
+        assert short[: shared + 1] == long[: shared + 1]
+        assert short[shared + 1] < long[shared + 1]
 
     def test_constant(self) -> None:
         assert self.rates(4, warmup_steps=0, decay_fraction=0.0) == [1.0] * 4
