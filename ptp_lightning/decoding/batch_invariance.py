@@ -24,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +64,14 @@ def batch_invariant(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _products_depend_on_rows(model: PreTrainedModel) -> bool:
-    return model.device.type != "cpu" or any(isinstance(module, Conv1D) for module in model.modules())
+    if model.device.type != "cpu":
+        return True
+    if model not in _HAS_CONV1D:  # a look at every module takes as long as a tenth of a call
+        _HAS_CONV1D[model] = any(isinstance(module, Conv1D) for module in model.modules())
+    return _HAS_CONV1D[model]
+
+
+_HAS_CONV1D: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 class _BatchInvariantRows(TorchFunctionMode):

@@ -30,8 +30,8 @@ class JoinedAdapter:
                 expand.append(b.detach() * scale)
             else:
                 expand.append(torch.empty(len(base_layer(layer).weight), 0))
-        weights = (torch.cat(shrink), torch.block_diag(*expand)) if shrink else ()
-        self._products = [PackedLinear([_linear(weight.to(dtype))], pack) for weight in weights]
+        self._shrink = PackedLinear([_linear(torch.cat(shrink).to(dtype))], pack) if shrink else None
+        self._expand = torch.block_diag(*expand).t().to(dtype).contiguous()
 
     @classmethod
     def kept(cls, layers: Sequence[nn.Module], dtype: torch.dtype, pack: bool, packed_weights: PackedWeights) -> Self:
@@ -43,9 +43,8 @@ class JoinedAdapter:
 
     def add_(self, output: Tensor, rows: Tensor) -> None:
         """Add the update to the layers' outputs `[M, out]`, in place, given their input `[M, in]`."""
-        if self._products:
-            shrink, expand = self._products
-            output += expand(shrink(rows))
+        if self._shrink is not None:
+            output.addmm_(self._shrink(rows), self._expand)
 
 
 def _acts(layer: nn.Module) -> TypeGuard[GatedLoraLinear]:
