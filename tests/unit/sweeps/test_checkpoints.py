@@ -209,5 +209,7 @@ def test_a_killed_training_goes_on_from_its_last_checkpoint_with_its_reports(
     found = train(tmp_path / "killed", of, pruning())
     assert reports == reported
     assert (found.metrics, found.prefix_counts) == (expected.metrics, expected.prefix_counts)
+    # None after the last step, with which a training could begin that would end before its validation.
+    assert [path.name for path in (tmp_path / "killed").iterdir()] == ["of_12_step_000011.ckpt"]
     assert 1000 < found.training_seconds < found.seconds < 1100
     assert 2000 < found.cpu_seconds < 2100

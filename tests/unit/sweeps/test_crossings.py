@@ -85,6 +85,11 @@ def test_parallel_curves_do_not_cross() -> None:
     assert crossings(study_of(), {"a": CROSSING["a"], "b": {steps: [0.0] * 3 for steps in STEPS}}) == []
 
 
+def test_the_best_is_one_of_the_largest_budget(tmp_path: Path) -> None:
+    study = study_of(objective=StudyObjective(direction="minimize"))
+    assert "Best: x=a max_steps=1000." in write_report(study, trained(study, CROSSING), tmp_path)
+
+
 def test_the_report_of_several_budgets(tmp_path: Path) -> None:
     choices = CategoricalDistribution(["a", "b", "c"])
     study = study_of(settings={"x": choices})
