@@ -8,6 +8,8 @@ POINT = "point"
 SEED = "seed"
 OWNER = "owner"
 HEARTBEAT = "heartbeat"
+HEARTBEAT_STEP = "heartbeat_step"
+START_STEP = "start_step"  # with which its training begins, after the checkpoint of an earlier one
 
 # Of a trial that ended without a result.
 TRACEBACK = "traceback"  # of the exception
@@ -24,7 +26,6 @@ TOKENS = "tokens"
 SECONDS = "seconds"
 TRAINING_SECONDS = "training_seconds"
 CPU_SECONDS = "cpu_seconds"
-START_STEP = "start_step"  # at which the trial's own training began, after the checkpoint of an earlier one
 SHARED_STEPS = "shared_steps"  # the first steps, which are those of every longer training
 VERSION = "version"  # of this package, with the commit of a checkout
 LOG_DIR = "log_dir"

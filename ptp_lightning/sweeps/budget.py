@@ -66,7 +66,7 @@ class Budget:
         return self.all_steps[-1]
 
     def tokens_of(self, steps: int) -> int:
-        """Tokens of a training of so many steps; steps may be none of this budget's, of an earlier one for instance."""
+        """Tokens of a training of this number of steps, which need not be one of the budget's."""
         return self.tokens * steps // self.largest
 
     def definition(self) -> dict[str, Any]:

@@ -8,9 +8,10 @@ the checkpoint that the former left there. A resumed training equals an uninterr
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ class TrialCheckpoints(Callback):
         self._saved = time.monotonic()
 
     def start(self, module: LightningModule) -> Path | None:
-        """The checkpoint to begin with: the one with most steps that are those of this training; None without one."""
+        """The checkpoint to begin with: of those whose steps this training shares, the latest; None without one."""
         if isinstance(module, TrainingModule):
             self.shared_steps = module.shared_steps(self.total_steps)
         shared = {step: path for step, path in _steps(self.folder, "shared").items() if step <= self.shared_steps}
@@ -100,14 +101,20 @@ class TrialCheckpoints(Callback):
         self._saved = time.monotonic()
 
 
-def folder_of(arguments: Sequence[str]) -> str:
-    """Name of the folder of all trainings whose arguments of `fit` are these, apart from the number of steps.
+def folder_of(arguments: Sequence[str], base: Mapping[str, Any]) -> str:
+    """Name of the folder of all trainings that differ in the number of steps only.
 
-    >>> folder_of(["--trainer.max_steps=200", "--a=1"]) == folder_of(["--trainer.max_steps=800", "--a=1"])
+    Args:
+        arguments: of `fit`.
+        base: what the study's definition says of the base configuration, a file that may change.
+
+    >>> folder_of(["--trainer.max_steps=200", "--a=1"], {}) == folder_of(["--trainer.max_steps=800", "--a=1"], {})
     True
+    >>> folder_of(["--a=1"], {"b": 1}) == folder_of(["--a=1"], {"b": 2})
+    False
     """
     kept = [one for one in arguments if one.partition("=")[0].removeprefix("--") not in LENGTH_KEYS]
-    return hashlib.sha256("\0".join(kept).encode()).hexdigest()[:HASH_DIGITS]
+    return hashlib.sha256(json.dumps([kept, base], sort_keys=True).encode()).hexdigest()[:HASH_DIGITS]
 
 
 def _steps(folder: Path, name: str) -> dict[int, Path]:

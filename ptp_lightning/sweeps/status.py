@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -10,7 +11,7 @@ from statistics import fmean
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
-from ptp_lightning.sweeps.attributes import SECONDS, SHARED_STEPS, START_STEP, STEPS
+from ptp_lightning.sweeps.attributes import HEARTBEAT, HEARTBEAT_STEP, SECONDS, SHARED_STEPS, START_STEP, STEPS
 from ptp_lightning.sweeps.budget import STEPS_KEY
 from ptp_lightning.sweeps.queue import TrialQueue, point_of
 from ptp_lightning.sweeps.storage import load_stored
@@ -79,10 +80,15 @@ def status_line(study: Study, name: str, storage: BaseStorage) -> str:
 
 
 def _seconds_left(trial: FrozenTrial, parameters: Parameters, pace: Pace) -> float:
-    begin = trial.datetime_start
-    assert begin is not None  # it runs
-    expected = pace.seconds(parameters, trial.user_attrs.get(START_STEP))
-    return max(expected - (datetime.now() - begin).total_seconds(), 0.0)
+    """Expected time to the end of a running training: by its own pace, and until that is known by that of others."""
+    assert trial.datetime_start is not None  # it runs
+    begin, now = trial.datetime_start.timestamp(), time.time()
+    start, step = (trial.user_attrs.get(name) for name in (START_STEP, HEARTBEAT_STEP))
+    if start is None or step is None or step <= start:
+        return max(begin + pace.seconds(parameters, start) - now, 0.0)
+    beat = trial.user_attrs[HEARTBEAT]
+    per_step = (beat - begin) / (step - start)
+    return max(beat + (pace.study.steps_of(parameters) - step) * per_step - now, 0.0)
 
 
 def _without_steps(parameters: Parameters) -> Parameters:

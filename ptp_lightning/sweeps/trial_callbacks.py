@@ -8,7 +8,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from optuna.trial import Trial
 
-from ptp_lightning.sweeps.attributes import HEARTBEAT, START_STEP
+from ptp_lightning.sweeps.attributes import HEARTBEAT, HEARTBEAT_STEP, START_STEP
 
 HEARTBEAT_SECONDS = 60.0
 
@@ -53,7 +53,7 @@ class TrainingClock(Callback):
 
 
 class Heartbeat(Callback):
-    """Writes the time to the trial once a minute, so that other machines see that its process lives.
+    """Writes time and step to the trial once a minute, so that others see that its process lives and how far it is.
 
     Args:
         trial: the trial.
@@ -69,15 +69,16 @@ class Heartbeat(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         """See the class."""
-        self._beat()
+        self._beat(trainer.global_step)
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         """See the class."""
-        self._beat()
+        self._beat(trainer.global_step)
 
-    def _beat(self) -> None:
+    def _beat(self, step: int) -> None:
         if time.monotonic() - self._noted > HEARTBEAT_SECONDS:
             self._noted = time.monotonic()
+            self.trial.set_user_attr(HEARTBEAT_STEP, step)
             self.trial.set_user_attr(HEARTBEAT, time.time())
 
 

@@ -15,7 +15,7 @@ GIT_SECONDS = 10.0
 def package_version() -> str:
     """The package's version, with the commit if it is imported from a checkout: `0.2.0+91cc016`.
 
-    A name of changed files follows as `.dirty`.
+    `.dirty` follows if files of the checkout have been changed.
     """
     package = Path(ptp_lightning.__file__).parent
     commit = ""

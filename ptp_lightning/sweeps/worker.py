@@ -6,6 +6,7 @@ import math
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.exceptions import UpdateFinishedTrialError
@@ -15,6 +16,7 @@ from ptp_lightning.sweeps.attributes import (
     ACCURACY,
     COMMAND,
     CPU_SECONDS,
+    DEFINITION,
     LOG_DIR,
     METRICS,
     PREFIX_COUNTS,
@@ -76,6 +78,7 @@ class Worker:
         self.checkpoints = folder / CHECKPOINTS
         self.log = log
         self.runs = TrainingRuns()
+        self.definition: dict[str, Any] = queue.stored.user_attrs.get(DEFINITION, {})
         self.version = package_version()  # now: the files of a checkout may change while it trains
 
     def work(self, limit: int | None) -> int:
@@ -109,7 +112,7 @@ class Worker:
         trial.set_user_attr(COMMAND, fit_command(arguments))
         trial.set_user_attr(LOG_DIR, str(self.tensorboard / run))
         checkpoints = TrialCheckpoints(
-            self.checkpoints / folder_of(arguments),
+            self.checkpoints / folder_of(arguments, self.definition.get("base", {})),
             self.study.steps_of(parameters),
             serves_others=self.study.budget.is_axis,
         )

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ptp_lightning.sweeps.attributes import SECONDS, SHARED_STEPS, START_STEP, STEPS
+from ptp_lightning.sweeps.attributes import HEARTBEAT, HEARTBEAT_STEP, SECONDS, SHARED_STEPS, START_STEP, STEPS
 from ptp_lightning.sweeps.budget import STEPS_KEY
 from ptp_lightning.sweeps.command import status
 from ptp_lightning.sweeps.queue import TrialQueue
@@ -54,6 +54,11 @@ def test_a_study_from_its_start_to_its_end(tmp_path: Path) -> None:
     assert "; 45 min 00 s left, the next result about" in found.replace("44 min 59 s", "45 min 00 s")
     times = {f"{datetime.now() + timedelta(seconds=second):%H:%M}" for second in (598, 600)}
     assert found[-5:] in times
+    # Its own pace: 100 steps in the 400 seconds until its last heartbeat.
+    assert running.datetime_start is not None
+    running.set_user_attr(HEARTBEAT_STEP, 300)
+    running.set_user_attr(HEARTBEAT, running.datetime_start.timestamp() + 400)
+    assert "; 1 h 15 min left" in line(tmp_path).replace("1 h 14 min", "1 h 15 min")  # 2400 s, and 2100 s of b
     queue.stored.tell(running, 1.0)
     last = queue.take()
     assert last is not None
