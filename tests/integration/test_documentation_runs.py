@@ -30,6 +30,7 @@ SHORTER = {
     "benchmarks.training_step": "--vocab 64 --windows 2 --steps 1",
     "benchmarks.cost_growth": "--steps 1",
     "benchmarks.decoding_calls": "--repetitions 2",
+    "benchmarks.use_of_auxiliaries": "--limit 1 --max_new_tokens 20",
     "benchmarks.speed_by_acceptance": "--acceptance_rates 1.0 --windows 4",
 }
 """Options that come after those of a page."""
