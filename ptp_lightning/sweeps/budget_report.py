@@ -19,7 +19,7 @@ def budget_parts(study: Study, rows: Sequence[Row]) -> list[str]:
     """Paragraphs on the results by number of steps."""
     curves = curves_of(rows)
     parts = [steps_table(study, curves), crossings_text(study, curves)]
-    if missing := missing_text(study, rows):
+    if missing := missing_text(study, curves):
         parts.append(missing)
     return parts
 
@@ -76,14 +76,23 @@ def crossing_text(crossing: Crossing) -> str:
     )
 
 
-def missing_text(study: Study, rows: Sequence[Row]) -> str:
-    """The points that lack results of seeds; empty if there is none."""
-    wanted = Counter(describe_parameters(point.parameters) for point in study.points())
-    found = {describe_parameters(row.parameters): len(row.trials) for row in rows}
-    missing = [
-        f"{name} ({found.get(name, 0)} of {count})" for name, count in wanted.items() if found.get(name, 0) < count
-    ]
-    return f"Not all seeds have results: {', '.join(missing)}.\n" if missing else ""
+def missing_text(study: Study, curves: Sequence[Curve]) -> str:
+    """Where results of seeds are missing; empty if there are all."""
+    parts = []
+    for steps in study.budget.all_steps:
+        done = {describe_parameters(curve.parameters): len(curve.trials.get(steps, {})) for curve in curves}
+        wanted = Counter(
+            describe_parameters({name: value for name, value in point.parameters.items() if name != STEPS_KEY})
+            for point in study.points()
+            if study.steps_of(point.parameters) == steps
+        )
+        counts = [(name, done.get(name, 0), count) for name, count in wanted.items()]
+        missing = [f"{name} ({found} of {count})" for name, found, count in counts if found < count]
+        if not any(done.values()):
+            parts.append(f"{steps:,} steps: all")
+        elif missing:
+            parts.append(f"{steps:,} steps: {', '.join(missing)}")
+    return f"Results of seeds are missing. {'; '.join(parts)}.\n" if parts else ""
 
 
 def _lead(difference: Difference) -> str:

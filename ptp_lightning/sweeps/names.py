@@ -28,12 +28,13 @@ def budget_text(budget: Budget) -> str:
     """The budget in words.
 
     >>> budget_text(Budget(steps=[200, 800], tokens=819200, validations=1))
-    '200 or 800 steps, 1,024 tokens each'
+    '200 or 800 steps of 1,024 tokens'
     """
     if not budget.is_axis:
         return f"{budget.largest:,} steps and {budget.tokens:,} tokens"
-    steps = " or ".join(f"{steps:,}" for steps in budget.all_steps)
-    return f"{steps} steps, {budget.tokens // budget.largest:,} tokens each"
+    *others, last = (f"{steps:,}" for steps in budget.all_steps)
+    steps = f"{', '.join(others)} or {last}" if others else last
+    return f"{steps} steps of {budget.tokens // budget.largest:,} tokens"
 
 
 def run_name(number: int, parameters: Parameters, seed: int) -> str:

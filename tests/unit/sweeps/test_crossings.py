@@ -90,19 +90,25 @@ def test_the_best_is_one_of_the_largest_budget(tmp_path: Path) -> None:
     assert "Best: x=a max_steps=1000." in write_report(study, trained(study, CROSSING), tmp_path)
 
 
+def test_steps_without_any_result_are_named_once(tmp_path: Path) -> None:
+    study = study_of()
+    text = write_report(study, trained(study, {"a": {10: [1.0, 2.0, 3.0]}, "b": {10: [1.0]}}), tmp_path)
+    assert "missing. 10 steps: x=b (1 of 3); 100 steps: all; 1,000 steps: all.\n" in text
+
+
 def test_the_report_of_several_budgets(tmp_path: Path) -> None:
     choices = CategoricalDistribution(["a", "b", "c"])
     study = study_of(settings={"x": choices})
     text = write_report(study, trained(study, CROSSING | {"c": {10: [0.5, 0.5]}}), tmp_path)
-    assert "after 10 or 100 or 1,000 steps, 2 tokens each" in text
+    assert "after 10, 100 or 1,000 steps of 2 tokens; seeds" in text
     assert "| x | 10 steps | 100 steps | 1,000 steps |\n" in text
     assert "| a | 3.50 ± 1.24 | 5.03 ± 0.14 | 6.03 ± 0.14 |\n" in text
     assert "| c | 0.50 ± 0.00 | - | - |\n" in text
     assert "Crossings: 1, of which 1 beyond noise" in text
     assert "* x=a leads x=b by 1.97 ± 0.14 at 10 and trails it by 2.03 ± 0.38 at 1,000 steps; they" in text
     assert "they cross near 110, beyond noise." in text
-    missing = "x=c max_steps=10 (2 of 3), x=c max_steps=100 (0 of 3), x=c max_steps=1000 (0 of 3)"
-    assert f"Not all seeds have results: {missing}." in text
+    missing = "10 steps: x=c (2 of 3); 100 steps: x=c (0 of 3); 1,000 steps: x=c (0 of 3)."
+    assert f"Results of seeds are missing. {missing}\n" in text
     assert "Best: x=b max_steps=1000." in text
     assert (tmp_path / CURVES).stat().st_size > 0
     assert not (tmp_path / HISTORY).exists()
