@@ -35,8 +35,8 @@ class RefinerPairs:
 
     def __init__(self, predictor: PredictorNetwork, refiner: Refiner, num_rows: int, capacity: int) -> None:
         self._predictor = predictor
-        self._caches = (RaggedCache(num_rows, capacity), RaggedCache(num_rows, capacity))
-        self._context = RefinerContext(refiner, predictor.lower_layers, self._caches)
+        self._cache = RaggedCache(num_rows, capacity)
+        self._context = RefinerContext(refiner, self._cache)
         self._unread: list[_UnreadPairs] = []
 
     def append(self, hidden: Tensor, embeddings: Tensor, counts: Sequence[int]) -> None:
@@ -53,7 +53,7 @@ class RefinerPairs:
         self._unread = []
         for unread in earlier:
             self._context.read(unread.hidden, unread.embeddings, *self._layout(unread.hidden.shape[1]))
-            self._keep(unread.counts)
+            self._cache.keep(unread.counts)
         # The latest pairs are read in the same pass as the slots.
         num_tokens, num_slots = latest.hidden.shape[1], hidden.shape[1]
         refined = self._context.refine(
@@ -62,22 +62,17 @@ class RefinerPairs:
             *self._layout(num_tokens, Lookahead.single(latest.counts, num_slots, hidden.device)),
             None if conditioning is None else pad(conditioning.expand(num_slots, -1), (0, 0, num_tokens, 0)),
         )
-        self._keep(latest.counts)
+        self._cache.keep(latest.counts)
         return refined[:, num_tokens:]
 
     def select(self, rows: Sequence[int]) -> None:
         """See `BatchContext.select`."""
-        for cache in self._caches:
-            cache.select(rows)
+        self._cache.select(rows)
         self._unread = [
             _UnreadPairs(hidden[list(rows)], embeddings[list(rows)], [counts[row] for row in rows])
             for hidden, embeddings, counts in self._unread
         ]
 
-    def _keep(self, counts: Sequence[int]) -> None:
-        for cache in self._caches:
-            cache.keep(counts)
-
     def _layout(self, num_tokens: int, lookahead: Lookahead | None = None) -> tuple[Tensor, Tensor]:
-        lengths, device = self._caches[0].lengths, self._predictor.base_model.device
+        lengths, device = self._cache.lengths, self._predictor.base_model.device
         return positions_and_mask(lengths, num_tokens, lookahead, device, self._predictor.max_positions)

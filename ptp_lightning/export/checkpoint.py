@@ -292,11 +292,6 @@ def require_same_predictor(checkpoint: dict[str, Any], predictor: PredictorNetwo
                 f"expected predictor.{key} as configured, {getattr(own, key)}, found a checkpoint trained with "
                 f"{getattr(trained, key)}: change predictor.{key} to the checkpoint's, or train again"
             )
-    if trained.base_layers != own.base_layers:  # no weight depends on it
-        raise ValueError(
-            f"expected predictor.correction.init_args.base_layers as configured, {own.base_layers}, found a checkpoint "
-            f"trained with {trained.base_layers}: change it to the checkpoint's, or train again"
-        )
 
 
 def _require_adapter(config: PredictorConfig) -> None:
@@ -343,7 +338,7 @@ def _read_folder(folder: Path) -> StoredPredictor:
     for name, in_state in ((ADAPTER_FILE, _adapter_name), (SLOT_ENCODER_FILE, SLOT_ENCODER_PREFIX.__add__)):
         with clear_errors(folder / name, CHECKPOINT_KEY):
             state |= {in_state(key): value for key, value in load_file(folder / name).items()}
-    config = migrated_config(about["config"])
+    config = migrated_config(about["config"], str(folder / SETTINGS_FILE))
     return StoredPredictor(folder, config, about["base_fingerprint"], migrated_state(state), about["training"])
 
 

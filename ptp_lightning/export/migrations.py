@@ -5,7 +5,8 @@
 | `predictor.json` of an exported folder | `format_version` 1 | 2 | 3 |
 | Lightning checkpoint, entry `predictor` | no `format_version` | 2 | 3 |
 
-Renamed settings are those of `ptp_lightning.utils.renamed_keys`; renamed weights are below. Both tables are closed.
+Renamed settings are those of `ptp_lightning.utils.renamed_keys`; renamed weights are below. Both tables are closed. A
+refiner of any of these formats may have layers that version 0.2 does not have any more; then the file is refused.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ptp_lightning.utils.renamed_keys import with_current_names
+from ptp_lightning.utils.renamed_keys import require_no_deleted_layers, with_current_names
 
 CHECKPOINT_KEY = "ckpt_path"
 """The option that names files of predictors."""
@@ -52,12 +53,20 @@ def require_known_format(version: object, source: str) -> None:
         )
 
 
-def migrated_config(config: dict[str, Any]) -> dict[str, Any]:
+def migrated_config(config: dict[str, Any], source: str) -> dict[str, Any]:
     """Plain data of a predictor's configuration of any version, with the names of today.
 
-    >>> migrated_config({"window_length": 8, "refiner": {"num_layers": 0, "rounds": 3}})
+    Args:
+        config: the data.
+        source: the file, for the error.
+
+    Raises:
+        ValueError: its refiner has layers that version 0.2 does not have any more.
+
+    >>> migrated_config({"window_length": 8, "refiner": {"num_layers": 0, "rounds": 3}}, "predictor.json")
     {'window_length': 8, 'correction': None}
     """
+    require_no_deleted_layers(config, source)
     return with_current_names(config)
 
 
@@ -81,11 +90,13 @@ def migrate_checkpoint(checkpoint: dict[str, Any], source: str) -> None:
         source: the file, for errors.
 
     Raises:
-        ValueError: it holds no predictor, or a later version wrote it.
+        ValueError: it holds no predictor, a later version wrote it, or its refiner has layers that version 0.2 does
+            not have any more.
     """
     if not isinstance(checkpoint, dict) or "predictor" not in checkpoint:
         raise ValueError(f"expected a checkpoint with a predictor, found {source} without one: set {CHECKPOINT_KEY}")
     about = checkpoint["predictor"]
     require_known_format(about.get("format_version", FIRST_FORMAT_VERSION), source)
-    checkpoint["predictor"] = about | {"format_version": FORMAT_VERSION, "config": migrated_config(about["config"])}
+    config = migrated_config(about["config"], source)
+    checkpoint["predictor"] = about | {"format_version": FORMAT_VERSION, "config": config}
     checkpoint["state_dict"] = migrated_state(checkpoint["state_dict"], "predictor.")

@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 from ptp_lightning.models.backbone import BackboneSettings
 from ptp_lightning.models.correction.correction import Correction, HeadCorrection
-from ptp_lightning.models.correction.decoder_refiner import DecoderRefiner
 from ptp_lightning.models.lora.gated_lora import LoraSettings
 from ptp_lightning.models.slots.auxiliary_features import AuxiliaryFeatures
 from ptp_lightning.models.slots.continuous_features import CosineFeatures
@@ -88,11 +87,6 @@ class PredictorConfig:
         if self.sampling_range is None:
             return sampling == self.sampling
         return sampling.order == self.sampling.order and self.sampling_range.covers(sampling)
-
-    @property
-    def base_layers(self) -> int:
-        """Number of the base model's first layers that encode drafted tokens for the correction."""
-        return self.correction.base_layers if isinstance(self.correction, DecoderRefiner) else 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `from_dict` and YAML files understand."""

@@ -17,7 +17,6 @@ from ptp_lightning.models.config import PredictorConfig
 from ptp_lightning.models.context import Context
 from ptp_lightning.models.correction.correction import CorrectionHead, CorrectionModule
 from ptp_lightning.models.correction.decoder_refiner import Refiner, RefinerContext
-from ptp_lightning.models.correction.lower_layers import LowerLayers
 from ptp_lightning.models.draft_head import DraftHead, as_vocabulary, require_draft_vocabulary
 from ptp_lightning.models.layers.packed_linear import PackedWeights
 from ptp_lightning.models.output_head import apply_head, final_logits, output_head
@@ -51,7 +50,6 @@ class PredictorNetwork(nn.Module):
         attention: chooses the attention back-end of windows.
         backbone_path: `config.backbone.path`, which another working folder leaves valid.
         packed_weights: copies of linear weights for decoding on a CPU, empty until then (see `prepare_for_decoding`).
-        lower_layers: encode tokens for a `Refiner`; None if it reads their embeddings.
         draft_head: the output head over the draft vocabulary; None without one.
         prefix_counts: of a trained predictor, the number of validation windows with 0, 1, .. L correct tokens; None if
             unknown. Decoders allocate their slots accordingly.
@@ -86,8 +84,6 @@ class PredictorNetwork(nn.Module):
         self.attention = AttentionChoice(backbone)
         # PEFT changes the layers of this model in place. The tuple hides it from torch, which would register it twice.
         self._base_model = (backbone,)
-        depth = config.base_layers
-        self.lower_layers = LowerLayers(self.base_model, depth, self.gate) if depth else None
         self.draft_head = None
         if config.draft_vocabulary is not None:
             self._add_draft_head(config.draft_vocabulary, len(table))
@@ -305,7 +301,7 @@ class PredictorNetwork(nn.Module):
         """What `correct` reads of the context: the pairs of a `Refiner`, with gradients for its keys and values."""
         if self.refiner is None:
             return None
-        pairs = RefinerContext(self.refiner, self.lower_layers)
+        pairs = RefinerContext(self.refiner)
         tokens = self.embed(context.batch.input_ids)
         pairs.read(context.hidden, tokens, context.batch.position_ids, context_mask(context.batch.document_ids))
         return pairs

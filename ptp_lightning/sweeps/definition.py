@@ -12,7 +12,14 @@ from optuna.distributions import distribution_to_json
 
 from ptp_lightning.sweeps.attributes import DEFINITION
 from ptp_lightning.sweeps.study import Study, short_name
-from ptp_lightning.utils.renamed_keys import RENAMED_KEYS, current_class_path, current_correction, current_key
+from ptp_lightning.utils.renamed_keys import (
+    RENAMED_KEYS,
+    current_class_path,
+    current_correction,
+    current_key,
+    deleted_settings,
+    require_no_deleted_layers,
+)
 
 # Keys of the base configuration that do not change results, or that the study sets.
 NOT_COMPARED = (
@@ -51,11 +58,13 @@ def require_same(stored: optuna.Study, definition: Mapping[str, Any]) -> None:
     """Store the definition of a new study, or compare it with the stored one.
 
     Raises:
-        ValueError: the stored definition differs; the error lists the differences.
+        ValueError: the stored definition differs; the error lists the differences. Or its refiners have layers that
+            version 0.2 does not have any more.
     """
     if DEFINITION not in stored.user_attrs:
         stored.set_user_attr(DEFINITION, dict(definition))
     before = stored.user_attrs[DEFINITION]  # that of another process, if both start at once
+    require_no_deleted_layers(before, f"the study {stored.study_name!r}")
     different = differences(with_current_names(before), definition)
     if different:
         more = [] if len(different) <= MAX_SHOWN else [f"and {len(different) - MAX_SHOWN} more"]
@@ -77,12 +86,9 @@ def with_current_names(definition: Mapping[str, Any]) -> dict[str, Any]:
     >>> with_current_names({"settings": {"refiner.rounds": 3}, "objective": {"metric": "best_of_{num_proposals}"}})
     {'settings.correction.init_args.num_refinement_steps': 3, 'objective.metric': 'best_of_{num_drafts}'}
     """
-    ignored = tuple(f"base.{path}" for path in NOT_COMPARED)
-    return {
-        current_key(key): _current_value(key, value)
-        for key, value in _with_corrections(flattened(definition)).items()
-        if not _is_below(key, ignored)
-    }
+    flat = _with_corrections(flattened(definition))
+    ignored = (*(f"base.{path}" for path in NOT_COMPARED), *deleted_settings(flat))
+    return {current_key(key): _current_value(key, value) for key, value in flat.items() if not _is_below(key, ignored)}
 
 
 def _with_corrections(flat: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Names of version 0.1 in configurations and their names of today: an old name is an error that states the new one.
 
 The tables are closed. Stored files with these names are not refused but migrated, see
-`ptp_lightning.export.migrations`.
+`ptp_lightning.export.migrations`; those that use what has been deleted are refused.
 """
 
 from __future__ import annotations
@@ -37,7 +37,15 @@ RENAMED_KEYS = {
 REFINER_CLASS = "ptp_lightning.models.DecoderRefiner"
 """What `predictor.refiner` with one layer or more is now."""
 
+HEAD_CLASS = "ptp_lightning.models.TokenConditionedHead"
+"""What to train instead of a refiner with copied or base layers."""
+
+DELETED_ADVICE = "nothing, leave it out"
+
 REFINER_ADVICE = f"  (a refiner is a class now: {{class_path: {REFINER_CLASS}, init_args: {{..}}}}, or null for none)"
+
+DELETED_SETTINGS = {"base_layers": 0, "start": "random"}
+"""Settings of a refiner that it does not have any more: their values in stored files that can still be used."""
 
 RENAMED_MODULES = {
     "data.completions_datamodule": "data",
@@ -116,7 +124,7 @@ def current_correction(refiner: Mapping[str, Any]) -> dict[str, Any] | None:
     if not refiner.get("num_layers", 0):  # 0 was the default
         return None
     settings = {"num_refinement_steps" if name == "rounds" else name: value for name, value in refiner.items()}
-    return {"class_path": REFINER_CLASS, "init_args": settings}
+    return {"class_path": REFINER_CLASS, "init_args": _without_deleted(settings)}
 
 
 def with_current_names(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -135,10 +143,53 @@ def with_current_names(config: Mapping[str, Any], prefix: str = "") -> dict[str,
         now = current_key(path).split(".")[depth:]
         if isinstance(value, Mapping):
             value = with_current_names(value, f"{path}.")
+            if value.get("class_path") == REFINER_CLASS and "init_args" in value:
+                value["init_args"] = _without_deleted(value["init_args"])
         elif isinstance(value, str):
             value = current_class_path(value)
         renamed[".".join(now)] = value
     return renamed
+
+
+def deleted_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted keys and values of all `DELETED_SETTINGS` of refiners.
+
+    >>> deleted_settings({"predictor.refiner.base_layers": 4, "source": {"start": [1.0]}})
+    {'predictor.refiner.base_layers': 4}
+    """
+    entries = dict(_entries(config))
+    found: dict[str, Any] = {}
+    for key, value in entries.items():
+        parent, _, name = key.rpartition(".")
+        parent = parent.removesuffix(".init_args")
+        if name in DELETED_SETTINGS and parent.rpartition(".")[2] in ("refiner", "correction"):
+            chosen = entries.get(f"{parent}.class_path", entries.get(parent))
+            if not isinstance(chosen, str) or chosen in (REFINER_CLASS, REFINER_CLASS.rpartition(".")[2]):
+                found[key] = value
+    return found
+
+
+def require_no_deleted_layers(config: Mapping[str, Any], source: str) -> None:
+    """Refuse refiners with the base model's first layers, or with copies of its last ones.
+
+    Args:
+        config: nested, or with dotted keys, or both.
+        source: a file or a command, for the error.
+
+    Raises:
+        ValueError: there is one.
+
+    >>> require_no_deleted_layers({"refiner": {"base_layers": 4}}, "my.yaml")  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ...
+    ValueError: my.yaml: expected no refiner.base_layers, found 4: version 0.2 has no such layers any more; set ...
+    """
+    for key, value in deleted_settings(config).items():
+        if str(value) != str(DELETED_SETTINGS[key.rpartition(".")[2]]):  # the command line has text alone
+            raise ValueError(
+                f"{source}: expected no {key}, found {value}: version 0.2 has no such layers any more; set "
+                f"predictor.correction to {HEAD_CLASS} and train again, or use version 0.1"
+            )
 
 
 def require_current_names(config: Mapping[str, Any], source: str) -> None:
@@ -149,7 +200,7 @@ def require_current_names(config: Mapping[str, Any], source: str) -> None:
         source: a file or a command, for the error.
 
     Raises:
-        ValueError: all names that are not in use any more, and those that are.
+        ValueError: all names that are not in use any more, and those that are; or as `require_no_deleted_layers`.
 
     >>> require_current_names({"refiner": {"rounds": 3}}, "my.yaml")
     Traceback (most recent call last):
@@ -158,17 +209,24 @@ def require_current_names(config: Mapping[str, Any], source: str) -> None:
       refiner.rounds -> correction.init_args.num_refinement_steps
       (a refiner is a class now: {class_path: ptp_lightning.models.DecoderRefiner, init_args: {..}}, or null for none)
     """
-    renamed: dict[str, str] = {}
+    require_no_deleted_layers(config, source)
+    renamed = dict.fromkeys(deleted_settings(config), DELETED_ADVICE)
     for key, value in _entries(config):
+        if key in renamed:
+            continue
         if (key_now := current_key(key)) != key:
             renamed[key] = key_now
         if isinstance(value, str) and (path := current_class_path(value)) != value:
             renamed[value] = path
     if renamed:
         lines = [f"  {old} -> {new}" for old, new in renamed.items()]
-        if any("refiner" in old for old in renamed):
+        if any("refiner" in old for old, new in renamed.items() if new != DELETED_ADVICE):
             lines.append(REFINER_ADVICE)
         raise ValueError("\n".join([f"{source}: names of version 0.1, rename them", *lines]))
+
+
+def _without_deleted(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if (name, value) not in DELETED_SETTINGS.items()}
 
 
 def _entries(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

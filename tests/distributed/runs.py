@@ -102,7 +102,7 @@ def make_module(run: Run, folder: Path) -> LightningModule:
     elif run.kind == "heads":
         config = replace(config, correction=MarkovHead(rank=4), draft_vocabulary=10)
     elif run.backbone["model_type"] == "llama":
-        config = replace(config, correction=DecoderRefiner(num_layers=1, intermediate_size=16, base_layers=1))
+        config = replace(config, correction=DecoderRefiner(num_layers=1, intermediate_size=16))
     source = DatasetWindows(Centres())
     return DistillationModule(config, source=source, val_source=source, optimizer=optimizer, **run.module)
 

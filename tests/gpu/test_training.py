@@ -16,7 +16,7 @@ from ptp_lightning.models.attention.blocks import Blocks
 from ptp_lightning.models.attention.choice import FASTEST_FIRST, AttentionChoice
 from ptp_lightning.models.attention.flex import Flex
 from ptp_lightning.models.layers.compile import compile_layers
-from ptp_lightning.models.layers.decoder_stack import decoder_layers
+from ptp_lightning.models.layers.decoder_layers import decoder_layers
 from ptp_lightning.training.windows.dataset_windows import DatasetWindows
 from ptp_lightning.training.windows.student_windows import StudentWindows
 from ptp_lightning.training.windows.teacher_windows import TeacherWindows

@@ -35,7 +35,7 @@ OBJECTIVES: dict[str, Objective] = {
 STUDENTS: dict[str, Student] = {
     student.name: student for student in (GatedLoraStudent(), FullCopyStudent(), SharedStudent())
 }
-REFINER = DecoderRefiner(num_layers=1, num_refinement_steps=2, base_layers=1)
+REFINER = DecoderRefiner(num_layers=1, num_refinement_steps=2)
 CORRECTIONS: dict[str, Correction] = {
     "refiner": REFINER,
     "token_conditioned": TokenConditionedHead(intermediate_size=24),
@@ -65,6 +65,7 @@ def tiny_predictor(
     sampling_range: SamplingRange | None = None,
     correction: Correction | None = REFINER,
     draft_vocabulary: Sequence[int] | None = None,
+    seed: int = 1,
     **model: Any,
 ) -> PredictorNetwork:
     """In eval mode, with random weights everywhere.
@@ -72,6 +73,7 @@ def tiny_predictor(
     Args:
         draft_vocabulary: ascending token ids; None for all tokens.
         sharpness: as in `sharpen`.
+        seed: of the trained weights.
         **model: further arguments of the builder in TINY_MODELS.
     """
     backbone = cast_weights(TINY_MODELS[family](**model), dtype)
@@ -86,7 +88,7 @@ def tiny_predictor(
         draft_vocabulary=None if draft_vocabulary is None else len(draft_vocabulary),
     )
     with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(1)
+        torch.manual_seed(seed)
         sharpen(backbone, sharpness)
         predictor = PredictorNetwork(config, backbone)
         for name, parameter in predictor.named_parameters():

@@ -66,6 +66,7 @@ def as_yaml(package: str, choice: Choice) -> dict[str, Any]:
     return {"class_path": f"ptp_lightning.{package}.{name}", "init_args": arguments}
 
 
+REFINER = as_yaml("models", ("DecoderRefiner", {"num_layers": 1, "num_refinement_steps": 2}))
 MIXTURE = [
     {"weight": 0.1, "loss": as_yaml("losses", ("CrossEntropy", {}))},
     {"weight": 0.9, "loss": as_yaml("losses", ("TotalVariation", {}))},
@@ -100,7 +101,7 @@ def combinations() -> list[dict[str, Any]]:
                 "head": "linear" if index < len(FEATURES) else "mlp",
                 "student": as_yaml("models", (student, {})),
                 # The divisors keep these apart from the lists of two and three entries.
-                "correction": refiner(index) if index // 2 % 2 else head(index, objective),
+                "correction": REFINER if index // 2 % 2 else head(index, objective),
                 "draft_vocabulary": 300 if index % 3 == 1 else None,
                 "sampling": {"temperature": 0.7, "top_k": 50, "top_p": 0.9, "order": order},
                 "sampling_range": RANGE if index // 3 % 2 else None,
@@ -112,13 +113,6 @@ def combinations() -> list[dict[str, Any]]:
         }
         for (objective, loss), features, source, student, weights, order, index in rows
     ]
-
-
-def refiner(index: int) -> dict[str, Any]:
-    """Starts and numbers of base layers in all pairs; for the divisors see `combinations`."""
-    start = "last_layers" if index // 4 % 2 else "random"
-    settings = {"num_layers": 1, "num_refinement_steps": 2, "base_layers": index % 3, "start": start}
-    return {"class_path": "ptp_lightning.models.DecoderRefiner", "init_args": settings}
 
 
 def head(index: int, objective: str) -> dict[str, Any] | None:

@@ -44,32 +44,6 @@ def register_attention() -> str:
     return ATTENTION_NAME
 
 
-def run_layers(
-    decoder: nn.Module,
-    embeddings: Tensor,
-    position_ids: Tensor,
-    mask: Tensor | None,
-    cache: Cache | None,
-    window_keys: WindowKeys | None = None,
-) -> Tensor:
-    """Run a decoder of transformers; arguments and result as in `RunLayers`."""
-    windows = {}
-    masks = None if mask is None else layer_masks(decoder.config, mask)  # pyright: ignore[reportArgumentType]
-    if masks is None:
-        assert window_keys is not None, "without a mask, window_keys say what is visible"
-        # transformers makes no mask of its own where it gets one of four dimensions; nobody reads this one.
-        masks = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=embeddings.device)
-        windows["window_keys"] = window_keys
-    return decoder(
-        inputs_embeds=embeddings,
-        position_ids=position_ids,
-        attention_mask=masks,
-        cache=cache,
-        use_cache=cache is not None,
-        **windows,
-    ).last_hidden_state
-
-
 @torch.compiler.disable  # keys are found by the layer's index, which compiled layers must not depend on
 def attend_to_windows(
     module: nn.Module,
@@ -117,6 +91,20 @@ def run_stack(
     cache: Cache | None,
     window_keys: WindowKeys | None,
 ) -> Tensor:
-    """`run_layers` of a causal LM, in its dtype."""
+    """Run the stack of a causal LM in its dtype; arguments and result as in `RunLayers`."""
     decoder = getattr(model, model.base_model_prefix)
-    return run_layers(decoder, embeddings.to(model.dtype), position_ids, mask, cache, window_keys)
+    windows = {}
+    masks = None if mask is None else layer_masks(decoder.config, mask)
+    if masks is None:
+        assert window_keys is not None, "without a mask, window_keys say what is visible"
+        # transformers makes no mask of its own where it gets one of four dimensions; nobody reads this one.
+        masks = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=embeddings.device)
+        windows["window_keys"] = window_keys
+    return decoder(
+        inputs_embeds=embeddings.to(model.dtype),
+        position_ids=position_ids,
+        attention_mask=masks,
+        cache=cache,
+        use_cache=cache is not None,
+        **windows,
+    ).last_hidden_state

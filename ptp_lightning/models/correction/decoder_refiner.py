@@ -11,24 +11,22 @@ Only slots are refined. A wrong pair makes a worse draft; it never changes a com
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ptp_lightning.batch import PackedBatch
 from ptp_lightning.models.attention.choice import AttentionChoice
+from ptp_lightning.models.attention.dispatch import register_attention
 from ptp_lightning.models.attention.interface import WindowKeys
-from ptp_lightning.models.correction.correction import KEY, Correction, CorrectionModule, require_at_least
-from ptp_lightning.models.correction.lower_layers import LowerLayers
+from ptp_lightning.models.correction.correction import Correction, CorrectionModule, require_at_least
 from ptp_lightning.models.correction.normalization import normalized
-from ptp_lightning.models.correction.refiner_layers import last_layers, new_layers, stream_scale
 
 if TYPE_CHECKING:
-    from transformers import Cache, DynamicCache, PreTrainedModel
+    from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedModel
 
-HIDDEN_SHARE = 1 / 3
-"""Weight of the hidden state in what copied layers read at the start of training; the rest is the token's weight."""
+DEFAULT_EXPANSION = 3  # width of the MLPs in units of the model's width
 
 
 @dataclass(frozen=True)
@@ -37,38 +35,23 @@ class DecoderRefiner(Correction):
 
     Args:
         num_layers: number of decoder layers, of the base model's width and number of heads.
-        intermediate_size: width of their MLPs, three times the model's width by default; for new layers only.
+        intermediate_size: width of their MLPs, three times the model's width by default.
         num_refinement_steps: how often a draft is refined. After step k, token k + 1 no longer changes, so more than
-            window_length - 1 steps have no effect. A step runs `num_layers` + `base_layers` layers and the output head
-            on slots alone.
-        base_layers: number of the base model's first layers that encode the drafted tokens for the refiner (see
-            `LowerLayers`); 0 for their embeddings.
-        start: `random` for new layers, or `last_layers` for copies of the base model's last layers, which already
-            predict the next token from a context and learn in far fewer steps.
+            window_length - 1 steps have no effect. A step runs `num_layers` layers and the output head on slots alone.
 
     Raises:
-        ValueError: a value is out of range, or two contradict each other; names the key.
+        ValueError: a value is out of range; names the key.
     """
 
     num_layers: int = 1
     intermediate_size: int | None = None
     num_refinement_steps: int = 3
-    base_layers: int = 0
-    start: Literal["random", "last_layers"] = "random"
 
     def __post_init__(self) -> None:
-        minimums = {"num_layers": 1, "intermediate_size": 1, "num_refinement_steps": 1, "base_layers": 0}
-        for name, minimum in minimums.items():
+        for name in ("num_layers", "intermediate_size", "num_refinement_steps"):
             value = getattr(self, name)
             if value is not None:
-                require_at_least(name, value, minimum)
-        if self.start not in ("random", "last_layers"):
-            raise ValueError(f"expected {KEY}.start random or last_layers, found {self.start!r}")
-        if self.start == "last_layers" and self.intermediate_size is not None:
-            raise ValueError(
-                f"expected no {KEY}.intermediate_size beside {KEY}.start last_layers, whose size is the base model's, "
-                f"found {self.intermediate_size}"
-            )
+                require_at_least(name, value, 1)
 
     @property
     def is_left_to_right(self) -> bool:
@@ -79,7 +62,7 @@ class DecoderRefiner(Correction):
         """See `Correction.build`.
 
         Raises:
-            ValueError: rotary embeddings do not fit the base model's heads, or its layers cannot be copied.
+            ValueError: rotary embeddings do not fit the base model's heads.
         """
         return Refiner(model, self)
 
@@ -89,34 +72,25 @@ class Refiner(CorrectionModule):
 
     Args:
         model: the base model.
-        settings: size and initialisation.
+        settings: their sizes.
 
     Raises:
-        ValueError: rotary embeddings do not fit the base model's heads, or its layers cannot be copied.
+        ValueError: rotary embeddings do not fit the base model's heads.
     """
 
     def __init__(self, model: PreTrainedModel, settings: DecoderRefiner) -> None:
         super().__init__()
         hidden_size = cast(int, model.config.hidden_size)
         self.join = nn.Linear(2 * hidden_size, hidden_size, bias=False)
-        copied = settings.start == "last_layers"
-        if copied:
-            layers, self.rotary = last_layers(model, settings.num_layers)
-        else:
-            layers, self.rotary = new_layers(model.config, settings.num_layers, settings.intermediate_size)
+        layers, self.rotary = _new_layers(model.config, settings)
         self.layers = nn.ModuleList(layers)
         self.out = nn.Linear(hidden_size, hidden_size, bias=False)
-        if copied:
-            scale = stream_scale(model, settings.num_layers)
-            shares = [HIDDEN_SHARE * torch.eye(hidden_size), (1 - HIDDEN_SHARE) * torch.eye(hidden_size)]
-            self.join.weight.data = scale * torch.cat(shares, dim=1)
-        else:
-            for parameter in self.parameters():
-                if parameter.ndim == 2:
-                    nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
-            for layer in cast("list[Any]", layers):
-                nn.init.zeros_(layer.self_attn.o_proj.weight)
-                nn.init.zeros_(layer.mlp.down_proj.weight)
+        for parameter in self.parameters():
+            if parameter.ndim == 2:
+                nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+        for layer in cast("list[Any]", layers):
+            nn.init.zeros_(layer.self_attn.o_proj.weight)
+            nn.init.zeros_(layer.mlp.down_proj.weight)
         # The output is added to the hidden states: with zeros an untrained refiner changes nothing.
         nn.init.zeros_(self.out.weight)
 
@@ -159,23 +133,18 @@ class RefinerContext:
 
     Args:
         refiner: the layers.
-        lower_layers: encode the tokens, with a cache of their own; None if the refiner reads embeddings.
-        caches: of the refiner and of the lower layers, new ones by default.
+        cache: of the layers, a new one by default.
     """
 
-    def __init__(
-        self, refiner: Refiner, lower_layers: LowerLayers | None, caches: tuple[Cache, Cache] | None = None
-    ) -> None:
+    def __init__(self, refiner: Refiner, cache: Cache | None = None) -> None:
         from transformers import DynamicCache
 
         self._refiner = refiner
-        self._lower_layers = lower_layers
-        self._cache, self._lower_cache = (DynamicCache(), DynamicCache()) if caches is None else caches
+        self._cache = DynamicCache() if cache is None else cache
 
     def read(self, hidden: Tensor, token_embeddings: Tensor, position_ids: Tensor, mask: Tensor) -> None:
         """Append the pairs of context tokens; arguments as in `Refiner.forward`."""
-        tokens = self._encode_tokens(token_embeddings, position_ids, mask)
-        self._refiner(hidden, tokens, position_ids, mask, self._cache)
+        self._refiner(hidden, token_embeddings, position_ids, mask, self._cache)
 
     def refine(
         self,
@@ -186,12 +155,8 @@ class RefinerContext:
         conditioning: Tensor | None = None,
     ) -> Tensor:
         """Refine the hidden states of slots, which are not appended; arguments as in `Refiner.forward`."""
-        num_slots = hidden.shape[1]
-        tokens = self._encode_tokens(token_embeddings, position_ids, mask)
-        if self._lower_layers is not None:
-            self._lower_cache.crop(-num_slots)
-        refined = self._refiner(hidden, tokens, position_ids, mask, self._cache, conditioning)
-        self._cache.crop(-num_slots)
+        refined = self._refiner(hidden, token_embeddings, position_ids, mask, self._cache, conditioning)
+        self._cache.crop(-hidden.shape[1])
         return refined
 
     def refine_windows(
@@ -209,16 +174,11 @@ class RefinerContext:
             hidden: `[B, N, J, H]`, last hidden states of the slots.
             token_embeddings: `[B, N, J, H]`, of the tokens that the slots stand for.
             conditioning: as in `Refiner.forward`.
-            attention: back-ends for the windows.
+            attention: chooses the back-end for the windows.
 
         Returns:
             `[B, N, J, H]`.
         """
-        tokens = token_embeddings
-        if self._lower_layers is not None:
-            of_lower = attention.choose(hidden.device, self._lower_layers.dtype)
-            cache = cast("DynamicCache", self._lower_cache)
-            tokens = of_lower.read_windows(self._lower_layers, batch, cache, tokens)
 
         def run(
             embeddings: Tensor,
@@ -228,13 +188,29 @@ class RefinerContext:
             *,
             window_keys: WindowKeys | None = None,
         ) -> Tensor:
-            flat = tokens.flatten(1, 2)
+            flat = token_embeddings.flatten(1, 2)
             return self._refiner(embeddings, flat, position_ids, mask, cache, conditioning, window_keys=window_keys)
 
-        of_refiner = attention.choose(hidden.device, self._refiner.join.weight.dtype)
-        return of_refiner.read_windows(run, batch, cast("DynamicCache", self._cache), hidden)
+        backend = attention.choose(hidden.device, self._refiner.join.weight.dtype)
+        return backend.read_windows(run, batch, cast("DynamicCache", self._cache), hidden)
 
-    def _encode_tokens(self, embeddings: Tensor, position_ids: Tensor, mask: Tensor) -> Tensor:
-        if self._lower_layers is None:
-            return embeddings
-        return self._lower_layers(embeddings, position_ids, mask, self._lower_cache)
+
+def _new_layers(base: PretrainedConfig, settings: DecoderRefiner) -> tuple[list[nn.Module], nn.Module]:
+    """Llama layers of the base model's width and number of heads, and their rotary embedding."""
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+
+    hidden_size, num_heads = cast(int, base.hidden_size), cast(int, base.num_attention_heads)
+    if hidden_size % (2 * num_heads):
+        raise ValueError(
+            f"expected a base model whose width is a multiple of twice its number of heads, found {hidden_size} and "
+            f"{num_heads}: set predictor.correction to null"
+        )
+    config = LlamaConfig(
+        hidden_size=hidden_size,
+        intermediate_size=settings.intermediate_size or DEFAULT_EXPANSION * hidden_size,
+        num_hidden_layers=settings.num_layers,
+        num_attention_heads=num_heads,
+        attn_implementation=register_attention(),  # pyright: ignore[reportCallIssue]  taken by every configuration
+    )
+    return [LlamaDecoderLayer(config, index) for index in range(settings.num_layers)], LlamaRotaryEmbedding(config)

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from ptp_lightning.batch import PackedBatch
 from ptp_lightning.losses import LossSum
-from ptp_lightning.models.layers.decoder_stack import decoder_layers
+from ptp_lightning.models.layers.decoder_layers import decoder_layers
 from ptp_lightning.training.alignment import align_with_step
 from ptp_lightning.training.distributed.sharding import shard
 from ptp_lightning.training.optimization import OptimizerSettings, decay_start, require_same_optimizer
@@ -74,7 +74,7 @@ class TrainingModule(LightningModule, ABC):
             shard(self, self.decoder_layers("set trainer.strategy to ddp"), self.device_mesh["data_parallel"])
 
     def decoder_layers(self, instead: str) -> list[nn.Module]:
-        """Decoder layers of all networks; raises as `decoder_stack` with advice on what to do `instead`."""
+        """Decoder layers of all networks; raises as `layers.decoder_layers`, with advice on what to do `instead`."""
         return decoder_layers(self.networks, instead)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

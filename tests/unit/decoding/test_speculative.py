@@ -44,8 +44,8 @@ def forced(text: list[int], acceptance_rate: float) -> ForcedDraft:
 
 @cache
 def small(family: str = "llama", objective: str = "categorical") -> PredictorNetwork:
-    """Decoding changes nothing in a predictor, so tests share them. They know all orders."""
-    return tiny_predictor(family, objective, SamplingConfig(order="embedding"), vocab_size=VOCABULARY)
+    """Decoding changes nothing in a predictor, so tests share them. They know all orders, and some drafts are right."""
+    return tiny_predictor(family, objective, SamplingConfig(order="embedding"), vocab_size=VOCABULARY, seed=6)
 
 
 @cache

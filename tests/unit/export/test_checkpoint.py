@@ -134,7 +134,7 @@ class TestRoundTrip:
         assert card.startswith("---\nlibrary_name: peft\npipeline_tag: text-generation\n")  # no base model: a folder
         assert "temperature 0.7, top-k 5, top-p 0.9, vocabulary order" in card
         assert "4 tokens, the first exact, 3 from slots" in card
-        assert "| Correction | `DecoderRefiner(num_layers=2, intermediate_size=24, num_refinement_steps=2, " in card
+        assert "| Correction | `DecoderRefiner(num_layers=2, intermediate_size=24, num_refinement_steps=2)` |" in card
         assert '--ckpt_path "export"' in card
 
     def test_without_a_path_the_shipped_one(self, exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:

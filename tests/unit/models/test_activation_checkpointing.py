@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ptp_lightning.models import DecoderRefiner, LoraSettings, PredictorConfig, PredictorNetwork
 from ptp_lightning.models.layers.activation_checkpointing import checkpoint_layers
-from ptp_lightning.models.layers.decoder_stack import decoder_layers
+from ptp_lightning.models.layers.decoder_layers import decoder_layers
 from tests.helpers.tiny_models import TINY_MODELS
 from tests.helpers.tiny_predictors import STUDENTS
 from tests.helpers.tiny_shared_students import make_batch

@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from ptp_lightning.models import LoraSettings, PredictorConfig, PredictorNetwork
 from ptp_lightning.models.layers.activation_checkpointing import checkpoint_layers
 from ptp_lightning.models.layers.compile import compile_layers
-from ptp_lightning.models.layers.decoder_stack import decoder_layers
+from ptp_lightning.models.layers.decoder_layers import decoder_layers
 from ptp_lightning.models.lora.gated_linear import GatedLoraLinear
 from tests.helpers.tiny_models import TINY_MODELS
 from tests.helpers.tiny_predictors import STUDENTS

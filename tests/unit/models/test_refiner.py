@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
@@ -36,8 +36,6 @@ VOCAB_SIZE, WINDOW_LENGTH = 64, 4
 
 TOLD: list[Objective] = [CategoricalObjective(), OneHotObjective(), SequentialObjective()]
 NOT_TOLD: list[Objective] = [IndependentObjective()]
-LIKE_LLAMA = ["llama", "qwen2", "qwen3"]  # families whose layers have the arguments of Llama's layers
-Start = Literal["random", "last_layers"]
 
 
 @cache
@@ -45,15 +43,13 @@ def make_predictor(
     family: str = "llama",
     objective: Objective = TOLD[0],
     trained: bool = True,
-    base_layers: int = 0,
-    start: Start = "random",
 ) -> PredictorNetwork:
     torch.manual_seed(1)
     config = PredictorConfig(
         objective=objective,
         lora=LoraSettings(rank=4),
         window_length=WINDOW_LENGTH,
-        correction=DecoderRefiner(num_layers=2, base_layers=base_layers, start=start),
+        correction=DecoderRefiner(num_layers=2),
     )
     predictor = PredictorNetwork(config, TINY_MODELS[family](vocab_size=VOCAB_SIZE)).double().eval()
     if trained:
@@ -86,25 +82,16 @@ def slot_hidden(predictor: PredictorNetwork) -> Tensor:
     return predictor.slot_hidden(context, auxiliaries)
 
 
-@pytest.mark.parametrize(
-    ("family", "start", "base_layers"),
-    [
-        # Every other combination is slow.
-        pytest.param(family, start, base_layers, marks=[pytest.mark.slow] if (index + base_layers) % 2 else [])
-        for start, families in (("random", TINY_MODELS), ("last_layers", LIKE_LLAMA))
-        for index, family in enumerate(families)
-        for base_layers in (0, 1)
-    ],
-)
+@pytest.mark.parametrize("family", TINY_MODELS)
 class TestWhatASlotHears:
-    def test_nothing_before_training(self, family: str, start: Start, base_layers: int) -> None:
-        predictor = make_predictor(family, trained=False, base_layers=base_layers, start=start)
+    def test_nothing_before_training(self, family: str) -> None:
+        predictor = make_predictor(family, trained=False)
         input_ids, _, tokens = inputs()
         hidden = slot_hidden(predictor)
         assert torch.equal(refined(predictor, input_ids, hidden, tokens), hidden)
 
-    def test_tokens_of_its_own_window_up_to_its_own(self, family: str, start: Start, base_layers: int) -> None:
-        predictor = make_predictor(family, base_layers=base_layers, start=start)
+    def test_tokens_of_its_own_window_up_to_its_own(self, family: str) -> None:
+        predictor = make_predictor(family)
         input_ids, _, tokens = inputs()
         hidden = slot_hidden(predictor)
         before = refined(predictor, input_ids, hidden, tokens)
@@ -117,8 +104,8 @@ class TestWhatASlotHears:
                 expected = {(row, window, slot) for slot in range(place, WINDOW_LENGTH - 1)}
                 assert slots_that_differ(before, after) == expected, (row, window, place)
 
-    def test_the_context_before_its_window_alone(self, family: str, start: Start, base_layers: int) -> None:
-        predictor = make_predictor(family, base_layers=base_layers, start=start)
+    def test_the_context_before_its_window_alone(self, family: str) -> None:
+        predictor = make_predictor(family)
         input_ids, _, tokens = inputs()
         hidden = slot_hidden(predictor)  # as it was, so that only the refiner's own view of the context is tested
         before = refined(predictor, input_ids, hidden, tokens)
@@ -129,9 +116,9 @@ class TestWhatASlotHears:
             expected = slots_that_see(row, place, WINDOW_LENGTH - 1)
             assert slots_that_differ(before, after) == expected, (row, place)
 
-    def test_the_same_as_in_a_window_of_its_own(self, family: str, start: Start, base_layers: int) -> None:
+    def test_the_same_as_in_a_window_of_its_own(self, family: str) -> None:
         """One row, one window, nothing but its context, hence no packing, no other window and no padding."""
-        predictor = make_predictor(family, base_layers=base_layers, start=start)
+        predictor = make_predictor(family)
         input_ids, auxiliaries, tokens = inputs()
         packed = refined(predictor, input_ids, slot_hidden(predictor), tokens)
         for row, window in [(row, window) for row in range(2) for window in range(WINDOW_STARTS.shape[1])]:
@@ -146,59 +133,6 @@ class TestWhatASlotHears:
                 )
             # Other shapes, other kernels, and rotary angles in single precision: equal up to rounding.
             torch.testing.assert_close(packed[row, window], single[0, 0], atol=2e-5, rtol=2e-5)
-
-
-class TestLastLayers:
-    @pytest.mark.parametrize("num_layers", [1, 2])
-    @pytest.mark.parametrize("family", LIKE_LLAMA)
-    @torch.no_grad()
-    def test_say_what_the_base_model_says(self, family: str, num_layers: int) -> None:
-        model = TINY_MODELS[family](vocab_size=VOCAB_SIZE)
-        refiner = Refiner(model, DecoderRefiner(num_layers=num_layers, start="last_layers"))
-        read: list[Tensor] = []
-        decoder: Any = model.get_decoder()
-        handle = decoder.layers[-num_layers].register_forward_pre_hook(lambda _, states: read.append(states[0]))
-        expected = decoder(input_ids=inputs()[0][:1]).last_hidden_state
-        handle.remove()
-        stream, cache = read[0], DynamicCache()
-        length = stream.shape[1]
-        mask = torch.ones(1, 1, length, length, dtype=torch.bool).tril()
-        angles: Any = refiner.rotary(stream, torch.arange(length).unsqueeze(0))
-        for layer in refiner.layers:
-            stream = layer(stream, attention_mask=mask, cache=cache, position_embeddings=angles)
-        torch.testing.assert_close(decoder.norm(stream), expected)
-        assert len(cache.layers) == num_layers
-
-    def test_read_states_and_tokens_at_the_scale_of_the_stream(self) -> None:
-        model = TINY_MODELS["llama"](vocab_size=VOCAB_SIZE)
-        refiner = Refiner(model, DecoderRefiner(num_layers=1, start="last_layers"))
-        read: list[Tensor] = []
-        decoder: Any = model.get_decoder()
-        decoder.layers[-1].register_forward_pre_hook(lambda _, states: read.append(states[0]))
-        model(input_ids=torch.arange(VOCAB_SIZE).unsqueeze(0))
-        scale = read[0].detach().square().mean().sqrt()
-        of_states, of_tokens = refiner.join.weight.detach().chunk(2, dim=1)
-        torch.testing.assert_close(of_states, scale / 3 * torch.eye(32))
-        torch.testing.assert_close(of_tokens, scale * 2 / 3 * torch.eye(32))
-
-    def test_are_copies_to_be_trained_in_single_precision(self) -> None:
-        model = TINY_MODELS["llama"](vocab_size=VOCAB_SIZE).to(torch.bfloat16)
-        before = {name: weight.clone() for name, weight in model.state_dict().items()}
-        config = PredictorConfig(lora=LoraSettings(rank=4), correction=DecoderRefiner(1, start="last_layers"))
-        predictor = PredictorNetwork(config, model)
-        refiner = predictor.refiner
-        assert refiner is not None
-        copied = {name: weight for name, weight in refiner.named_parameters() if name.startswith("layers.0.")}
-        assert copied and not [name for name in copied if "lora" in name]
-        for name, weight in copied.items():
-            assert weight.requires_grad and weight.dtype == torch.float32
-            original = before[name.replace("layers.0.", "model.layers.1.")]
-            assert torch.equal(weight, original.float()), name
-            torch.nn.init.ones_(weight)
-        after = predictor.base_model.state_dict()
-        for name, weight in before.items():
-            inside = name if name in after else name.removesuffix(".weight") + ".base_layer.weight"
-            assert torch.equal(after[inside], weight), name
 
 
 @torch.no_grad()
@@ -278,54 +212,13 @@ class TestRounds:
 class TestRefusals:
     @pytest.mark.parametrize(
         ("key", "minimum"),
-        [("num_layers", 1), ("intermediate_size", 1), ("num_refinement_steps", 1), ("base_layers", 0)],
+        [("num_layers", 1), ("intermediate_size", 1), ("num_refinement_steps", 1)],
     )
     def test_sizes_out_of_range(self, key: str, minimum: int) -> None:
         values: dict[str, Any] = {key: minimum - 1}
         with pytest.raises(ValueError, match=f"predictor.correction.init_args.{key} >= {minimum}, found {minimum - 1}"):
             DecoderRefiner(**values)
 
-    def test_more_base_layers_than_there_are(self) -> None:
-        with pytest.raises(ValueError, match="predictor.correction.init_args.base_layers <= 2 .*found 3"):
-            make_predictor(base_layers=3)
-
     def test_heads_of_odd_width(self) -> None:
         with pytest.raises(ValueError, match="found 15 and 3: set predictor.correction to null"):
             Refiner(GPT2LMHeadModel(GPT2Config(n_embd=15, n_head=3, n_layer=1, vocab_size=8)), DecoderRefiner())
-
-    @pytest.mark.parametrize("family", [family for family in TINY_MODELS if family not in LIKE_LLAMA])
-    def test_last_layers_of_another_kind(self, family: str) -> None:
-        with pytest.raises(
-            ValueError,
-            match="the arguments of Llama's layers, found GPT.*set predictor.correction.init_args.start to random",
-        ):
-            make_predictor(family, start="last_layers")
-
-    @pytest.mark.parametrize(
-        ("settings", "instead"),
-        [
-            (DecoderRefiner(1, start="last_layers"), "set predictor.correction.init_args.start to random"),
-            (DecoderRefiner(1, base_layers=1), "set predictor.correction.init_args.base_layers to 0"),
-        ],
-    )
-    def test_layers_that_are_not_found(self, settings: DecoderRefiner, instead: str) -> None:
-        """Two lists of the same length: which are the layers?"""
-        model = TINY_MODELS["llama"]()
-        decoder: Any = model.get_decoder()
-        decoder.others = torch.nn.ModuleList([torch.nn.Identity(), torch.nn.Identity()])
-        with pytest.raises(ValueError, match=f"one list of 2 layers in LlamaModel, found 2: {instead}"):
-            PredictorNetwork(PredictorConfig(lora=LoraSettings(rank=2), correction=settings), model)
-
-    def test_more_last_layers_than_there_are(self) -> None:
-        with pytest.raises(ValueError, match="predictor.correction.init_args.num_layers <= 2 .*found 3"):
-            Refiner(TINY_MODELS["llama"](), DecoderRefiner(num_layers=3, start="last_layers"))
-
-    def test_last_layers_of_another_size(self) -> None:
-        with pytest.raises(
-            ValueError, match="intermediate_size beside predictor.correction.init_args.start last_layers"
-        ):
-            DecoderRefiner(num_layers=1, intermediate_size=8, start="last_layers")
-
-    def test_an_unknown_start(self) -> None:
-        with pytest.raises(ValueError, match="start random or last_layers, found 'first'"):
-            DecoderRefiner(num_layers=1, start="first")  # pyright: ignore[reportArgumentType]

@@ -1,7 +1,8 @@
-"""What trained slots are bound to besides their weights: order, range, base layers, and the names of their classes."""
+"""What trained slots are bound to besides their weights: order, range, and the names of their classes."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ptp_lightning.export.checkpoint import SLOT_ENCODER_FILE, load_network, require_same_predictor, save_network
+from ptp_lightning.export.migrations import migrate_checkpoint
 from ptp_lightning.models import BinaryFeatures, CosineFeatures, OneHotObjective, PredictorConfig
 from ptp_lightning.models import network as predictor_module
 from ptp_lightning.models.slots.auxiliary_features import AuxiliaryFeatures
 from ptp_lightning.models.slots.sampling_range import SamplingRange
 from ptp_lightning.models.students import FullCopyStudent
-from tests.helpers.stored_predictors import REFINER, SAMPLING, slot_logits, trained
+from tests.helpers.stored_predictors import SAMPLING, slot_logits, trained
 
 
 class TestOrderAndRange:
@@ -107,10 +109,32 @@ def test_classes_are_stored_by_their_public_names() -> None:
     assert PredictorConfig.from_dict(plain) == config
 
 
-def test_base_layers_have_no_weights_but_must_agree(base: Path) -> None:
-    """A refiner that learned from what one layer says of a token cannot read what none says."""
-    with_one, without = (trained(base, correction=replace(REFINER, base_layers=number)) for number in (1, 0))
-    stored = {"config": with_one.config.to_dict(), "base_fingerprint": with_one.base_fingerprint}
-    require_same_predictor({"predictor": stored}, with_one)
-    with pytest.raises(ValueError, match="base_layers as configured, 0, found a checkpoint .* with 1"):
-        require_same_predictor({"predictor": stored}, without)
+class TestDeletedLayers:
+    """A refiner once could have copied layers, or read what the base model's first layers make of a draft."""
+
+    def test_an_export_without_them_is_read(self, base: Path, tmp_path: Path) -> None:
+        before = trained(base)
+        save_network(before, tmp_path / "export")
+        self.store(tmp_path / "export", base_layers=0, start="random")
+        after = load_network(tmp_path / "export")
+        assert after.config == before.config
+        assert torch.equal(slot_logits(after), slot_logits(before))
+
+    @pytest.mark.parametrize("setting", [{"base_layers": 4}, {"start": "last_layers"}])
+    def test_files_with_them_are_refused(self, base: Path, tmp_path: Path, setting: dict[str, Any]) -> None:
+        save_network(trained(base), tmp_path / "export")
+        config = self.store(tmp_path / "export", **setting)
+        ((name, value),) = setting.items()
+        key = rf"expected no correction\.init_args\.{name}, found {value}: version 0.2 has no such .*version 0.1$"
+        with pytest.raises(ValueError, match=rf"^{tmp_path}/export/predictor.json: {key}"):
+            load_network(tmp_path / "export")
+        with pytest.raises(ValueError, match=rf"^last.ckpt: {key}"):
+            migrate_checkpoint({"predictor": {"config": config}, "state_dict": {}}, "last.ckpt")
+
+    def store(self, folder: Path, **settings: Any) -> dict[str, Any]:
+        """Write settings of the refiner into `predictor.json`; returns the whole configuration."""
+        file = folder / "predictor.json"
+        about = json.loads(file.read_text())
+        about["config"]["correction"]["init_args"] |= settings
+        file.write_text(json.dumps(about))
+        return about["config"]

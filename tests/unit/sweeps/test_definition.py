@@ -14,6 +14,9 @@ from ptp_lightning.sweeps.study import Study
 from ptp_lightning.utils.renamed_keys import REFINER_CLASS
 from tests.helpers.tiny_study import letters
 
+RANDOM = {"base_layers": 0, "start": "random"}
+"""Settings of a refiner without the layers that it could have in version 0.1."""
+
 BASE = {
     "model": {"rank": 4, "betas": (0.9, 0.99)},
     "trainer": {"max_steps": 9, "logger": {"a": 1}},
@@ -65,7 +68,7 @@ def test_a_study_of_version_0_1_continues(tmp_path: Path) -> None:
         "loss": {"class_path": "ptp_lightning.losses.KL"},
     }
     before = {
-        "predictor": {"refiner": {"num_layers": 1, "rounds": 3}, "student": {"init_args": {}}},
+        "predictor": {"refiner": {"num_layers": 1, "rounds": 3, **RANDOM}, "student": {"init_args": {}}},
         "loss": {"class_path": "ptp_lightning.losses.KL"},
     }
     definition = definition_of(letters(), {"model": now, "source": "ptp_lightning.training.TeacherWindows"})
@@ -77,6 +80,22 @@ def test_a_study_of_version_0_1_continues(tmp_path: Path) -> None:
     require_same(stored, definition)
     stored.set_user_attr(DEFINITION, definition | {"base": old_base | {"model.predictor.refiner.rounds": 4}})
     with pytest.raises(ValueError, match="base.model.predictor.correction.init_args.num_refinement_steps: was 4, is 3"):
+        require_same(stored, definition)
+
+
+def test_a_study_that_stored_the_settings_of_deleted_layers(tmp_path: Path) -> None:
+    """It continues where it had none, and is refused where it had some."""
+    stored = open_study(letters(), "letters", open_storage(str(tmp_path / "study.journal"), create=True))
+    now, before = (
+        {"correction": {"class_path": REFINER_CLASS, "init_args": {"num_layers": 1, **deleted}}}
+        for deleted in ({}, RANDOM)
+    )
+    definition = definition_of(letters(), now)
+    stored.set_user_attr(DEFINITION, definition | {"base": before})
+    require_same(stored, definition)
+    before["correction"]["init_args"] |= {"base_layers": 4}
+    stored.set_user_attr(DEFINITION, definition | {"base": before})
+    with pytest.raises(ValueError, match=r"^the study 'letters': .*base_layers, found 4: version 0.2 has no such"):
         require_same(stored, definition)
 
 

@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 from ptp_lightning.cli import main
-from ptp_lightning.utils.renamed_keys import RENAMED_KEYS, RENAMED_MODULES, current_class_path, current_key
+from ptp_lightning.utils.renamed_keys import (
+    RENAMED_KEYS,
+    RENAMED_MODULES,
+    current_class_path,
+    current_key,
+    deleted_settings,
+    with_current_names,
+)
 
 CLASSES = [
     "data.completions_datamodule.CompletionsDataModule",
@@ -67,6 +74,7 @@ def test_keys_are_renamed_around_init_args() -> None:
     "content",
     [
         "model: {init_args: {predictor: {refiner: {rounds: 3}}}}",
+        "model: {init_args: {predictor: {correction: {init_args: {base_layers: 0, start: random}}}}}",
         "model: {class_path: ptp_lightning.training.pretraining.AutoregressiveModule}",
         "trainer: {callbacks: [{class_path: ptp_lightning.training.termination.TerminateTogether}]}",
     ],
@@ -94,6 +102,23 @@ def test_options_and_studies_of_version_0_1_are_refused(
         "rounds -> overrides.x.correction.init_args.num_refi",
     ):
         assert line in message
+
+
+@pytest.mark.parametrize("setting", ["base_layers=4", "start=last_layers"])
+@pytest.mark.parametrize("parent", ["refiner", "correction", "correction.init_args"])
+def test_deleted_layers_are_refused(
+    parent: str, setting: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    key = f"model.init_args.predictor.{parent}.{setting}"
+    (message,) = refusal(monkeypatch, capsys, "fit", "--config", "gated_lora", f"--{key}").splitlines()
+    assert f"expected no {key.replace('=', ', found ')}: version 0.2 has no such layers any more; set" in message
+    assert "set predictor.correction to ptp_lightning.models.TokenConditionedHead and train again" in message
+
+
+def test_settings_of_those_names_elsewhere_stay() -> None:
+    """Of another class, and of other components."""
+    own = {"correction": {"class_path": "mine.Head", "init_args": {"start": "last_layers"}}, "loss": {"base_layers": 4}}
+    assert not deleted_settings(own) and with_current_names(own) == own
 
 
 def refusal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
