@@ -12,7 +12,8 @@ from ptp_lightning.batch import PackedBatch
 from ptp_lightning.models.attention.choice import AttentionChoice
 from ptp_lightning.models.attention.dense import Dense
 from ptp_lightning.models.attention.dispatch import register_attention
-from ptp_lightning.models.attention.sliding_window import FULL, SLIDING
+from ptp_lightning.models.attention.masks import context_mask
+from ptp_lightning.models.attention.sliding_window import FULL, SLIDING, layer_masks
 from ptp_lightning.models.lora.gated_linear import GatedLoraLinear
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ SLOT_TOLERANCES = TOLERANCES | {torch.float16: 0.1, torch.bfloat16: 0.4}
 """Of slots, whose input has random weights before training and is unlike that of tokens. Measured: those of SmolLM2 in
 bfloat16 differ by 0.03 to 0.11, by the draw of these weights."""
 ADVICE = "set predictor.backbone.path to another model"
+ROWS_ADVICE = "set model.init_args.backbone to another model"
 
 
 @torch.no_grad()
@@ -57,11 +59,34 @@ def require_supported(network: PredictorNetwork) -> None:
         return
     kind = model.config.model_type
     with _named_errors(model.config), _attention(network, AttentionChoice(network.student_model, is_logged=False)):
-        batch = _batch(network)
-        _require_own_logits(network, batch, kind)
+        batch = _batch(model, network.config.window_length)
+        _require_own_logits(network, batch)
         _require_positions(network, batch, kind)
         _require_visible_tokens_alone(network, batch, kind)
         _require_slots_as_under_a_mask(network, batch, kind)
+
+
+@torch.no_grad()
+def require_packed_rows(model: PreTrainedModel) -> None:
+    """Refuse models that read the documents of a packed row otherwise than each on its own.
+
+    Args:
+        model: in eval mode, to be trained on packed rows without slots.
+
+    Raises:
+        ValueError: as `require_supported`.
+    """
+    if model.device.type == "meta":
+        return
+    with _named_errors(model.config, ROWS_ADVICE):
+        batch = _batch(model)
+        found = model(
+            input_ids=batch.input_ids,
+            attention_mask=layer_masks(model.config, context_mask(batch.document_ids)),
+            position_ids=batch.position_ids,
+            use_cache=False,
+        )
+        _require_equal(found.logits[0], _own_logits(model, batch), model, ROWS_ADVICE)
 
 
 def require_text_model(config: PreTrainedConfig) -> None:
@@ -90,14 +115,14 @@ def require_finite(embeddings: Tensor) -> None:
         raise ValueError(f"expected finite embeddings of the base model, found a NaN or infinity: {ADVICE}")
 
 
-def _batch(network: PredictorNetwork) -> PackedBatch:
+def _batch(model: PreTrainedModel, window_length: int = 0) -> PackedBatch:
     """One row of two documents, with two windows in the second."""
-    config: Any = network.base_model.config.get_text_config()
+    config: Any = model.config.get_text_config()
     window = getattr(config, "sliding_window", None) or 0
     second = min(max(SECOND_LENGTH, window + SECOND_LENGTH // 2), MAX_LENGTH)
-    limit = network.max_positions
+    limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None:
-        second = max(min(second, limit - network.config.window_length), 3)
+        second = max(min(second, limit - window_length), 3)
     lengths = torch.tensor([FIRST_LENGTH, second])
     generator = torch.Generator().manual_seed(0)
     # Not the token 0, whose embedding is often a row of zeros.
@@ -105,28 +130,37 @@ def _batch(network: PredictorNetwork) -> PackedBatch:
     documents = torch.repeat_interleave(lengths).unsqueeze(0)
     positions = torch.cat([torch.arange(int(length)) for length in lengths]).unsqueeze(0)
     starts = torch.tensor([[FIRST_LENGTH + 1 + second // 3, FIRST_LENGTH + second - 1]])
-    return PackedBatch(ids, documents, positions, starts, torch.ones_like(ids, dtype=torch.bool)).to(
-        network.base_model.device
-    )
+    return PackedBatch(ids, documents, positions, starts, torch.ones_like(ids, dtype=torch.bool)).to(model.device)
 
 
-def _require_own_logits(network: PredictorNetwork, batch: PackedBatch, kind: str) -> None:
+def _require_own_logits(network: PredictorNetwork, batch: PackedBatch) -> None:
     model = network.base_model
-    own = [batch.document_ids[0] == document for document in (0, 1)]
-    expected = [model(input_ids=batch.input_ids[:, one], use_cache=False).logits[0] for one in own]
+    expected = _own_logits(model, batch)
     exchanged = [] if model._supports_attention_backend else [_exchanged_attention(model)]
     for attention in (nullcontext(), *exchanged):
         with attention:
             found = network.logits(network.encode(batch).hidden)[0]
-        if not found.isfinite().all():
-            raise ValueError(f"expected finite logits of the base model ({kind}), found a NaN or infinity: {ADVICE}")
-        for one, logits in zip(own, expected, strict=True):
-            difference = _difference(found[one], logits)
-            if difference > TOLERANCES[model.dtype]:
-                raise ValueError(
-                    f"expected the logits of the base model ({kind}), found others in packed rows, which differ by "
-                    f"{difference:.2g} of their standard deviation: this type of model is not supported, {ADVICE}"
-                )
+        _require_equal(found, expected, model, ADVICE)
+
+
+def _own_logits(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
+    """`[S, V]`: those of the model's own forward pass on each document alone."""
+    documents = [batch.input_ids[:, batch.document_ids[0] == document] for document in (0, 1)]
+    return torch.cat([model(input_ids=ids, use_cache=False).logits[0] for ids in documents])
+
+
+def _require_equal(found: Tensor, expected: Tensor, model: PreTrainedModel, advice: str) -> None:
+    """Compare logits `[S, V]` of a packed row."""
+    kind = model.config.model_type
+    if not found.isfinite().all():
+        raise ValueError(f"expected finite logits of the base model ({kind}), found a NaN or infinity: {advice}")
+    for one in (slice(None, FIRST_LENGTH), slice(FIRST_LENGTH, None)):
+        difference = _difference(found[one], expected[one])
+        if difference > TOLERANCES[model.dtype]:
+            raise ValueError(
+                f"expected the logits of the base model ({kind}), found others in packed rows, which differ by "
+                f"{difference:.2g} of their standard deviation: this type of model is not supported, {advice}"
+            )
 
 
 @contextmanager
@@ -236,24 +270,24 @@ def _difference(found: Tensor, expected: Tensor) -> float:
 
 
 @contextmanager
-def _named_errors(config: PreTrainedConfig) -> Iterator[None]:
+def _named_errors(config: PreTrainedConfig, advice: str = ADVICE) -> Iterator[None]:
     """Any error of a model that takes no masks, no positions or no cache of ours, as one line."""
     try:
         yield
     except ValueError as error:
         if str(error).startswith("expected "):
             raise
-        raise _unsupported(config, error) from error
+        raise _unsupported(config, error, advice) from error
     except (LookupError, AssertionError, AttributeError, RuntimeError, TypeError) as error:
-        raise _unsupported(config, error) from error
+        raise _unsupported(config, error, advice) from error
 
 
-def _unsupported(config: PreTrainedConfig, error: Exception) -> ValueError:
+def _unsupported(config: PreTrainedConfig, error: Exception, advice: str) -> ValueError:
     types = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or []
     others = sorted(set(types) - {FULL, SLIDING})
     layers = f" with layers of type {', '.join(others)}" if others else ""
     reason = " ".join(str(error).split())[:200]
     return ValueError(
         "expected a base model that takes masks, positions and a cache of keys and values, found "
-        f"{config.model_type}{layers}, which fails with {type(error).__name__}: {reason}: {ADVICE}"
+        f"{config.model_type}{layers}, which fails with {type(error).__name__}: {reason}: {advice}"
     )

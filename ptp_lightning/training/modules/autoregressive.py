@@ -19,6 +19,7 @@ from ptp_lightning.models.attention.sliding_window import layer_masks
 from ptp_lightning.models.backbone import BackboneSettings, load_backbone, random_model
 from ptp_lightning.models.layers.activation_checkpointing import checkpoint_layers
 from ptp_lightning.models.lora.gate import Gate
+from ptp_lightning.models.support import require_packed_rows
 from ptp_lightning.training.modules.training_module import TrainingModule
 from ptp_lightning.training.optimization import OptimizerSettings, configure
 from ptp_lightning.training.trainer_state import datamodule_of
@@ -66,6 +67,9 @@ class AutoregressiveModule(TrainingModule):
         perplexity_positions: number of positions with a logged `val/perplexity/position_XX`, counted from the second
             token of each document, which is where its first window can start.
         activation_checkpointing: recompute decoder layers in the backward pass: less memory, more time.
+
+    Raises:
+        ValueError: the network does not read the documents of a packed row as each on its own; recurrent ones do not.
     """
 
     def __init__(
@@ -84,7 +88,8 @@ class AutoregressiveModule(TrainingModule):
         self.output = None if output is None else str(local_path(output, "model.init_args.output", WRITTEN))
         self.output_dtype = output_dtype
         self.perplexity = PositionMeans(perplexity_positions) if perplexity_positions else None
-        self.model = load_backbone(backbone)
+        self.model = load_backbone(backbone).eval()
+        require_packed_rows(self.model)
         self.model.requires_grad_(True).train()  # with dropout, if the network has any
         if activation_checkpointing:
             checkpoint_layers(self.decoder_layers("set model.init_args.activation_checkpointing to false"), Gate())

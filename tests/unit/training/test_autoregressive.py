@@ -67,6 +67,15 @@ def test_a_document_is_scored_as_if_it_stood_alone() -> None:
     assert int((labels != -100).sum()) == 2 + 3
 
 
+def test_a_network_that_mixes_documents_is_refused() -> None:
+    """One with state-space layers, which know no documents."""
+    bamba = {"model_type": "bamba", "vocab_size": 32, "hidden_size": 16, "intermediate_size": 32}
+    bamba |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "attn_layer_indices": [1]}
+    bamba |= {"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
+    with pytest.raises(ValueError, match=r"^[^\n]*\(bamba\)[^\n]* packed rows[^\n]*model\.init_args\.backbone[^\n]*$"):
+        make_module(bamba)
+
+
 def test_bytes_of_tokens() -> None:
     # In the byte-level alphabet a blank is Ġ, a line break Ċ, and é is the two letters Ã©.
     tokens = ["<|endoftext|>", "def", "Ġreturn", "Ċ", "Ã©", "<|", "<|>"]
