@@ -28,6 +28,7 @@ from ptp_lightning.data import (
     TextRows,
 )
 from ptp_lightning.data.corpus import Split, split_of
+from ptp_lightning.data.packing import TokenDocument
 from ptp_lightning.data.streaming import unusable_rows
 from tests.helpers.parameter_products import one_in
 
@@ -105,6 +106,14 @@ class TestTrainingStream:
             [0, 0, 0, 0, -1],
         ]
         assert data.statistics.too_short == 0 and data.statistics.split == 1
+
+    def test_a_rendering_may_make_several_documents_of_a_row(self, files: list[str]) -> None:
+        class Twice(PlainText):
+            def documents(self, row: Any, tokenizer: Any) -> list[TokenDocument]:
+                return [self.document(row, tokenizer)] * 2
+
+        block = documents(take(corpus(files, parts=[StreamPart(JsonLines(files), Twice())], shuffle_documents=8), 8))
+        assert list(Counter(block).values()) == [2] * 8
 
     def test_pieces_of_a_long_document_are_spread(self, tmp_path: Path) -> None:
         numbers = range(1, 9)
