@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 ATTENTION_NAME = "sdpa_in_float64"
 PRODUCT_ROWS = 64
+_HAS_CONV1D: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # a search takes 2 to 4 ms for SmolLM2
 
 
 @contextmanager
@@ -66,12 +67,9 @@ def batch_invariant(model: PreTrainedModel) -> Iterator[None]:
 def _products_depend_on_rows(model: PreTrainedModel) -> bool:
     if model.device.type != "cpu":
         return True
-    if model not in _HAS_CONV1D:  # a look at every module takes as long as a tenth of a call
+    if model not in _HAS_CONV1D:
         _HAS_CONV1D[model] = any(isinstance(module, Conv1D) for module in model.modules())
     return _HAS_CONV1D[model]
-
-
-_HAS_CONV1D: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 class _BatchInvariantRows(TorchFunctionMode):

@@ -55,7 +55,7 @@ def crossings_text(study: Study, curves: Sequence[Curve]) -> str:
     num_clear = sum(crossing.is_beyond_noise for crossing in crossings)
     lines = [
         f"Crossings: {len(crossings)}, of which {num_clear} beyond noise: the 95 % interval of the difference, paired "
-        "by seed, excludes zero on both sides.\n",
+        "by seed, excludes zero on both sides; not corrected for the number of pairs.\n",
         *(f"* {crossing_text(crossing)}" for crossing in sorted(crossings, key=lambda one: not one.is_beyond_noise)),
     ]
     return "\n".join(lines) + "\n"

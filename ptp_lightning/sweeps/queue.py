@@ -144,11 +144,11 @@ class TrialQueue:
         """
         lost = self._times_lost(self._trials(TrialState.FAIL))
 
-        def place(trial: FrozenTrial) -> tuple[int, int, int]:
+        def sort_key(trial: FrozenTrial) -> tuple[int, int, int]:
             steps, order = self.order[point_of(trial)]
             return steps, lost[point_of(trial)], order
 
-        return sorted((trial for trial in trials if point_of(trial) in self.order), key=place)
+        return sorted((trial for trial in trials if point_of(trial) in self.order), key=sort_key)
 
     def _trials(self, *states: TrialState) -> list[FrozenTrial]:
         """Trials that a queue of this version enqueued or that ended, by number; others in the storage are ignored."""

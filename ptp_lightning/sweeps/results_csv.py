@@ -43,12 +43,12 @@ def write_csv(study: Study, stored: optuna.Study, path: Path) -> None:
     """
     order = {point.key: k for k, point in enumerate(study.points())}
 
-    def place(trial: FrozenTrial) -> tuple[int, int]:
+    def sort_key(trial: FrozenTrial) -> tuple[int, int]:
         key = Point(parameters_of(trial), trial.user_attrs[SEED]).key
         return order.get(key, len(order)), trial.number
 
     ended = [trial for trial in stored.get_trials(deepcopy=False) if trial.state.is_finished()]
-    ended = sorted((trial for trial in ended if GIVEN_UP not in trial.user_attrs), key=place)
+    ended = sorted((trial for trial in ended if GIVEN_UP not in trial.user_attrs), key=sort_key)
     text = io.StringIO()
     writer = csv.DictWriter(text, _columns(study), lineterminator="\n")
     writer.writeheader()

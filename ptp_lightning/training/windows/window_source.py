@@ -64,8 +64,8 @@ class WindowSource(ABC):
 
     @property
     def depends_on_progress(self) -> bool:
-        """Whether `choose` depends on the fraction of the training steps that are done."""
-        return False
+        """Whether `choose` depends on the fraction of the training steps that are done; so if it is overridden."""
+        return type(self).choose is not WindowSource.choose
 
     @property
     def reads_rows(self) -> bool:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from ptp_lightning.models import BackboneSettings, LoraSettings, PredictorConfig, PredictorNetwork
+from ptp_lightning.models import BackboneSettings, LoraSettings, PredictorConfig, PredictorNetwork, support
 from ptp_lightning.models.backbone import load_backbone
 from ptp_lightning.models.lora.gated_lora import ALL_LINEAR
 from tests.helpers.tiny_families import build_family, family_config
@@ -104,6 +104,25 @@ def test_attention_with_biases_of_its_own_is_refused() -> None:
     """Its masks hold numbers that depend on values; an attention back-end does not see them."""
     with pytest.raises(ValueError, match="^expected plain softmax attention, found that slots of doge differ"):
         build(build_family(family_config("doge")))
+
+
+def test_rounding_does_not_depend_on_the_random_weights_of_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[float] = []
+    difference = support._difference
+
+    def noted(found: torch.Tensor, expected: torch.Tensor) -> float:
+        measured.append(difference(found, expected))
+        return measured[-1]
+
+    monkeypatch.setattr(support, "_difference", noted)
+    of_slots = []
+    for seed in (0, 1):
+        torch.manual_seed(2)
+        base = tiny_family("llama").bfloat16()
+        torch.manual_seed(seed)
+        build(base)
+        of_slots.append(measured[-1])
+    assert of_slots[0] == of_slots[1] > 0
 
 
 def test_models_of_images_are_named() -> None:

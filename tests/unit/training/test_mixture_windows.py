@@ -52,10 +52,10 @@ class TestWeights:
         assert all(mixture.weights(progress) == [0.25, 0.75] for progress in (0.0, 0.5, 1.0))
 
     def test_a_training_shares_its_first_steps_with_longer_ones_if_they_stay(self) -> None:
-        steady = MixtureWindows(SOURCES[:2], initial_weights=[1, 3])
+        constant = MixtureWindows(SOURCES[:2], initial_weights=[1, 3])
         changing = MixtureWindows(SOURCES[:2], initial_weights=[1, 0], final_weights=[0, 1])
         nested = MixtureWindows([changing, SOURCES[0]], initial_weights=[1, 1])
-        shared = [make_module(source=one).shared_steps(10) for one in (SOURCES[0], steady, changing, nested)]
+        shared = [make_module(source=one).shared_steps(10) for one in (SOURCES[0], constant, changing, nested)]
         assert shared == [6, 6, 0, 0]  # of 10, the last 4 with a falling rate
 
     @pytest.mark.parametrize(
@@ -79,6 +79,15 @@ class TestWeights:
     def test_that_make_no_sense_are_refused(self, settings: dict[str, Any], message: str) -> None:
         with pytest.raises(ValueError, match=message):
             MixtureWindows(SOURCES, **settings)
+
+
+def test_a_choice_of_ones_own_counts_as_dependent_on_progress() -> None:
+    class Own(TeacherWindows):
+        def choose(self, progress: float, generator: torch.Generator) -> WindowSource:
+            return self
+
+    assert Own().depends_on_progress
+    assert not TeacherWindows().depends_on_progress
 
 
 class TestChoice:
