@@ -12,6 +12,7 @@ from ptp_lightning.data.packing import TokenDocument
 from ptp_lightning.data.rendering import Rendering, end_of_text, require_unicode, value_at
 from ptp_lightning.data.streaming.row_source import BadRowError
 from ptp_lightning.utils.chat_templates import Message, render_chat
+from ptp_lightning.utils.pretrained import few
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,8 +23,9 @@ ROLES = {role: role for role in TEMPLATE_ROLES} | {
     "human": "user",
     **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "bot", "model"), "assistant"),
 }
+REASONING = ("reasoning_content", "reasoning", "thinking")  # keys of templates for the thoughts before an answer
 # What an assistant's message may consist of in place of `content`.
-OTHER_CONTENT = frozenset({"tool_calls", "function_call", "reasoning_content", "reasoning", "thinking"})
+OTHER_CONTENT = frozenset({"tool_calls", "function_call", *REASONING})
 
 Span = tuple[int, int]
 """Range of characters of a text: begin, end."""
@@ -45,6 +47,7 @@ class Chat(Rendering):
             it, in any case of letters: the roles of templates, `human`, `gpt`, `chatgpt`, `bing`, `bard`, `bot` and
             `model`.
         tools: column of the tools, a list of JSON schemas; rows without it have none. None ignores the column.
+        reasoning: whether the reasoning before an answer is learned; a template that does not write it is refused then.
     """
 
     column: str = "messages"
@@ -53,6 +56,7 @@ class Chat(Rendering):
     template: str | None = None
     roles: dict[str, str] = field(default_factory=dict)
     tools: str | None = "tools"
+    reasoning: bool = True
 
     def require_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """See `Rendering.require_tokenizer`."""
@@ -102,6 +106,8 @@ class Chat(Rendering):
             for key, value in given.items()
             if key not in (self.role, self.content) and value is not None and not (key == "tool_calls" and not value)
         }
+        if not self.reasoning:
+            message = {key: value for key, value in message.items() if key not in REASONING}
         message["role"] = self._role(str(given[self.role]))
         if calls := message.get("tool_calls"):
             message["tool_calls"] = [_parsed_call(call) for call in calls]
@@ -313,6 +319,10 @@ def _require_written(formatted: _Formatted, tools: list[Any] | None) -> None:
             raise BadRowError(f"expected a chat template that writes the content {content!r:.80}, {remedy}")
         if parts and (str(parts)[:10] in text or json.dumps(parts)[:10] in text):
             raise BadRowError(f"expected a chat template that takes content as a list of parts, {remedy}")
+        thoughts = [message[key].split()[-1:] for key in REASONING if isinstance(message.get(key), str)]
+        if number in spans and any(thoughts) and not any(last and last[0] in written for last in thoughts):
+            keys = few(key for key in REASONING if key in message)
+            raise BadRowError(f"expected a chat template that writes {keys}, {remedy}, or its reasoning to false")
         if missing := [name for call in message.get("tool_calls", []) if (name := _name(call)) not in written]:
             raise BadRowError(f"expected a chat template that writes the call of tool {missing[0]!r:.80}, {remedy}")
     if missing := [name for tool in tools or [] if (name := _name(tool)) not in text]:

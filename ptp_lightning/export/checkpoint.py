@@ -46,7 +46,7 @@ from ptp_lightning.models.students import GatedLoraStudent
 from ptp_lightning.option_names import DTYPES, DtypeName
 from ptp_lightning.utils.atomic_files import replacing
 from ptp_lightning.utils.local_paths import WRITTEN, local_path
-from ptp_lightning.utils.pretrained import HUB_ADVICE, PATH_KEY, clear_errors, few, listing
+from ptp_lightning.utils.pretrained import HUB_ADVICE, PATH_KEY, clear_errors, few, listing, require_torch_file
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -304,6 +304,7 @@ def _require_adapter(config: PredictorConfig) -> None:
 
 
 def _read_checkpoint(file: Path) -> StoredPredictor:
+    require_torch_file(file, CHECKPOINT_KEY)
     with clear_errors(file, CHECKPOINT_KEY):
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     migrate_checkpoint(checkpoint, str(file))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -30,6 +31,7 @@ MINIMA = {
     "gradient_clip_val": 0,
 }
 """Smallest values below `trainer`; null is allowed."""
+_DEVICES = re.compile(r"auto|-?\d+(,-?\d+)*,?|\[.*\]")
 SEARCHES = ("LearningRateFinder", "BatchSizeFinder")
 
 
@@ -53,8 +55,9 @@ def require_trainer_settings(trainer: Mapping[str, Any]) -> None:
     interval = trainer.get("val_check_interval")
     if isinstance(interval, (int, float)) and not interval > 0:
         raise ValueError(f"expected trainer.val_check_interval > 0, found {interval}")
-    if trainer.get("devices") in (0, "0", [], "[]"):
-        raise ValueError(f"expected trainer.devices auto or at least one, found {trainer['devices']}")
+    devices = trainer.get("devices")
+    if devices in (0, "0", [], "[]") or (isinstance(devices, str) and not _DEVICES.fullmatch(devices)):
+        raise ValueError(f"expected trainer.devices auto, a number from one on, or indices, found {devices}")
     accelerator = trainer.get("accelerator")
     if not ACCELERATORS.get(str(accelerator), lambda: True)():
         raise ValueError(f"expected a trainer.accelerator that this machine has, found {accelerator}: set it to cpu")

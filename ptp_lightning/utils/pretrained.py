@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib import resources
@@ -100,6 +101,20 @@ def clear_errors(path: str | Path, key: str) -> Iterator[None]:
     except Exception as error:  # readers raise struct.error, SafetensorError, OSError, RuntimeError, ...
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"{key}={path} cannot be read: {type(error).__name__}: {reason}") from error
+
+
+def require_torch_file(file: Path, key: str) -> None:
+    """Refuse a file that `torch.save` has not written, or has not written to its end.
+
+    Args:
+        file: an existing file.
+        key: configuration key for the error message.
+
+    Raises:
+        ValueError: it is no such file.
+    """
+    if not zipfile.is_zipfile(file):
+        raise ValueError(f"{key}={file} cannot be read: expected a complete checkpoint, found another kind of file")
 
 
 @contextmanager

@@ -21,8 +21,14 @@ INTERRUPTED = 128 + 2  # the exit status of a process that SIGINT has ended, as 
 # Lines in which jsonargparse reports its search through type unions and dumps the whole value. They hide the one line
 # about the misspelt or refused key.
 _NOISE = re.compile(
-    r"^\s*(Does not validate against any of the Union subtypes|Subtypes: .*|Errors:|- Expected a <class 'NoneType'>"
-    r"|Given value type: .*|Given value: .*)$"
+    r"^(Does not validate against any of the Union subtypes|Subtypes: .*|Errors:|Expected a <class 'NoneType'>"
+    r"|Expected a path but .* either not accessible or invalid|Given value type: .*|Given value: .*)$"
+)
+_GIVEN = "Given value: "
+_KEY = re.compile(r'Parser key "(?P<key>[\w.]+)":$')
+_TYPE = re.compile(
+    r"Expected a (?:<class '(?P<type>[\w.]+)'>|typing\.Literal\[(?P<values>.*?)\]|dot import path string: .*)"
+    r"(?:\. Got value: (?P<found>.*))?$"
 )
 
 
@@ -89,10 +95,27 @@ def refused_options(command: str, error: ArgumentError) -> ValueError:
 
 
 def plain_reason(message: str) -> str:
-    """An error message without the lines that say nothing to users.
+    """An error message without the lines that say nothing to users; wrong values of jsonargparse in one line.
 
     >>> plain_reason("Errors:\\n  - Expected a <class 'NoneType'>\\n  - expected rank > 0, found 0")
     'expected rank > 0, found 0'
+    >>> plain_reason("Parser key \\"trainer.max_steps\\":\\n  Expected a <class 'int'>. Got value: many")
+    'expected int for trainer.max_steps, found many'
     """
-    lines = [line for line in message.splitlines() if line.strip() and not _NOISE.match(line)]
-    return "\n".join(line.strip().removeprefix("- ") for line in lines)
+    lines = [line.strip().removeprefix("- ") for line in message.splitlines() if line.strip()]
+    kept = [line for line in lines if not _NOISE.match(line)]
+    key, types = _KEY.match(kept[0]) if kept else None, [_TYPE.match(line) for line in kept[1:]]
+    if key is None or not types or not all(types):
+        return "\n".join(kept)
+    expected = [name for match in types if match for name in _expected(match)]
+    found = [match["found"] for match in types if match and match["found"]]
+    found += [line.removeprefix(_GIVEN) for line in lines if line.startswith(_GIVEN)]
+    one_of = "one of " if len(set(expected)) > 1 else ""
+    return f"expected {one_of}{', '.join(dict.fromkeys(expected))} for {key['key']}, found {(found or ['another value'])[0]}"
+
+
+def _expected(match: re.Match[str]) -> list[str]:
+    """Names of types or the values of a Literal."""
+    if match["values"]:
+        return [value.strip(" '\"") for value in match["values"].split(",")]
+    return [(match["type"] or "a class path").rpartition(".")[2]]

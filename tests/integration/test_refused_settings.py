@@ -21,7 +21,7 @@ MODEL, PREDICTOR = "--model.init_args", "--model.init_args.predictor"
 REFUSED: dict[str, tuple[list[str], str]] = {
     "steps": (["--trainer.max_steps", "-5"], "expected trainer.max_steps >= -1, found -5"),
     "epochs": (["--trainer.max_epochs", "-3"], "expected trainer.max_epochs >= -1, found -3"),
-    "devices": (["--trainer.devices", "0"], "expected trainer.devices auto or at least one, found 0"),
+    "devices": (["--trainer.devices", "0"], "expected trainer.devices auto, a number from one on, or indices, found 0"),
     "accelerator": (
         ["--trainer.accelerator", "gpu"],
         "expected a trainer.accelerator that this machine has, found gpu",
@@ -49,6 +49,12 @@ REFUSED: dict[str, tuple[list[str], str]] = {
             "--data",
         )
     },
+    "precision": (["--trainer.precision", "17"], "expected one of 64, 32, 16, transformer-engine,"),
+    "words as steps": (["--trainer.max_steps", "many"], "expected int for trainer.max_steps, found many"),
+    "names of devices": (["--trainer.devices", "x.y"], "expected trainer.devices auto, a number from one on, or indices, found x.y"),
+    "fraction": ([f"{PREDICTOR}.window_length", "2.5"], "expected int for predictor.window_length, found 2.5"),
+    "optimizer": ([f"{MODEL}.optimizer.name", "sgd"], "expected one of adamw, muon for optimizer.name, found sgd"),
+    "callbacks": (["--trainer.callbacks", "3"], "expected one of list, a class path for trainer.callbacks, found 3"),
     "abbreviation": (["--trainer.max_step", "3"], "--trainer.max_step"),
     "abbreviation with =": (["--trainer.max_st=3"], "--trainer.max_st=3"),
     "abbreviated command": (["--ckpt", "last"], "--ckpt"),

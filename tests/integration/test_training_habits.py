@@ -92,7 +92,7 @@ def test_last_of_no_run_cannot_be_validated(config: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"some text\n", b"PK\x03\x04 cut off"], ids=["empty", "text", "truncated"])
 def test_a_file_that_is_no_checkpoint(content: bytes, config: Path) -> None:
     Path("bad.ckpt").write_bytes(content)
-    with pytest.raises(ValueError, match=r"^ckpt_path=.*bad\.ckpt cannot be read: [^\n]*$"):
+    with pytest.raises(ValueError, match=r"^ckpt_path=.*bad\.ckpt cannot be read: expected a complete checkpoint[^\n]*$"):
         fit("--ckpt_path", "bad.ckpt")
 
 

@@ -11,7 +11,7 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import get_filesystem
 
 from ptp_lightning.utils.atomic_files import atomic_write
-from ptp_lightning.utils.pretrained import clear_errors
+from ptp_lightning.utils.pretrained import clear_errors, require_torch_file
 
 VERSION_KEY = "pytorch-lightning_version"
 
@@ -37,6 +37,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             FileNotFoundError: nothing is at `path`.
             ValueError: the file is no checkpoint, is not complete, or holds more than weights and plain data.
         """
+        if Path(path).is_file():
+            require_torch_file(Path(path), "ckpt_path")
         with clear_errors(path, "ckpt_path"):
             checkpoint = super().load_checkpoint(path, map_location, weights_only=True)
         if not isinstance(checkpoint, dict) or VERSION_KEY not in checkpoint:

@@ -198,6 +198,18 @@ class TestContent:
             written = content.get("content") or ""
             assert learned_of(Chat(template=WHAT_THERE_IS), row, tokenizer) == f"(hm){written}</>$"
 
+    @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+    def test_a_template_that_drops_reasoning_is_refused(self, key: str, tokenizer: PreTrainedTokenizerBase) -> None:
+        row = {"messages": answer(content="Yo.", **{key: "I think so."})}
+        with pytest.raises(BadRowError, match=f"writes {key}.*set template of .*, or its reasoning to false"):
+            Chat(template=CONTENT_FIRST).document(row, tokenizer)
+        assert learned_of(Chat(template=CONTENT_FIRST, reasoning=False), row, tokenizer) == "Yo.</>$"
+        assert learned_of(Chat(template=WHAT_THERE_IS, reasoning=False), row, tokenizer) == "Yo.</>$"
+
+    def test_empty_reasoning_is_none(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        row = {"messages": answer(content="Yo.", reasoning_content=" ", thinking=None)}
+        assert learned_of(Chat(template=CONTENT_FIRST), row, tokenizer) == "Yo.</>$"
+
     def test_a_template_that_drops_the_content_is_refused(self, tokenizer: PreTrainedTokenizerBase) -> None:
         template = "{% for m in messages %}<{{ m.role }}></>{% endfor %}" + GENERATION_PROMPT
         with pytest.raises(BadRowError, match=r"writes the content 'Yo\.'"):
