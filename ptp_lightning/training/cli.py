@@ -23,7 +23,7 @@ from ptp_lightning.training.class_names import unknown_class
 from ptp_lightning.training.disk_errors import plain_disk_errors
 from ptp_lightning.training.distributed.termination import TerminateTogether
 from ptp_lightning.training.hyperparameters import flat_settings
-from ptp_lightning.training.run_folder import SaveRunConfig, newest_checkpoint
+from ptp_lightning.training.run_folder import SaveRunConfig, newest_checkpoint, require_writable_folders
 from ptp_lightning.training.settings import require_sections, require_trainer_settings
 from ptp_lightning.utils.named_files import find_yaml
 from ptp_lightning.utils.renamed_keys import require_current_names
@@ -188,7 +188,13 @@ class TrainingCLI(LightningCLI):
         return options
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Run it; errors of the disk name the folder of the run."""
+        """Run it; errors of the disk name the folder of the run.
+
+        Raises:
+            ValueError: a training cannot write its folders.
+        """
+        if subcommand == "fit":
+            require_writable_folders(self.trainer)
         with plain_disk_errors(self.trainer):
             super()._run_subcommand(subcommand)
 

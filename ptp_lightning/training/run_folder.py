@@ -1,4 +1,4 @@
-"""The folder of a run: where its configuration is stored, and where its newest checkpoint is found."""
+"""The folders of a run: whether they can be written, where its configuration and its newest checkpoint are."""
 
 from __future__ import annotations
 
@@ -42,6 +42,29 @@ def run_folder(trainer: Trainer) -> Path | None:
     """The folder of the run's first logger that writes files; None without one."""
     folders = (_folder(logger, trainer) for logger in trainer.loggers)
     return next((folder for folder in folders if folder is not None), None)
+
+
+def require_writable_folders(trainer: Trainer) -> None:
+    """Make the folders of loggers and checkpoints now; without this, some are written first after hours of training.
+
+    Raises:
+        ValueError: one cannot be made or written.
+    """
+    folders = [("trainer.logger.init_args.save_dir", logger.save_dir) for logger in trainer.loggers]
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint):
+            folders.append(("checkpoint.dirpath", callback.dirpath and str(callback.dirpath)))
+    for key, folder in folders:
+        if not folder or "://" in folder:
+            continue
+        reason = "no permission"
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            if os.access(folder, os.W_OK | os.X_OK):
+                continue
+        except OSError as error:
+            reason = os.strerror(error.errno or 0)
+        raise ValueError(f"expected a folder that can be written, found {folder} ({reason}): set {key}")
 
 
 def newest_checkpoint(trainer: Trainer) -> Path | None:

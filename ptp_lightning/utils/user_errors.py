@@ -109,9 +109,9 @@ def plain_reason(message: str) -> str:
         return "\n".join(kept)
     expected = [name for match in types if match for name in _expected(match)]
     found = [match["found"] for match in types if match and match["found"]]
-    found += [line.removeprefix(_GIVEN) for line in lines if line.startswith(_GIVEN)]
+    found += [line.removeprefix(_GIVEN) for line in lines if line.startswith(_GIVEN)] or ["another value"]
     one_of = "one of " if len(set(expected)) > 1 else ""
-    return f"expected {one_of}{', '.join(dict.fromkeys(expected))} for {key['key']}, found {(found or ['another value'])[0]}"
+    return f"expected {one_of}{', '.join(dict.fromkeys(expected))} for {key['key']}, found {found[0]}"
 
 
 def _expected(match: re.Match[str]) -> list[str]:

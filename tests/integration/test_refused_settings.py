@@ -51,7 +51,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     },
     "precision": (["--trainer.precision", "17"], "expected one of 64, 32, 16, transformer-engine,"),
     "words as steps": (["--trainer.max_steps", "many"], "expected int for trainer.max_steps, found many"),
-    "names of devices": (["--trainer.devices", "x.y"], "expected trainer.devices auto, a number from one on, or indices, found x.y"),
+    "names of devices": (["--trainer.devices", "x.y"], "a number from one on, or indices, found x.y"),
     "fraction": ([f"{PREDICTOR}.window_length", "2.5"], "expected int for predictor.window_length, found 2.5"),
     "optimizer": ([f"{MODEL}.optimizer.name", "sgd"], "expected one of adamw, muon for optimizer.name, found sgd"),
     "callbacks": (["--trainer.callbacks", "3"], "expected one of list, a class path for trainer.callbacks, found 3"),

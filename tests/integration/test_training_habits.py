@@ -92,7 +92,9 @@ def test_last_of_no_run_cannot_be_validated(config: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"some text\n", b"PK\x03\x04 cut off"], ids=["empty", "text", "truncated"])
 def test_a_file_that_is_no_checkpoint(content: bytes, config: Path) -> None:
     Path("bad.ckpt").write_bytes(content)
-    with pytest.raises(ValueError, match=r"^ckpt_path=.*bad\.ckpt cannot be read: expected a complete checkpoint[^\n]*$"):
+    with pytest.raises(
+        ValueError, match=r"^ckpt_path=.*bad\.ckpt cannot be read: expected a complete checkpoint[^\n]*$"
+    ):
         fit("--ckpt_path", "bad.ckpt")
 
 
@@ -124,6 +126,14 @@ def test_validations_go_by_steps(config: Path, capsys: pytest.CaptureFixture[str
 def test_a_misconfigured_trainer_is_one_line(config: Path) -> None:
     with pytest.raises(ValueError, match=r"is not a valid duration[^\n]*: change the settings of trainer$"):
         fit("--trainer.max_time", "foo")
+
+
+@pytest.mark.parametrize("key", ["checkpoint.dirpath", "trainer.logger.init_args.save_dir"])
+def test_a_folder_that_cannot_be_made_is_refused_before_the_first_step(key: str, config: Path) -> None:
+    Path("taken").write_text("a file")
+    with pytest.raises(ValueError, match=rf"^expected a folder that can be written, found \S*taken/x .*: set {key}$"):
+        fit(f"--{key}", "taken/x")
+    assert not Path("runs/tiny/version_0/metrics.csv").exists()
 
 
 @pytest.mark.slow
