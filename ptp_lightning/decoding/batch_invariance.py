@@ -32,6 +32,12 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
+from ptp_lightning.models.attention.own_attention import (
+    OWN_ATTENTION_IN_FLOAT64,
+    has_own_attention,
+    register_own_attention,
+)
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -56,7 +62,7 @@ def batch_invariant(model: PreTrainedModel) -> Iterator[None]:
     _register()
     config: Any = model.config
     before = config._attn_implementation
-    config._attn_implementation = ATTENTION_NAME
+    config._attn_implementation = OWN_ATTENTION_IN_FLOAT64 if has_own_attention(model) else ATTENTION_NAME
     try:
         with _BatchInvariantRows() if _products_depend_on_rows(model) else nullcontext():
             yield
@@ -121,6 +127,7 @@ def _register() -> None:
 
     AttentionInterface.register(ATTENTION_NAME, _attend)
     AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
+    register_own_attention()
 
 
 def _attend(

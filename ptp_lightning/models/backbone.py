@@ -7,15 +7,16 @@ It is loaded from the package, the hub, a local folder or a GGUF file, or built 
 import hashlib
 import re
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from ptp_lightning.models.attention.own_attention import has_own_attention
 from ptp_lightning.utils.pretrained import EMBEDDED, PATH_KEY, clear_errors, few, listing, locate, quiet_transformers
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class BackboneSettings:
 
 
 def load_backbone(settings: BackboneSettings, *, key: str = PATH_KEY) -> "PreTrainedModel":
-    """Load or build the model, in eval mode with SDPA attention and every parameter trainable.
+    """Load or build the model, in eval mode with SDPA attention (or its own) and every parameter trainable.
 
     Args:
         settings: Where it comes from. Local paths never touch the network.
@@ -80,13 +81,13 @@ def load_backbone(settings: BackboneSettings, *, key: str = PATH_KEY) -> "PreTra
     is_local = "local_files_only" in source
     if is_local and "gguf_file" not in source:
         _require_model_files(Path(source["pretrained_model_name_or_path"]), key, weights=not settings.random_weights)
-    with _named_attention(), clear_errors(settings.path, key), quiet_transformers(progress_bar=not is_local):
+    with clear_errors(settings.path, key), quiet_transformers(progress_bar=not is_local):
         if settings.random_weights:
             config = AutoConfig.from_pretrained(**source)
             _drop_quantization(config)
             return random_model(config, dtype)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            **source, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+        loaded: Any = _with_attention(
+            partial(AutoModelForCausalLM.from_pretrained, **source, dtype=dtype, output_loading_info=True)
         )
     model, report = loaded
     if report["missing_keys"]:
@@ -158,22 +159,29 @@ def _config_from_dict(entries: dict[str, Any]) -> "PreTrainedConfig":
 
 
 def random_model(config: "PreTrainedConfig", dtype: torch.dtype) -> "PreTrainedModel":
-    """A model with random weights, in eval mode with SDPA attention."""
+    """A model with random weights, in eval mode with SDPA attention, or with its own if it has none."""
     from transformers import AutoModelForCausalLM
 
-    with _named_attention():
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
+    return _with_attention(partial(AutoModelForCausalLM.from_config, config, dtype=dtype)).eval()
 
 
-@contextmanager
-def _named_attention() -> Iterator[None]:
-    """Refuse models without SDPA attention by name, where transformers asks to open an issue."""
+def _with_attention(build: Callable[..., Any]) -> Any:
+    """What `build` makes with SDPA attention, or with the attention of models that we run without it.
+
+    Raises:
+        ValueError: another model without SDPA attention, by its name, where transformers asks to open an issue.
+    """
+    import transformers
+
     try:
-        yield
+        return build(attn_implementation="sdpa")
     except ValueError as error:
         found = re.search(r"(\w+) does not support .*scaled_dot_product_attention", str(error))
         if found is None:
             raise
+        model_class = getattr(transformers, found[1], None)
+        if model_class is not None and has_own_attention(model_class):
+            return build(attn_implementation="eager")
         raise ValueError(
             f"expected a model with SDPA attention, found {found[1]} without: this type of model is not supported, set "
             f"{PATH_KEY} to another model"

@@ -13,6 +13,7 @@ from ptp_lightning.models.attention.choice import AttentionChoice
 from ptp_lightning.models.attention.dense import Dense
 from ptp_lightning.models.attention.dispatch import register_attention
 from ptp_lightning.models.attention.masks import context_mask
+from ptp_lightning.models.attention.own_attention import OWN_ATTENTION_IN_FLOAT64, has_own_attention
 from ptp_lightning.models.attention.sliding_window import FULL, SLIDING, layer_masks
 from ptp_lightning.models.lora.gated_linear import GatedLoraLinear
 
@@ -133,8 +134,8 @@ def _batch(model: PreTrainedModel, window_length: int = 0) -> PackedBatch:
 def _require_own_logits(network: PredictorNetwork, batch: PackedBatch) -> None:
     model = network.base_model
     expected = _own_logits(model, batch)
-    exchanged = [] if model._supports_attention_backend else [_exchanged_attention(model)]
-    for attention in (nullcontext(), *exchanged):
+    is_exchanged = has_own_attention(model) or not model._supports_attention_backend
+    for attention in (nullcontext(), _attention_of_decoding(model)) if is_exchanged else (nullcontext(),):
         with attention:
             found = network.logits(network.encode(batch).hidden)[0]
         _require_equal(found, expected, model, ADVICE)
@@ -161,14 +162,15 @@ def _require_equal(found: Tensor, expected: Tensor, model: PreTrainedModel, advi
 
 
 @contextmanager
-def _exchanged_attention(model: PreTrainedModel) -> Iterator[None]:
+def _attention_of_decoding(model: PreTrainedModel) -> Iterator[None]:
     """With another attention function, as in decoding.
 
-    A model that chooses its own code by the name of the function does something else then, which no error shows.
+    A model that chooses its own code by the name of the function does something else then, which no error shows, and so
+    may one whose own attention has more than we know of.
     """
     config: Any = model.config
     before = config._attn_implementation
-    config._attn_implementation = register_attention()
+    config._attn_implementation = OWN_ATTENTION_IN_FLOAT64 if has_own_attention(model) else register_attention()
     try:
         yield
     finally:

@@ -15,6 +15,8 @@ REPRESENTATIVES = {
     "cohere2": "scaled logits; layers in parallel",
     "gpt_bigcode": "learned positions; one head of keys",
     "mixtral": "a mixture of experts",
+    "gemma2": "capped scores of attention",
+    "gpt_oss": "attention sinks",
 }
 """Families that stand for their mechanisms in the default suite."""
 

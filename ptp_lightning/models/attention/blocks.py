@@ -12,6 +12,7 @@ from ptp_lightning.batch import PackedBatch
 from ptp_lightning.models.attention.block_attention import VisibleKeys, block_attention
 from ptp_lightning.models.attention.interface import IncrementalReader, RunLayers, window_position_ids
 from ptp_lightning.models.attention.masks import context_mask, sees_context
+from ptp_lightning.models.attention.own_attention import has_own_attention
 from ptp_lightning.models.attention.sliding_window import has_sliding_window
 
 if TYPE_CHECKING:
@@ -27,9 +28,12 @@ class Blocks:
     def is_supported(self, model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> bool:
         """Whether the model passes keyword arguments on to its attention function, which finds the keys there.
 
-        Not with sliding windows, where the context that is visible differs between the positions of a window.
+        Not with sliding windows, where the context that is visible differs between the positions of a window, and not
+        with attention that only the model itself computes.
         """
-        return model._supports_attention_backend and not has_sliding_window(model.config)
+        if has_own_attention(model) or has_sliding_window(model.config):
+            return False
+        return model._supports_attention_backend
 
     def read_windows(self, run: RunLayers, batch: PackedBatch, cache: DynamicCache, embeddings: Tensor) -> Tensor:
         """See `WindowAttention.read_windows`."""

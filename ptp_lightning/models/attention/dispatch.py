@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ptp_lightning.models.attention.interface import WindowKeys
+from ptp_lightning.models.attention.own_attention import OWN_ATTENTION, has_own_attention, register_own_attention
 from ptp_lightning.models.attention.sliding_window import layer_masks
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ ATTENTION_NAME = "sdpa_and_windows"
 
 
 def use_window_attention(model: PreTrainedModel) -> bool:
-    """Replace the attention function of a model by `attend_to_windows`.
+    """Replace the attention function of a model by `attend_to_windows`, or by its own one that takes our masks.
 
     Calls without `window_keys` compute what they did before, bit for bit.
 
@@ -30,7 +31,11 @@ def use_window_attention(model: PreTrainedModel) -> bool:
     """
     if not model._supports_attention_backend:
         return False
-    model.set_attn_implementation(register_attention())
+    if has_own_attention(model):
+        register_own_attention()
+        model.set_attn_implementation(OWN_ATTENTION)
+    else:
+        model.set_attn_implementation(register_attention())
     return True
 
 
