@@ -9,7 +9,6 @@ import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -81,14 +80,19 @@ def load_backbone(settings: BackboneSettings, *, key: str = PATH_KEY) -> "PreTra
     is_local = "local_files_only" in source
     if is_local and "gguf_file" not in source:
         _require_model_files(Path(source["pretrained_model_name_or_path"]), key, weights=not settings.random_weights)
-    with clear_errors(settings.path, key), quiet_transformers(progress_bar=not is_local):
-        if settings.random_weights:
-            config = AutoConfig.from_pretrained(**source)
-            _drop_quantization(config)
-            return random_model(config, dtype)
-        loaded: Any = _with_attention(
-            partial(AutoModelForCausalLM.from_pretrained, **source, dtype=dtype, output_loading_info=True)
-        )
+
+    def build(attn_implementation: str) -> Any:
+        options = {"dtype": dtype, "attn_implementation": attn_implementation}
+        with clear_errors(settings.path, key), quiet_transformers(progress_bar=not is_local):
+            if settings.random_weights:
+                config = AutoConfig.from_pretrained(**source)
+                _drop_quantization(config)
+                return AutoModelForCausalLM.from_config(config, **options)
+            return AutoModelForCausalLM.from_pretrained(**source, **options, output_loading_info=True)
+
+    loaded = _with_attention(build)
+    if settings.random_weights:
+        return loaded.eval()
     model, report = loaded
     if report["missing_keys"]:
         raise ValueError(f"{key}={settings.path}: weights are missing for {few(report['missing_keys'])}")
@@ -162,10 +166,13 @@ def random_model(config: "PreTrainedConfig", dtype: torch.dtype) -> "PreTrainedM
     """A model with random weights, in eval mode with SDPA attention, or with its own if it has none."""
     from transformers import AutoModelForCausalLM
 
-    return _with_attention(partial(AutoModelForCausalLM.from_config, config, dtype=dtype)).eval()
+    def build(attn_implementation: str) -> Any:
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
+
+    return _with_attention(build).eval()
 
 
-def _with_attention(build: Callable[..., Any]) -> Any:
+def _with_attention(build: Callable[[str], Any]) -> Any:
     """What `build` makes with SDPA attention, or with the attention of models that we run without it.
 
     Raises:
@@ -174,14 +181,14 @@ def _with_attention(build: Callable[..., Any]) -> Any:
     import transformers
 
     try:
-        return build(attn_implementation="sdpa")
+        return build("sdpa")
     except ValueError as error:
         found = re.search(r"(\w+) does not support .*scaled_dot_product_attention", str(error))
         if found is None:
             raise
         model_class = getattr(transformers, found[1], None)
         if model_class is not None and has_own_attention(model_class):
-            return build(attn_implementation="eager")
+            return build("eager")
         raise ValueError(
             f"expected a model with SDPA attention, found {found[1]} without: this type of model is not supported, set "
             f"{PATH_KEY} to another model"

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from ptp_lightning.decoding.transformers_generate import generate_with_folder
+from ptp_lightning.export.model_folder import save_with_base_model
 from ptp_lightning.models import BackboneSettings, LoraSettings, PredictorConfig, PredictorNetwork
 from ptp_lightning.models.attention import own_attention
 from ptp_lightning.models.attention.own_attention import attend_as_the_model, attend_in_float64, has_own_attention
+from ptp_lightning.models.backbone import load_backbone
+from tests.helpers.byte_tokenizer import byte_tokenizer
 from tests.helpers.tiny_families import build_family, family_config
 
 KINDS: dict[str, dict[str, Any]] = {"gemma2": {"attn_logit_softcapping": 0.5}, "gpt_oss": {}}
@@ -84,10 +90,36 @@ def test_attention_of_which_decoding_computes_a_part_is_refused(
 ) -> None:
     """As a model would be whose own function reads what ours does not know."""
     plain = attend_in_float64
-    monkeypatch.setattr(own_attention, "attend_in_float64", lambda *args, **more: plain(*args, **more | {ignored: None}))
+    monkeypatch.setattr(
+        own_attention, "attend_in_float64", lambda *args, **more: plain(*args, **more | {ignored: None})
+    )
     base = build_family(family_config(kind) | KINDS[kind])
     targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
     with pytest.raises(ValueError, match=f"expected the logits of the base model .{kind}., found others"):
         PredictorNetwork(
             PredictorConfig(BackboneSettings(path="unused"), lora=LoraSettings(rank=2, target_modules=targets)), base
         )
+
+
+def test_folders_are_opened_or_refused_by_their_model(tmp_path: Path) -> None:
+    """Opened with the attention of the model; a family that cannot be run is named, not its file."""
+    for kind in ("gemma2", "bloom"):
+        config = AutoConfig.for_model(**family_config(kind))
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / kind)
+    assert has_own_attention(load_backbone(BackboneSettings(str(tmp_path / "gemma2"))))
+    with pytest.raises(ValueError, match="^expected a model with SDPA attention, found BloomForCausalLM without"):
+        load_backbone(BackboneSettings(str(tmp_path / "bloom")))
+
+
+def test_a_folder_with_base_model_generates(tmp_path: Path) -> None:
+    build_family(family_config("gemma2") | KINDS["gemma2"]).save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    backbone = BackboneSettings(str(tmp_path / "base"))
+    network = PredictorNetwork(PredictorConfig(backbone, lora=LoraSettings(2), window_length=4))
+    save_with_base_model(network.eval(), tmp_path / "whole")
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+    prompt = torch.arange(3, 23).unsqueeze(0)
+    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    expected = model.generate(prompt, **options)
+    assert torch.equal(generate_with_folder(model, prompt, **options), expected)
+    assert torch.equal(model.generate(prompt, **options), expected)

@@ -92,9 +92,9 @@ def test_what_the_refusal_advises_works(kind: str) -> None:
     build(tiny_family(kind, **options), targets)
 
 
-@pytest.mark.parametrize(("kind", "name"), [("bloom", "BloomForCausalLM"), ("gemma2", "Gemma2ForCausalLM")])
+@pytest.mark.parametrize(("kind", "name"), [("bloom", "BloomForCausalLM"), ("xglm", "XGLMForCausalLM")])
 def test_models_without_the_attention_function_are_named(kind: str, name: str) -> None:
-    entries = {"model_type": kind, "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1}
+    entries = {"model_type": kind, "vocab_size": 64, "d_model" if kind == "xglm" else "hidden_size": 32}
     message = rf"^expected a model with SDPA attention, found {name} without: .*set predictor\.backbone\.path[^\n]*$"
     with pytest.raises(ValueError, match=message):
         load_backbone(BackboneSettings(from_config=entries))
