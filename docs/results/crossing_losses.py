@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 TABLE = Path(__file__).with_suffix(".csv")
-OUTPUT = TABLE.with_name("crossing_losses.png")
+OUTPUT = Path(__file__).with_suffix(".png")
 
 
 def main() -> None:

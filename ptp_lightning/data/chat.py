@@ -319,10 +319,11 @@ def _require_written(formatted: _Formatted, tools: list[Any] | None) -> None:
             raise BadRowError(f"expected a chat template that writes the content {content!r:.80}, {remedy}")
         if parts and (str(parts)[:10] in text or json.dumps(parts)[:10] in text):
             raise BadRowError(f"expected a chat template that takes content as a list of parts, {remedy}")
-        thoughts = [message[key].split()[-1:] for key in REASONING if isinstance(message.get(key), str)]
-        if number in spans and any(thoughts) and not any(last and last[0] in written for last in thoughts):
-            keys = few(key for key in REASONING if key in message)
-            raise BadRowError(f"expected a chat template that writes {keys}, {remedy}, or its reasoning to false")
+        thoughts = {key: found for key in REASONING if isinstance(found := message.get(key), str) and found.split()}
+        if number in spans and thoughts and not any(one.split()[-1] in written for one in thoughts.values()):
+            raise BadRowError(
+                f"expected a chat template that writes {few(thoughts)}, {remedy}, or its reasoning to false"
+            )
         if missing := [name for call in message.get("tool_calls", []) if (name := _name(call)) not in written]:
             raise BadRowError(f"expected a chat template that writes the call of tool {missing[0]!r:.80}, {remedy}")
     if missing := [name for tool in tools or [] if (name := _name(tool)) not in text]:

@@ -32,11 +32,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
-from ptp_lightning.models.attention.own_attention import (
-    OWN_ATTENTION_IN_FLOAT64,
-    has_own_attention,
-    register_own_attention,
-)
+from ptp_lightning.models.attention.eager_attention import needs_eager_attention, register_eager_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,10 +55,10 @@ def batch_invariant(model: PreTrainedModel) -> Iterator[None]:
     if model.device.type != "cpu" and model.dtype not in (torch.bfloat16, torch.float16):
         yield
         return
-    _register()
+    name = register_eager_attention(in_float64=True) if needs_eager_attention(model) else _register()
     config: Any = model.config
     before = config._attn_implementation
-    config._attn_implementation = OWN_ATTENTION_IN_FLOAT64 if has_own_attention(model) else ATTENTION_NAME
+    config._attn_implementation = name
     try:
         with _BatchInvariantRows() if _products_depend_on_rows(model) else nullcontext():
             yield
@@ -121,13 +117,13 @@ _BATCH_INVARIANT: dict[Callable[..., Any], Callable[..., Any]] = {
 }
 
 
-def _register() -> None:
+def _register() -> str:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
     AttentionInterface.register(ATTENTION_NAME, _attend)
     AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
-    register_own_attention()
+    return ATTENTION_NAME
 
 
 def _attend(

@@ -29,7 +29,7 @@ from ptp_lightning.decoding.generation import GenerationSettings
 from ptp_lightning.decoding.text import DECODERS
 from ptp_lightning.export.checkpoint import EXPORTED_FILES, PREDICTOR_FOLDER, build_network, read_predictor
 from ptp_lightning.export.hub import HubId, download
-from ptp_lightning.models.attention.own_attention import has_own_attention
+from ptp_lightning.models.attention.eager_attention import needs_eager_attention
 from ptp_lightning.models.network import PredictorNetwork
 from ptp_lightning.option_names import DecoderName
 from ptp_lightning.sampling import SamplingConfig
@@ -172,7 +172,7 @@ def generate_with_folder(model: PreTrainedModel, inputs: Tensor | None = None, *
     predictor: PredictorNetwork | None = model.__dict__.get(CACHED_NETWORK)
     if predictor is None:
         folder = _folder_of(model) / PREDICTOR_FOLDER
-        if not has_own_attention(model):
+        if not needs_eager_attention(model):  # those get an attention that takes boolean masks below, as most do
             model.set_attn_implementation("sdpa")  # which takes our boolean masks
         # The folder's own code is running already, so its user trusts it.
         network = build_network(read_predictor(folder), model=model, trust_custom_classes=True)

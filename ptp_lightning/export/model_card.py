@@ -80,7 +80,9 @@ def model_card(
         "LoRA": f"rank {config.lora.rank}, alpha {config.lora.alpha}, on `{config.lora.target_modules}`",
     } | {_label(tag): _number(value) for tag, value in training.items() if not isinstance(value, list)}
     for length, value in mean_correct_tokens(training):
-        facts["Correct tokens"] = f"{value:.2f} of a window of {length} (mean of the last validation)"
+        facts["Correct tokens"] = (
+            f"{value:.2f} of a window of {length} (mean of the last validation before the checkpoint)"
+        )
     return TEMPLATE.format(
         metadata=card_metadata(
             config.backbone.path, name, training, library_name="peft", tags=["lora"], license=license

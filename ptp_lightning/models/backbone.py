@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ptp_lightning.models.attention.own_attention import has_own_attention
+from ptp_lightning.models.attention.eager_attention import needs_eager_attention
 from ptp_lightning.utils.pretrained import EMBEDDED, PATH_KEY, clear_errors, few, listing, locate, quiet_transformers
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class BackboneSettings:
 
 
 def load_backbone(settings: BackboneSettings, *, key: str = PATH_KEY) -> "PreTrainedModel":
-    """Load or build the model, in eval mode with SDPA attention (or its own) and every parameter trainable.
+    """Load or build the model, in eval mode with SDPA or eager attention and every parameter trainable.
 
     Args:
         settings: Where it comes from. Local paths never touch the network.
@@ -163,7 +163,7 @@ def _config_from_dict(entries: dict[str, Any]) -> "PreTrainedConfig":
 
 
 def random_model(config: "PreTrainedConfig", dtype: torch.dtype) -> "PreTrainedModel":
-    """A model with random weights, in eval mode with SDPA attention, or with its own if it has none."""
+    """A model with random weights, in eval mode with SDPA, or with eager attention if it has none."""
     from transformers import AutoModelForCausalLM
 
     def build(attn_implementation: str) -> Any:
@@ -173,7 +173,7 @@ def random_model(config: "PreTrainedConfig", dtype: torch.dtype) -> "PreTrainedM
 
 
 def _with_attention(build: Callable[[str], Any]) -> Any:
-    """What `build` makes with SDPA attention, or with the attention of models that we run without it.
+    """What `build` makes with SDPA, or with eager attention where we support a model without SDPA.
 
     Raises:
         ValueError: another model without SDPA attention, by its name, where transformers asks to open an issue.
@@ -187,7 +187,7 @@ def _with_attention(build: Callable[[str], Any]) -> Any:
         if found is None:
             raise
         model_class = getattr(transformers, found[1], None)
-        if model_class is not None and has_own_attention(model_class):
+        if model_class is not None and needs_eager_attention(model_class):
             return build("eager")
         raise ValueError(
             f"expected a model with SDPA attention, found {found[1]} without: this type of model is not supported, set "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,8 +12,8 @@ from ptp_lightning.batch import PackedBatch
 from ptp_lightning.models.attention.choice import AttentionChoice
 from ptp_lightning.models.attention.dense import Dense
 from ptp_lightning.models.attention.dispatch import register_attention
+from ptp_lightning.models.attention.eager_attention import needs_eager_attention, register_eager_attention
 from ptp_lightning.models.attention.masks import context_mask
-from ptp_lightning.models.attention.own_attention import OWN_ATTENTION_IN_FLOAT64, has_own_attention
 from ptp_lightning.models.attention.sliding_window import FULL, SLIDING, layer_masks
 from ptp_lightning.models.lora.gated_linear import GatedLoraLinear
 
@@ -134,8 +134,12 @@ def _batch(model: PreTrainedModel, window_length: int = 0) -> PackedBatch:
 def _require_own_logits(network: PredictorNetwork, batch: PackedBatch) -> None:
     model = network.base_model
     expected = _own_logits(model, batch)
-    is_exchanged = has_own_attention(model) or not model._supports_attention_backend
-    for attention in (nullcontext(), _attention_of_decoding(model)) if is_exchanged else (nullcontext(),):
+    contexts: list[AbstractContextManager[None]] = [nullcontext()]
+    if needs_eager_attention(model):
+        contexts.append(_exchanged_attention(model, register_eager_attention(in_float64=True)))
+    elif not model._supports_attention_backend:
+        contexts.append(_exchanged_attention(model, register_attention()))
+    for attention in contexts:
         with attention:
             found = network.logits(network.encode(batch).hidden)[0]
         _require_equal(found, expected, model, ADVICE)
@@ -162,15 +166,15 @@ def _require_equal(found: Tensor, expected: Tensor, model: PreTrainedModel, advi
 
 
 @contextmanager
-def _attention_of_decoding(model: PreTrainedModel) -> Iterator[None]:
+def _exchanged_attention(model: PreTrainedModel, name: str) -> Iterator[None]:
     """With another attention function, as in decoding.
 
     A model that chooses its own code by the name of the function does something else then, which no error shows, and so
-    may one whose own attention has more than we know of.
+    may one whose eager attention takes arguments that ours does not know.
     """
     config: Any = model.config
     before = config._attn_implementation
-    config._attn_implementation = OWN_ATTENTION_IN_FLOAT64 if has_own_attention(model) else register_attention()
+    config._attn_implementation = name
     try:
         yield
     finally:

@@ -10,9 +10,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ptp_lightning.batch import PackedBatch
 from ptp_lightning.models.attention.block_attention import VisibleKeys, block_attention
+from ptp_lightning.models.attention.eager_attention import needs_eager_attention
 from ptp_lightning.models.attention.interface import IncrementalReader, RunLayers, window_position_ids
 from ptp_lightning.models.attention.masks import context_mask, sees_context
-from ptp_lightning.models.attention.own_attention import has_own_attention
 from ptp_lightning.models.attention.sliding_window import has_sliding_window
 
 if TYPE_CHECKING:
@@ -29,9 +29,9 @@ class Blocks:
         """Whether the model passes keyword arguments on to its attention function, which finds the keys there.
 
         Not with sliding windows, where the context that is visible differs between the positions of a window, and not
-        with attention that only the model itself computes.
+        with eager attention, which gets a mask.
         """
-        if has_own_attention(model) or has_sliding_window(model.config):
+        if needs_eager_attention(model) or has_sliding_window(model.config):
             return False
         return model._supports_attention_backend
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from ptp_lightning.models.attention.eager_attention import needs_eager_attention, register_eager_attention
 from ptp_lightning.models.attention.interface import WindowKeys
-from ptp_lightning.models.attention.own_attention import OWN_ATTENTION, has_own_attention, register_own_attention
 from ptp_lightning.models.attention.sliding_window import layer_masks
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ ATTENTION_NAME = "sdpa_and_windows"
 
 
 def use_window_attention(model: PreTrainedModel) -> bool:
-    """Replace the attention function of a model by `attend_to_windows`, or by its own one that takes our masks.
+    """Replace the attention function of a model by `attend_to_windows`, or by `attend_eagerly` if it has no SDPA.
 
     Calls without `window_keys` compute what they did before, bit for bit.
 
@@ -31,11 +31,7 @@ def use_window_attention(model: PreTrainedModel) -> bool:
     """
     if not model._supports_attention_backend:
         return False
-    if has_own_attention(model):
-        register_own_attention()
-        model.set_attn_implementation(OWN_ATTENTION)
-    else:
-        model.set_attn_implementation(register_attention())
+    model.set_attn_implementation(register_eager_attention() if needs_eager_attention(model) else register_attention())
     return True
 
 

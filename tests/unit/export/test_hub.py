@@ -88,7 +88,7 @@ def test_its_card(hub: HubStandIn, network: PredictorNetwork) -> None:
     (result,) = card.data.eval_results or []
     assert (result.metric_type, result.metric_value) == ("correct_tokens", (3 + 4 + 6 + 4) / 8)
     assert 'from_pretrained("user/mine")' in card.text and '--ckpt_path "user/mine"' in card.text
-    assert "| Correct tokens | 2.12 of a window of 4 (mean of the last validation) |" in card.text
+    assert "| Correct tokens | 2.12 of a window of 4 (mean of the last validation before the checkpoint) |" in card.text
 
 
 def test_cards_of_whole_folders_and_of_the_package(network: PredictorNetwork, tmp_path: Path) -> None:

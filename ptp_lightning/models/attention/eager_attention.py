@@ -1,7 +1,8 @@
-"""Attention that only the model itself computes: capped scores (Gemma-2) and attention sinks (GPT-OSS).
+"""Eager attention: of models with capped scores (Gemma-2) or attention sinks (GPT-OSS), which have no SDPA.
 
-torch's `scaled_dot_product_attention` has neither, so transformers runs such models by a function of their own, named
-`eager_attention_forward` in each model's module. It is kept, and given masks of ours. Windows are read by dense masks.
+torch's `scaled_dot_product_attention` has neither. transformers runs such models by `eager_attention_forward` of the
+model's own module. Here that function gets our masks, and decoding gets a version in float64. Windows are read under
+dense masks.
 """
 
 from __future__ import annotations
@@ -15,30 +16,30 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-OWN_ATTENTION = "own_attention"
-OWN_ATTENTION_IN_FLOAT64 = "own_attention_in_float64"
+EAGER = "eager_with_boolean_masks"
+EAGER_IN_FLOAT64 = "eager_in_float64"
 
 
-def has_own_attention(model: PreTrainedModel | type[PreTrainedModel]) -> bool:
-    """Whether transformers has no SDPA attention of a model, but lets its attention function be exchanged."""
+def needs_eager_attention(model: PreTrainedModel | type[PreTrainedModel]) -> bool:
+    """Whether transformers has no SDPA of a model, but lets its attention function be exchanged."""
     return bool(model._supports_attention_backend and not model._supports_sdpa)
 
 
-def register_own_attention() -> None:
-    """Make both functions known to transformers, under `OWN_ATTENTION` and `OWN_ATTENTION_IN_FLOAT64`."""
+def register_eager_attention(*, in_float64: bool = False) -> str:
+    """Register `attend_eagerly` or `attend_in_float64` in transformers; returns the name for `attn_implementation`."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import eager_mask
 
-    AttentionInterface.register(OWN_ATTENTION, attend_as_the_model)
-    AttentionInterface.register(OWN_ATTENTION_IN_FLOAT64, attend_in_float64)
-    for name in (OWN_ATTENTION, OWN_ATTENTION_IN_FLOAT64):
-        AttentionMaskInterface.register(name, eager_mask)
+    name, function = (EAGER_IN_FLOAT64, attend_in_float64) if in_float64 else (EAGER, attend_eagerly)
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, eager_mask)
+    return name
 
 
-def attend_as_the_model(
+def attend_eagerly(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Any]:
-    """An attention function of transformers: `[B, heads, T, head size]` to `[B, T, heads, head size]`.
+    """The model's own function; `[B, heads, T, head size]` to `[B, T, heads, head size]`.
 
     Args:
         module: the attention module of a layer.
@@ -48,8 +49,8 @@ def attend_as_the_model(
         attention_mask: `[B, 1, T, P + T]`, bool (true where a query sees a key) or added to the scores.
         **kwargs: further arguments of transformers, among them those of the model's own function.
     """
-    own = sys.modules[type(module).__module__].eager_attention_forward
-    return own(module, query, key, value, _added(attention_mask, query.dtype), **kwargs)
+    eager = sys.modules[type(module).__module__].eager_attention_forward
+    return eager(module, query, key, value, _additive(attention_mask, query.dtype), **kwargs)
 
 
 def attend_in_float64(
@@ -63,17 +64,17 @@ def attend_in_float64(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The same in float64, rounded to the dtype of the model, for `batch_invariant`; arguments as above.
+    """Softmax attention in float64, rounded to the model's dtype, for `batch_invariant`; shapes as `attend_eagerly`.
 
     Args:
-        module: the attention module of a layer.
-        query: as above.
-        key: as above.
-        value: as above.
-        attention_mask: as above.
+        module: not read.
+        query: of the T positions of the call.
+        key: of the P + T positions that they see.
+        value: likewise.
+        attention_mask: as in `attend_eagerly`.
         scaling: factor of scores.
         softcap: c, where scores s become c tanh(s / c).
-        s_aux: `[heads]`, a score of each head that takes probability from all keys.
+        s_aux: attention sinks `[heads]`, scores that take probability from all keys.
         **kwargs: not read.
     """
     del module, kwargs
@@ -83,7 +84,7 @@ def attend_in_float64(
     scores = query.double() @ keys.transpose(2, 3) * scale
     if softcap is not None:
         scores = softcap * (scores / softcap).tanh()
-    mask = _added(attention_mask, scores.dtype)
+    mask = _additive(attention_mask, scores.dtype)
     if mask is not None:
         scores = scores + mask.double()
     if s_aux is not None:
@@ -92,7 +93,7 @@ def attend_in_float64(
     return (weights @ values).to(query.dtype).transpose(1, 2).contiguous(), None
 
 
-def _added(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """A mask as it is added to scores."""
     if mask is None or mask.dtype != torch.bool:
         return mask

@@ -1,4 +1,4 @@
-"""Attention that only the model itself computes: capped scores and sinks."""
+"""Eager attention of models without SDPA: capped scores and attention sinks."""
 
 from __future__ import annotations
 
@@ -14,8 +14,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ptp_lightning.decoding.transformers_generate import generate_with_folder
 from ptp_lightning.export.model_folder import save_with_base_model
 from ptp_lightning.models import BackboneSettings, LoraSettings, PredictorConfig, PredictorNetwork
-from ptp_lightning.models.attention import own_attention
-from ptp_lightning.models.attention.own_attention import attend_as_the_model, attend_in_float64, has_own_attention
+from ptp_lightning.models.attention import eager_attention
+from ptp_lightning.models.attention.eager_attention import (
+    attend_eagerly,
+    attend_in_float64,
+    needs_eager_attention,
+    register_eager_attention,
+)
 from ptp_lightning.models.backbone import load_backbone
 from tests.helpers.byte_tokenizer import byte_tokenizer
 from tests.helpers.tiny_families import build_family, family_config
@@ -56,13 +61,12 @@ class TestByHand:
 @torch.no_grad()
 def test_both_functions_compute_what_the_model_does(kind: str) -> None:
     model: Any = build_family(family_config(kind) | KINDS[kind])
-    assert has_own_attention(model)
+    assert needs_eager_attention(model)
     ids = torch.arange(3, 40).unsqueeze(0)
     expected = model(ids).logits
-    own_attention.register_own_attention()
-    model.set_attn_implementation(own_attention.OWN_ATTENTION)
+    model.set_attn_implementation(register_eager_attention())
     assert torch.equal(model(ids).logits, expected)
-    model.set_attn_implementation(own_attention.OWN_ATTENTION_IN_FLOAT64)
+    model.set_attn_implementation(register_eager_attention(in_float64=True))
     torch.testing.assert_close(model(ids).logits, expected, atol=1e-4, rtol=1e-4)
 
 
@@ -77,8 +81,8 @@ def test_boolean_masks_are_those_that_are_added(kind: str) -> None:
     options = {"scaling": 0.5, "softcap": getattr(attention, "attn_logit_softcapping", None)}
     options["s_aux"] = getattr(attention, "sinks", None)
     with torch.no_grad():
-        first, _ = attend_as_the_model(attention, query, key, value, seen, **options)
-        assert torch.equal(first, attend_as_the_model(attention, query, key, value, added, **options)[0])
+        first, _ = attend_eagerly(attention, query, key, value, seen, **options)
+        assert torch.equal(first, attend_eagerly(attention, query, key, value, added, **options)[0])
         for mask in (seen, added):
             in_float64, _ = attend_in_float64(attention, query, key, value, mask, **options)
             torch.testing.assert_close(in_float64, first, atol=1e-5, rtol=1e-5)
@@ -91,7 +95,7 @@ def test_attention_of_which_decoding_computes_a_part_is_refused(
     """As a model would be whose own function reads what ours does not know."""
     plain = attend_in_float64
     monkeypatch.setattr(
-        own_attention, "attend_in_float64", lambda *args, **more: plain(*args, **more | {ignored: None})
+        eager_attention, "attend_in_float64", lambda *args, **more: plain(*args, **more | {ignored: None})
     )
     base = build_family(family_config(kind) | KINDS[kind])
     targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -106,7 +110,7 @@ def test_folders_are_opened_or_refused_by_their_model(tmp_path: Path) -> None:
     for kind in ("gemma2", "bloom"):
         config = AutoConfig.for_model(**family_config(kind))
         AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / kind)
-    assert has_own_attention(load_backbone(BackboneSettings(str(tmp_path / "gemma2"))))
+    assert needs_eager_attention(load_backbone(BackboneSettings(str(tmp_path / "gemma2"))))
     with pytest.raises(ValueError, match="^expected a model with SDPA attention, found BloomForCausalLM without"):
         load_backbone(BackboneSettings(str(tmp_path / "bloom")))
 
