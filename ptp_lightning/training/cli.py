@@ -13,12 +13,12 @@ import yaml
 from jsonargparse import set_parsing_settings
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback, Checkpoint, LearningRateMonitor, ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import Callback, Checkpoint, LearningRateMonitor, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from ptp_lightning.training.callbacks import LogProgress, RunSettings, RunSummary
+from ptp_lightning.training.callbacks import LogProgress, RunSettings, RunSummary, ValidatedCheckpoint
 from ptp_lightning.training.class_names import unknown_class
 from ptp_lightning.training.disk_errors import plain_disk_errors
 from ptp_lightning.training.distributed.termination import TerminateTogether
@@ -69,7 +69,7 @@ CHECKPOINT_DEFAULTS: dict[str, Any] = {
     "save_on_exception": True,
     "every_n_train_steps": "${..trainer.val_check_interval}",
 }
-"""Of the keys below `checkpoint`, the arguments of Lightning's `ModelCheckpoint`."""
+"""Of the keys below `checkpoint`, the arguments of Lightning's `ModelCheckpoint`, see `ValidatedCheckpoint`."""
 
 
 class PlainErrorParser(LightningArgumentParser):
@@ -102,8 +102,8 @@ class PlainErrorParser(LightningArgumentParser):
 class TrainingCLI(LightningCLI):
     """LightningCLI with the defaults of this package.
 
-    `checkpoint` holds the arguments of a `ModelCheckpoint`, which is used unless `trainer.callbacks` has one itself or
-    `trainer.enable_checkpointing` is false. `--print_config` shows all defaults.
+    `checkpoint` holds the arguments of a `ValidatedCheckpoint`, which is used unless `trainer.callbacks` has a
+    checkpoint callback itself or `trainer.enable_checkpointing` is false. `--print_config` shows all defaults.
 
     Attributes:
         logs_settings: whether loggers get all settings of a training.
@@ -124,7 +124,7 @@ class TrainingCLI(LightningCLI):
         """Add `trainer`, `model`, `data` and `checkpoint`."""
         super().add_core_arguments_to_parser(parser)
         parser.set_defaults({"trainer.callbacks": TRAINER_DEFAULTS["callbacks"]})
-        parser.add_class_arguments(ModelCheckpoint, "checkpoint")
+        parser.add_class_arguments(ValidatedCheckpoint, "checkpoint")
         parser.set_defaults({f"checkpoint.{name}": value for name, value in CHECKPOINT_DEFAULTS.items()})
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
@@ -143,7 +143,7 @@ class TrainingCLI(LightningCLI):
         require_trainer_settings(self._get(self.config, "trainer"))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Add the `ModelCheckpoint`; remove callbacks that need a progress bar or a logger where there is none."""
+        """Add the `ValidatedCheckpoint`; remove callbacks that need a progress bar or a logger where there is none."""
         trainer: Any = self._get(self.config_init, "trainer")
         callbacks = trainer.callbacks or []
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]

@@ -13,6 +13,7 @@ from ptp_lightning.training.callbacks.run_summary import RunSummary
 from ptp_lightning.training.callbacks.run_text import RunText
 from ptp_lightning.training.callbacks.step_progress_bar import StepProgressBar
 from ptp_lightning.training.callbacks.training_speed import TrainingSpeed
+from ptp_lightning.training.callbacks.validated_checkpoint import ValidatedCheckpoint
 
 __all__ = [
     "FinalMetrics",
@@ -24,4 +25,5 @@ __all__ = [
     "RunText",
     "StepProgressBar",
     "TrainingSpeed",
+    "ValidatedCheckpoint",
 ]

@@ -64,6 +64,7 @@ class PredictorModule(TrainingModule):
         self.strict_loading = False  # frozen weights are not in the checkpoint
         self.predictor = PredictorNetwork(predictor)
         self.val_summary: WindowSummary | None = None
+        self._loaded_prefix_counts: list[int] | None = None
         self.end_of_text: int | None = None
         if compile:  # first, so that recomputed layers are compiled too
             compile_layers(self.decoder_layers("set model.init_args.compile to false"))
@@ -141,6 +142,8 @@ class PredictorModule(TrainingModule):
         }
         if self.val_summary is not None and self.val_summary.num_windows > 0:
             checkpoint["predictor"]["prefix_counts"] = self.val_summary.prefix_counts.tolist()
+        elif self._loaded_prefix_counts is not None:  # resumed, and stopped before the next validation
+            checkpoint["predictor"]["prefix_counts"] = self._loaded_prefix_counts
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Migrate a checkpoint of an earlier version; refuse another base model, sampling settings or adapter.
@@ -151,6 +154,7 @@ class PredictorModule(TrainingModule):
         migrate_checkpoint(checkpoint, "the checkpoint")
         require_same_predictor(checkpoint, self.predictor)
         super().on_load_checkpoint(checkpoint)
+        self._loaded_prefix_counts = checkpoint["predictor"].get("prefix_counts")
         state: dict[str, Tensor] = checkpoint["state_dict"]
         self.predictor.require_trainable_state({name.removeprefix("predictor."): state[name] for name in state})
 

@@ -18,6 +18,7 @@ from ptp_lightning.models.correction.decoder_refiner import DecoderRefiner
 from ptp_lightning.models.lora.gated_lora import LoraSettings
 from ptp_lightning.models.students import FullCopyStudent, SharedStudent
 from ptp_lightning.sampling import SamplingConfig
+from ptp_lightning.training.callbacks import ValidatedCheckpoint
 from ptp_lightning.training.modules.autoregressive import AutoregressiveModule
 from ptp_lightning.training.modules.distillation import DistillationModule
 from ptp_lightning.training.modules.inverse_autoregressive import InverseAutoregressiveModule
@@ -101,9 +102,10 @@ def fit(
     *,
     more_callbacks: Sequence[Callback] = (),
     save_on_exception: bool = False,
+    saved_after: int = 3,
     **options: Any,
 ) -> dict[str, Tensor]:
-    """Six steps with a validation after every second batch and last.ckpt at step 3; gives the weights."""
+    """Six steps with a validation after every second batch, last.ckpt after some steps; gives the weights."""
     torch.manual_seed(0)
     module = make(OptimizerSettings(name, learning_rate=0.01, warmup_steps=2))  # pyright: ignore[reportArgumentType]
     torch.manual_seed(123 if checkpoint is None else 321)  # nothing may depend on torch's global generator
@@ -120,8 +122,12 @@ def fit(
         callbacks=[
             record,
             *more_callbacks,
-            ModelCheckpoint(
-                directory, save_last=True, save_top_k=0, every_n_train_steps=3, save_on_exception=save_on_exception
+            ValidatedCheckpoint(
+                directory,
+                save_last=True,
+                save_top_k=0,
+                every_n_train_steps=saved_after,
+                save_on_exception=save_on_exception,
             ),
         ],
         **options,
@@ -150,6 +156,38 @@ def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path, make: Any, optimiz
     assert after.validations == whole.validations[-len(after.validations) :] and after.validations
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_checkpoint_holds_the_validation_of_its_step(tmp_path: Path, accumulate: int) -> None:
+    """It does, and what goes on from it neither repeats that validation nor differs from the uninterrupted run."""
+    options: dict[str, Any] = {"accumulate_grad_batches": accumulate, "saved_after": 4}
+    whole, before, after = Record(), Record(cut_at_step=4), Record()
+
+    expected = fit(distillation, "adamw", tmp_path / "whole", whole, **options)
+    with pytest.raises(PowerCutError):
+        fit(distillation, "adamw", tmp_path / "cut", before, **options)
+    last = tmp_path / "cut" / "last.ckpt"
+    counts = torch.tensor(torch.load(last, weights_only=True)["predictor"]["prefix_counts"]).double()
+    found = fit(distillation, "adamw", last.parent, after, checkpoint=last, **options)
+
+    mean = float((counts * torch.arange(len(counts))).sum() / counts.sum())
+    assert mean == pytest.approx(before.validations[-1]["val/correct_tokens"])
+    assert len(before.validations) == 2 * accumulate and before.validations[-1] != before.validations[0]
+    assert before.validations + after.validations == whole.validations
+    assert before.losses + after.losses == whole.losses
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_stop_before_the_next_validation_keeps_the_counts(tmp_path: Path) -> None:
+    with pytest.raises(PowerCutError):
+        fit(distillation, "adamw", tmp_path / "cut", Record(cut_at_step=4), saved_after=4)
+    last = tmp_path / "cut" / "last.ckpt"
+    with pytest.raises(PowerCutError):
+        fit(distillation, "adamw", tmp_path / "again", Record(cut_at_step=5), last, save_on_exception=True)
+    before, after = (torch.load(file, weights_only=True) for file in (last, tmp_path / "again" / "last.ckpt"))
+    assert after["global_step"] == 5
+    assert after["predictor"]["prefix_counts"] == before["predictor"]["prefix_counts"]
 
 
 def test_epochs_limited_by_the_trainer_resume_too(tmp_path: Path) -> None:

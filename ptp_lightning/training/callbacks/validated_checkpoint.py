@@ -1,0 +1,22 @@
+"""ValidatedCheckpoint: a `ModelCheckpoint` whose files hold the validation of their own step."""
+
+from __future__ import annotations
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+
+class ValidatedCheckpoint(ModelCheckpoint):
+    """A `ModelCheckpoint` that writes its newest file again after a validation at the same step.
+
+    Lightning writes what `every_n_train_steps` asks for before that step's validation. A validation may be killed, so
+    that this file is needed; but it would hold the results of the validation before, or none, and with it an exported
+    adapter's expected numbers of correct tokens.
+    """
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See `ModelCheckpoint`; during a training, write the checkpoint of this step again."""
+        super().on_validation_end(trainer, pl_module)
+        is_of_this_step = self._last_checkpoint_saved and self._last_global_step_saved == trainer.global_step
+        if is_of_this_step and trainer.state.fn == "fit" and not trainer.sanity_checking:
+            trainer.save_checkpoint(self._last_checkpoint_saved, self.save_weights_only)
