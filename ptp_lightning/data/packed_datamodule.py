@@ -130,7 +130,12 @@ def require_at_least(sizes: Mapping[str, tuple[int, int]]) -> None:
 
 
 def require_sizes(row_length: int, batch_size: int, num_windows: int, eval_rows: int) -> None:
-    """Check the sizes common to all data modules of packed batches; raises as `require_at_least`."""
+    """Check the sizes common to all data modules of packed batches.
+
+    Raises:
+        ValueError: a value is too small, or there are more windows than tokens at which they could start: they would
+            be repeated.
+    """
     require_at_least(
         {
             "row_length": (row_length, MIN_PIECE_TOKENS),
@@ -139,3 +144,8 @@ def require_sizes(row_length: int, batch_size: int, num_windows: int, eval_rows:
             "eval_rows": (eval_rows, 1),
         }
     )
+    if num_windows > row_length:
+        raise ValueError(
+            f"expected data.num_windows <= data.row_length, found {num_windows} and {row_length}: "
+            "lower data.num_windows or raise data.row_length"
+        )

@@ -167,6 +167,11 @@ class TestInvalidInput:
         with pytest.raises(ValueError, match=f"data.{key} >= .*{value}"):
             tiny_data(**{key: value})
 
+    def test_more_windows_than_tokens(self) -> None:
+        tiny_data(row_length=9, num_windows=9)
+        with pytest.raises(ValueError, match=r"data.num_windows <= data.row_length, found 10 and 9"):
+            tiny_data(row_length=9, num_windows=10)
+
     def test_loader_before_setup(self) -> None:
         with pytest.raises(RuntimeError, match="setup"):
             CorpusDataModule(Texts()).train_dataloader()
