@@ -55,9 +55,13 @@ def test_every_command_has_help(
         (
             [
                 *("fit", "--config", GATED_LORA, "--model.init_args.source", "ptp_lightning.training.DatasetWindows"),
-                *("--data.init_args.row_length", "8"),
+                *("--data.init_args.row_length", "8", "--data.init_args.num_windows", "4"),
             ],
             ["window_length", "data.row_length", "16", "8"],
+        ),
+        (
+            ["fit", "--config", GATED_LORA, "--data.init_args.num_windows", "100000"],
+            ["data.num_windows", "data.row_length", "100000"],
         ),
         (
             ["fit", "--config", GATED_LORA, "--model.init_args.loss", "ptp_lightning.losses.KullbackLeibler"],
