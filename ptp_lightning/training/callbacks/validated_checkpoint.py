@@ -17,6 +17,7 @@ class ValidatedCheckpoint(ModelCheckpoint):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """See `ModelCheckpoint`; during a training, write the checkpoint of this step again."""
         super().on_validation_end(trainer, pl_module)
+        # Lightning has no public names for its newest file and that file's step.
         is_of_this_step = self._last_checkpoint_saved and self._last_global_step_saved == trainer.global_step
         if is_of_this_step and trainer.state.fn == "fit" and not trainer.sanity_checking:
             trainer.save_checkpoint(self._last_checkpoint_saved, self.save_weights_only)
