@@ -200,7 +200,7 @@ def make_step(
         predictor = module.predictor
         context = predictor.encode(batch)
         sample = module.source.sample(predictor, context, keyed_generator(number))
-        hidden = predictor.slot_hidden(context, sample.auxiliaries)
+        hidden = predictor.slot_hidden(context, sample.auxiliaries, sample.token_ids[..., 0])
         loss = module._first_pass_loss(context, hidden, sample)
         (loss.total / loss.count).backward()
         optimizer.step()

@@ -80,7 +80,7 @@ def difference(device: torch.device) -> dict[str, Figure]:
         module.zero_grad()
         context = predictor.encode(batch)
         sample = module.source.sample(predictor, context, keyed_generator(0))
-        hidden = predictor.slot_hidden(context, sample.auxiliaries)
+        hidden = predictor.slot_hidden(context, sample.auxiliaries, sample.token_ids[..., 0])
         (hidden * weights).sum().backward()  # not a sum of norms, which normalisation makes constant
         gradients = [each.grad.flatten() for each in predictor.parameters() if each.grad is not None]
         return hidden.detach(), torch.cat(gradients)

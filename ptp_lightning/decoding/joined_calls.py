@@ -58,7 +58,7 @@ class PromptCall(Call):
 
 
 class DecodingCall(Call):
-    """Tokens and slots of several texts."""
+    """Tokens, slots, or both of several texts."""
 
     is_whole = False
 
@@ -78,8 +78,10 @@ class DecodingCall(Call):
         self.cache = cache
         positions = position_ids[:, : self.num_tokens].flatten(), position_ids[:, self.num_tokens :].flatten()
         self.cos, self.sin = rotations.at(torch.cat(positions))
-        runs = [TokenRun(row, length, range(self.num_tokens)) for row, length in enumerate(cache.lengths)]
-        self.blocks = AlignedBlocks(runs, self.num_tokens, num_groups, tokens.dtype)
+        self._blocks: AlignedBlocks | None = None
+        if self.num_tokens:
+            runs = [TokenRun(row, length, range(self.num_tokens)) for row, length in enumerate(cache.lengths)]
+            self._blocks = AlignedBlocks(runs, self.num_tokens, num_groups, tokens.dtype)
         sees = mask[:, :, self.num_tokens :]
         slot_mask = torch.zeros(sees.shape, dtype=tokens.dtype).masked_fill_(~sees, -torch.inf)
         self._slot_mask = slot_mask.repeat_interleave(num_groups, dim=2)
@@ -87,11 +89,12 @@ class DecodingCall(Call):
     def attend(self, index: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """See `Call.attend`."""
         keys, values = self.cache.write(self._by_text(key), self._by_text(value), index)
-        attended = self.blocks.attend(query[: self.num_token_rows], keys, values, scale)
+        attended: list[Tensor] = []
+        if self._blocks is not None:
+            attended.append(self._blocks.attend(query[: self.num_token_rows], keys, values, scale))
         if self.num_slots:
-            of_slots = self._attend_slots(query[self.num_token_rows :], keys, values, scale)
-            attended = torch.cat([attended, of_slots])
-        return attended.flatten(1)
+            attended.append(self._attend_slots(query[self.num_token_rows :], keys, values, scale))
+        return (attended[0] if len(attended) == 1 else torch.cat(attended)).flatten(1)
 
     def _attend_slots(self, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
         num_heads, end = keys.shape[1], self._slot_mask.shape[-1]

@@ -56,15 +56,21 @@ class JoinedDecoder:
     Args:
         model: of which `is_supported` holds. It is not changed.
         packed_weights: keeps the packed weights.
+        first_slot_layer: index of the layer at which slots enter.
+
+    Attributes:
+        entry_hidden: `[M, H]`, what that layer read of the tokens of the latest call; None for the first layer.
     """
 
-    def __init__(self, model: PreTrainedModel, packed_weights: PackedWeights) -> None:
+    def __init__(self, model: PreTrainedModel, packed_weights: PackedWeights, first_slot_layer: int = 0) -> None:
         decoder: Any = getattr(model, model.base_model_prefix)
         pack = packs_weights(model)
         self._layers = [_JoinedLayer(layer, packed_weights, pack) for layer in decoder.layers]
         self._norm = _RowNorm(decoder.norm)
         self._rotations = Rotations(decoder.rotary_emb, model.dtype)
+        self._first_slot_layer = first_slot_layer
         self._latest_tree: TreeCall | None = None
+        self.entry_hidden: Tensor | None = None
 
     @staticmethod
     def is_supported(model: PreTrainedModel) -> bool:
@@ -91,11 +97,7 @@ class JoinedDecoder:
         Returns:
             Last hidden states `[T, H]`.
         """
-        call = PromptCall(tokens, row, cache, self._rotations)
-        hidden = tokens
-        for index, layer in enumerate(self._layers):
-            hidden = layer.run(hidden, index, call)
-        return self._norm(hidden)
+        return self._run(tokens, PromptCall(tokens, row, cache, self._rotations))
 
     def run(
         self,
@@ -128,11 +130,33 @@ class JoinedDecoder:
             assert slots.shape[1] == 0, "slots follow no tree"
             call = TreeCall(tokens, tree, position_ids, cache, self._rotations, num_groups)
             self._latest_tree = call
-        hidden = torch.cat([tokens.flatten(0, 1), slots.flatten(0, 1)])
-        for index, layer in enumerate(self._layers):
-            hidden = layer.run(hidden, index, call)
-        hidden = self._norm(hidden)
+        hidden = self._run(torch.cat([tokens.flatten(0, 1), slots.flatten(0, 1)]), call)
         return hidden[: call.num_token_rows].view(tokens.shape), hidden[call.num_token_rows :].view(slots.shape)
+
+    def run_late_slots(self, slots: Tensor, position_ids: Tensor, mask: Tensor, cache: RaggedCache) -> Tensor:
+        """Run slots through the last layers alone; they follow the kept tokens of each row.
+
+        Args:
+            slots: `[B, S, H]`, what the layer reads at which they enter.
+            position_ids: `[B, S]`.
+            mask: `[B, 1, S, max(cache.lengths) + S]`.
+            cache: of this stack; the next call overwrites the keys and values of the slots.
+
+        Returns:
+            Last hidden states `[B, S, H]`.
+        """
+        num_groups = self._layers[0].num_groups
+        call = DecodingCall(slots[:, :0], slots, position_ids, mask, cache, self._rotations, num_groups)
+        return self._run(slots.flatten(0, 1), call, self._first_slot_layer).view(slots.shape)
+
+    def _run(self, hidden: Tensor, call: Call, first_layer: int = 0) -> Tensor:
+        """Last hidden states of rows `[M, H]`."""
+        self.entry_hidden = None
+        for index, layer in enumerate(self._layers[first_layer:], first_layer):
+            if index == self._first_slot_layer > first_layer:
+                self.entry_hidden = hidden
+            hidden = layer.run(hidden, index, call)
+        return self._norm(hidden)
 
     def write_path(self, columns: Sequence[Sequence[int]]) -> None:
         """Write keys and values of a path of the latest tree after the kept tokens of each row.

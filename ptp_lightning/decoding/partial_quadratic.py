@@ -20,6 +20,19 @@ from ptp_lightning.decoding.timing import PhaseTimer
 from ptp_lightning.models.network import PredictorNetwork
 
 
+def require_slots_in_calls(predictor: PredictorNetwork) -> None:
+    """Refuse slots that run through the last layers alone: they wait for the token before, which this call picks.
+
+    Raises:
+        ValueError: names the decoder to use.
+    """
+    if predictor.first_slot_layer:
+        raise ValueError(
+            "expected slots in all layers for partial quadratic decoding, found an adapter with predictor.slot_layers "
+            f"{predictor.config.slot_layers}: set decoder to speculative"
+        )
+
+
 @torch.inference_mode()
 def decode_partially_quadratically(
     predictor: PredictorNetwork,
@@ -48,8 +61,10 @@ def decode_partially_quadratically(
         timer: marks the ends of phases.
 
     Raises:
-        ValueError: a prompt is empty, or too long for `max_new_tokens` more.
+        ValueError: a prompt is empty, or too long for `max_new_tokens` more, or slots run through the last layers
+            alone.
     """
+    require_slots_in_calls(predictor)
     max_slots = settings.window_length - 1
     if lengths is None:
         lengths = CorrectLengths.from_validation(predictor.prefix_counts, max_slots)

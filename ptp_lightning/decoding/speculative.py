@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from ptp_lightning.auxiliary import pick
 from ptp_lightning.decoding.drafting import (
@@ -21,9 +22,9 @@ from ptp_lightning.decoding.drafting import (
 )
 from ptp_lightning.decoding.generation import Decoded, GenerationSettings, OnTokens
 from ptp_lightning.decoding.lookahead import Lookahead
-from ptp_lightning.decoding.state import begin_decoding
+from ptp_lightning.decoding.state import Start, begin_decoding
 from ptp_lightning.decoding.timing import PhaseTimer
-from ptp_lightning.decoding.token_tree import TokenTree, verified_paths
+from ptp_lightning.decoding.token_tree import TokenTree, Verified, verified_paths
 from ptp_lightning.models.network import PredictorNetwork
 
 
@@ -36,7 +37,7 @@ def decode_speculatively(
     drafter: Drafter | None = None,
     timer: PhaseTimer | None = None,
 ) -> list[Decoded]:
-    """Cycles of two calls (three with a student's copy) that commit `accepted = correct + 1` tokens.
+    """Cycles of two calls (three with a student's copy, one with late slots) that commit `correct + 1` tokens.
 
     1. Draft. A call reads the tokens that the cache lacks (first the prompt or its last token, later the newest token),
        then slots. The base model's logits give the first token of the window, t_1 = Pick(u_1, Q_1); slot j gives token
@@ -46,6 +47,11 @@ def decode_speculatively(
     2. Verify. A call reads the drafts with the gate closed. The longest path of tokens that are the base model's own
        picks is correct (1 .. L tokens, since t_1 always is). It is committed together with the base model's pick after
        it: the correction of a wrong token, or a bonus after the last.
+
+    With late slots (`predictor.slot_layers`) a cycle is one call and a pass of the slots through the last layers. Its
+    slots follow the newest token, which is committed and not read yet: it is the first token of the window, and the
+    root of the tree that the call reads. A cycle commits `correct` tokens: the path after the root, and the pick after
+    it.
 
     The draft leaves room for that last pick, so windows shrink towards the end of the longest text. If a single token
     remains, it is t_1 of a drafting call and needs no verification.
@@ -61,42 +67,48 @@ def decode_speculatively(
     Raises:
         ValueError: a prompt is empty, or too long for `max_new_tokens` more.
     """
-    with begin_decoding(predictor, prompts, settings, on_tokens, timer) as (context, texts, unread, counts):
+    with begin_decoding(predictor, prompts, settings, on_tokens, timer) as start:
+        context = start.context
         if drafter is None:
             drafter = StudentDrafter(predictor.config.objective, context.sampling)
-        tree_size = num_tree_tokens(predictor, settings)
+        cycles = _Cycles(start, drafter, settings.window_length, num_tree_tokens(predictor, settings))
+        if predictor.first_slot_layer:
+            cycles.run_with_late_slots()
+        else:
+            cycles.run()
+    return start.texts.decoded()
+
+
+class _Cycles:
+    """Drafts and verifies until all texts are finished.
+
+    Args:
+        start: contexts and texts.
+        drafter: makes the drafts.
+        window_length: L, tokens of a draft, one after the other.
+        tree_size: see `num_tree_tokens`.
+    """
+
+    def __init__(self, start: Start, drafter: Drafter, window_length: int, tree_size: int) -> None:
+        self._context, self._texts, self._unread, self._counts = start
+        self._drafter = drafter
+        self._window_length = window_length
+        self._tree_size = tree_size
+
+    def run(self) -> None:
+        """Cycles of two calls; the first gives an exact token and slots."""
+        context, texts = self._context, self._texts
         while texts.rows:
             starts, calls_before = texts.starts, context.num_calls
-            length = max(1, min(settings.window_length, max(texts.remaining) - 1))
-
-            # Draft.
-            _, slots = context.read(unread, Lookahead.single(counts, length - 1, context.device))
-            context.timer.mark("forward")
-            logits = context.next_logits([count - 1 for count in counts], 1)
-            context.keep(counts)
-            first = pick(context.auxiliaries(starts, 1), context.sampling.distribution(logits))
+            length = max(1, min(self._window_length, max(texts.remaining) - 1))
+            counts = self._counts
+            _, slots = context.read(self._unread, Lookahead.single(counts, length - 1, context.device))
+            first = self._pick_after(counts, starts)
             if max(texts.remaining) == 1:
                 single = [1] * len(starts)
                 texts.commit(first.tolist(), context.num_calls - calls_before, correct=single, drafted=single)
                 break
-            if tree_size and isinstance(drafter, TreeDrafter):
-                tree = draft_trees(context, drafter, first, slots, starts, tree_size)
-            else:
-                tree = TokenTree.chain(draft_windows(context, drafter, first, slots, starts))
-            context.timer.mark("drafting")
-
-            # Verify. A column of the picks is the base model's token after that column of the tree. Here the cycle
-            # waits for the device.
-            context.read_tree(tree)
-            context.timer.mark("forward")
-            num_tokens = tree.token_ids.shape[1]
-            distribution = context.sampling.distribution(context.next_logits([0] * len(starts), num_tokens))
-            auxiliaries = context.auxiliaries([start + 1 for start in starts], length).gather(1, tree.depths)
-            verified, after = verified_paths(tree, pick(auxiliaries, distribution))
-            context.timer.mark("verifying")
-
-            # Commit the longest correct path and the base model's token after it.
-            context.keep_path(verified.columns)
+            verified, after = self._verify(self._draft(first, slots, starts), starts, length)
             texts.commit(
                 verified.token_ids,
                 context.num_calls - calls_before,
@@ -104,11 +116,69 @@ def decode_speculatively(
                 [length] * len(starts),
                 verified.rejected,
             )
-            unread = after
-            unfinished = texts.drop_finished()
-            if unfinished:
-                context.select(unfinished)
-                unread = unread[unfinished]
-            counts = [1] * len(texts.rows)
-            context.timer.mark("bookkeeping")
-    return texts.decoded()
+            self._go_on(after)
+
+    def run_with_late_slots(self) -> None:
+        """Cycles of a pass of slots and a call, after a first call that gives the first token."""
+        context, texts = self._context, self._texts
+        _, _ = context.read(self._unread)
+        first = self._pick_after(self._counts, texts.starts)
+        texts.commit(first.tolist(), context.num_calls)
+        self._go_on(first)
+        while texts.rows:
+            # The newest token is committed, and not read yet; it is the first token of the window.
+            starts, calls_before = [start - 1 for start in texts.starts], context.num_calls
+            length = min(self._window_length, max(texts.remaining))
+            first = self._unread
+            slots = context.late_slots(first, length - 1) if length > 1 else None
+            context.timer.mark("forward")
+            tree = TokenTree.chain(first) if slots is None else self._draft(first, slots, starts)
+            verified, after = self._verify(tree, starts, length)
+            texts.commit(
+                [token_ids[1:] for token_ids in verified.token_ids],
+                context.num_calls - calls_before,
+                [len(path) for path in verified.columns],
+                [length] * len(starts),
+                verified.rejected,
+            )
+            self._go_on(after)
+
+    def _pick_after(self, counts: Sequence[int], starts: Sequence[int]) -> Tensor:
+        """Keep the tokens of the latest call; the base model's pick after them, `[B, 1]`."""
+        context = self._context
+        context.timer.mark("forward")
+        logits = context.next_logits([count - 1 for count in counts], 1)
+        context.keep(counts)
+        return pick(context.auxiliaries(starts, 1), context.sampling.distribution(logits))
+
+    def _draft(self, first: Tensor, slots: Tensor, starts: Sequence[int]) -> TokenTree:
+        context = self._context
+        if self._tree_size and isinstance(self._drafter, TreeDrafter):
+            tree = draft_trees(context, self._drafter, first, slots, starts, self._tree_size)
+        else:
+            tree = TokenTree.chain(draft_windows(context, self._drafter, first, slots, starts))
+        context.timer.mark("drafting")
+        return tree
+
+    def _verify(self, tree: TokenTree, starts: Sequence[int], length: int) -> tuple[Verified, Tensor]:
+        """Read the drafts and keep the longest correct path of each row; waits for the device."""
+        context = self._context
+        context.read_tree(tree)
+        context.timer.mark("forward")
+        # A column of the picks is the base model's token after that column of the tree.
+        distribution = context.sampling.distribution(context.next_logits([0] * len(starts), tree.token_ids.shape[1]))
+        auxiliaries = context.auxiliaries([start + 1 for start in starts], length).gather(1, tree.depths)
+        verified, after = verified_paths(tree, pick(auxiliaries, distribution))
+        context.timer.mark("verifying")
+        context.keep_path(verified.columns)
+        return verified, after
+
+    def _go_on(self, newest: Tensor) -> None:
+        """Drop finished texts; the next call reads the newest token `[B, 1]` of each of the others."""
+        self._unread = newest
+        unfinished = self._texts.drop_finished()
+        if unfinished:
+            self._context.select(unfinished)
+            self._unread = newest[unfinished]
+        self._counts = [1] * len(self._texts.rows)
+        self._context.timer.mark("bookkeeping")

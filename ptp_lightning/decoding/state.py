@@ -32,7 +32,8 @@ class BatchContext:
     """B texts as the networks of a predictor have read them: the base model, a student's copy of it, and a `Refiner`.
 
     Slots share the base model's call if they run in the same network. A copy has its own call for them, in which it
-    first reads the tokens that it has not read yet.
+    first reads the tokens that it has not read yet. Slots that run through the last layers alone have a pass of their
+    own, `late_slots`.
 
     Args:
         predictor: the network, inside `prepare_for_decoding`.
@@ -43,7 +44,7 @@ class BatchContext:
     Attributes:
         sampling: sampling settings with the predictor's token order.
         timer: see above.
-        num_calls: forward passes so far, including those of a student's copy.
+        num_calls: forward passes so far, including those of a student's copy, without those of `late_slots`.
     """
 
     def __init__(
@@ -65,13 +66,14 @@ class BatchContext:
         self._cache = RaggedCache(num_rows, capacity)
         self._latest: _LatestCall | None = None
         self._joined = (
-            JoinedDecoder(predictor.base_model, predictor.packed_weights)
+            JoinedDecoder(predictor.base_model, predictor.packed_weights, predictor.first_slot_layer)
             if JoinedDecoder.is_supported(predictor.base_model)
             else None
         )
         refiner = predictor.refiner
         self._refiner = None if refiner is None else RefinerPairs(predictor, refiner, num_rows, capacity)
         self._copy = None if predictor.student_copy is None else StudentCopy(predictor, num_rows, capacity)
+        self._last: _LastTokens | None = None
         self._penalties = PrefixPenalties.of(settings.sampling, num_rows, self.device)
 
     @property
@@ -90,8 +92,8 @@ class BatchContext:
             self.read(tree.token_ids)
             return
         embeddings = self.predictor.embed(tree.token_ids)
-        hidden, _ = self._call(embeddings, embeddings[:, :0], None, tree)
-        self._latest = _LatestCall(tree.token_ids, hidden, embeddings, is_tree=True)
+        hidden, _, entry = self._call(embeddings, embeddings[:, :0], None, tree)
+        self._latest = _LatestCall(tree.token_ids, hidden, embeddings, entry, is_tree=True)
 
     def read(self, token_ids: Tensor, lookahead: Lookahead | None = None) -> tuple[Tensor, Tensor]:
         """Run the network on tokens that follow each row, and on slots that look ahead of them.
@@ -101,7 +103,7 @@ class BatchContext:
 
         Args:
             token_ids: `[B, T]`, T >= 1; rows with fewer tokens are padded on the right.
-            lookahead: of S slots.
+            lookahead: of S slots; none if slots run through the last layers alone.
 
         Returns:
             Last hidden states of the tokens `[B, T, H]`, the base model's own, and of the slots `[B, S, H]`.
@@ -109,14 +111,38 @@ class BatchContext:
         embeddings = self.predictor.embed(token_ids)
         if lookahead is not None and lookahead.anchors.shape[1] == 0:
             lookahead = None
+        assert lookahead is None or not self.predictor.first_slot_layer, "such slots have a pass of their own"
         own = lookahead if self._copy is None else None  # of the base model's call
         slots = embeddings[:, :0] if own is None else self._slot_embeddings(own).to(embeddings.dtype)
-        tokens, slots = self._call(embeddings, slots, own)
+        tokens, slots, entry = self._call(embeddings, slots, own)
         if lookahead is not None and self._copy is not None:
             slots = self._copy.look_ahead(token_ids, lookahead, self._slot_embeddings(lookahead))
             self.num_calls += 1
-        self._latest = _LatestCall(token_ids, tokens, embeddings)
+        self._latest = _LatestCall(token_ids, tokens, embeddings, entry)
         return tokens, slots
+
+    def late_slots(self, first: Tensor, num_slots: int) -> Tensor:
+        """Run slots through the last layers of the base model alone, after the kept tokens of each row.
+
+        Args:
+            first: `[B, 1]`, the base model's token after them, which is not read yet.
+            num_slots: J.
+
+        Returns:
+            Last hidden states `[B, J, H]` of slots that stand for the first token and the tokens after it.
+        """
+        assert self._last is not None, "nothing was kept"
+        predictor = self.predictor
+        lookahead = Lookahead.single([0] * len(first), num_slots, self.device)
+        slots = predictor.enter_late(
+            self._slot_embeddings(lookahead), self._last.entry_hidden, self._last.hidden, first.squeeze(1)
+        ).to(predictor.base_model.dtype)
+        lengths, limit = self._cache.lengths, predictor.max_positions
+        position_ids, mask = positions_and_mask(lengths, 0, lookahead, self.device, limit)
+        if self._joined is not None:
+            return self._joined.run_late_slots(slots, position_ids, mask, self._cache)
+        with predictor.gate.open(), batch_invariant(predictor.base_model):
+            return predictor.run_slot_layers(slots, position_ids, mask, self._cache)
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> list[int]:
         """Read all tokens but the last of long prompts, each alone and in one piece, if the base model allows it.
@@ -136,10 +162,13 @@ class BatchContext:
             token_ids = _padded([prompt[:count] for prompt, count in zip(prompts, counts, strict=True)], self.device)
             embeddings = self.predictor.embed(token_ids)
             hidden = torch.zeros_like(embeddings)
+            entry = hidden.clone() if self.predictor.first_slot_layer else None
             for row, count in enumerate(counts):
                 if count:
                     hidden[row, :count] = self._joined.prefill(embeddings[row, :count], row, self._cache)
-            self._latest = _LatestCall(token_ids, hidden, embeddings)
+                    if entry is not None and self._joined.entry_hidden is not None:
+                        entry[row, :count] = self._joined.entry_hidden
+            self._latest = _LatestCall(token_ids, hidden, embeddings, entry)
             self.keep(counts)
         return counts
 
@@ -176,6 +205,12 @@ class BatchContext:
         assert self._latest is not None, "nothing was read"
         latest, self._latest = self._latest, None
         self._cache.keep(counts)
+        if latest.entry_hidden is not None:
+            ends = [max(count - 1, 0) for count in counts]
+            entry_hidden, hidden = (
+                take_columns(one, ends, 1).squeeze(1) for one in (latest.entry_hidden, latest.hidden)
+            )
+            self._last = _LastTokens(entry_hidden, hidden)
         if self._refiner is not None:
             self._refiner.append(latest.hidden, latest.embeddings, counts)
         if self._copy is not None:
@@ -222,6 +257,8 @@ class BatchContext:
         self._auxiliaries = self._auxiliaries[index]
         self._prompt_lengths = [self._prompt_lengths[row] for row in rows]
         self._cache.select(rows)
+        if self._last is not None:
+            self._last = _LastTokens(*(states[index] for states in self._last))
         for part in (self._refiner, self._copy, self._penalties):
             if part is not None:
                 part.select(rows)
@@ -242,36 +279,53 @@ class BatchContext:
         slots: Tensor,
         lookahead: Lookahead | None,
         tree: TokenTree | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Last hidden states of tokens `[B, T, H]` and slots `[B, S, H]`, given their input embeddings."""
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Last hidden states of tokens `[B, T, H]` and slots `[B, S, H]`, given their input embeddings.
+
+        The third result is what the layer reads of the tokens at which slots enter, None for the first layer.
+        """
         self.num_calls += 1
         predictor, num_tokens = self.predictor, tokens.shape[1]
         lengths, limit = self._cache.lengths, predictor.max_positions
         ancestors = None if tree is None else tree.ancestors
         position_ids, mask = positions_and_mask(lengths, num_tokens, lookahead, self.device, limit, ancestors)
         if self._joined is not None:
-            return self._joined.run(tokens, slots, position_ids, mask, self._cache, tree)
+            hidden, slots = self._joined.run(tokens, slots, position_ids, mask, self._cache, tree)
+            entry = self._joined.entry_hidden
+            return hidden, slots, None if entry is None else entry.view(tokens.shape)
         num_slots = slots.shape[1]
         gate = predictor.gate.open(suffix=num_slots) if num_slots else predictor.gate.closed()
-        with gate, batch_invariant(predictor.base_model):
+        with gate, batch_invariant(predictor.base_model), predictor.recorded_entry() as entry:
             embeddings = torch.cat([tokens, slots], dim=1)
             hidden = predictor.run_decoder(embeddings, position_ids, mask, self._cache)
-        return hidden[:, :num_tokens], hidden[:, num_tokens:]
+        return hidden[:, :num_tokens], hidden[:, num_tokens:], entry[0] if entry else None
 
 
 class _LatestCall(NamedTuple):
-    """Tokens `[B, T]` of a call, their last hidden states and their input embeddings `[B, T, H]`."""
+    """Tokens `[B, T]` of a call, their last hidden states and their input embeddings `[B, T, H]`.
+
+    `entry_hidden` is what the layer read at which slots enter, see `PredictorNetwork.recorded_entry`.
+    """
 
     token_ids: Tensor
     hidden: Tensor
     embeddings: Tensor
+    entry_hidden: Tensor | None
     is_tree: bool = False
 
     def gathered(self, columns: Tensor) -> _LatestCall:
         """The tokens at `[B, K]`."""
         states = columns.unsqueeze(2).expand(-1, -1, self.hidden.shape[2])
         token_ids, hidden = self.token_ids.gather(1, columns), self.hidden.gather(1, states)
-        return _LatestCall(token_ids, hidden, self.embeddings.gather(1, states))
+        entry = None if self.entry_hidden is None else self.entry_hidden.gather(1, states)
+        return _LatestCall(token_ids, hidden, self.embeddings.gather(1, states), entry)
+
+
+class _LastTokens(NamedTuple):
+    """Of the last kept token of each row `[B, H]`: what the layer read at which slots enter, and last hidden states."""
+
+    entry_hidden: Tensor
+    hidden: Tensor
 
 
 class Start(NamedTuple):

@@ -50,9 +50,15 @@ def correct_tokens_at_all_positions(
         drafter = StudentDrafter(predictor.config.objective, context.sampling)
         known = torch.tensor([list(text)], device=context.device)
         for start in range(len(text) - length + 1):
-            _, slots = context.read(unread, Lookahead.single(counts, length - 1, context.device))
-            context.keep(counts)
-            draft = draft_windows(context, drafter, known[:, start : start + 1], slots, [start])
+            first = known[:, start : start + 1]
+            if predictor.first_slot_layer:
+                context.read(unread)
+                context.keep(counts)
+                slots = context.late_slots(first, length - 1)
+            else:
+                _, slots = context.read(unread, Lookahead.single(counts, length - 1, context.device))
+                context.keep(counts)
+            draft = draft_windows(context, drafter, first, slots, [start])
             is_correct = draft == known[:, start : start + length]
             num_correct.append(is_correct.cumprod(dim=1).sum())
             unread, counts = known[:, start : start + 1], [1]

@@ -40,6 +40,9 @@ class PredictorConfig:
         draft_vocabulary: N, the number of tokens that slots can draft: the most frequent ones of the training data.
             It makes the output head of slots cheaper; verification, and with it the text, covers all tokens. None
             for all tokens.
+        slot_layers: number of the last layers of the base model that slots run through, and that carry the adapter.
+            What the layers below make of the text reaches slots by hidden states of the token before (`LateEntry`), so
+            that drafts cost less. They are for speculative decoding alone. None for all layers.
 
     Raises:
         ValueError: windows have no slots, `sampling` is not one of the settings to be trained for, or a correction
@@ -57,6 +60,7 @@ class PredictorConfig:
     student: Student = field(default_factory=GatedLoraStudent)
     sampling_range: SamplingRange | None = None
     draft_vocabulary: int | None = None
+    slot_layers: int | None = None
 
     def __post_init__(self) -> None:
         if self.window_length < 2:
@@ -75,6 +79,14 @@ class PredictorConfig:
             )
         if self.draft_vocabulary is not None and self.draft_vocabulary < 1:
             raise ValueError(f"expected predictor.draft_vocabulary null or >= 1, found {self.draft_vocabulary}")
+        if self.slot_layers is not None:
+            if self.slot_layers < 1:
+                raise ValueError(f"expected predictor.slot_layers null or >= 1, found {self.slot_layers}")
+            if not isinstance(self.student, GatedLoraStudent):
+                raise ValueError(
+                    "expected predictor.student GatedLoraStudent, whose slots run in the base model, beside "
+                    f"predictor.slot_layers, found {type(self.student).__name__}: set predictor.slot_layers to null"
+                )
         if isinstance(self.correction, HeadCorrection) and not self.objective.conditions_on_draft:
             raise ValueError(
                 f"expected a predictor.objective that is conditioned on drafted tokens beside predictor.correction "

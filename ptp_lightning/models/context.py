@@ -22,6 +22,7 @@ class Context(NamedTuple):
         cache: keys and values of the context; reading windows does not change it.
         sampling: the windows' tokens are picked with these settings, and slots are conditioned on them.
         end_of_text: the token id that ends a sampled text; None if there is none.
+        entry_hidden: `[B, S, H]`, what the layer reads at which slots enter; None if that is the first one.
     """
 
     batch: PackedBatch
@@ -29,9 +30,14 @@ class Context(NamedTuple):
     cache: DynamicCache
     sampling: Sampler
     end_of_text: int | None = None
+    entry_hidden: Tensor | None = None
 
     @property
     def first_hidden(self) -> Tensor:
         """`[B, N, H]`, hidden states that predict each window's first token."""
+        return self.before_windows(self.hidden)
+
+    def before_windows(self, states: Tensor) -> Tensor:
+        """Those of the token before each window: `[B, S, H]` to `[B, N, H]`."""
         index = (self.batch.window_starts - 1).unsqueeze(-1)
-        return self.hidden.gather(1, index.expand(-1, -1, self.hidden.shape[-1]))
+        return states.gather(1, index.expand(-1, -1, states.shape[-1]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Self
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from ptp_lightning.batch import PackedBatch
 from ptp_lightning.models.attention.choice import AttentionChoice
-from ptp_lightning.models.attention.dispatch import run_stack
+from ptp_lightning.models.attention.dispatch import can_enter_late, layer_input, run_stack
 from ptp_lightning.models.attention.interface import IncrementalReader, WindowAttention, WindowKeys
 from ptp_lightning.models.attention.masks import context_mask
 from ptp_lightning.models.backbone import architecture_fingerprint, fingerprint, load_backbone
@@ -20,6 +21,7 @@ from ptp_lightning.models.correction.decoder_refiner import Refiner, RefinerCont
 from ptp_lightning.models.draft_head import DraftHead, as_vocabulary, require_draft_vocabulary
 from ptp_lightning.models.layers.packed_linear import PackedWeights
 from ptp_lightning.models.output_head import apply_head, final_logits, output_head
+from ptp_lightning.models.slots.late_entry import LateEntry
 from ptp_lightning.models.slots.sampling_encoder import SamplingEncoder
 from ptp_lightning.models.slots.slot_encoder import SlotEncoder
 from ptp_lightning.models.support import require_finite, require_supported, require_text_model
@@ -49,6 +51,7 @@ class PredictorNetwork(nn.Module):
     Attributes:
         attention: chooses the attention back-end of windows.
         backbone_path: `config.backbone.path`, which another working folder leaves valid.
+        first_slot_layer: index of the first decoder layer that slots run through.
         packed_weights: copies of linear weights for decoding on a CPU, empty until then (see `prepare_for_decoding`).
         draft_head: the output head over the draft vocabulary; None without one.
         prefix_counts: of a trained predictor, the number of validation windows with 0, 1, .. L correct tokens; None if
@@ -80,7 +83,12 @@ class PredictorNetwork(nn.Module):
             ranks = similar_tokens_together(table) if token_ranks is None else token_ranks.clone()
             require_permutation(ranks, len(table))
             self.slot_encoder.token_ranks = ranks
-        self.language_model, self.gate, self.student_copy = prepare_for_training(backbone, config.student, config.lora)
+        self.first_slot_layer = first_slot_layer(backbone, config.slot_layers)
+        if self.first_slot_layer:
+            self.slot_encoder.late_entry = LateEntry(table.shape[1])
+        self.language_model, self.gate, self.student_copy = prepare_for_training(
+            backbone, config.student, config.lora, self.first_slot_layer
+        )
         self.attention = AttentionChoice(backbone)
         # PEFT changes the layers of this model in place. The tuple hides it from torch, which would register it twice.
         self._base_model = (backbone,)
@@ -245,26 +253,57 @@ class PredictorNetwork(nn.Module):
         cache = DynamicCache()
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.student.trains_base), self.gate.closed():
             mask = context_mask(batch.document_ids)
-            hidden = self.run_decoder(self.embed(batch.input_ids), batch.position_ids, mask, cache)
-        return Context(batch, hidden, cache, self.sampler(sampling), end_of_text)
+            with self.recorded_entry() as entry:
+                hidden = self.run_decoder(self.embed(batch.input_ids), batch.position_ids, mask, cache)
+        entry_hidden = entry[0] if entry else None
+        return Context(batch, hidden, cache, self.sampler(sampling), end_of_text, entry_hidden)
 
-    def slot_hidden(self, context: Context, auxiliaries: Tensor) -> Tensor:
+    def recorded_entry(self) -> AbstractContextManager[list[Tensor]]:
+        """Collects what the layer reads at which slots enter, in each call inside the block; nothing for layer 0."""
+        return layer_input(self.base_model, self.first_slot_layer) if self.first_slot_layer else nullcontext([])
+
+    def slot_hidden(self, context: Context, auxiliaries: Tensor, first_token_ids: Tensor | None = None) -> Tensor:
         """Hidden states that predict the tokens 1 .. L - 1 of each window.
 
         Args:
             context: of `encode`.
             auxiliaries: `[B, N, L]` float64 in [0, 1).
+            first_token_ids: `[B, N]`, token 0 of each window; needed if slots run through the last layers alone.
 
         Returns:
             `[B, N, L - 1, H]`, for `slot_logits`, with gradients for all trained weights.
         """
         slots = self.embed_slots(auxiliaries, context.sampling.settings)
+        if context.entry_hidden is not None:
+            assert first_token_ids is not None, "such slots read the first token"
+            entry_hidden = context.before_windows(context.entry_hidden)
+            slots = self.enter_late(slots, entry_hidden, context.first_hidden, first_token_ids)
+            with self.gate.open():
+                attention = self._window_attention(self.base_model)
+                return attention.read_windows(self.run_slot_layers, context.batch, context.cache, slots)
         if self.student_copy is not None:
             tokens = self.student_embed(context.batch.input_ids)
             attention = self._window_attention(self.student_copy)
             return attention.read_jointly(self.run_student_decoder, context.batch, tokens, slots)
         with self.gate.open():
             return self.read_windows(context, slots)
+
+    def enter_late(self, slots: Tensor, entry_hidden: Tensor, last_hidden: Tensor, first_token_ids: Tensor) -> Tensor:
+        """What slots read at their first layer, see `LateEntry`: `[..., J, H]` to the same, of windows `[...]`."""
+        assert self.slot_encoder.late_entry is not None, "slots enter at the first layer"
+        return self.slot_encoder.late_entry(slots, entry_hidden, last_hidden, self.embed(first_token_ids))
+
+    def run_slot_layers(
+        self,
+        embeddings: Tensor,
+        position_ids: Tensor,
+        mask: Tensor | None,
+        cache: Cache | None,
+        *,
+        window_keys: WindowKeys | None = None,
+    ) -> Tensor:
+        """Run the layers of the base model that slots run through; arguments as in `run_decoder`."""
+        return run_stack(self.base_model, embeddings, position_ids, mask, cache, window_keys, self.first_slot_layer)
 
     def read_windows(self, context: Context, embeddings: Tensor) -> Tensor:
         """Run the base model's stack on the first J positions of each window, after its context.
@@ -385,3 +424,26 @@ class PredictorNetwork(nn.Module):
         """Inverse of `trainable_state`; raises as `require_trainable_state`."""
         self.require_trainable_state(state)
         self.load_state_dict(state, strict=False)
+
+
+def first_slot_layer(model: PreTrainedModel, slot_layers: int | None) -> int:
+    """Index of the first decoder layer that slots run through.
+
+    Args:
+        model: the base model.
+        slot_layers: number of layers, from the last one; None for all.
+
+    Raises:
+        ValueError: it has fewer layers, or slots cannot enter it above the first.
+    """
+    if slot_layers is None:
+        return 0
+    num_layers = model.config.get_text_config().num_hidden_layers
+    if slot_layers > num_layers:
+        raise ValueError(f"expected predictor.slot_layers null or <= {num_layers} (all layers), found {slot_layers}")
+    if slot_layers < num_layers and not can_enter_late(model):
+        raise ValueError(
+            f"expected a base model whose layers are one list of equal ones beside predictor.slot_layers, found "
+            f"{model.config.model_type}: set predictor.slot_layers to null"
+        )
+    return num_layers - slot_layers

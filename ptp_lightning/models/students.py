@@ -41,12 +41,13 @@ class Student(ABC):
     """Whether the base model itself is trained, so that there is no fixed teacher."""
 
     @abstractmethod
-    def attach(self, base: PreTrainedModel, lora: LoraSettings) -> AttachedStudent:
+    def attach(self, base: PreTrainedModel, lora: LoraSettings, first_layer: int) -> AttachedStudent:
         """Make the networks, in eval mode, and set `requires_grad` on what is trained.
 
         Args:
             base: the base model, changed in place.
             lora: size of the adapter; not read by students without one.
+            first_layer: index of the first decoder layer that slots run through; 0 unless the base model runs them.
         """
 
 
@@ -60,9 +61,9 @@ class GatedLoraStudent(Student):
     name: ClassVar[str] = "gated_lora"
     trains_base: ClassVar[bool] = False
 
-    def attach(self, base: PreTrainedModel, lora: LoraSettings) -> AttachedStudent:
+    def attach(self, base: PreTrainedModel, lora: LoraSettings, first_layer: int) -> AttachedStudent:
         """See `Student.attach`."""
-        language_model, gate = add_gated_lora(base, lora)
+        language_model, gate = add_gated_lora(base, lora, first_layer)
         return AttachedStudent(language_model, gate, copy=None)
 
 
@@ -77,7 +78,7 @@ class FullCopyStudent(Student):
     name: ClassVar[str] = "full_copy"
     trains_base: ClassVar[bool] = False
 
-    def attach(self, base: PreTrainedModel, lora: LoraSettings) -> AttachedStudent:
+    def attach(self, base: PreTrainedModel, lora: LoraSettings, first_layer: int) -> AttachedStudent:
         """See `Student.attach`."""
         student = copy.deepcopy(base).float().requires_grad_(True).eval()
         return AttachedStudent(base.requires_grad_(False), Gate(), student)
@@ -94,6 +95,6 @@ class SharedStudent(Student):
     name: ClassVar[str] = "shared"
     trains_base: ClassVar[bool] = True
 
-    def attach(self, base: PreTrainedModel, lora: LoraSettings) -> AttachedStudent:
+    def attach(self, base: PreTrainedModel, lora: LoraSettings, first_layer: int) -> AttachedStudent:
         """See `Student.attach`."""
         return AttachedStudent(base.float().requires_grad_(True), Gate(), copy=None)

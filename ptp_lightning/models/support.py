@@ -195,10 +195,11 @@ def _require_visible_tokens_alone(network: PredictorNetwork, batch: PackedBatch,
     visible = torch.zeros_like(batch.completion_mask)
     visible[0, FIRST_LENGTH:start] = True
     shifted = 1 + batch.input_ids % (network.base_model.config.get_text_config().vocab_size - 1)
+    first_tokens = batch.input_ids.gather(1, batch.window_starts)
     exchanged = auxiliaries.clone()
     exchanged[:, 1] = 1 - exchanged[:, 1]
     first, second = (
-        network.slot_logits(network.slot_hidden(network.encode(tokens), u))[0, 0]
+        network.slot_logits(network.slot_hidden(network.encode(tokens), u, first_tokens))[0, 0]
         for tokens, u in (
             (batch, auxiliaries),
             (batch._replace(input_ids=batch.input_ids.where(visible, shifted)), exchanged),
@@ -215,10 +216,11 @@ def _require_visible_tokens_alone(network: PredictorNetwork, batch: PackedBatch,
 def _require_slots_as_under_a_mask(network: PredictorNetwork, batch: PackedBatch, kind: str) -> None:
     """A back-end replaces the model's attention, and with it whatever else the model does there."""
     auxiliaries, context = _auxiliaries(network, batch), network.encode(batch)
+    first_tokens = batch.input_ids.gather(1, batch.window_starts)
     with _slots_as_tokens(network, batch):
-        found = network.slot_logits(network.slot_hidden(context, auxiliaries))
+        found = network.slot_logits(network.slot_hidden(context, auxiliaries, first_tokens))
         with _attention(network, AttentionChoice(network.student_model, (Dense(),), is_logged=False)):
-            expected = network.slot_logits(network.slot_hidden(context, auxiliaries))
+            expected = network.slot_logits(network.slot_hidden(context, auxiliaries, first_tokens))
     difference = _difference(found, expected)
     if difference > TOLERANCES[network.base_model.dtype]:
         raise ValueError(

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def prepare_for_training(model: PreTrainedModel, student: Student, lora: LoraSettings) -> AttachedStudent:
+def prepare_for_training(
+    model: PreTrainedModel, student: Student, lora: LoraSettings, first_layer: int
+) -> AttachedStudent:
     """Change a base model, in place, so that a student can be trained on windows. This is all that is changed:
 
     1. The *attention function* becomes one that can read windows (`use_window_attention`): each slot sees the context
@@ -38,10 +40,11 @@ def prepare_for_training(model: PreTrainedModel, student: Student, lora: LoraSet
         model: the base model.
         student: whose network runs the slots.
         lora: size of the adapter, for students that have one.
+        first_layer: see `Student.attach`.
 
     Returns:
         The networks of the predictor.
     """
     if use_window_attention(model):
         use_memory_efficient_layers(model)
-    return student.attach(model, lora)
+    return student.attach(model, lora, first_layer)

@@ -48,7 +48,7 @@ def slot_logits_of_training(
         `[1, J, V]`.
     """
     context = predictor.encode(one_document(text[:, :first], torch.tensor([[first]])))
-    hidden = predictor.slot_hidden(context, auxiliaries.unsqueeze(1))
+    hidden = predictor.slot_hidden(context, auxiliaries.unsqueeze(1), text[:, first : first + 1])
     if draft is not None:
         stands_for = torch.cat([text[:, first : first + 1], draft], dim=1)[:, None, :-1]
         hidden = predictor.correct(context, predictor.correction_context(context), hidden, stands_for)

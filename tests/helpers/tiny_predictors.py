@@ -65,6 +65,7 @@ def tiny_predictor(
     sampling_range: SamplingRange | None = None,
     correction: Correction | None = REFINER,
     draft_vocabulary: Sequence[int] | None = None,
+    slot_layers: int | None = None,
     seed: int = 1,
     **model: Any,
 ) -> PredictorNetwork:
@@ -86,6 +87,7 @@ def tiny_predictor(
         student=STUDENTS[student],
         sampling_range=sampling_range,
         draft_vocabulary=None if draft_vocabulary is None else len(draft_vocabulary),
+        slot_layers=slot_layers,
     )
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)

@@ -6,6 +6,8 @@ under a name. A call that reads windows gives it `window_keys`; any other call g
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 
 from ptp_lightning.models.attention.eager_attention import needs_eager_attention, register_eager_attention
 from ptp_lightning.models.attention.interface import WindowKeys
-from ptp_lightning.models.attention.sliding_window import layer_masks
+from ptp_lightning.models.attention.sliding_window import has_sliding_window, layer_masks
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
@@ -91,8 +93,9 @@ def run_stack(
     mask: Tensor | None,
     cache: Cache | None,
     window_keys: WindowKeys | None,
+    first_layer: int = 0,
 ) -> Tensor:
-    """Run the stack of a causal LM in its dtype; arguments and result as in `RunLayers`."""
+    """Run the stack of a causal LM in its dtype, from one of its layers on; arguments and result as in `RunLayers`."""
     decoder = getattr(model, model.base_model_prefix)
     windows = {}
     masks = None if mask is None else layer_masks(decoder.config, mask)
@@ -101,11 +104,51 @@ def run_stack(
         # transformers makes no mask of its own where it gets one of four dimensions; nobody reads this one.
         masks = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=embeddings.device)
         windows["window_keys"] = window_keys
-    return decoder(
-        inputs_embeds=embeddings.to(model.dtype),
-        position_ids=position_ids,
-        attention_mask=masks,
-        cache=cache,
-        use_cache=cache is not None,
-        **windows,
-    ).last_hidden_state
+    with nullcontext() if first_layer == 0 else _last_layers(decoder, first_layer):
+        return decoder(
+            inputs_embeds=embeddings.to(model.dtype),
+            position_ids=position_ids,
+            attention_mask=masks,
+            cache=cache,
+            use_cache=cache is not None,
+            **windows,
+        ).last_hidden_state
+
+
+@contextmanager
+def _last_layers(decoder: nn.Module, first: int) -> Iterator[None]:
+    """Without the layers before `first`, inside the block; the others keep their indices in caches."""
+    layers = cast(nn.ModuleList, decoder.layers)
+    decoder.layers = layers[first:]
+    try:
+        yield
+    finally:
+        decoder.layers = layers
+
+
+@contextmanager
+def layer_input(model: PreTrainedModel, layer: int) -> Iterator[list[Tensor]]:
+    """Collects what one layer reads in the calls inside the block, each `[B, T, H]`.
+
+    Args:
+        model: a causal LM, of which `can_enter_late` holds.
+        layer: index of the layer.
+    """
+    found: list[Tensor] = []
+
+    def record(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        found.append(args[0] if args else kwargs["hidden_states"])
+
+    layers = cast(nn.ModuleList, getattr(model, model.base_model_prefix).layers)
+    handle = layers[layer].register_forward_pre_hook(record, with_kwargs=True)
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+def can_enter_late(model: PreTrainedModel) -> bool:
+    """Whether slots can enter a model above its first layer: one list of layers, all of one kind."""
+    layers = getattr(getattr(model, model.base_model_prefix), "layers", None)
+    types = getattr(model.config, "layer_types", None)
+    return isinstance(layers, nn.ModuleList) and not has_sliding_window(model.config) and len(set(types or ())) < 2

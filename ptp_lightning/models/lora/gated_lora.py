@@ -12,6 +12,7 @@ from typing import cast
 
 from peft import LoraConfig, PeftMixedModel, PeftModel, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -58,12 +59,13 @@ class LoraSettings:
                 raise ValueError(f"predictor.lora.rank_pattern['{pattern}'] must be at least 1, found {rank}")
 
 
-def add_gated_lora(model: PreTrainedModel, settings: LoraSettings) -> tuple[PeftModel, Gate]:
+def add_gated_lora(model: PreTrainedModel, settings: LoraSettings, first_layer: int = 0) -> tuple[PeftModel, Gate]:
     """Freeze a base model and add a gated adapter to it, with PEFT's initialisation (the adapter changes nothing yet).
 
     Args:
         model: The base model; linear layers are replaced by `GatedLoraLinear`, and supported MLPs by `GatedLoraMLP`.
         settings: Size of the adapter, and which layers carry it.
+        first_layer: index of the first decoder layer that carries it.
 
     Returns:
         The PEFT model in the same train / eval mode, with the adapter's parameters (float32 also on a bfloat16 base)
@@ -80,7 +82,7 @@ def add_gated_lora(model: PreTrainedModel, settings: LoraSettings) -> tuple[Peft
         r=settings.rank,
         lora_alpha=settings.alpha,  # pyright: ignore[reportArgumentType]  PEFT only divides it by r
         lora_dropout=settings.dropout,
-        target_modules=settings.target_modules,
+        target_modules=_targets_from(model, settings, first_layer) if first_layer else settings.target_modules,
         rank_pattern=dict(settings.rank_pattern),
         fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in model.modules()),
         task_type="CAUSAL_LM",
@@ -96,6 +98,36 @@ def add_gated_lora(model: PreTrainedModel, settings: LoraSettings) -> tuple[Peft
     _check_gateable(model)
     fuse_mlps(model)
     return peft_model.train(training), gate
+
+
+def _targets_from(model: PreTrainedModel, settings: LoraSettings, first_layer: int) -> list[str]:
+    """Full names of the adapted modules in the decoder layers from one on.
+
+    PEFT's own choice of layers goes with a list of endings alone.
+    """
+    stack = getattr(model, model.base_model_prefix).layers
+    prefix = next(name for name, module in model.named_modules() if module is stack)
+    names = [
+        f"{prefix}.{index}.{name}"
+        for index, layer in enumerate(stack)
+        if index >= first_layer
+        for name, module in layer.named_modules()
+        if _is_target(settings.target_modules, f"{prefix}.{index}.{name}", module)
+    ]
+    if not names:
+        raise ValueError(
+            f"expected predictor.lora.target_modules in the last layers, which slots run through, found "
+            f"{settings.target_modules!r}: change it, or set predictor.slot_layers to null"
+        )
+    return names
+
+
+def _is_target(targets: str | list[str], name: str, module: nn.Module) -> bool:
+    if targets == ALL_LINEAR:
+        return isinstance(module, nn.Linear | Conv1D)
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(name == ending or name.endswith(f".{ending}") for ending in targets)
 
 
 def _check_patterns(settings: LoraSettings, module_names: list[str]) -> None:

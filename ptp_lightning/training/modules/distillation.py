@@ -122,7 +122,7 @@ class DistillationModule(PredictorModule):
         # Not keyed by the rank: all ranks make the same choice, see `MixtureWindows`.
         source = self.source.choose(progress, keyed_generator(self.seed, "source", self.global_step, self.micro_batch))
         sample = source.sample(self.predictor, context, generator)
-        hidden = self.predictor.slot_hidden(context, sample.auxiliaries)
+        hidden = self.predictor.slot_hidden(context, sample.auxiliaries, sample.conditioning_ids[..., 0])
         corrects = self.predictor.correction is not None
         if self.predictor.corrects_left_to_right:
             prediction = first_pass = self._corrected_loss(context, hidden, sample)

@@ -53,7 +53,7 @@ def student_draft(
         return torch.cat(chunks).view_as(u)
 
     with without_dropout(predictor):
-        slots = hidden = predictor.slot_hidden(context, auxiliaries)
+        slots = hidden = predictor.slot_hidden(context, auxiliaries, first_token_ids)
         pairs = predictor.correction_context(context)
 
         def correct(token_ids: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ def student_probe(predictor: PredictorNetwork, context: Context, token_ids: Tens
     @torch.no_grad()
     def probe(auxiliaries: Tensor) -> ProbeResult:
         with without_dropout(predictor):
-            hidden = predictor.slot_hidden(context, auxiliaries)
+            hidden = predictor.slot_hidden(context, auxiliaries, token_ids[..., 0])
             if predictor.correction is not None:
                 pairs = predictor.correction_context(context)
                 hidden = predictor.correct(context, pairs, hidden, token_ids[..., :-1])

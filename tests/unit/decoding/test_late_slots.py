@@ -1,0 +1,263 @@
+"""Slots that run through the last layers alone: the reference text, and the drafts of training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ptp_lightning.decoding import GenerationSettings, decode_autoregressively, decode_speculatively
+from ptp_lightning.decoding.joined_decoder import JoinedDecoder
+from ptp_lightning.decoding.partial_quadratic import decode_partially_quadratically
+from ptp_lightning.evaluation.acceptance_gap import correct_tokens_at_all_positions
+from ptp_lightning.export.checkpoint import read_predictor
+from ptp_lightning.models import FullCopyStudent, LoraSettings, PredictorConfig, PredictorNetwork
+from ptp_lightning.models.slots.late_entry import LateEntry
+from ptp_lightning.predictor import ParallelTokenPredictor
+from ptp_lightning.sampling import SamplingConfig
+from tests.helpers.parameter_products import one_in
+from tests.helpers.tiny_decoding import PROMPT, ForcedDraft, decode_one, reference, slot_logits_of_training
+from tests.helpers.tiny_models import TINY_MODELS
+from tests.helpers.tiny_predictors import CORRECTIONS, OBJECTIVES, tiny_predictor
+from tests.helpers.tiny_windows import make_batch, slots_that_differ, slots_that_see
+
+VOCABULARY = 32
+FAMILIES = ["llama", "qwen2", "gpt_neox"]  # the first two are run by a `JoinedDecoder`
+SAMPLING = {
+    "greedy": SamplingConfig(temperature=0),
+    "truncated": SamplingConfig(temperature=0.7, top_k=50, top_p=0.9, order="vocabulary"),
+    "full": SamplingConfig(),
+}
+
+
+@cache
+def late(
+    family: str = "llama",
+    objective: str = "categorical",
+    correction: str | None = "token_conditioned",
+    dtype: torch.dtype = torch.float32,
+    draft_vocabulary: Sequence[int] | None = None,
+) -> PredictorNetwork:
+    """Three layers, of which slots run through the last."""
+    head = None if correction is None or objective == "independent" else CORRECTIONS[correction]
+    return tiny_predictor(
+        family,
+        objective,
+        vocab_size=VOCABULARY,
+        num_layers=3,
+        correction=head,
+        slot_layers=1,
+        dtype=dtype,
+        draft_vocabulary=draft_vocabulary,
+    )
+
+
+@one_in(4, family=FAMILIES, objective=OBJECTIVES, correction=[None, *CORRECTIONS], sampling=SAMPLING)
+def test_text_is_the_reference_text(family: str, objective: str, correction: str | None, sampling: str) -> None:
+    predictor = late(family, objective, correction)
+    for seed, tokens in enumerate((21, 0)):
+        settings = GenerationSettings(SAMPLING[sampling], 22, seed, window_length=6, num_draft_tokens=tokens)
+        decoded = decode_one(decode_speculatively, predictor, settings)
+        assert decoded.token_ids == reference(predictor, settings)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_texts_of_a_batch(family: str, dtype: torch.dtype) -> None:
+    """Rows of other lengths, one of them a long prompt that is read in one piece, end at other times."""
+    predictor = late(family, dtype=dtype, draft_vocabulary=tuple(range(0, VOCABULARY, 2)))
+    prompts = [PROMPT, PROMPT * 11, [7]]
+    settings = GenerationSettings(SAMPLING["truncated"], 17, (3, 4, 5), window_length=5, end_of_text=(11,))
+    expected = decode_autoregressively(predictor, prompts, settings)
+    found = decode_speculatively(predictor, prompts, settings)
+    assert [one.token_ids for one in found] == [one.token_ids for one in expected]
+
+
+@pytest.mark.parametrize("max_new_tokens", [1, 2, 3, 9, 20])
+@pytest.mark.parametrize("acceptance_rate", [0.0, 0.6, 1.0])
+def test_forced_drafts(max_new_tokens: int, acceptance_rate: float) -> None:
+    predictor = late()
+    settings = GenerationSettings(SamplingConfig(), max_new_tokens, 1, window_length=4)
+    text = reference(predictor, settings)
+    drafter = ForcedDraft([text], acceptance_rate, VOCABULARY)
+    decoded = decode_one(decode_speculatively, predictor, settings, drafter=drafter)
+    assert decoded.token_ids == text
+    first, *cycles = decoded.cycles
+    assert (first.num_committed, first.num_drafted) == (1, 0)
+    assert all(cycle.num_committed == cycle.num_correct and cycle.num_calls == 1 for cycle in cycles)
+    if acceptance_rate == 1.0:  # three drafted tokens and the pick after them
+        assert decoded.num_calls == 1 + -(-(max_new_tokens - 1) // 4)
+    if acceptance_rate == 0.0:
+        assert decoded.num_calls == max_new_tokens
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_slots_are_those_of_training(family: str, objective: str) -> None:
+    """Whatever was drafted before: the cache, and the states that slots read, are those of the accepted tokens."""
+    predictor = late(family, objective, None)
+    settings = GenerationSettings(SamplingConfig(), 14, 2, window_length=5)
+    tokens = reference(predictor, settings)
+    text, u = torch.tensor([[*PROMPT, *tokens]]), settings.auxiliaries(1, torch.device("cpu"))
+    begins: list[int] = []
+
+    def compare(slot_logits: Tensor, auxiliaries: Tensor, starts: Sequence[int]) -> Tensor:
+        (start,) = starts
+        num_slots = auxiliaries.shape[1]
+        of_window = u[:, start - 1 : start + num_slots]
+        expected = slot_logits_of_training(predictor, text, len(PROMPT) + start - 1, of_window, None)
+        torch.testing.assert_close(slot_logits, expected, atol=1e-4, rtol=1e-4)
+        begins.append(start)
+        correct = text[:, len(PROMPT) + start : len(PROMPT) + start + num_slots].clone()
+        correct[:, 2:] += 1  # the third drafted token is wrong
+        return correct % VOCABULARY
+
+    assert decode_one(decode_speculatively, predictor, settings, drafter=compare).token_ids == tokens
+    assert begins == [1, 4, 7, 10]  # three tokens a cycle; the last one needs no slot
+
+
+def test_drafts_at_all_positions_are_those_of_decoding() -> None:
+    predictor = late()
+    settings = GenerationSettings(SAMPLING["truncated"], 30, 5, window_length=4, num_draft_tokens=0)
+    decoded = decode_one(decode_speculatively, predictor, settings)
+    correct = correct_tokens_at_all_positions(predictor, PROMPT, decoded.token_ids, settings)
+    start = 0
+    for cycle in decoded.cycles[1:]:
+        if cycle.num_drafted == settings.window_length and start < len(correct):
+            assert correct[start] == cycle.num_correct
+        start += cycle.num_committed
+    assert len(set(correct)) > 1
+
+
+def test_both_ways_of_decoding_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    predictor = late()
+    seen: dict[bool, list[Tensor]] = {True: [], False: []}
+    settings = GenerationSettings(SamplingConfig(), 12, window_length=5)
+    for is_joined in (True, False):
+        monkeypatch.setattr(JoinedDecoder, "is_supported", lambda model, is_joined=is_joined: is_joined)
+        drafter = ForcedDraft([reference(predictor, settings)], 0.5, VOCABULARY)
+
+        def record(logits: Tensor, *rest: Any, is_joined: bool = is_joined, drafter: ForcedDraft = drafter) -> Tensor:
+            seen[is_joined].append(logits)
+            return drafter(logits, *rest)
+
+        decode_one(decode_speculatively, predictor, settings, drafter=record)
+    for found, expected in zip(*seen.values(), strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_base_model_is_untouched_and_lower_layers_carry_no_adapter() -> None:
+    predictor = late()
+    adapted = {name for name, _ in predictor.base_model.named_parameters() if ".lora_" in name}
+    assert adapted and all("layers.2." in name for name in adapted)
+    plain = tiny_predictor("llama", vocab_size=VOCABULARY, num_layers=3, correction=None)
+    batch = make_batch(torch.arange(28).view(2, 14) % VOCABULARY)
+    assert torch.equal(predictor.encode(batch).hidden, plain.encode(batch).hidden)
+    assert len(predictor.base_model.model.layers) == 3  # also after slots have run
+
+
+@torch.no_grad()
+def test_what_slots_see() -> None:
+    """Tokens before their window, in their document; and the first token of the window."""
+    predictor = late(correction=None)
+    ids = torch.arange(28).view(2, 14) % VOCABULARY
+    u = torch.rand(2, 3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    first = torch.zeros(2, 3, dtype=torch.long)
+    before = predictor.slot_hidden(predictor.encode(make_batch(ids)), u, first)
+    for position in (0, 5, 6, 9):
+        changed = ids.clone()
+        changed[0, position] += 1
+        after = predictor.slot_hidden(predictor.encode(make_batch(changed % VOCABULARY)), u, first)
+        assert slots_that_differ(before, after) == slots_that_see(0, position, 7)
+    other = first.clone()
+    other[0, 1] = 3
+    after = predictor.slot_hidden(predictor.encode(make_batch(ids)), u, other)
+    assert slots_that_differ(before, after) == {(0, 1, slot) for slot in range(7)}
+    later = u.clone()
+    later[0, 1, 4] = 0.5  # which slots 3 to 6 carry, as the token before or as their own
+    changed_slots = slots_that_differ(before, predictor.slot_hidden(predictor.encode(make_batch(ids)), later, first))
+    assert changed_slots <= {(0, 1, slot) for slot in range(3, 7)} and (0, 1, 6) in changed_slots
+
+
+def test_entry_by_hand() -> None:
+    """Two dimensions; the window's part is the first of three inputs alone, the slot's part the slot itself."""
+    entry = LateEntry(hidden_size=2)
+    with torch.no_grad():
+        entry.from_window.weight.zero_()
+        entry.from_window.weight[0, 4] = 1.0  # the first number of the token's embedding
+        entry.from_slot.weight.copy_(torch.eye(2))
+    slots = torch.tensor([[[3.0, 4.0]]])
+    found = entry(slots, torch.tensor([[6.0, 8.0]]), torch.tensor([[1.0, 1.0]]), torch.tensor([[1.0, -1.0]]))
+    scale = 50**0.5  # of (6, 8)
+    expected = scale * (
+        torch.tensor([6.0, 8.0]) / scale + torch.tensor([1.0, 0.0]) + torch.tensor([3.0, 4.0]) / 12.5**0.5
+    )
+    torch.testing.assert_close(found[0, 0], expected)
+
+
+def test_gradients_reach_all_trained_weights() -> None:
+    predictor = late().train()
+    batch = make_batch(torch.arange(28).view(2, 14) % VOCABULARY)
+    u = torch.rand(2, 3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    hidden = predictor.slot_hidden(predictor.encode(batch), u, torch.ones(2, 3, dtype=torch.long))
+    tokens = torch.randint(VOCABULARY, (2, 3, 7), generator=torch.Generator().manual_seed(1))
+    logits = predictor.slot_logits(predictor.correct(predictor.encode(batch), None, hidden, tokens))
+    F.cross_entropy(logits.flatten(0, 2), tokens.flatten()).backward()
+    missing = [name for name, one in predictor.named_parameters() if one.requires_grad and not one.grad.abs().sum() > 0]  # pyright: ignore[reportOptionalMemberAccess]
+    predictor.zero_grad(set_to_none=True)
+    predictor.eval()
+    assert not missing
+
+
+def test_saved_and_opened_again(tmp_path: Path) -> None:
+    predictor = late()
+    ParallelTokenPredictor(predictor).save_pretrained(tmp_path / "late")
+    other = tiny_predictor(
+        "llama", vocab_size=VOCABULARY, num_layers=3, correction=CORRECTIONS["token_conditioned"], slot_layers=1, seed=9
+    )
+    stored = read_predictor(tmp_path / "late")
+    assert PredictorConfig.from_dict(stored.config).slot_layers == 1
+    other.load_trainable_state(stored.state)
+    settings = GenerationSettings(SamplingConfig(), 20)
+    cycles = [decode_one(decode_speculatively, one, settings).cycles for one in (predictor, other)]
+    assert cycles[0] == cycles[1]
+
+
+def test_all_layers_are_the_default() -> None:
+    predictor = tiny_predictor("llama", num_layers=2, slot_layers=2)
+    assert predictor.first_slot_layer == 0 and predictor.slot_encoder.late_entry is None
+    decode_one(decode_partially_quadratically, predictor, GenerationSettings(max_new_tokens=3))
+
+
+class TestRefusals:
+    def test_other_decoder(self) -> None:
+        with pytest.raises(ValueError, match=r"slot_layers 1: set decoder to speculative"):
+            decode_one(decode_partially_quadratically, late(), GenerationSettings())
+
+    @pytest.mark.parametrize("number", [0, -1])
+    def test_too_few(self, number: int) -> None:
+        with pytest.raises(ValueError, match=rf"predictor\.slot_layers null or >= 1, found {number}"):
+            PredictorConfig(slot_layers=number)
+
+    def test_too_many(self) -> None:
+        with pytest.raises(ValueError, match=r"predictor\.slot_layers null or <= 3 \(all layers\), found 4"):
+            tiny_predictor("llama", num_layers=3, slot_layers=4)
+
+    def test_another_student(self) -> None:
+        with pytest.raises(ValueError, match=r"predictor\.student GatedLoraStudent.*found FullCopyStudent"):
+            PredictorConfig(slot_layers=2, student=FullCopyStudent())
+
+    def test_other_layers(self) -> None:
+        with pytest.raises(ValueError, match=r"one list of equal ones.*found gpt2: set predictor\.slot_layers to null"):
+            tiny_predictor("gpt2", num_layers=3, slot_layers=1)
+
+    def test_no_adapter_in_these_layers(self) -> None:
+        config = PredictorConfig(slot_layers=1, lora=LoraSettings(target_modules=r".*layers\.0\..*q_proj"))
+        with pytest.raises(ValueError, match=r"target_modules in the last layers.*set predictor\.slot_layers to null"):
+            PredictorNetwork(config, TINY_MODELS["llama"](num_layers=3))
