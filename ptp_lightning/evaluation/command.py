@@ -18,10 +18,17 @@ from ptp_lightning.decoding import GenerationSettings
 from ptp_lightning.decoding.devices import select_device
 from ptp_lightning.decoding.drafting import num_tree_tokens
 from ptp_lightning.decoding.model_settings import TAKEN_OVER, with_model_settings
+from ptp_lightning.decoding.partial_quadratic import require_slots_in_calls
 from ptp_lightning.decoding.slot_budget import measure_best_budget
 from ptp_lightning.decoding.text import end_of_text_ids, tokenizer_of
 from ptp_lightning.evaluation.acceptance_gap import acceptance_gaps
-from ptp_lightning.evaluation.decoder_names import AUTOREGRESSIVE, PARTIAL_QUADRATIC, PROMPT_LOOKUP, TRANSFORMERS
+from ptp_lightning.evaluation.decoder_names import (
+    AUTOREGRESSIVE,
+    DECODER_NAMES,
+    PARTIAL_QUADRATIC,
+    PROMPT_LOOKUP,
+    TRANSFORMERS,
+)
 from ptp_lightning.evaluation.decoders import Decoder, make_decoders
 from ptp_lightning.evaluation.near_ties import Deviation, first_difference, is_explained_by_rounding
 from ptp_lightning.evaluation.questions import read_questions
@@ -74,7 +81,7 @@ def run(options: Namespace) -> None:
         replace(settings.sampling, temperature=temperature)  # checks the range
     plan = EvaluationPlan(questions, range(options.seeds), temperatures, settings)
 
-    names = list(dict.fromkeys(options.decoders))
+    names = _decoder_names(options.decoders, predictor)
     needs_base_model = bool({TRANSFORMERS, PROMPT_LOOKUP} & set(names))
     base_model = load_backbone(predictor.config.backbone).to(device).eval() if needs_base_model else None  # pyright: ignore[reportArgumentType]
     budgets = _slot_budgets(options, predictor, settings) if PARTIAL_QUADRATIC in names else []
@@ -88,6 +95,15 @@ def run(options: Namespace) -> None:
     report = _report(plan, decoders, predictor, tokenizer, file, description)
     report.write(file.records.values(), folder)
     print(_summary(report, folder))
+
+
+def _decoder_names(given: list[str] | None, predictor: PredictorNetwork) -> list[str]:
+    """By default all that the predictor's slots allow."""
+    if given is None:
+        return [name for name in DECODER_NAMES if name != PARTIAL_QUADRATIC or not predictor.first_slot_layer]
+    if PARTIAL_QUADRATIC in given:
+        require_slots_in_calls(predictor)
+    return list(dict.fromkeys(given))
 
 
 def _complete_settings(

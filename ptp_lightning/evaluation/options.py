@@ -31,8 +31,7 @@ def build_parser() -> ArgumentParser:
         "--decoders",
         type=Literal[DECODER_NAMES],
         nargs="+",
-        default=list(DECODER_NAMES),
-        help="decoders to evaluate; the autoregressive decoder is always included",
+        help="decoders to evaluate, by default all that the adapter allows; autoregressive is always included",
     )
     add("--max_new_tokens", type=int, default=64, help="maximum length of an answer")
     add("--temperatures", type=float, nargs="+", help="0 is greedy; by default that of the adapter")

@@ -70,6 +70,7 @@ def model_card(
         "Objective": TITLES.get(config.objective.name, config.objective.name),
         "Features of an auxiliary": f"`{config.features}`, {config.head} head",
         "Window length": f"{config.window_length} tokens, the first exact, {config.window_length - 1} from slots",
+        "Layers of slots": "all" if config.slot_layers is None else f"the last {config.slot_layers}",
         "Sampling": f"temperature {sampling.temperature}, top-k {sampling.top_k or 'off'}, top-p {sampling.top_p}, "
         f"{sampling.order} order",
         "Trained for": "these settings only" if config.sampling_range is None else f"`{config.sampling_range}`",

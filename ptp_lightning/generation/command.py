@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ptp_lightning.decoding.devices import select_device
 from ptp_lightning.decoding.generation import Generation, GenerationSettings
 from ptp_lightning.decoding.model_settings import TAKEN_OVER, with_model_settings
+from ptp_lightning.decoding.partial_quadratic import require_slots_in_calls
 from ptp_lightning.decoding.slot_allocation import expected_tokens
 from ptp_lightning.decoding.slot_budget import measure_best_budget
 from ptp_lightning.decoding.stop_strings import StopStrings
@@ -212,6 +213,7 @@ def _completed(
     window_length = settings.window_length if options.window_length else config.window_length
     settings = replace(settings, sampling=sampling, window_length=window_length, end_of_text=end_of_text)
     if options.decoder == "partial_quadratic" and options.slot_budget == "auto":
+        require_slots_in_calls(predictor)
         settings = replace(settings, slot_budget=_measured_budget(predictor, settings))
     return settings
 
