@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def prepare_for_training(
-    model: PreTrainedModel, student: Student, lora: LoraSettings, first_layer: int
+    model: PreTrainedModel, student: Student, lora: LoraSettings, first_layer: int = 0
 ) -> AttachedStudent:
     """Change a base model, in place, so that a student can be trained on windows. This is all that is changed:
 
