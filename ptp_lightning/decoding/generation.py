@@ -122,6 +122,11 @@ class Decoded:
         """Number of tokens of each draft, see `Cycle`."""
         return [cycle.num_drafted for cycle in self.cycles if cycle.num_drafted]
 
+    @property
+    def committed_per_cycle(self) -> list[int]:
+        """Number of tokens that each cycle with a draft added to the text."""
+        return [cycle.num_committed for cycle in self.cycles if cycle.num_drafted]
+
 
 @dataclass(frozen=True)
 class Generation(Decoded):

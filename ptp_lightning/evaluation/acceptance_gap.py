@@ -142,7 +142,7 @@ def acceptance_gaps(
 
 def _complete_drafts(record: Record, window_length: int) -> list[tuple[int, int]]:
     """(tokens of context, correct tokens) of each draft of full length."""
-    starts = accumulate((correct + 1 for correct in record.correct_per_cycle), initial=record.num_prompt_tokens)
+    starts = accumulate(record.committed_per_cycle, initial=record.num_prompt_tokens)
     drafts = zip(starts, record.correct_per_cycle, record.drafted_per_cycle, strict=False)
     return [(start, correct) for start, correct, drafted in drafts if drafted == window_length]
 

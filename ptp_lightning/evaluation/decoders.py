@@ -41,6 +41,7 @@ class Answer:
         phases: seconds by phase, if the decoder measures them.
         correct_per_cycle: see `Decoded`.
         drafted_per_cycle: see `Decoded`.
+        committed_per_cycle: see `Decoded`.
     """
 
     token_ids: list[int]
@@ -49,6 +50,7 @@ class Answer:
     phases: Mapping[str, float] = field(default_factory=dict)
     correct_per_cycle: list[int] = field(default_factory=list)
     drafted_per_cycle: list[int] = field(default_factory=list)
+    committed_per_cycle: list[int] = field(default_factory=list)
 
 
 class Decoder(ABC):
@@ -98,6 +100,7 @@ class PredictorDecoder(Decoder):
             timer.seconds,
             decoded.correct_per_cycle,
             decoded.drafted_per_cycle,
+            decoded.committed_per_cycle,
         )
 
 

@@ -45,6 +45,7 @@ class Record:
         peak_bytes: peak memory, allocated on the GPU or else resident.
         correct_per_cycle: see `Decoded`.
         drafted_per_cycle: see `Decoded`.
+        committed_per_cycle: see `Decoded`.
     """
 
     question_id: str
@@ -62,6 +63,7 @@ class Record:
     peak_bytes: int
     correct_per_cycle: list[int]
     drafted_per_cycle: list[int]
+    committed_per_cycle: list[int]
 
     @property
     def key(self) -> RunKey:

@@ -147,4 +147,5 @@ def _as_record(question: Question, key: RunKey, prompt: Prompt, answer: Answer, 
         peak_bytes=peak_bytes,
         correct_per_cycle=answer.correct_per_cycle,
         drafted_per_cycle=answer.drafted_per_cycle,
+        committed_per_cycle=answer.committed_per_cycle,
     )

@@ -37,7 +37,7 @@ class Score:
         num_tokens: total length of the answers.
         tokens_per_call: tokens per forward pass, including those that read prompts.
         tokens_per_cycle: tokens committed per draft: the correct tokens, and the token that the base model picks after
-            them (the "+1"); None without drafts.
+            them (the "+1"), of which late slots' cycles commit one less; None without drafts.
         correct_per_cycle: correct tokens of a draft, including the exact first token, without the "+1".
         milliseconds_per_token: median over answers.
         speed: tokens per second, relative to the autoregressive decoder.
@@ -108,6 +108,7 @@ def _score(
     calls = sum(record.num_calls for record in group)
     seconds = sum(record.seconds for record in group)
     correct = [number for record in group for number in record.correct_per_cycle]
+    committed = [number for record in group for number in record.committed_per_cycle]
     texts = {record.key._replace(decoder=""): record.token_ids for record in reference}
     return Score(
         decoder=decoder,
@@ -116,7 +117,7 @@ def _score(
         num_answers=len(group),
         num_tokens=tokens,
         tokens_per_call=tokens / calls,
-        tokens_per_cycle=tokens / len(correct) if correct else None,
+        tokens_per_cycle=float(np.mean(committed)) if committed else None,
         correct_per_cycle=float(np.mean(correct)) if correct else None,
         milliseconds_per_token=float(
             np.median([MILLISECONDS_PER_SECOND * record.seconds / max(1, len(record.token_ids)) for record in group])

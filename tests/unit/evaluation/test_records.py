@@ -10,7 +10,7 @@ import pytest
 from ptp_lightning.evaluation.records import RECORDS_FILE, RUN_FILE, Record, RecordFile
 
 RUN = {"seeds": 2, "temperatures": [0.7, 1.0]}
-RECORD = Record("q1", "math", 0, 0, 0.7, "speculative", 9, 0, [4, 5], 3, 0.5, {"forward": 0.4}, 100, [2], [4])
+RECORD = Record("q1", "math", 0, 0, 0.7, "speculative", 9, 0, [4, 5], 3, 0.5, {"forward": 0.4}, 100, [2], [4], [3])
 
 
 def test_written_records_are_read(tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ def record(
         "peak_bytes": 5,
         "correct_per_cycle": [correct for correct, _ in pairs],
         "drafted_per_cycle": [drafted for _, drafted in pairs],
+        "committed_per_cycle": [correct + 1 for correct, _ in pairs],
     }
     return Record(**(fields | changes))  # pyright: ignore[reportArgumentType]
 
@@ -58,7 +59,7 @@ def test_scores() -> None:
     score = found["overall", "speculative"]
     assert (score.num_answers, score.num_tokens) == (2, 20)
     assert score.tokens_per_call == 20 / 10
-    assert score.tokens_per_cycle == 20 / 5
+    assert score.tokens_per_cycle == (4 + 5 + 2 + 2 + 2) / 5
     assert score.correct_per_cycle == (3 + 4 + 3) / 5
     assert score.milliseconds_per_token == pytest.approx((50 + 150) / 2)
     assert score.speed.value == pytest.approx(2.0)
