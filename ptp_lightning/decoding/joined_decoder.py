@@ -17,6 +17,7 @@ the same bits in every decoder and in every batch, because it is the same call.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,10 +28,10 @@ from ptp_lightning.decoding.joined_calls import Call, DecodingCall, PromptCall, 
 from ptp_lightning.decoding.ragged_cache import RaggedCache
 from ptp_lightning.decoding.token_tree import TokenTree
 from ptp_lightning.models.attention.sliding_window import has_sliding_window
-from ptp_lightning.models.layers.packed_linear import PackedWeights, is_packable, packs_weights
+from ptp_lightning.models.layers.packed_linear import PackedLinear, PackedWeights, is_packable, packs_weights
 from ptp_lightning.models.layers.replacement import full_name
 from ptp_lightning.models.lora.gated_linear import GatedLoraLinear
-from ptp_lightning.models.lora.joined_adapter import JoinedAdapter, base_layer
+from ptp_lightning.models.lora.joined_adapter import JoinedAdapter, base_layer, kept_merged
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -213,16 +214,25 @@ class _JoinedLayer:
 
 
 class _JoinedProduct:
-    """Linear layers with the same input, with their adapters at the rows of slots."""
+    """Linear layers with the same input, with their adapters at the rows of slots.
+
+    A call of slots alone uses weights with which the adapters are merged, if there is memory for packed copies.
+    """
 
     def __init__(self, layers: list[nn.Module], packed_weights: PackedWeights, pack: bool) -> None:
         bases = [base_layer(layer) for layer in layers]
+        self._merged = partial(kept_merged, layers, packed_weights) if pack else None
+        self._of_slots: PackedLinear | None = None
         self._linear = packed_weights.linear(*bases, pack=pack)
         self._adapter = JoinedAdapter.kept(layers, bases[0].weight.dtype, pack, packed_weights)
 
     def __call__(self, rows: Tensor, call: Call) -> Tensor:
         """`[M, in]` to `[M, out]`; the adapters act on the rows of slots."""
         start = call.num_token_rows
+        if start == 0 and self._merged is not None:
+            if self._of_slots is None:
+                self._of_slots = self._merged()
+            return self._of_slots(rows)
         output = self._linear.whole(rows) if call.is_whole else self._linear(rows)
         if start < len(rows):
             self._adapter.add_(output[start:], rows[start:])

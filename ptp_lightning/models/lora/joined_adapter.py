@@ -47,6 +47,36 @@ class JoinedAdapter:
             output.addmm_(self._shrink(rows), self._expand)
 
 
+def kept_merged(layers: Sequence[nn.Module], packed_weights: PackedWeights) -> PackedLinear:
+    """Layers with the same input as one product by `W + s B A`, for calls of slots alone.
+
+    It needs fewer operations than the product and its update, and memory for a second copy of the weights.
+
+    Args:
+        layers: as for `JoinedAdapter`. The sum is rounded to the dtype of W; this affects drafts alone.
+        packed_weights: keeps the copy.
+    """
+    bases = [base_layer(layer) for layer in layers]
+    acting = [layer.lora_weights for layer in layers if _acts(layer)]
+    tensors = [tensor for base in bases for tensor in (base.weight, base.bias) if tensor is not None]
+    tensors += [tensor for weights in acting for tensor in (weights.a, weights.b)]
+    key = ("merged", len(layers), *(weights.scale for weights in acting))
+    return packed_weights.copy(
+        layers[0], key, tensors, lambda can_pack: PackedLinear([_merged(layer) for layer in layers], can_pack)
+    )
+
+
+def _merged(layer: nn.Module) -> nn.Linear:
+    base = base_layer(layer)
+    if not _acts(layer):
+        return base
+    a, b, scale = layer.lora_weights
+    update = scale * (b.detach().float() @ a.detach().float())
+    merged = _linear((base.weight.detach().float() + update).to(base.weight.dtype))
+    merged.bias = base.bias
+    return merged
+
+
 def _acts(layer: nn.Module) -> TypeGuard[GatedLoraLinear]:
     return isinstance(layer, GatedLoraLinear) and layer.acting_adapter is not None
 

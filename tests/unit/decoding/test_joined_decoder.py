@@ -22,7 +22,7 @@ from ptp_lightning.decoding.state import MIN_PREFILL_TOKENS, BatchContext
 from ptp_lightning.decoding.token_tree import TokenTree
 from ptp_lightning.models import LoraSettings, PredictorConfig, PredictorNetwork
 from ptp_lightning.models.layers.packed_linear import PackedWeights
-from ptp_lightning.models.lora.joined_adapter import JoinedAdapter
+from ptp_lightning.models.lora.joined_adapter import JoinedAdapter, base_layer, kept_merged
 from ptp_lightning.sampling import SamplingConfig
 from tests.helpers.parameter_products import one_in
 from tests.helpers.tiny_decoding import Decode, decode_one, reference
@@ -311,3 +311,22 @@ def test_the_kept_adapter_follows_its_weights(change: str) -> None:
         else:
             layer.enable_adapters(False)
             assert not update().any()
+
+
+@torch.inference_mode(False)
+def test_merged_weights_follow_both_parts() -> None:
+    layers = cast(Any, wide(192, torch.float32).base_model).model.layers[0].mlp
+    pair, packed_weights = [layers.gate_proj, layers.up_proj], PackedWeights()
+    rows = torch.randn(3, layers.gate_proj.in_features)
+
+    def expected() -> Tensor:
+        product = torch.cat([base_layer(layer)(rows) for layer in pair], dim=1)
+        JoinedAdapter(pair, torch.float32).add_(product, rows)
+        return product
+
+    with torch.no_grad():
+        torch.testing.assert_close(kept_merged(pair, packed_weights)(rows), expected(), atol=1e-4, rtol=1e-4)
+        assert kept_merged(pair, packed_weights) is kept_merged(pair, packed_weights)
+        for weight in (layers.up_proj.lora_weights.b, base_layer(layers.gate_proj).weight):
+            weight.mul_(2)
+            torch.testing.assert_close(kept_merged(pair, packed_weights)(rows), expected(), atol=1e-4, rtol=1e-4)
