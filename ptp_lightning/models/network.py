@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Self
 
 import torch
@@ -10,8 +11,8 @@ from torch import Tensor, nn
 
 from ptp_lightning.batch import PackedBatch
 from ptp_lightning.models.attention.choice import AttentionChoice
-from ptp_lightning.models.attention.dispatch import can_enter_late, layer_input, run_stack
-from ptp_lightning.models.attention.interface import IncrementalReader, WindowAttention, WindowKeys
+from ptp_lightning.models.attention.dispatch import layer_input, run_stack
+from ptp_lightning.models.attention.interface import IncrementalReader, RunLayers, WindowAttention, WindowKeys
 from ptp_lightning.models.attention.masks import context_mask
 from ptp_lightning.models.backbone import architecture_fingerprint, fingerprint, load_backbone
 from ptp_lightning.models.config import PredictorConfig
@@ -21,7 +22,7 @@ from ptp_lightning.models.correction.decoder_refiner import Refiner, RefinerCont
 from ptp_lightning.models.draft_head import DraftHead, as_vocabulary, require_draft_vocabulary
 from ptp_lightning.models.layers.packed_linear import PackedWeights
 from ptp_lightning.models.output_head import apply_head, final_logits, output_head
-from ptp_lightning.models.slots.late_entry import LateEntry
+from ptp_lightning.models.slots.late_entry import LateEntry, first_slot_layer
 from ptp_lightning.models.slots.sampling_encoder import SamplingEncoder
 from ptp_lightning.models.slots.slot_encoder import SlotEncoder
 from ptp_lightning.models.support import require_finite, require_supported, require_text_model
@@ -205,17 +206,10 @@ class PredictorNetwork(nn.Module):
         """The student's embeddings of context tokens: `[...]` to `[..., H]`."""
         return self.student_model.get_input_embeddings()(token_ids)
 
-    def run_student_decoder(
-        self,
-        embeddings: Tensor,
-        position_ids: Tensor,
-        mask: Tensor | None,
-        cache: Cache | None,
-        *,
-        window_keys: WindowKeys | None = None,
-    ) -> Tensor:
-        """Run the student's stack, the adapter's gate as the caller left it; arguments as in `run_decoder`."""
-        return run_stack(self.student_model, embeddings, position_ids, mask, cache, window_keys)
+    @property
+    def run_student_decoder(self) -> RunLayers:
+        """Runs the student's stack, the adapter's gate as the caller left it."""
+        return partial(run_stack, self.student_model)
 
     def sampler(self, sampling: SamplingConfig | None = None) -> Sampler:
         """These settings, by default the predictor's own, with its token order and draft vocabulary.
@@ -293,17 +287,10 @@ class PredictorNetwork(nn.Module):
         assert self.slot_encoder.late_entry is not None, "slots enter at the first layer"
         return self.slot_encoder.late_entry(slots, entry_hidden, last_hidden, self.embed(first_token_ids))
 
-    def run_slot_layers(
-        self,
-        embeddings: Tensor,
-        position_ids: Tensor,
-        mask: Tensor | None,
-        cache: Cache | None,
-        *,
-        window_keys: WindowKeys | None = None,
-    ) -> Tensor:
-        """Run the layers of the base model that slots run through; arguments as in `run_decoder`."""
-        return run_stack(self.base_model, embeddings, position_ids, mask, cache, window_keys, self.first_slot_layer)
+    @property
+    def run_slot_layers(self) -> RunLayers:
+        """Runs the layers of the base model that slots run through, the adapter's gate as the caller left it."""
+        return partial(run_stack, self.base_model, first_layer=self.first_slot_layer)
 
     def read_windows(self, context: Context, embeddings: Tensor) -> Tensor:
         """Run the base model's stack on the first J positions of each window, after its context.
@@ -424,26 +411,3 @@ class PredictorNetwork(nn.Module):
         """Inverse of `trainable_state`; raises as `require_trainable_state`."""
         self.require_trainable_state(state)
         self.load_state_dict(state, strict=False)
-
-
-def first_slot_layer(model: PreTrainedModel, slot_layers: int | None) -> int:
-    """Index of the first decoder layer that slots run through.
-
-    Args:
-        model: the base model.
-        slot_layers: number of layers, from the last one; None for all.
-
-    Raises:
-        ValueError: it has fewer layers, or slots cannot enter it above the first.
-    """
-    if slot_layers is None:
-        return 0
-    num_layers = model.config.get_text_config().num_hidden_layers
-    if slot_layers > num_layers:
-        raise ValueError(f"expected predictor.slot_layers null or <= {num_layers} (all layers), found {slot_layers}")
-    if slot_layers < num_layers and not can_enter_late(model):
-        raise ValueError(
-            f"expected a base model whose layers are one list of equal ones beside predictor.slot_layers, found "
-            f"{model.config.model_type}: set predictor.slot_layers to null"
-        )
-    return num_layers - slot_layers

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ptp_lightning.models.attention.eager_attention import needs_eager_attention, register_eager_attention
 from ptp_lightning.models.attention.interface import WindowKeys
-from ptp_lightning.models.attention.sliding_window import has_sliding_window, layer_masks
+from ptp_lightning.models.attention.sliding_window import layer_masks
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
@@ -92,7 +92,7 @@ def run_stack(
     position_ids: Tensor,
     mask: Tensor | None,
     cache: Cache | None,
-    window_keys: WindowKeys | None,
+    window_keys: WindowKeys | None = None,
     first_layer: int = 0,
 ) -> Tensor:
     """Run the stack of a causal LM in its dtype, from one of its layers on; arguments and result as in `RunLayers`."""
@@ -131,7 +131,7 @@ def layer_input(model: PreTrainedModel, layer: int) -> Iterator[list[Tensor]]:
     """Collects what one layer reads in the calls inside the block, each `[B, T, H]`.
 
     Args:
-        model: a causal LM, of which `can_enter_late` holds.
+        model: a causal LM, see `first_slot_layer`.
         layer: index of the layer.
     """
     found: list[Tensor] = []
@@ -145,10 +145,3 @@ def layer_input(model: PreTrainedModel, layer: int) -> Iterator[list[Tensor]]:
         yield found
     finally:
         handle.remove()
-
-
-def can_enter_late(model: PreTrainedModel) -> bool:
-    """Whether slots can enter a model above its first layer: one list of layers, all of one kind."""
-    layers = getattr(getattr(model, model.base_model_prefix), "layers", None)
-    types = getattr(model.config, "layer_types", None)
-    return isinstance(layers, nn.ModuleList) and not has_sliding_window(model.config) and len(set(types or ())) < 2

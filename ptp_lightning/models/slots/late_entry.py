@@ -1,11 +1,17 @@
-"""LateEntry: the input of slots that run through the last layers of the stack alone."""
+"""Late slots, which run through the last layers of the stack alone: at which layer they enter, and what they read."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from ptp_lightning.models.attention.sliding_window import has_sliding_window
 from ptp_lightning.models.correction.normalization import normalized
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 INITIAL_GAIN = 0.25  # of all that is added at the start to the stream of the token before
 
@@ -53,3 +59,33 @@ class LateEntry(nn.Module):
         scale = entry_hidden.to(of_window.dtype).square().mean(dim=-1, keepdim=True).sqrt()
         of_slots = self.from_slot(normalized(slots, self.from_slot))
         return scale.unsqueeze(-2) * (of_window.unsqueeze(-2) + of_slots)
+
+
+def first_slot_layer(model: PreTrainedModel, slot_layers: int | None) -> int:
+    """Index of the first decoder layer that slots run through.
+
+    Args:
+        model: the base model.
+        slot_layers: number of layers, from the last one; None for all.
+
+    Raises:
+        ValueError: it has fewer layers, or slots cannot enter it above the first.
+    """
+    if slot_layers is None:
+        return 0
+    num_layers = model.config.get_text_config().num_hidden_layers
+    if slot_layers > num_layers:
+        raise ValueError(f"expected predictor.slot_layers null or <= {num_layers} (all layers), found {slot_layers}")
+    if slot_layers < num_layers and not _can_enter_late(model):
+        raise ValueError(
+            f"expected a base model whose layers are one list of equal ones beside predictor.slot_layers, found "
+            f"{model.config.model_type}: set predictor.slot_layers to null"
+        )
+    return num_layers - slot_layers
+
+
+def _can_enter_late(model: PreTrainedModel) -> bool:
+    """Whether slots can enter a model above its first layer: one list of layers, all of one kind."""
+    layers = getattr(getattr(model, model.base_model_prefix), "layers", None)
+    types = getattr(model.config, "layer_types", None)
+    return isinstance(layers, nn.ModuleList) and not has_sliding_window(model.config) and len(set(types or ())) < 2
