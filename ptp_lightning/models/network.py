@@ -206,10 +206,17 @@ class PredictorNetwork(nn.Module):
         """The student's embeddings of context tokens: `[...]` to `[..., H]`."""
         return self.student_model.get_input_embeddings()(token_ids)
 
-    @property
-    def run_student_decoder(self) -> RunLayers:
-        """Runs the student's stack, the adapter's gate as the caller left it."""
-        return partial(run_stack, self.student_model)
+    def run_student_decoder(
+        self,
+        embeddings: Tensor,
+        position_ids: Tensor,
+        mask: Tensor | None,
+        cache: Cache | None,
+        *,
+        window_keys: WindowKeys | None = None,
+    ) -> Tensor:
+        """Run the student's stack, the adapter's gate as the caller left it; arguments as in `run_decoder`."""
+        return run_stack(self.student_model, embeddings, position_ids, mask, cache, window_keys)
 
     def sampler(self, sampling: SamplingConfig | None = None) -> Sampler:
         """These settings, by default the predictor's own, with its token order and draft vocabulary.

@@ -126,7 +126,7 @@ class TestAPerfectStudent:
         predictor = make_predictor(sampling=SamplingConfig())
 
         @torch.no_grad()
-        def slot_hidden(context: Context, auxiliaries: Tensor) -> Tensor:
+        def slot_hidden(context: Context, auxiliaries: Tensor, first_token_ids: Tensor) -> Tensor:
             """Writes the teacher's text token by token, and hands out the states that predict it."""
             text: list[Tensor] = []
             hidden = context.first_hidden.unsqueeze(2)
