@@ -29,6 +29,7 @@ from ptp_lightning.auxiliary import pick
 from ptp_lightning.decoding import CorrectLengths, GenerationSettings, StudentDrafter
 from ptp_lightning.decoding.drafting import draft_windows
 from ptp_lightning.decoding.lookahead import Lookahead
+from ptp_lightning.decoding.partial_quadratic import require_slots_in_calls
 from ptp_lightning.decoding.preparation import prepare_for_decoding
 from ptp_lightning.decoding.slot_allocation import allocate_slots
 from ptp_lightning.decoding.state import BatchContext
@@ -82,6 +83,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     predictor = _predictor(options)
+    require_slots_in_calls(predictor)
     sampling = predictor.config.sampling
     timed: dict[str, Callable[[], float]] = {}
     if options.model is not None or options.adapter is not None:

@@ -37,7 +37,7 @@ def decode_speculatively(
     drafter: Drafter | None = None,
     timer: PhaseTimer | None = None,
 ) -> list[Decoded]:
-    """Cycles of two calls (three with a student's copy, one with late slots) that commit `correct + 1` tokens.
+    """Cycles of two calls (three with a student's copy) that commit `accepted = correct + 1` tokens.
 
     1. Draft. A call reads the tokens that the cache lacks (first the prompt or its last token, later the newest token),
        then slots. The base model's logits give the first token of the window, t_1 = Pick(u_1, Q_1); slot j gives token
@@ -121,7 +121,7 @@ class _Cycles:
     def run_with_late_slots(self) -> None:
         """Cycles of a pass of slots and a call, after a first call that gives the first token."""
         context, texts = self._context, self._texts
-        _, _ = context.read(self._unread)
+        context.read(self._unread)
         first = self._pick_after(self._counts, texts.starts)
         texts.commit(first.tolist(), context.num_calls)
         self._go_on(first)
