@@ -9,7 +9,7 @@ from ptp_lightning.decoding.drafting import Drafter, StudentDrafter
 from ptp_lightning.decoding.generation import Cycle, Decoded, Generation, GenerationSettings
 from ptp_lightning.decoding.partial_quadratic import decode_partially_quadratically
 from ptp_lightning.decoding.slot_allocation import CorrectLengths
-from ptp_lightning.decoding.speculative import decode_speculatively
+from ptp_lightning.decoding.speculative import decode_by_lookup, decode_speculatively
 from ptp_lightning.decoding.text import DECODERS, generate, generate_batch
 from ptp_lightning.decoding.transformers_generate import CustomGenerate, generate_with_predictor
 
@@ -24,6 +24,7 @@ __all__ = [
     "GenerationSettings",
     "StudentDrafter",
     "decode_autoregressively",
+    "decode_by_lookup",
     "decode_partially_quadratically",
     "decode_speculatively",
     "generate",

@@ -180,6 +180,11 @@ class VerifiedTexts:
         self._on_tokens = on_tokens
 
     @property
+    def new_tokens(self) -> list[list[int]]:
+        """The new tokens of each unfinished text; not to be changed."""
+        return [self._token_ids[row] for row in self.rows]
+
+    @property
     def starts(self) -> list[int]:
         """Number of new tokens of each unfinished text."""
         return [len(self._token_ids[row]) for row in self.rows]

@@ -23,6 +23,7 @@ from ptp_lightning.decoding.drafting import (
 from ptp_lightning.decoding.generation import Decoded, GenerationSettings, OnTokens
 from ptp_lightning.decoding.lookahead import Lookahead
 from ptp_lightning.decoding.state import Start, begin_decoding
+from ptp_lightning.decoding.text_lookup import TextLookup
 from ptp_lightning.decoding.timing import PhaseTimer
 from ptp_lightning.decoding.token_tree import TokenTree, Verified, verified_paths
 from ptp_lightning.models.network import PredictorNetwork
@@ -36,6 +37,8 @@ def decode_speculatively(
     on_tokens: OnTokens | None = None,
     drafter: Drafter | None = None,
     timer: PhaseTimer | None = None,
+    *,
+    lookup: bool = False,
 ) -> list[Decoded]:
     """Cycles of two calls (three with a student's copy) that commit `accepted = correct + 1` tokens.
 
@@ -53,6 +56,9 @@ def decode_speculatively(
     root of the tree that the call reads. A cycle commits `correct` tokens: the path after the root, and the pick after
     it.
 
+    With `lookup`, drafts of a `TextLookup` come first. Where all texts of the batch have one, the cycle is a single
+    call, which reads the newest token and the draft, as with late slots.
+
     The draft leaves room for that last pick, so windows shrink towards the end of the longest text. If a single token
     remains, it is t_1 of a drafting call and needs no verification.
 
@@ -63,19 +69,41 @@ def decode_speculatively(
         on_tokens: is called once a cycle with the committed tokens of each text.
         drafter: makes the drafts; by default the student. Trees need a `TreeDrafter`.
         timer: marks the ends of phases.
+        lookup: whether to copy drafts from the texts, where tokens repeat.
 
     Raises:
         ValueError: a prompt is empty, or too long for `max_new_tokens` more.
     """
     with begin_decoding(predictor, prompts, settings, on_tokens, timer) as start:
-        context = start.context
         if drafter is None:
-            drafter = StudentDrafter(predictor.config.objective, context.sampling)
+            drafter = StudentDrafter(predictor.config.objective, start.context.sampling)
         cycles = _Cycles(start, drafter, settings.window_length, num_tree_tokens(predictor, settings))
+        if lookup:
+            cycles.lookup = TextLookup(prompts)
         if predictor.first_slot_layer:
             cycles.run_with_late_slots()
         else:
             cycles.run()
+    return start.texts.decoded()
+
+
+@torch.inference_mode()
+def decode_by_lookup(
+    predictor: PredictorNetwork,
+    prompts: Sequence[Sequence[int]],
+    settings: GenerationSettings,
+    on_tokens: OnTokens | None = None,
+    timer: PhaseTimer | None = None,
+) -> list[Decoded]:
+    """One token a call, but where texts repeat themselves a `TextLookup` drafts; the student is not used.
+
+    It shows what the student adds to `decode_speculatively` with `lookup`. Arguments and errors are the same.
+    """
+    with begin_decoding(predictor, prompts, settings, on_tokens, timer) as start:
+        drafter = StudentDrafter(predictor.config.objective, start.context.sampling)
+        cycles = _Cycles(start, drafter, window_length=1, tree_size=0)
+        cycles.lookup = TextLookup(prompts)
+        cycles.run()
     return start.texts.decoded()
 
 
@@ -87,7 +115,12 @@ class _Cycles:
         drafter: makes the drafts.
         window_length: L, tokens of a draft, one after the other.
         tree_size: see `num_tree_tokens`.
+
+    Attributes:
+        lookup: of all texts; None without.
     """
+
+    lookup: TextLookup | None = None
 
     def __init__(self, start: Start, drafter: Drafter, window_length: int, tree_size: int) -> None:
         self._context, self._texts, self._unread, self._counts = start
@@ -99,15 +132,18 @@ class _Cycles:
         """Cycles of two calls; the first gives an exact token and slots."""
         context, texts = self._context, self._texts
         while texts.rows:
+            if self._copied():
+                continue
             starts, calls_before = texts.starts, context.num_calls
             length = max(1, min(self._window_length, max(texts.remaining) - 1))
             counts = self._counts
             _, slots = context.read(self._unread, Lookahead.single(counts, length - 1, context.device))
             first = self._pick_after(counts, starts)
-            if max(texts.remaining) == 1:
-                single = [1] * len(starts)
-                texts.commit(first.tolist(), context.num_calls - calls_before, correct=single, drafted=single)
-                break
+            if self._window_length == 1 or max(texts.remaining) == 1:
+                drafted = None if self._window_length == 1 else [1] * len(starts)
+                texts.commit(first.tolist(), context.num_calls - calls_before, correct=drafted, drafted=drafted)
+                self._go_on(first)
+                continue
             verified, after = self._verify(self._draft(first, slots, starts), starts, length)
             texts.commit(
                 verified.token_ids,
@@ -126,22 +162,49 @@ class _Cycles:
         texts.commit(first.tolist(), context.num_calls)
         self._go_on(first)
         while texts.rows:
-            # The newest token is committed, and not read yet; it is the first token of the window.
-            starts, calls_before = [start - 1 for start in texts.starts], context.num_calls
+            if self._copied():
+                continue
             length = min(self._window_length, max(texts.remaining))
-            first = self._unread
-            slots = context.late_slots(first, length - 1) if length > 1 else None
+            slots = context.late_slots(self._unread, length - 1) if length > 1 else None
             context.timer.mark("forward")
-            tree = TokenTree.chain(first) if slots is None else self._draft(first, slots, starts)
-            verified, after = self._verify(tree, starts, length)
-            texts.commit(
-                [token_ids[1:] for token_ids in verified.token_ids],
-                context.num_calls - calls_before,
-                [len(path) for path in verified.columns],
-                [length] * len(starts),
-                verified.rejected,
-            )
-            self._go_on(after)
+            starts = [start - 1 for start in texts.starts]
+            tree = TokenTree.chain(self._unread) if slots is None else self._draft(self._unread, slots, starts)
+            self._verify_after_newest(tree, length)
+
+    def _copied(self) -> bool:
+        """Run a cycle of copied drafts, if every text has one."""
+        texts, size = self._texts, max(self._texts.remaining) - 1
+        if self.lookup is None or size < 1 or not all(texts.starts):
+            return False
+        drafts: list[list[int]] = []
+        for row, new in zip(texts.rows, texts.new_tokens, strict=True):
+            draft = self.lookup.draft(row, new, size)
+            if not draft:
+                return False
+            drafts.append(draft)
+        tree = TokenTree.chain(torch.cat([self._unread, torch.tensor(drafts, device=self._context.device)], dim=1))
+        self._context.timer.mark("drafting")
+        rows = list(texts.rows)
+        for row, num_correct in zip(rows, self._verify_after_newest(tree, tree.token_ids.shape[1]), strict=True):
+            self.lookup.learn(row, num_correct - 1)
+        return True
+
+    def _verify_after_newest(self, tree: TokenTree, length: int) -> list[int]:
+        """Read and commit drafts whose roots are the newest tokens; returns the correct tokens, roots included."""
+        texts = self._texts
+        calls_before = self._context.num_calls
+        starts = [start - 1 for start in texts.starts]
+        verified, after = self._verify(tree, starts, length)
+        correct = [len(path) for path in verified.columns]
+        texts.commit(
+            [token_ids[1:] for token_ids in verified.token_ids],
+            self._context.num_calls - calls_before,
+            correct,
+            [length] * len(starts),
+            verified.rejected,
+        )
+        self._go_on(after)
+        return correct
 
     def _pick_after(self, counts: Sequence[int], starts: Sequence[int]) -> Tensor:
         """Keep the tokens of the latest call; the base model's pick after them, `[B, 1]`."""

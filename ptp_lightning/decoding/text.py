@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Protocol, TypedDict, Unpack
 
@@ -10,7 +11,7 @@ from ptp_lightning.decoding.autoregressive import decode_autoregressively
 from ptp_lightning.decoding.generation import Decoded, Generation, GenerationSettings, OnTokens, require_room
 from ptp_lightning.decoding.model_settings import with_model_settings
 from ptp_lightning.decoding.partial_quadratic import decode_partially_quadratically
-from ptp_lightning.decoding.speculative import decode_speculatively
+from ptp_lightning.decoding.speculative import decode_by_lookup, decode_speculatively
 from ptp_lightning.decoding.stop_strings import StopStrings
 from ptp_lightning.decoding.timing import PhaseTimer
 from ptp_lightning.models.network import PredictorNetwork
@@ -41,6 +42,8 @@ class Decoder(Protocol):
 DECODERS: dict[str, Decoder] = {
     "autoregressive": decode_autoregressively,
     "speculative": decode_speculatively,
+    "speculative_lookup": partial(decode_speculatively, lookup=True),
+    "lookup": decode_by_lookup,
     "partial_quadratic": decode_partially_quadratically,
 }
 INCOMPLETE = "\ufffd"  # the replacement character, for bytes that are not a character, or not yet

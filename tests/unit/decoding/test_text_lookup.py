@@ -1,0 +1,266 @@
+"""Drafts copied from the text: where they come from, and that they change no text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache, partial
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ptp_lightning.decoding import (
+    GenerationSettings,
+    decode_autoregressively,
+    decode_by_lookup,
+    decode_speculatively,
+)
+from ptp_lightning.decoding.text_lookup import MAX_COPIED, MAX_MATCH, MIN_MATCH, TextLookup
+from ptp_lightning.models.network import PredictorNetwork
+from ptp_lightning.sampling import SamplingConfig
+from tests.helpers.parameter_products import one_in
+from tests.helpers.tiny_decoding import PROMPT, Decode, decode_one, reference, slot_logits_of_training
+from tests.helpers.tiny_predictors import CORRECTIONS, tiny_predictor
+
+VOCABULARY = 32
+PROMPTS = [[3, 1, 4, 1, 5, 9, 3, 1, 4, 1, 5, 9], [7], [2, 2, 2, 2, 2], [6, 7, 8] * 20]
+SAMPLING = {
+    "greedy": SamplingConfig(temperature=0),
+    "cold": SamplingConfig(temperature=0.3, top_k=5),  # repeats itself often
+    "truncated": SamplingConfig(temperature=0.7, top_k=50, top_p=0.9),
+}
+DECODERS: dict[str, Decode] = {
+    "speculative": partial(decode_speculatively, lookup=True),
+    "lookup": decode_by_lookup,
+}
+
+
+class TestTextLookup:
+    def test_copies_what_followed(self) -> None:
+        lookup = TextLookup([[1, 2, 3, 9, 4]])
+        assert lookup.draft(0, [1, 2], size=2) == [3, 9]
+
+    def test_of_the_new_text_as_well(self) -> None:
+        assert TextLookup([[5]]).draft(0, [1, 2, 3, 1, 2], size=1) == [3]
+
+    def test_the_longest_match_counts_then_the_latest(self) -> None:
+        assert TextLookup([[7, 1, 2, 3, 8, 1, 2, 4]]).draft(0, [7, 1, 2], size=1) == [3]
+        assert TextLookup([[7, 1, 2, 3, 8, 1, 2, 4]]).draft(0, [9, 1, 2], size=1) == [4]
+
+    def test_a_loop_goes_on(self) -> None:
+        assert TextLookup([[8, 9]]).draft(0, [1, 2, 3, 1, 2, 3, 1, 2], size=7) == [3, 1, 2, 3, 1, 2, 3]
+        assert TextLookup([[4]]).draft(0, [4, 4], size=3) == [4, 4, 4]
+
+    def test_one_token_is_no_match(self) -> None:
+        lookup = TextLookup([[1, 2]])
+        assert MIN_MATCH == 2 and lookup.draft(0, [1], size=4) == []
+        assert TextLookup([[1]]).draft(0, [], size=4) == []
+
+    def test_texts_are_apart(self) -> None:
+        lookup = TextLookup([[1, 2, 3], [5, 6]])
+        assert lookup.draft(1, [1, 2], size=2) == []
+        assert lookup.draft(0, [1, 2], size=1) == [3]
+
+    def test_a_wrong_draft_raises_the_bar(self) -> None:
+        lookup = TextLookup([[1, 2, 3, 4, 5]])
+        assert lookup.draft(0, [2, 3], size=1) == [4]
+        lookup.learn(0, num_correct=0)
+        assert lookup.draft(0, [2, 3], size=1) == []
+        assert lookup.draft(0, [2, 3, 1, 2, 3], size=1) == [4]
+        lookup.learn(0, num_correct=1)
+        assert lookup.draft(0, [2, 3, 1, 2, 3, 9, 2, 3], size=1) == [9]
+
+    def test_the_bar_ends_at_the_longest_match(self) -> None:
+        lookup = TextLookup([list(range(20))])
+        for _ in range(20):
+            lookup.learn(0, num_correct=0)
+        assert lookup.draft(0, list(range(MAX_MATCH)), size=1) == [MAX_MATCH]
+
+    @given(
+        prompt=st.lists(st.integers(0, 3), min_size=1, max_size=30),
+        new=st.lists(st.integers(0, 3), max_size=30),
+        size=st.integers(0, 2 * MAX_COPIED),
+        steps=st.lists(st.integers(1, 7), max_size=10),
+    )
+    def test_is_a_search_of_the_whole_text(
+        self, prompt: list[int], new: list[int], size: int, steps: list[int]
+    ) -> None:
+        lookup, seen = TextLookup([prompt]), 0
+        for step in steps:  # the text arrives in pieces
+            seen = min(seen + step, len(new))
+            lookup.draft(0, new[:seen], size)
+        text = prompt + new
+        expected: list[int] = []
+        for length in range(min(MAX_MATCH, len(text) - 1), MIN_MATCH - 1, -1):
+            starts = [k for k in range(len(text) - length) if text[k : k + length] == text[-length:]]
+            if starts:
+                copied = list(text)
+                for k in range(min(size, MAX_COPIED)):
+                    copied.append(copied[starts[-1] + length + k])
+                expected = copied[len(text) :]
+                break
+        assert lookup.draft(0, new, size) == expected
+
+
+@cache
+def predictor_of(kind: str, family: str = "llama", dtype: torch.dtype = torch.float32) -> PredictorNetwork:
+    """Predictors whose cycles differ: two calls, a copy's third call, a pass of late slots, with and without trees."""
+    options = {
+        "slots": {"correction": None},
+        "refiner": {},
+        "trees": {"correction": CORRECTIONS["token_conditioned"]},
+        "copy": {"student": "full_copy"},
+        "late": {"correction": CORRECTIONS["token_conditioned"], "slot_layers": 1, "num_layers": 3},
+    }[kind]
+    return tiny_predictor(family, vocab_size=VOCABULARY, dtype=dtype, **options)  # pyright: ignore[reportArgumentType]
+
+
+KINDS = ["slots", "refiner", "trees", "copy", "late"]
+
+
+@one_in(3, kind=KINDS, family=["llama", "qwen2", "gpt_neox"], sampling=SAMPLING, decoder=DECODERS)
+def test_texts_are_the_reference_texts(kind: str, family: str, sampling: str, decoder: str) -> None:
+    """Alone and in a batch, whose rows end at other times."""
+    predictor, decode = predictor_of(kind, family), DECODERS[decoder]
+    settings = GenerationSettings(SAMPLING[sampling], 33, seed=4, window_length=5, end_of_text=frozenset({11}))
+    expected = [reference(predictor, settings, prompt) for prompt in PROMPTS]
+    assert [decode_one(decode, predictor, settings, prompt).token_ids for prompt in PROMPTS] == expected
+    assert [text.token_ids for text in decode(predictor, PROMPTS, settings)] == expected
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_texts_in_bfloat16(kind: str, decoder: str) -> None:
+    predictor = predictor_of(kind, dtype=torch.bfloat16)
+    settings = GenerationSettings(SAMPLING["cold"], 40, seed=2, window_length=5)
+    for prompt in PROMPTS:
+        decoded = decode_one(DECODERS[decoder], predictor, settings, prompt)
+        assert decoded.token_ids == reference(predictor, settings, prompt)
+
+
+def test_penalties_and_stops_hold() -> None:
+    settings = GenerationSettings(
+        SamplingConfig(0.5, repetition_penalty=0.8, no_repeat_ngram_size=6), 30, seed=1, window_length=5
+    )
+    predictor = predictor_of("slots")
+    expected = reference(predictor, settings, PROMPTS[0])
+    for decode in DECODERS.values():
+        assert decode_one(decode, predictor, settings, PROMPTS[0]).token_ids == expected
+        stopped = decode_one(
+            decode, predictor, settings, PROMPTS[0], on_tokens=lambda _, tokens: 1 if expected[9] in tokens else None
+        )
+        assert stopped.finish_reason == "stop"
+
+
+class ForcedCopies:
+    """Takes the place of `TextLookup.draft`: true tokens, some of them replaced, for some of the cycles."""
+
+    def __init__(self, texts: list[list[int]], acceptance_rate: float, share: float, seed: int = 0) -> None:
+        self.texts, self.acceptance_rate, self.share = texts, acceptance_rate, share
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, lookup: TextLookup, text: int, new: Sequence[int], size: int) -> list[int]:
+        random = torch.rand(size + 1, generator=self.generator).tolist()
+        if random.pop() >= self.share:
+            return []
+        true = [*self.texts[text], *[0] * size][len(new) : len(new) + size]
+        return [t if r < self.acceptance_rate else (t + 1) % VOCABULARY for t, r in zip(true, random, strict=True)]
+
+
+@pytest.mark.parametrize("acceptance_rate", [0.0, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("kind", ["refiner", "trees", "copy", "late"])
+def test_adversarial_copies(
+    kind: str, decoder: str, acceptance_rate: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Right and wrong copies between drafts of the student, up to the end of the text."""
+    predictor = predictor_of(kind)
+    settings = GenerationSettings(SAMPLING["truncated"], 26, seed=5, window_length=4)
+    texts = [reference(predictor, settings, prompt) for prompt in PROMPTS]
+    for share in (0.4, 1.0):
+        monkeypatch.setattr(TextLookup, "draft", ForcedCopies(texts, acceptance_rate, share).__call__)
+        for index, prompt in enumerate(PROMPTS):
+            forced = ForcedCopies(texts[index:], acceptance_rate, share)
+            monkeypatch.setattr(TextLookup, "draft", lambda *args, forced=forced: forced(*args))
+            assert decode_one(DECODERS[decoder], predictor, settings, prompt).token_ids == texts[index]
+        forced = ForcedCopies(texts, acceptance_rate, share)
+        monkeypatch.setattr(TextLookup, "draft", lambda *args, forced=forced: forced(*args))
+        together = DECODERS[decoder](predictor, PROMPTS, settings)
+        assert [text.token_ids for text in together] == texts
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_right_copies_are_one_call_a_cycle(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    predictor = predictor_of(kind)
+    settings = GenerationSettings(max_new_tokens=22, seed=1)
+    text = reference(predictor, settings)
+    forced = ForcedCopies([text], 1.0, 1.0)
+    monkeypatch.setattr(TextLookup, "draft", lambda lookup, row, new, size: forced(lookup, row, new, min(size, 4)))
+    decoded = decode_one(decode_by_lookup, predictor, settings)
+    assert decoded.token_ids == text
+    first, *cycles = decoded.cycles
+    assert (first.num_committed, first.num_drafted) == (1, 0)
+    # Four copied tokens and the pick after them: 1 + 4 * 5 tokens, and the last one without a draft.
+    assert [(cycle.num_committed, cycle.num_correct, cycle.num_drafted) for cycle in cycles] == [(5, 5, 5)] * 4 + [
+        (1, 0, 0)
+    ]
+    assert decoded.num_calls == 6
+
+
+def test_a_batch_copies_where_every_text_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    predictor = predictor_of("slots")
+    settings = GenerationSettings(max_new_tokens=9, seed=1)
+    prompts = [PROMPT, [7]]
+    texts = [reference(predictor, settings, prompt) for prompt in prompts]
+
+    def only_the_first(lookup: TextLookup, text: int, new: Sequence[int], size: int) -> list[int]:
+        return [] if text else texts[0][len(new) : len(new) + size]
+
+    monkeypatch.setattr(TextLookup, "draft", only_the_first)
+    found = decode_by_lookup(predictor, prompts, settings)
+    assert [text.token_ids for text in found] == texts
+    assert all(cycle.num_drafted == 0 for text in found for cycle in text.cycles)
+
+
+@pytest.mark.parametrize("kind", ["slots", "copy", "late"])
+def test_slots_after_copies_are_those_of_training(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Caches, and the states that slots read, are those of the accepted tokens, also after a copy that was wrong."""
+    options = {"late": {"slot_layers": 1, "num_layers": 3}, "copy": {"student": "full_copy"}}.get(kind, {})
+    predictor = tiny_predictor(vocab_size=VOCABULARY, correction=None, **options)  # pyright: ignore[reportArgumentType]
+    settings = GenerationSettings(SamplingConfig(), 24, 2, window_length=5)
+    tokens = reference(predictor, settings)
+    text, u = torch.tensor([[*PROMPT, *tokens]]), settings.auxiliaries(1, torch.device("cpu"))
+    turns, begins = [0], list[int]()
+
+    def every_other(lookup: TextLookup, row: int, new: Sequence[int], size: int) -> list[int]:
+        turns[0] += 1
+        copied = [*tokens, 0, 0][len(new) : len(new) + 2]
+        return [copied[0], (copied[1] + 1) % VOCABULARY][:size] if turns[0] % 2 else []
+
+    def compare(slot_logits: Tensor, auxiliaries: Tensor, starts: Sequence[int]) -> Tensor:
+        (start,) = starts
+        num_slots = auxiliaries.shape[1]
+        of_window = u[:, start - 1 : start + num_slots]
+        expected = slot_logits_of_training(predictor, text, len(PROMPT) + start - 1, of_window, None)
+        torch.testing.assert_close(slot_logits, expected, atol=1e-4, rtol=1e-4)
+        begins.append(start)
+        correct = text[:, len(PROMPT) + start : len(PROMPT) + start + num_slots].clone()
+        correct[:, 2:] += 1  # the third drafted token is wrong
+        return correct % VOCABULARY
+
+    monkeypatch.setattr(TextLookup, "draft", every_other)
+    decoded = decode_one(decode_speculatively, predictor, settings, drafter=compare, lookup=True)
+    assert decoded.token_ids == tokens
+    assert len(begins) > 2 and turns[0] > 2
+
+
+def test_repetitive_texts_take_fewer_calls() -> None:
+    """Greedy texts of a tiny model go round in circles, which a lookup finds."""
+    predictor = predictor_of("slots")
+    settings = GenerationSettings(SAMPLING["greedy"], 64, window_length=5)
+    plain = decode_one(decode_autoregressively, predictor, settings)
+    copied = decode_one(decode_by_lookup, predictor, settings)
+    assert copied.token_ids == plain.token_ids
+    assert plain.num_calls == 64 and copied.num_calls < 32
