@@ -28,6 +28,9 @@ from ptp_lightning.decoding.timing import PhaseTimer
 from ptp_lightning.decoding.token_tree import TokenTree, Verified, verified_paths
 from ptp_lightning.models.network import PredictorNetwork
 
+LATE_CYCLE_COST = 1.5
+"""What a cycle with late slots costs, in calls of the base model: 12 of 30 layers, and the draft."""
+
 
 @torch.inference_mode()
 def decode_speculatively(
@@ -79,7 +82,7 @@ def decode_speculatively(
             drafter = StudentDrafter(predictor.config.objective, start.context.sampling)
         cycles = _Cycles(start, drafter, settings.window_length, num_tree_tokens(predictor, settings))
         if lookup:
-            cycles.lookup = TextLookup(prompts)
+            cycles.lookup = TextLookup(prompts, LATE_CYCLE_COST if predictor.first_slot_layer else 2.0)
         if predictor.first_slot_layer:
             cycles.run_with_late_slots()
         else:
@@ -102,7 +105,7 @@ def decode_by_lookup(
     with begin_decoding(predictor, prompts, settings, on_tokens, timer) as start:
         drafter = StudentDrafter(predictor.config.objective, start.context.sampling)
         cycles = _Cycles(start, drafter, window_length=1, tree_size=0)
-        cycles.lookup = TextLookup(prompts)
+        cycles.lookup = TextLookup(prompts, other_cost=1.0)
         cycles.run()
     return start.texts.decoded()
 
@@ -141,17 +144,12 @@ class _Cycles:
             first = self._pick_after(counts, starts)
             if self._window_length == 1 or max(texts.remaining) == 1:
                 drafted = None if self._window_length == 1 else [1] * len(starts)
+                self._learn([1] * len(starts))
                 texts.commit(first.tolist(), context.num_calls - calls_before, correct=drafted, drafted=drafted)
                 self._go_on(first)
                 continue
             verified, after = self._verify(self._draft(first, slots, starts), starts, length)
-            texts.commit(
-                verified.token_ids,
-                context.num_calls - calls_before,
-                [len(path) for path in verified.columns],
-                [length] * len(starts),
-                verified.rejected,
-            )
+            self._commit(verified, context.num_calls - calls_before, length)
             self._go_on(after)
 
     def run_with_late_slots(self) -> None:
@@ -174,7 +172,7 @@ class _Cycles:
     def _copied(self) -> bool:
         """Run a cycle of copied drafts, if every text has one."""
         texts, size = self._texts, max(self._texts.remaining) - 1
-        if self.lookup is None or size < 1 or not all(texts.starts):
+        if self.lookup is None or size < 1 or not all(texts.starts):  # a first call reads the rest of the prompts
             return False
         drafts: list[list[int]] = []
         for row, new in zip(texts.rows, texts.new_tokens, strict=True):
@@ -184,27 +182,27 @@ class _Cycles:
             drafts.append(draft)
         tree = TokenTree.chain(torch.cat([self._unread, torch.tensor(drafts, device=self._context.device)], dim=1))
         self._context.timer.mark("drafting")
-        rows = list(texts.rows)
-        for row, num_correct in zip(rows, self._verify_after_newest(tree, tree.token_ids.shape[1]), strict=True):
-            self.lookup.learn(row, num_correct - 1)
+        self._verify_after_newest(tree, tree.token_ids.shape[1], is_copied=True)
         return True
 
-    def _verify_after_newest(self, tree: TokenTree, length: int) -> list[int]:
-        """Read and commit drafts whose roots are the newest tokens; returns the correct tokens, roots included."""
-        texts = self._texts
+    def _verify_after_newest(self, tree: TokenTree, length: int, is_copied: bool = False) -> None:
+        """Read and commit drafts whose roots are the newest tokens."""
         calls_before = self._context.num_calls
-        starts = [start - 1 for start in texts.starts]
+        starts = [start - 1 for start in self._texts.starts]
         verified, after = self._verify(tree, starts, length)
-        correct = [len(path) for path in verified.columns]
-        texts.commit(
-            [token_ids[1:] for token_ids in verified.token_ids],
-            self._context.num_calls - calls_before,
-            correct,
-            [length] * len(starts),
-            verified.rejected,
-        )
+        verified = verified._replace(token_ids=[token_ids[1:] for token_ids in verified.token_ids])
+        self._commit(verified, self._context.num_calls - calls_before, length, is_copied)
         self._go_on(after)
-        return correct
+
+    def _commit(self, verified: Verified, num_calls: int, length: int, is_copied: bool = False) -> None:
+        correct = [len(path) for path in verified.columns]
+        self._learn([len(token_ids) for token_ids in verified.token_ids], is_copied)
+        self._texts.commit(verified.token_ids, num_calls, correct, [length] * len(correct), verified.rejected)
+
+    def _learn(self, num_tokens: Sequence[int], is_copied: bool = False) -> None:
+        if self.lookup is not None:
+            for row, number in zip(self._texts.rows, num_tokens, strict=True):
+                self.lookup.learn(row, number, is_copied)
 
     def _pick_after(self, counts: Sequence[int], starts: Sequence[int]) -> Tensor:
         """Keep the tokens of the latest call; the base model's pick after them, `[B, 1]`."""
