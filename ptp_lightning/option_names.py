@@ -2,7 +2,8 @@
 
 from typing import Literal, get_args
 
-DecoderName = Literal["autoregressive", "speculative", "partial_quadratic"]
+DecoderName = Literal["autoregressive", "speculative", "speculative_lookup", "lookup", "partial_quadratic"]
+DEFAULT_DECODER: DecoderName = "speculative_lookup"
 DtypeName = Literal["auto", "float32", "bfloat16"]
 DTYPES: tuple[str, ...] = get_args(DtypeName)
 TRUST_OPTION = "trust_custom_classes"

@@ -13,7 +13,7 @@ from ptp_lightning.export.checkpoint import build_network, read_predictor, save_
 from ptp_lightning.export.hub import upload, warn_of_local_base
 from ptp_lightning.models.config import PredictorConfig
 from ptp_lightning.models.network import PredictorNetwork
-from ptp_lightning.option_names import DecoderName, DtypeName
+from ptp_lightning.option_names import DEFAULT_DECODER, DecoderName, DtypeName
 from ptp_lightning.sampling import SamplingConfig
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ class ParallelTokenPredictor:
         max_new_tokens: int = 64,
         sampling: SamplingConfig | None = None,
         seed: int = 0,
-        decoder: DecoderName = "speculative",
+        decoder: DecoderName = DEFAULT_DECODER,
         window_length: int | None = None,
         num_draft_tokens: int | None = None,
         slot_budget: int = 16,
@@ -165,7 +165,8 @@ class ParallelTokenPredictor:
                 may lower the acceptance, never the exactness. Penalties and min-p that they leave open (None) are those
                 of `generation_config.json` in the base model's folder.
             seed: of the auxiliaries. The same seed gives the same text with every decoder.
-            decoder: "speculative" and "partial_quadratic" write several tokens per call, "autoregressive" one.
+            decoder: "speculative_lookup" (fastest), "speculative", "lookup" and "partial_quadratic" write several tokens
+                per call, "autoregressive" one.
             window_length: tokens drafted per cycle, one after the other; by default as in training.
             num_draft_tokens: drafted tokens that a cycle verifies, alternatives included; 0 for a single draft. By
                 default 8 for a predictor that corrects from left to right, on a CPU.

@@ -23,13 +23,10 @@ from ptp_lightning.decoding.drafting import (
 from ptp_lightning.decoding.generation import Decoded, GenerationSettings, OnTokens
 from ptp_lightning.decoding.lookahead import Lookahead
 from ptp_lightning.decoding.state import Start, begin_decoding
-from ptp_lightning.decoding.text_lookup import TextLookup
+from ptp_lightning.decoding.text_lookup import LATE_STUDENT_COST, STUDENT_COST, TextLookup
 from ptp_lightning.decoding.timing import PhaseTimer
 from ptp_lightning.decoding.token_tree import TokenTree, Verified, verified_paths
 from ptp_lightning.models.network import PredictorNetwork
-
-LATE_CYCLE_COST = 1.5
-"""What a cycle with late slots costs, in calls of the base model: 12 of 30 layers, and the draft."""
 
 
 @torch.inference_mode()
@@ -59,8 +56,8 @@ def decode_speculatively(
     root of the tree that the call reads. A cycle commits `correct` tokens: the path after the root, and the pick after
     it.
 
-    With `lookup`, drafts of a `TextLookup` come first. Where all texts of the batch have one, the cycle is a single
-    call, which reads the newest token and the draft, as with late slots.
+    With `lookup`, a `TextLookup` chooses for each cycle. Unless the student should draft for one of the texts, the cycle
+    is a single call, which reads the newest token and what was copied after it, as with late slots.
 
     The draft leaves room for that last pick, so windows shrink towards the end of the longest text. If a single token
     remains, it is t_1 of a drafting call and needs no verification.
@@ -82,9 +79,9 @@ def decode_speculatively(
             drafter = StudentDrafter(predictor.config.objective, start.context.sampling)
         cycles = _Cycles(start, drafter, settings.window_length, num_tree_tokens(predictor, settings))
         if lookup:
-            cycles.lookup = TextLookup(prompts, LATE_CYCLE_COST if predictor.first_slot_layer else 2.0)
+            cycles.lookup = TextLookup(prompts, LATE_STUDENT_COST if predictor.first_slot_layer else STUDENT_COST)
         if predictor.first_slot_layer:
-            cycles.run_with_late_slots()
+            cycles.run_after_newest()
         else:
             cycles.run()
     return start.texts.decoded()
@@ -104,9 +101,9 @@ def decode_by_lookup(
     """
     with begin_decoding(predictor, prompts, settings, on_tokens, timer) as start:
         drafter = StudentDrafter(predictor.config.objective, start.context.sampling)
-        cycles = _Cycles(start, drafter, window_length=1, tree_size=0)
-        cycles.lookup = TextLookup(prompts, other_cost=1.0)
-        cycles.run()
+        cycles = _Cycles(start, drafter, settings.window_length, tree_size=0)
+        cycles.lookup = TextLookup(prompts, student_cost=None)
+        cycles.run_after_newest()
     return start.texts.decoded()
 
 
@@ -142,18 +139,16 @@ class _Cycles:
             counts = self._counts
             _, slots = context.read(self._unread, Lookahead.single(counts, length - 1, context.device))
             first = self._pick_after(counts, starts)
-            if self._window_length == 1 or max(texts.remaining) == 1:
-                drafted = None if self._window_length == 1 else [1] * len(starts)
-                self._learn([1] * len(starts))
-                texts.commit(first.tolist(), context.num_calls - calls_before, correct=drafted, drafted=drafted)
-                self._go_on(first)
-                continue
+            if max(texts.remaining) == 1:
+                single = [1] * len(starts)
+                texts.commit(first.tolist(), context.num_calls - calls_before, correct=single, drafted=single)
+                break
             verified, after = self._verify(self._draft(first, slots, starts), starts, length)
             self._commit(verified, context.num_calls - calls_before, length)
             self._go_on(after)
 
-    def run_with_late_slots(self) -> None:
-        """Cycles of a pass of slots and a call, after a first call that gives the first token."""
+    def run_after_newest(self) -> None:
+        """After a first call that gives the first token, cycles of a single call, before which late slots may run."""
         context, texts = self._context, self._texts
         context.read(self._unread)
         first = self._pick_after(self._counts, texts.starts)
@@ -170,39 +165,41 @@ class _Cycles:
             self._verify_after_newest(tree, length)
 
     def _copied(self) -> bool:
-        """Run a cycle of copied drafts, if every text has one."""
+        """Run a cycle without the student, if it should draft for none of the texts."""
         texts, size = self._texts, max(self._texts.remaining) - 1
-        if self.lookup is None or size < 1 or not all(texts.starts):  # a first call reads the rest of the prompts
+        if self.lookup is None or not all(texts.starts):  # a first call reads the rest of the prompts
             return False
         drafts: list[list[int]] = []
         for row, new in zip(texts.rows, texts.new_tokens, strict=True):
             draft = self.lookup.draft(row, new, size)
-            if not draft:
+            if draft is None:
                 return False
             drafts.append(draft)
-        tree = TokenTree.chain(torch.cat([self._unread, torch.tensor(drafts, device=self._context.device)], dim=1))
+        longest = max(map(len, drafts))
+        copied = [[*draft, *[0] * (longest - len(draft))] for draft in drafts]
+        tree = TokenTree.chain(torch.cat([self._unread, self._unread.new_tensor(copied)], dim=1))
         self._context.timer.mark("drafting")
-        self._verify_after_newest(tree, tree.token_ids.shape[1], is_copied=True)
+        self._verify_after_newest(tree, 1 + longest, is_student=False)
         return True
 
-    def _verify_after_newest(self, tree: TokenTree, length: int, is_copied: bool = False) -> None:
+    def _verify_after_newest(self, tree: TokenTree, length: int, is_student: bool = True) -> None:
         """Read and commit drafts whose roots are the newest tokens."""
         calls_before = self._context.num_calls
         starts = [start - 1 for start in self._texts.starts]
         verified, after = self._verify(tree, starts, length)
         verified = verified._replace(token_ids=[token_ids[1:] for token_ids in verified.token_ids])
-        self._commit(verified, self._context.num_calls - calls_before, length, is_copied)
+        self._commit(verified, self._context.num_calls - calls_before, length, is_student)
         self._go_on(after)
 
-    def _commit(self, verified: Verified, num_calls: int, length: int, is_copied: bool = False) -> None:
-        correct = [len(path) for path in verified.columns]
-        self._learn([len(token_ids) for token_ids in verified.token_ids], is_copied)
-        self._texts.commit(verified.token_ids, num_calls, correct, [length] * len(correct), verified.rejected)
-
-    def _learn(self, num_tokens: Sequence[int], is_copied: bool = False) -> None:
+    def _commit(self, verified: Verified, num_calls: int, length: int, is_student: bool = True) -> None:
         if self.lookup is not None:
-            for row, number in zip(self._texts.rows, num_tokens, strict=True):
-                self.lookup.learn(row, number, is_copied)
+            for row, token_ids in zip(self._texts.rows, verified.token_ids, strict=True):
+                self.lookup.learn(row, len(token_ids), is_student)
+        if length == 1 and not is_student:  # no draft
+            self._texts.commit(verified.token_ids, num_calls)
+            return
+        correct = [len(path) for path in verified.columns]
+        self._texts.commit(verified.token_ids, num_calls, correct, [length] * len(correct), verified.rejected)
 
     def _pick_after(self, counts: Sequence[int], starts: Sequence[int]) -> Tensor:
         """Keep the tokens of the latest call; the base model's pick after them, `[B, 1]`."""

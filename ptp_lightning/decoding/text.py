@@ -15,7 +15,7 @@ from ptp_lightning.decoding.speculative import decode_by_lookup, decode_speculat
 from ptp_lightning.decoding.stop_strings import StopStrings
 from ptp_lightning.decoding.timing import PhaseTimer
 from ptp_lightning.models.network import PredictorNetwork
-from ptp_lightning.option_names import DecoderName
+from ptp_lightning.option_names import DEFAULT_DECODER, DecoderName
 from ptp_lightning.sampling import SamplingConfig
 from ptp_lightning.utils.chat_templates import chat_prompt, end_of_turn_ids, require_chat_template, user_message
 from ptp_lightning.utils.pretrained import PATH_KEY, load_tokenizer
@@ -59,8 +59,8 @@ class Options(TypedDict, total=False):
             leave open (None) is taken from the generation settings of the model's folder: `min_p`,
             `repetition_penalty` and `no_repeat_ngram_size`.
         seed: of the auxiliaries; 0 by default. A tuple holds one for each prompt of a batch.
-        decoder: "speculative" (default) or "partial_quadratic", with several tokens per call, or "autoregressive", the
-            reference, with one.
+        decoder: "speculative_lookup" (default), "speculative", "lookup" or "partial_quadratic", with several tokens per
+            call, or "autoregressive", the reference, with one.
         window_length: tokens drafted per cycle; by default as in training.
         num_draft_tokens: see `GenerationSettings`.
         slot_budget: slots of a call of partial quadratic decoding; 16 by default. `measure_best_budget` finds the best
@@ -220,7 +220,7 @@ def _settings(
     predictor: PredictorNetwork, tokenizer: PreTrainedTokenizerBase, options: Options
 ) -> tuple[GenerationSettings, Decoder]:
     """Settings from options; what is not given comes from the predictor."""
-    decoder = options.get("decoder", "speculative")
+    decoder = options.get("decoder", DEFAULT_DECODER)
     if decoder not in DECODERS:
         raise ValueError(f"expected decoder to be one of {', '.join(DECODERS)}, found {decoder!r}")
     end_of_text, window_length = options.get("end_of_text"), options.get("window_length")

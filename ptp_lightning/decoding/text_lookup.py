@@ -1,7 +1,7 @@
 """TextLookup: drafts without a network, from what followed the last tokens of a text where they occurred before.
 
 This is prompt lookup decoding (Saxena 2023, `prompt_lookup_num_tokens` in transformers), which looks in the new text as
-well. Texts that quote their prompt, code and lists repeat themselves often, and students learn little about that.
+well. Texts that quote their prompt, code and lists repeat themselves often, and students draft such tokens poorly.
 """
 
 from __future__ import annotations
@@ -12,38 +12,45 @@ MAX_MATCH = 6
 """Of several places, that with the longest match counts; a longer match says no more than this one."""
 MAX_COPIED = 10
 """Tokens of a draft. A call that reads more takes longer, and few drafts are right that far."""
-EXPECTED_TOKENS = (2.0, 2.5, 3.0, 3.5, 4.0, 4.5)
-"""New tokens of a copying cycle after a match of 1, 2, .. tokens, until it is known better. Chats of SmolLM2 at
-temperature 0.7 have about as many."""
-EXPECTED_TOKENS_PER_CALL = 1.3
-"""Of cycles without a copy, likewise."""
+COPY_COST = 1.15
+"""What a call that reads a copied draft costs, in calls that read one token. SmolLM2, two cores."""
+STUDENT_COST = 2.6
+"""Likewise a cycle in which the student drafts, and one with late slots (12 of 30 layers):"""
+LATE_STUDENT_COST = 1.65
+EXPECTED_COPY = (2.0, 2.5, 3.0, 3.5, 4.0, 4.5)
+"""New tokens of a cycle with a copy after a match of 1, 2, .. tokens, until it is known better: as many as chats of
+SmolLM2 at temperature 0.7 have."""
+EXPECTED_SPEED = 1.3
+"""New tokens of a cycle of the student by its cost, likewise."""
 LEARNING_RATE = 0.1
 """How fast the numbers of a text replace these."""
+RETRY_RATE = 0.02
+"""How fast a student that is not asked is expected to be as good as ever."""
 
 
 class TextLookup:
-    """The prompts and new tokens of B texts.
+    """The prompts and new tokens of B texts, and what their cycles wrote.
 
-    A draft is copied where that is expected to write more tokens a call than a cycle without: the averages of a text so
-    far decide, for each length of the match. So a good student is not interrupted by poor copies, and at high
-    temperatures, where texts do not repeat themselves, only long matches are copied.
+    Each cycle is the one that is expected to write most tokens for its cost, by the averages of the text so far: a copy,
+    for each length of its match, a draft of the student, or one token. So a good student is not interrupted by poor
+    copies, and where neither is right often, as at high temperatures, a text takes hardly longer than one token a call.
 
     Args:
         prompts: token ids of all texts, at least one each.
-        other_cost: what a cycle without a copy costs, in calls of the base model.
+        student_cost: of its cycles, in calls that read one token; None without a student.
 
-    >>> lookup = TextLookup([[1, 2, 3, 9, 4, 5]], other_cost=1.0)
+    >>> lookup = TextLookup([[1, 2, 3, 9, 4, 5]], student_cost=None)
     >>> lookup.draft(0, [1, 2], size=3)  # 1, 2 was followed by 3, 9, 4
     [3, 9, 4]
     >>> lookup.draft(0, [1, 2, 7], size=3)
     []
     """
 
-    def __init__(self, prompts: Sequence[Sequence[int]], other_cost: float) -> None:
-        self._texts = [_Text(prompt, other_cost) for prompt in prompts]
+    def __init__(self, prompts: Sequence[Sequence[int]], student_cost: float | None) -> None:
+        self._texts = [_Text(prompt, student_cost) for prompt in prompts]
 
-    def draft(self, text: int, new: Sequence[int], size: int) -> list[int]:
-        """Tokens that may follow a text; empty if its last token does not occur before, or a copy is not worth a call.
+    def draft(self, text: int, new: Sequence[int], size: int) -> list[int] | None:
+        """Tokens that may follow a text; none if one token should be read alone, and None if the student should draft.
 
         Args:
             text: index of the prompt.
@@ -52,39 +59,52 @@ class TextLookup:
         """
         return self._texts[text].draft(new, min(size, MAX_COPIED))
 
-    def learn(self, text: int, num_tokens: int, is_copied: bool) -> None:
-        """Take note of how many new tokens the latest cycle of a text wrote, and whether it copied `draft`."""
-        self._texts[text].learn(num_tokens, is_copied)
+    def learn(self, text: int, num_tokens: int, is_student: bool) -> None:
+        """Take note of how many new tokens the latest cycle of a text wrote, the student's or that of `draft`."""
+        self._texts[text].learn(num_tokens, is_student)
 
 
 class _Text:
     """One text: its tokens, and where each sequence of up to `MAX_MATCH` of them was last followed by another."""
 
-    def __init__(self, prompt: Sequence[int], other_cost: float) -> None:
+    def __init__(self, prompt: Sequence[int], student_cost: float | None) -> None:
         self._tokens: list[int] = []
         self._after: dict[tuple[int, ...], int] = {}  # index of the token after the latest occurrence
         self._num_prompt = len(prompt)
-        self._match = 0  # length of that of the latest draft
-        self._other_cost = other_cost
-        self._num_tokens = [EXPECTED_TOKENS_PER_CALL * other_cost, *EXPECTED_TOKENS]  # of a cycle, by its match
+        self._match = 0  # length of that of the latest draft; 0 if nothing was copied
+        self._student_cost = student_cost
+        # New tokens of a cycle by its cost.
+        self._student = 0.0 if student_cost is None else EXPECTED_SPEED
+        self._copy = [number / COPY_COST for number in EXPECTED_COPY]
         self._append(prompt)
 
-    def draft(self, new: Sequence[int], size: int) -> list[int]:
+    def draft(self, new: Sequence[int], size: int) -> list[int] | None:
         self._append(new[len(self._tokens) - self._num_prompt :])
+        best_other = max(self._student, 1.0)
+        length, start = self._longest_match()
+        if length and self._copy[length - 1] > best_other:
+            self._match = length
+            # In a text that goes round in circles, the copy goes on with what it has copied.
+            period = len(self._tokens) - start
+            return [self._tokens[start + offset % period] for offset in range(size)]
+        self._match = 0
+        return None if self._student >= best_other else []
+
+    def learn(self, num_tokens: int, is_student: bool) -> None:
+        if self._student_cost is not None and is_student:
+            self._student += LEARNING_RATE * (num_tokens / self._student_cost - self._student)
+        elif self._match:
+            self._copy[self._match - 1] += LEARNING_RATE * (num_tokens / COPY_COST - self._copy[self._match - 1])
+        elif self._student_cost is not None:
+            self._student += RETRY_RATE * (EXPECTED_SPEED - self._student)
+
+    def _longest_match(self) -> tuple[int, int]:
+        """Its length, 0 without one, and the index of the token that followed it."""
         for length in range(min(MAX_MATCH, len(self._tokens)), 0, -1):
             start = self._after.get(tuple(self._tokens[-length:]))
             if start is not None:
-                self._match = length
-                if self._num_tokens[length] <= self._num_tokens[0] / self._other_cost:
-                    return []
-                # In a text that goes round in circles, the copy goes on with what it has copied.
-                period = len(self._tokens) - start
-                return [self._tokens[start + offset % period] for offset in range(size)]
-        return []
-
-    def learn(self, num_tokens: int, is_copied: bool) -> None:
-        match = self._match if is_copied else 0
-        self._num_tokens[match] += LEARNING_RATE * (num_tokens - self._num_tokens[match])
+                return length, start
+        return 0, 0
 
     def _append(self, tokens: Sequence[int]) -> None:
         for token in tokens:

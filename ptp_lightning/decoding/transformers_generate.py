@@ -31,7 +31,7 @@ from ptp_lightning.export.checkpoint import EXPORTED_FILES, PREDICTOR_FOLDER, bu
 from ptp_lightning.export.hub import HubId, download
 from ptp_lightning.models.attention.eager_attention import needs_eager_attention
 from ptp_lightning.models.network import PredictorNetwork
-from ptp_lightning.option_names import DecoderName
+from ptp_lightning.option_names import DEFAULT_DECODER, DecoderName
 from ptp_lightning.sampling import SamplingConfig
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class CustomGenerate:
         stopping_criteria: StoppingCriteriaList,
         generation_config: GenerationConfig,
         seed: int | None = None,
-        decoder: DecoderName = "speculative",
+        decoder: DecoderName = DEFAULT_DECODER,
         window_length: int | None = None,
         num_draft_tokens: int | None = None,
         slot_budget: int = 16,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from ptp_lightning.export.options import add_draft_options, add_predictor_options
-from ptp_lightning.option_names import DecoderName
+from ptp_lightning.option_names import DEFAULT_DECODER, DecoderName
 from ptp_lightning.utils.user_errors import option_parser
 
 if TYPE_CHECKING:
@@ -35,8 +35,9 @@ def build_parser() -> ArgumentParser:
     add(
         "--decoder",
         type=DecoderName,
-        default="speculative",
-        help="several tokens per call, or one (autoregressive, the reference)",
+        default=DEFAULT_DECODER,
+        help="several tokens per call, with or without drafts copied from the text (lookup), or one (autoregressive, "
+        "the reference)",
     )
     add_draft_options(parser)
     add(

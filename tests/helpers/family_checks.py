@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -32,6 +33,7 @@ from tests.helpers.tiny_windows import one_document
 DECODERS: dict[str, Decode] = {
     "autoregressive": decode_autoregressively,
     "speculative": decode_speculatively,
+    "speculative_lookup": partial(decode_speculatively, lookup=True),
     "partial_quadratic": decode_partially_quadratically,
 }
 PROMPT_LENGTH, NUM_NEW, NUM_STEPS = 20, 16, 3

@@ -18,6 +18,7 @@ from transformers import MinPLogitsWarper, NoRepeatNGramLogitsProcessor, Repetit
 from ptp_lightning.decoding import (
     GenerationSettings,
     decode_autoregressively,
+    decode_by_lookup,
     decode_partially_quadratically,
     decode_speculatively,
     generate,
@@ -81,14 +82,14 @@ def expected_reference(predictor: PredictorNetwork, prompt: Sequence[int], setti
 
 
 class TestTexts:
-    @one_in(2, decode=DECODERS, name=PENALTIES)
+    @one_in(2, decode=[*DECODERS, decode_by_lookup], name=PENALTIES)
     def test_greedy_texts_are_those_of_transformers(self, decode: Decode, name: str) -> None:
         """Of several prompts side by side."""
         settings = GenerationSettings(SamplingConfig(temperature=0, **PENALTIES[name]), 24, window_length=5)
         for decoded, prompt in zip(decode(small(), PROMPTS, settings), PROMPTS, strict=True):
             assert decoded.token_ids == transformers_text(small(), prompt, settings)
 
-    @one_in(2, decode=DECODERS, name=PENALTIES)
+    @one_in(2, decode=[*DECODERS, decode_by_lookup], name=PENALTIES)
     def test_sampled_texts_are_those_of_the_one_token_loop(self, decode: Decode, name: str) -> None:
         settings = GenerationSettings(SamplingConfig(0.8, min_p=0.05, **PENALTIES[name]), 24, seed=3, window_length=5)
         for decoded, prompt in zip(decode(small(), PROMPTS, settings), PROMPTS, strict=True):
@@ -183,7 +184,7 @@ class TestModelSettings:
             found = with_model_settings(predictor, SamplingConfig(0.5, min_p=0.0))
         assert found == SamplingConfig(0.5, min_p=0.0, repetition_penalty=1.3)
 
-    @pytest.mark.parametrize("decoder", ["autoregressive", "speculative", "partial_quadratic"])
+    @pytest.mark.parametrize("decoder", ["autoregressive", "speculative", "speculative_lookup", "partial_quadratic"])
     def test_generate_equals_that_of_transformers(self, predictor: PredictorNetwork, decoder: Any) -> None:
         config: Any = predictor.base_model.generation_config
         config.repetition_penalty = 1.3

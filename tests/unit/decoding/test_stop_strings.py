@@ -43,7 +43,7 @@ def test_only_what_may_become_a_stop_string_is_held_back() -> None:
     assert stop.found and stop.push("d") == "" and stop.flush() == ""
 
 
-@pytest.mark.parametrize("decoder", ["autoregressive", "speculative", "partial_quadratic"])
+@pytest.mark.parametrize("decoder", ["autoregressive", "speculative", "speculative_lookup", "partial_quadratic"])
 def test_every_decoder_ends_at_the_same_token(decoder: str) -> None:
     options = {"max_new_tokens": 40, "end_of_text": (), "tokenizer": TOKENIZER}
     full = generate(PREDICTOR, "def ", decoder="autoregressive", **options)

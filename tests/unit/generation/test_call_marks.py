@@ -20,7 +20,7 @@ TOKENIZER = byte_tokenizer()
 PREDICTOR = tiny_predictor(vocab_size=257)
 PROMPT_IDS = [5, 6, 7]
 CYCLES = [MarkedCycle("a < b", " * c\\n", 3, 2), MarkedCycle(" & 3", "", 2, 2), MarkedCycle("\n", "", 1, 1)]
-DECODERS: list[DecoderName] = ["autoregressive", "speculative", "partial_quadratic"]
+DECODERS: list[DecoderName] = ["autoregressive", "speculative", "speculative_lookup", "partial_quadratic"]
 
 
 OPTIONS: Any = {"max_new_tokens": 40, "tokenizer": TOKENIZER, "window_length": 5, "end_of_text": ()}

@@ -105,7 +105,7 @@ def test_the_window_matters_to_this_model(network: PredictorNetwork) -> None:
     assert not torch.allclose(windowed, unlimited, atol=1e-3)
 
 
-@pytest.mark.parametrize("decoder", ["autoregressive", "speculative", "partial_quadratic"])
+@pytest.mark.parametrize("decoder", ["autoregressive", "speculative", "speculative_lookup", "partial_quadratic"])
 def test_greedy_text_is_that_of_generate(network: PredictorNetwork, decoder: Any) -> None:
     prompt = torch.randint(1, 64, (1, 20), generator=torch.Generator().manual_seed(1))
     model: Any = network.base_model
