@@ -29,6 +29,7 @@ from ptp_lightning.decoding.ragged_cache import RaggedCache
 from ptp_lightning.decoding.token_tree import TokenTree
 from ptp_lightning.models.attention.sliding_window import has_sliding_window
 from ptp_lightning.models.layers.packed_linear import PackedLinear, PackedWeights, is_packable, packs_weights
+from ptp_lightning.models.layers.quantized_linear import QuantizedLinear
 from ptp_lightning.models.layers.replacement import full_name
 from ptp_lightning.models.lora.gated_linear import GatedLoraLinear
 from ptp_lightning.models.lora.joined_adapter import JoinedAdapter, base_layer, kept_merged
@@ -222,7 +223,7 @@ class _JoinedProduct:
     def __init__(self, layers: list[nn.Module], packed_weights: PackedWeights, pack: bool) -> None:
         bases = [base_layer(layer) for layer in layers]
         self._merged = partial(kept_merged, layers, packed_weights) if pack else None
-        self._of_slots: PackedLinear | None = None
+        self._of_slots: PackedLinear | QuantizedLinear | None = None
         self._linear = packed_weights.linear(*bases, pack=pack)
         self._adapter = JoinedAdapter.kept(layers, bases[0].weight.dtype, pack, packed_weights)
 

@@ -56,8 +56,8 @@ def decode_speculatively(
     root of the tree that the call reads. A cycle commits `correct` tokens: the path after the root, and the pick after
     it.
 
-    With `lookup`, a `TextLookup` chooses for each cycle. Unless the student should draft for one of the texts, the cycle
-    is a single call, which reads the newest token and what was copied after it, as with late slots.
+    With `lookup`, a `TextLookup` chooses for each cycle. Unless the student should draft for one of the texts, the
+    cycle is a single call, which reads the newest token and what was copied after it, as with late slots.
 
     The draft leaves room for that last pick, so windows shrink towards the end of the longest text. If a single token
     remains, it is t_1 of a drafting call and needs no verification.

@@ -31,9 +31,10 @@ RETRY_RATE = 0.02
 class TextLookup:
     """The prompts and new tokens of B texts, and what their cycles wrote.
 
-    Each cycle is the one that is expected to write most tokens for its cost, by the averages of the text so far: a copy,
-    for each length of its match, a draft of the student, or one token. So a good student is not interrupted by poor
-    copies, and where neither is right often, as at high temperatures, a text takes hardly longer than one token a call.
+    Each cycle is the one that is expected to write most tokens for its cost, by the averages of the text so far: a
+    copy, for each length of its match, a draft of the student, or one token. So a good student is not interrupted by
+    poor copies, and where neither is right often, as at high temperatures, a text takes hardly longer than with one
+    token a call.
 
     Args:
         prompts: token ids of all texts, at least one each.

@@ -10,12 +10,13 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from ptp_lightning.draft_vocabulary import DraftVocabulary
+from ptp_lightning.models.layers.quantized_linear import DraftLinear
 
 
 class DraftHead(nn.Module):
     """Logits for N of the V tokens.
 
-    If the output head is frozen, its rows are copied once, so that decoding can pack them like any linear layer. Rows
+    If the output head is frozen, its rows are copied once, so that decoding can round or pack them. Rows
     of a head that is trained are gathered in every call.
 
     Args:
@@ -33,7 +34,7 @@ class DraftHead(nn.Module):
         self.rows: nn.Linear | None = None
         if not weight.requires_grad:
             options: dict[str, Any] = {"dtype": weight.dtype, "device": weight.device}
-            self.rows = nn.Linear(weight.shape[1], size, bias=bias is not None, **options).requires_grad_(False)
+            self.rows = DraftLinear(weight.shape[1], size, bias=bias is not None, **options).requires_grad_(False)
         self.is_chosen = False
 
     @torch.no_grad()

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ptp_lightning.models.layers.quantized_linear import DraftLinear, QuantizedLinear, is_quantizable
+
 MAX_TOTAL_BYTES = 2**30
 """Of all copies of a model. Beyond it even a call of one token is limited by memory, and the copies take too much."""
 MAX_PRODUCT_ROWS = 32
@@ -101,6 +103,13 @@ class PackedWeights:
             layers[0], (len(layers), pack), tensors, lambda can_pack: PackedLinear(layers, pack and can_pack)
         )
 
+    def draft_linear(self, *layers: nn.Linear, pack: bool = True) -> PackedLinear | QuantizedLinear:
+        """The product of layers whose results matter to drafts alone, by `QuantizedLinear` if they allow it."""
+        if not pack or not all(map(is_quantizable, layers)):
+            return self.linear(*layers, pack=pack)
+        tensors = [tensor for layer in layers for tensor in (layer.weight, layer.bias) if tensor is not None]
+        return self.copy(layers[0], ("quantized", len(layers)), tensors, lambda _: QuantizedLinear(layers))
+
     def copy(self, owner: nn.Module, key: Hashable, tensors: Sequence[Tensor], build: Callable[[bool], T]) -> T:
         """What `build` makes of tensors: of their present values, but not again for the same ones.
 
@@ -147,7 +156,8 @@ class PackedWeights:
         if torch.is_grad_enabled() or input.dtype != layer.weight.dtype or not is_packable(layer):
             return F.linear(input, layer.weight, layer.bias)
         rows = input.reshape(-1, input.shape[-1])
-        return self.linear(layer, pack=pack)(rows).view(*input.shape[:-1], layer.out_features)
+        product = self.draft_linear if isinstance(layer, DraftLinear) else self.linear
+        return product(layer, pack=pack)(rows).view(*input.shape[:-1], layer.out_features)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return type(self)()
@@ -164,12 +174,12 @@ class _Copy(NamedTuple):
 
 
 def is_packable(layer: nn.Module) -> bool:
-    """Whether a layer is a plain linear one on a CPU, in float32 or bfloat16, and oneDNN is there.
+    """Whether a layer is a linear one on a CPU, in float32 or bfloat16, and oneDNN is there.
 
     >>> is_packable(nn.Linear(8, 8)), is_packable(nn.Linear(8, 8).double())
     (True, False)
     """
-    if type(layer) is not nn.Linear:
+    if type(layer) not in (nn.Linear, DraftLinear):
         return False
     return layer.weight.device.type == "cpu" and layer.weight.dtype in DTYPES and _is_available()
 

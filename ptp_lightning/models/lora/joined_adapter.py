@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ptp_lightning.models.layers.packed_linear import PackedLinear, PackedWeights
+from ptp_lightning.models.layers.quantized_linear import QuantizedLinear, is_quantizable
 from ptp_lightning.models.lora.gated_linear import GatedLoraLinear
 
 
@@ -47,13 +48,13 @@ class JoinedAdapter:
             output.addmm_(self._shrink(rows), self._expand)
 
 
-def kept_merged(layers: Sequence[nn.Module], packed_weights: PackedWeights) -> PackedLinear:
+def kept_merged(layers: Sequence[nn.Module], packed_weights: PackedWeights) -> PackedLinear | QuantizedLinear:
     """Layers with the same input as one product by `W + s B A`, for calls of slots alone.
 
     It needs fewer operations than the product and its update, and memory for a second copy of the weights.
 
     Args:
-        layers: as for `JoinedAdapter`. The sum is rounded to the dtype of W; this affects drafts alone.
+        layers: as for `JoinedAdapter`. The sum is rounded to the dtype of W, or to 8 bits; this affects drafts alone.
         packed_weights: keeps the copy.
     """
     bases = [base_layer(layer) for layer in layers]
@@ -62,8 +63,14 @@ def kept_merged(layers: Sequence[nn.Module], packed_weights: PackedWeights) -> P
     tensors += [tensor for weights in acting for tensor in (weights.a, weights.b)]
     key = ("merged", len(layers), *(weights.scale for weights in acting))
     return packed_weights.copy(
-        layers[0], key, tensors, lambda can_pack: PackedLinear([_merged(layer) for layer in layers], can_pack)
+        layers[0], key, tensors, lambda can_pack: _draft_product([_merged(layer) for layer in layers], can_pack)
     )
+
+
+def _draft_product(layers: list[nn.Linear], pack: bool) -> PackedLinear | QuantizedLinear:
+    if pack and all(map(is_quantizable, layers)):
+        return QuantizedLinear(layers)
+    return PackedLinear(layers, pack)
 
 
 def _merged(layer: nn.Module) -> nn.Linear:

@@ -191,9 +191,7 @@ class ForcedCopies:
 
 
 @one_in(2, acceptance_rate=[0.0, 0.5, 0.9, 1.0], decoder=DECODERS, kind=["refiner", "trees", "copy", "late"])
-def test_adversarial_copies(
-    kind: str, decoder: str, acceptance_rate: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_adversarial_copies(kind: str, decoder: str, acceptance_rate: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Right and wrong copies between drafts of the student, up to the end of the text."""
     predictor = predictor_of(kind)
     settings = GenerationSettings(SAMPLING["truncated"], 22, seed=5, window_length=4)
