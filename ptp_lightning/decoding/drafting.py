@@ -24,7 +24,7 @@ NUM_DRAFT_TOKENS = 8
 BEAM = 8  # paths that are continued at each depth
 CHOICES = 4  # tokens that may continue a path
 SMALLEST_PROBABILITY = 1e-12  # of a choice, so that its logarithm is finite
-WORTHWHILE_PROBABILITY = 0.15
+WORTHWHILE_PROBABILITY = 0.1
 """A drafted token that is correct with less than this probability takes longer to verify, on a CPU, than it saves."""
 
 

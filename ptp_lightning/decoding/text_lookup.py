@@ -10,10 +10,8 @@ from collections.abc import Sequence
 
 MAX_MATCH = 6
 """Of several places, that with the longest match counts; a longer match says no more than this one."""
-MAX_COPIED = 10
-"""Tokens of a draft. A call that reads more takes longer, and few drafts are right that far."""
-COPY_COST = 1.15
-"""What a call that reads a copied draft costs, in calls that read one token. SmolLM2, two cores."""
+TOKEN_COST = 0.026
+"""What a token more costs that a call reads, in calls that read one token. SmolLM2, bfloat16, two cores."""
 STUDENT_COST = 2.6
 """Likewise a cycle in which the student drafts, and one with late slots (12 of 30 layers):"""
 LATE_STUDENT_COST = 1.65
@@ -58,11 +56,24 @@ class TextLookup:
             new: all new tokens of the text; those of earlier calls are its beginning.
             size: the largest number of tokens.
         """
-        return self._texts[text].draft(new, min(size, MAX_COPIED))
+        return self._texts[text].draft(new, size)
 
     def learn(self, text: int, num_tokens: int, is_student: bool) -> None:
         """Take note of how many new tokens the latest cycle of a text wrote, the student's or that of `draft`."""
         self._texts[text].learn(num_tokens, is_student)
+
+
+def num_copied(match: int) -> int:
+    """Tokens that are copied after a match of this length: after a longer one, more of them are right.
+
+    >>> [num_copied(match) for match in (1, 2, MAX_MATCH)]
+    [3, 5, 13]
+    """
+    return 2 * match + 1
+
+
+def _copy_cost(match: int) -> float:
+    return 1 + TOKEN_COST * num_copied(match)
 
 
 class _Text:
@@ -76,7 +87,7 @@ class _Text:
         self._student_cost = student_cost
         # New tokens of a cycle by its cost.
         self._student = 0.0 if student_cost is None else EXPECTED_SPEED
-        self._copy = [number / COPY_COST for number in EXPECTED_COPY]
+        self._copy = [number / _copy_cost(match) for match, number in enumerate(EXPECTED_COPY, start=1)]
         self._append(prompt)
 
     def draft(self, new: Sequence[int], size: int) -> list[int] | None:
@@ -87,7 +98,7 @@ class _Text:
             self._match = length
             # In a text that goes round in circles, the copy goes on with what it has copied.
             period = len(self._tokens) - start
-            return [self._tokens[start + offset % period] for offset in range(size)]
+            return [self._tokens[start + offset % period] for offset in range(min(size, num_copied(length)))]
         self._match = 0
         return None if self._student >= best_other else []
 
@@ -95,7 +106,8 @@ class _Text:
         if self._student_cost is not None and is_student:
             self._student += LEARNING_RATE * (num_tokens / self._student_cost - self._student)
         elif self._match:
-            self._copy[self._match - 1] += LEARNING_RATE * (num_tokens / COPY_COST - self._copy[self._match - 1])
+            before = self._copy[self._match - 1]
+            self._copy[self._match - 1] += LEARNING_RATE * (num_tokens / _copy_cost(self._match) - before)
         elif self._student_cost is not None:
             self._student += RETRY_RATE * (EXPECTED_SPEED - self._student)
 

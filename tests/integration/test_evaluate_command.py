@@ -29,7 +29,7 @@ QUESTIONS = [
     {"question_id": 1, "category": "code", "turns": ["def f", "shorter"]},
     {"question_id": 2, "category": "math", "turns": ["1 + 1"]},
 ]
-EXACT = ("autoregressive", "speculative", "partial_quadratic_5")
+EXACT = ("autoregressive", "lookup", "speculative", "speculative_lookup", "partial_quadratic_5")
 
 
 def plain_model(_: object) -> PreTrainedModel:
@@ -149,7 +149,7 @@ def test_continues_after_a_kill(finished: int, evaluation: Evaluation) -> None:
     evaluation.monkeypatch.setattr(runner.RecordFile, "append", counted)
     assert evaluation()[0] == 0
     assert evaluation.records[:finished] == before
-    assert len(answered) == 3 * 6 - finished  # five decoders and all positions, three turns
+    assert len(answered) == 3 * 8 - finished  # seven decoders and all positions, three turns
     keys = [tuple(record[name] for name in ("question_id", "turn", "decoder")) for record in evaluation.records]
     assert len(set(keys)) == len(keys) == 18
     answered.clear()

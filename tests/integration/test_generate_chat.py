@@ -92,15 +92,15 @@ class TestCompare:
         assert output.status == 0, output.err
         ours, loop, transformers = output.out.splitlines()[-3:]
         number = r"\d+\.\d+"
-        assert re.fullmatch(rf"\[speculative: {number} tokens per second, {number} tokens per call\]", ours)
+        assert re.fullmatch(rf"\[speculative_lookup: {number} tokens per second, {number} tokens per call\]", ours)
         for line, name in ((loop, "this package's loop"), (transformers, "transformers.generate")):
-            speeds = rf"{number} tokens per second, 1\.00 tokens per call; speculative is {number} times as fast"
+            speeds = rf"{number} tokens per second, 1\.00 tokens per call; speculative_lookup is {number} times as fast"
             assert re.fullmatch(rf"\[one token per call, {re.escape(name)}: {speeds}, the texts agree\]", line)
 
     def test_json(self, shell: Shell) -> None:
         (record,) = shell.records(*SHORT, "--compare")
         rows: list[dict[str, object]] = record["comparison"]  # pyright: ignore[reportAssignmentType]
-        assert [row["decoder"] for row in rows] == ["speculative", "autoregressive", "transformers.generate"]
+        assert [row["decoder"] for row in rows] == ["speculative_lookup", "autoregressive", "transformers.generate"]
         assert [row["num_tokens"] for row in rows][:2] == [20, 20]
         assert rows[1]["same_text"] is True
         assert rows[0]["tokens_per_call"] == record["accepted_per_call"]
@@ -124,11 +124,11 @@ class TestCompare:
 
             monkeypatch.setattr(comparison, name, counted)
         shell(*SHORT, "--compare", "--temperature", "0")
-        names = ["speculative", "autoregressive", "transformers.generate"]
+        names = ["speculative_lookup", "autoregressive", "transformers.generate"]
         assert calls == [(name, length) for length in (16, 20) for name in names]
 
     def test_differing_texts_are_named(self) -> None:
-        ours = Measurement("speculative", [1, 2, 3], 2, 1.0)
+        ours = Measurement("speculative_lookup", [1, 2, 3], 2, 1.0)
         other = Measurement("autoregressive", [1, 9, 3], 3, 1.0)
         sample = Measurement("transformers.generate", [4, 5], 2, 1.0, is_sampled=True)
         _, loop, sampled = comparison_lines([ours, other, sample])
