@@ -151,7 +151,7 @@ def test_continues_after_a_kill(finished: int, evaluation: Evaluation) -> None:
     assert evaluation.records[:finished] == before
     assert len(answered) == 3 * 8 - finished  # seven decoders and all positions, three turns
     keys = [tuple(record[name] for name in ("question_id", "turn", "decoder")) for record in evaluation.records]
-    assert len(set(keys)) == len(keys) == 18
+    assert len(set(keys)) == len(keys) == 24
     answered.clear()
     assert evaluation()[0] == 0
     assert answered == []

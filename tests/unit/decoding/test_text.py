@@ -120,7 +120,11 @@ class TestGenerate:
             ("x" * 250, {}, "max_new_tokens <= 256"),
             ("x", {"max_new_tokens": 0}, "max_new_tokens >= 1"),
             ("x", {"window_length": 0}, "window_length >= 2"),
-            ("x", {"decoder": "magic"}, "autoregressive, speculative, speculative_lookup, lookup, partial_quadratic, found 'magic'"),
+            (
+                "x",
+                {"decoder": "magic"},
+                "autoregressive, speculative, speculative_lookup, lookup, partial_quadratic, found 'magic'",
+            ),
         ],
     )
     def test_bad_input_is_named(self, prompt: str | list[int], options: dict[str, Any], message: str) -> None:
