@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ptp_lightning.auxiliary import pick
+from ptp_lightning.decoding.cycle_choice import LATE_STUDENT_COST, STUDENT_COST, CycleChoice
 from ptp_lightning.decoding.drafting import (
     Drafter,
     StudentDrafter,
@@ -23,7 +24,6 @@ from ptp_lightning.decoding.drafting import (
 from ptp_lightning.decoding.generation import Decoded, GenerationSettings, OnTokens
 from ptp_lightning.decoding.lookahead import Lookahead
 from ptp_lightning.decoding.state import Start, begin_decoding
-from ptp_lightning.decoding.text_lookup import LATE_STUDENT_COST, STUDENT_COST, TextLookup
 from ptp_lightning.decoding.timing import PhaseTimer
 from ptp_lightning.decoding.token_tree import TokenTree, Verified, verified_paths
 from ptp_lightning.models.network import PredictorNetwork
@@ -56,7 +56,7 @@ def decode_speculatively(
     root of the tree that the call reads. A cycle commits `correct` tokens: the path after the root, and the pick after
     it.
 
-    With `lookup`, a `TextLookup` chooses for each cycle. Unless the student should draft for one of the texts, the
+    With `lookup`, a `CycleChoice` decides for each cycle. Unless the student should draft for one of the texts, the
     cycle is a single call, which reads the newest token and what was copied after it, as with late slots.
 
     The draft leaves room for that last pick, so windows shrink towards the end of the longest text. If a single token
@@ -79,7 +79,7 @@ def decode_speculatively(
             drafter = StudentDrafter(predictor.config.objective, start.context.sampling)
         cycles = _Cycles(start, drafter, settings.window_length, num_tree_tokens(predictor, settings))
         if lookup:
-            cycles.lookup = TextLookup(prompts, LATE_STUDENT_COST if predictor.first_slot_layer else STUDENT_COST)
+            cycles.choice = CycleChoice(prompts, LATE_STUDENT_COST if predictor.first_slot_layer else STUDENT_COST)
         if predictor.first_slot_layer:
             cycles.run_after_newest()
         else:
@@ -95,14 +95,14 @@ def decode_by_lookup(
     on_tokens: OnTokens | None = None,
     timer: PhaseTimer | None = None,
 ) -> list[Decoded]:
-    """One token a call, but where texts repeat themselves a `TextLookup` drafts; the student is not used.
+    """One token a call, or a copy as a draft where texts repeat themselves (`TextLookup`); the student is not used.
 
     It shows what the student adds to `decode_speculatively` with `lookup`. Arguments and errors are the same.
     """
     with begin_decoding(predictor, prompts, settings, on_tokens, timer) as start:
         drafter = StudentDrafter(predictor.config.objective, start.context.sampling)
         cycles = _Cycles(start, drafter, settings.window_length, tree_size=0)
-        cycles.lookup = TextLookup(prompts, student_cost=None)
+        cycles.choice = CycleChoice(prompts, student_cost=None)
         cycles.run_after_newest()
     return start.texts.decoded()
 
@@ -117,10 +117,10 @@ class _Cycles:
         tree_size: see `num_tree_tokens`.
 
     Attributes:
-        lookup: of all texts; None without.
+        choice: whether the student drafts; None if always.
     """
 
-    lookup: TextLookup | None = None
+    choice: CycleChoice | None = None
 
     def __init__(self, start: Start, drafter: Drafter, window_length: int, tree_size: int) -> None:
         self._context, self._texts, self._unread, self._counts = start
@@ -167,11 +167,11 @@ class _Cycles:
     def _copied(self) -> bool:
         """Run a cycle without the student, if it should draft for none of the texts."""
         texts, size = self._texts, max(self._texts.remaining) - 1
-        if self.lookup is None or not all(texts.starts):  # a first call reads the rest of the prompts
+        if self.choice is None or not all(texts.starts):  # a first call reads the rest of the prompts
             return False
         drafts: list[list[int]] = []
         for row, new in zip(texts.rows, texts.new_tokens, strict=True):
-            draft = self.lookup.draft(row, new, size)
+            draft = self.choice.draft(row, new, size)
             if draft is None:
                 return False
             drafts.append(draft)
@@ -192,9 +192,9 @@ class _Cycles:
         self._go_on(after)
 
     def _commit(self, verified: Verified, num_calls: int, length: int, is_student: bool = True) -> None:
-        if self.lookup is not None:
+        if self.choice is not None:
             for row, token_ids in zip(self._texts.rows, verified.token_ids, strict=True):
-                self.lookup.learn(row, len(token_ids), is_student)
+                self.choice.learn(row, len(token_ids), is_student)
         if length == 1 and not is_student:  # no draft
             self._texts.commit(verified.token_ids, num_calls)
             return

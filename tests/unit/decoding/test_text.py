@@ -123,7 +123,7 @@ class TestGenerate:
             (
                 "x",
                 {"decoder": "magic"},
-                "autoregressive, speculative, speculative_lookup, lookup, partial_quadratic, found 'magic'",
+                "speculative_lookup, lookup, partial_quadratic, found 'magic'",
             ),
         ],
     )

@@ -17,7 +17,8 @@ from ptp_lightning.decoding import (
     decode_by_lookup,
     decode_speculatively,
 )
-from ptp_lightning.decoding.text_lookup import MAX_MATCH, TextLookup, num_copied
+from ptp_lightning.decoding.cycle_choice import CycleChoice
+from ptp_lightning.decoding.text_lookup import MAX_MATCH, TextLookup
 from ptp_lightning.models.network import PredictorNetwork
 from ptp_lightning.sampling import SamplingConfig
 from tests.helpers.parameter_products import one_in
@@ -37,92 +38,102 @@ DECODERS: dict[str, Decode] = {
 }
 
 
-def lookup_of(*prompts: list[int], student_cost: float | None = None) -> TextLookup:
-    return TextLookup(prompts, student_cost)
-
-
 class TestTextLookup:
-    def test_copies_what_followed(self) -> None:
-        assert lookup_of([1, 2, 3, 9, 4]).draft(0, [1, 2], size=2) == [3, 9]
+    @staticmethod
+    def copied(tokens: list[int], size: int) -> list[int]:
+        lookup = TextLookup(tokens)
+        match = lookup.longest_match()
+        return [] if match is None else lookup.copy(match, size)
 
-    def test_of_the_new_text_as_well(self) -> None:
-        assert lookup_of([5]).draft(0, [1, 2, 3, 1, 2], size=1) == [3]
+    def test_copies_what_followed(self) -> None:
+        assert self.copied([1, 2, 3, 9, 4, 1, 2], size=2) == [3, 9]
 
     def test_the_longest_match_counts_then_the_latest(self) -> None:
-        assert lookup_of([7, 1, 2, 3, 8, 1, 2, 4]).draft(0, [7, 1, 2], size=1) == [3]
-        assert lookup_of([7, 1, 2, 3, 8, 1, 2, 4]).draft(0, [9, 1, 2], size=1) == [4]
+        assert self.copied([7, 1, 2, 3, 8, 1, 2, 4, 7, 1, 2], size=1) == [3]
+        assert self.copied([7, 1, 2, 3, 8, 1, 2, 4, 9, 1, 2], size=1) == [4]
 
     def test_a_loop_goes_on(self) -> None:
-        assert lookup_of([8, 9]).draft(0, [1, 2, 3, 1, 2], size=7) == [3, 1, 2, 3, 1]
-        assert lookup_of([4]).draft(0, [4], size=3) == [4, 4, 4]
+        assert self.copied([8, 9, 1, 2, 3, 1, 2, 3, 1, 2], size=7) == [3, 1, 2, 3, 1, 2, 3]
+        assert self.copied([4, 4], size=3) == [4, 4, 4]
 
     def test_a_new_token_is_no_match(self) -> None:
-        lookup = lookup_of([1, 2])
-        assert lookup.draft(0, [], size=4) == []
-        assert lookup.draft(0, [5], size=4) == []
+        assert TextLookup([1, 2, 1, 3]).longest_match() is None
+        assert TextLookup([5]).longest_match() is None
 
+    @given(
+        text=st.lists(st.integers(0, 3), min_size=1, max_size=60),
+        size=st.integers(0, 20),
+        steps=st.lists(st.integers(1, 7), max_size=10),
+    )
+    def test_is_a_search_of_the_whole_text(self, text: list[int], size: int, steps: list[int]) -> None:
+        lookup, seen = TextLookup(text[:1]), 1
+        for step in [*steps, len(text)]:  # the text arrives in pieces
+            lookup.extend(text[seen : seen + step])
+            seen = min(seen + step, len(text))
+        found = lookup.longest_match()
+        for length in range(min(MAX_MATCH, len(text) - 1), 0, -1):
+            starts = [k for k in range(len(text) - length) if text[k : k + length] == text[-length:]]
+            if starts:
+                assert found == (length, starts[-1] + length)
+                copied = list(text)
+                for k in range(size):
+                    copied.append(copied[found.end + k])
+                assert lookup.copy(found, size) == copied[len(text) :]
+                break
+        else:
+            assert found is None
+
+
+def choice_of(*prompts: list[int], student_cost: float | None = None) -> CycleChoice:
+    return CycleChoice(prompts, student_cost)
+
+
+class TestCycleChoice:
     def test_texts_are_apart(self) -> None:
-        lookup = lookup_of([1, 2, 3], [5, 6])
-        assert lookup.draft(1, [1, 2], size=2) == []
-        assert lookup.draft(0, [1, 2], size=1) == [3]
+        choice = choice_of([1, 2, 3], [5, 6])
+        assert choice.draft(1, [1, 2], size=2) == []
+        assert choice.draft(0, [1, 2], size=1) == [3]
+        assert choice.draft(1, [1, 2, 8, 1], size=1) == [2]
+
+    def test_the_longer_the_match_the_more_is_copied(self) -> None:
+        choice = choice_of(list(range(20)))
+        assert choice.draft(0, [3], size=20) == [4, 5, 6]
+        assert choice.draft(0, [3, 3, 4], size=20) == [5, 6, 7, 8, 9]
+        assert choice.draft(0, [3, 3, 4, 3, 4], size=2) == [3, 4]  # the latest place is the new text
 
     def test_poor_copies_end(self) -> None:
         """Those after a match of one token, while a match of two has an average of its own."""
-        lookup = lookup_of([1, 2, 3, 4, 5])
+        choice = choice_of([1, 2, 3, 4, 5])
         for _ in range(50):
-            if not lookup.draft(0, [3], size=1):
+            if not choice.draft(0, [3], size=1):
                 break
-            lookup.learn(0, 1, is_student=False)
+            choice.learn(0, 1, is_student=False)
         else:
             pytest.fail("they go on")
-        assert lookup.draft(0, [3, 2, 3], size=1) == [4]
+        assert choice.draft(0, [3, 2, 3], size=1) == [4]
 
     def test_the_student_drafts_where_it_writes_more(self) -> None:
         """Three tokens a cycle are much for the cost of one call, and little for that of four."""
         for student_cost, with_match, without in ((1.0, None, None), (2.0, [4], None), (4.0, [4], [])):
-            lookup = lookup_of([1, 2, 3, 4, 5], student_cost=student_cost)
+            choice = choice_of([1, 2, 3, 4, 5], student_cost=student_cost)
             for _ in range(60):
-                lookup.learn(0, 3, is_student=True)
-            assert lookup.draft(0, [1, 2, 3], size=1) == with_match
-            assert lookup.draft(0, [1, 2, 3, 8], size=1) == without
+                choice.learn(0, 3, is_student=True)
+            assert choice.draft(0, [1, 2, 3], size=1) == with_match
+            assert choice.draft(0, [1, 2, 3, 8], size=1) == without
 
     def test_a_poor_student_is_tried_again(self) -> None:
-        lookup = lookup_of([1, 2], student_cost=2.0)
+        choice = choice_of([1, 2], student_cost=2.0)
         for _ in range(20):
-            lookup.learn(0, 1, is_student=True)
+            choice.learn(0, 1, is_student=True)
         pauses = 0
-        while lookup.draft(0, [9], size=1) == []:
-            lookup.learn(0, 1, is_student=False)
+        while choice.draft(0, [9], size=1) == []:
+            choice.learn(0, 1, is_student=False)
             pauses += 1
         assert 10 < pauses < 200
 
     def test_without_a_student_one_token_is_read(self) -> None:
-        assert lookup_of([1, 2]).draft(0, [9], size=1) == []
-
-    @given(
-        prompt=st.lists(st.integers(0, 3), min_size=1, max_size=30),
-        new=st.lists(st.integers(0, 3), max_size=30),
-        size=st.integers(0, 20),
-        steps=st.lists(st.integers(1, 7), max_size=10),
-    )
-    def test_is_a_search_of_the_whole_text(
-        self, prompt: list[int], new: list[int], size: int, steps: list[int]
-    ) -> None:
-        lookup, seen = lookup_of(prompt), 0
-        for step in steps:  # the text arrives in pieces
-            seen = min(seen + step, len(new))
-            lookup.draft(0, new[:seen], size)
-        text = prompt + new
-        expected: list[int] = []
-        for length in range(min(MAX_MATCH, len(text) - 1), 0, -1):
-            starts = [k for k in range(len(text) - length) if text[k : k + length] == text[-length:]]
-            if starts:
-                copied = list(text)
-                for k in range(min(size, num_copied(length))):
-                    copied.append(copied[starts[-1] + length + k])
-                expected = copied[len(text) :]
-                break
-        assert lookup.draft(0, new, size) == expected
+        assert choice_of([1, 2]).draft(0, [9], size=1) == []
+        assert choice_of([1, 2]).draft(0, [1], size=0) == []
 
 
 @cache
@@ -176,13 +187,13 @@ def test_penalties_and_stops_hold() -> None:
 
 
 class ForcedCopies:
-    """Takes the place of `TextLookup.draft`: true tokens, some of them replaced, for some of the cycles."""
+    """Takes the place of `CycleChoice.draft`: true tokens, some of them replaced, for some of the cycles."""
 
     def __init__(self, texts: list[list[int]], acceptance_rate: float, share: float, seed: int = 0) -> None:
         self.texts, self.acceptance_rate, self.share = texts, acceptance_rate, share
         self.generator = torch.Generator().manual_seed(seed)
 
-    def __call__(self, lookup: TextLookup, text: int, new: Sequence[int], size: int) -> list[int] | None:
+    def __call__(self, choice: CycleChoice, text: int, new: Sequence[int], size: int) -> list[int] | None:
         random = torch.rand(size + 1, generator=self.generator).tolist()
         if random.pop() >= self.share:
             return None
@@ -198,7 +209,7 @@ def test_adversarial_copies(kind: str, decoder: str, acceptance_rate: float, mon
     for prompts, share in ((PROMPTS[:1], 0.5), (PROMPTS[1:], 0.8)):
         texts = [reference(predictor, settings, prompt) for prompt in prompts]
         forced = ForcedCopies(texts, acceptance_rate, share if decoder == "speculative" else 1.0)
-        monkeypatch.setattr(TextLookup, "draft", lambda *args, forced=forced: forced(*args))
+        monkeypatch.setattr(CycleChoice, "draft", lambda *args, forced=forced: forced(*args))
         found = DECODERS[decoder](predictor, prompts, settings)
         assert [text.token_ids for text in found] == texts
 
@@ -209,7 +220,7 @@ def test_right_copies_are_one_call_a_cycle(kind: str, monkeypatch: pytest.Monkey
     settings = GenerationSettings(max_new_tokens=22, seed=1)
     text = reference(predictor, settings)
     forced = ForcedCopies([text], 1.0, 1.0)
-    monkeypatch.setattr(TextLookup, "draft", lambda lookup, row, new, size: forced(lookup, row, new, min(size, 4)))
+    monkeypatch.setattr(CycleChoice, "draft", lambda choice, row, new, size: forced(choice, row, new, min(size, 4)))
     decoded = decode_one(decode_by_lookup, predictor, settings)
     assert decoded.token_ids == text
     first, *cycles = decoded.cycles
@@ -227,10 +238,10 @@ def test_texts_of_a_batch_copy_different_numbers_of_tokens(monkeypatch: pytest.M
     prompts = [PROMPT, [7], [5, 5]]
     texts = [reference(predictor, settings, prompt) for prompt in prompts]
 
-    def by_row(lookup: TextLookup, text: int, new: Sequence[int], size: int) -> list[int]:
+    def by_row(choice: CycleChoice, text: int, new: Sequence[int], size: int) -> list[int]:
         return texts[text][len(new) : len(new) + min(size, 2 * text)]
 
-    monkeypatch.setattr(TextLookup, "draft", by_row)
+    monkeypatch.setattr(CycleChoice, "draft", by_row)
     found = decode_by_lookup(predictor, prompts, settings)
     assert [text.token_ids for text in found] == texts
     assert [text.num_calls for text in found] == [9, 4, 3]  # 1, 3 and 5 tokens a call, after the first
@@ -246,7 +257,7 @@ def test_slots_after_copies_are_those_of_training(kind: str, monkeypatch: pytest
     text, u = torch.tensor([[*PROMPT, *tokens]]), settings.auxiliaries(1, torch.device("cpu"))
     turns, begins = [0], list[int]()
 
-    def every_other(lookup: TextLookup, row: int, new: Sequence[int], size: int) -> list[int] | None:
+    def every_other(choice: CycleChoice, row: int, new: Sequence[int], size: int) -> list[int] | None:
         turns[0] += 1
         copied = [*tokens, 0, 0][len(new) : len(new) + 2]
         return [copied[0], (copied[1] + 1) % VOCABULARY][:size] if turns[0] % 2 else None
@@ -262,7 +273,7 @@ def test_slots_after_copies_are_those_of_training(kind: str, monkeypatch: pytest
         correct[:, 2:] += 1  # the third drafted token is wrong
         return correct % VOCABULARY
 
-    monkeypatch.setattr(TextLookup, "draft", every_other)
+    monkeypatch.setattr(CycleChoice, "draft", every_other)
     decoded = decode_one(decode_speculatively, predictor, settings, drafter=compare, lookup=True)
     assert decoded.token_ids == tokens
     assert len(begins) > 2 and turns[0] > 2
