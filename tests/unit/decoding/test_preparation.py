@@ -44,11 +44,11 @@ def assert_same(before: dict[str, Any], after: dict[str, Any]) -> None:
         assert address == old_address and torch.equal(value, old_value)
 
 
-@one_in(3, decode=DECODERS.values(), student=STUDENTS, dtype=[torch.float32, torch.bfloat16])
-def test_nothing_is_left(decode: Any, student: str, dtype: torch.dtype) -> None:
+@one_in(3, decoder=DECODERS, student=STUDENTS, dtype=[torch.float32, torch.bfloat16])
+def test_nothing_is_left(decoder: str, student: str, dtype: torch.dtype) -> None:
     network = tiny_predictor(student=student, dtype=dtype, **LARGE).train()
     before = described(network)
-    decode(network, [PROMPT, [3]], SETTINGS)
+    DECODERS[decoder](network, [PROMPT, [3]], SETTINGS)
     assert_same(before, described(network))
 
 
