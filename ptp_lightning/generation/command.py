@@ -201,7 +201,7 @@ def _completed(
     """Settings with the predictor's own values where no option is given; warns about a mismatch with its training."""
     config = predictor.config
     sampling = replace(config.sampling, **_given_sampling(options))
-    if not config.is_trained_for(sampling) and options.decoder != "autoregressive":
+    if not config.is_trained_for(sampling) and options.decoder not in ("autoregressive", "lookup"):
         trained_for = _describe(config.sampling) if config.sampling_range is None else config.sampling_range
         print(
             f"note: the adapter was trained for {trained_for}; with {_describe(sampling)} the text is still exact, but "

@@ -76,7 +76,9 @@ def test_texts_of_cycles_add_up_to_the_text(decoder: DecoderName) -> None:
     generation = written(decoder)  # bytes that are mostly no characters
     cycles = mark_cycles(generation, PROMPT_IDS, TOKENIZER)
     assert "".join(cycle.text for cycle in cycles) == generation.text
-    assert [bool(cycle.rejected) for cycle in cycles] == [bool(cycle.rejected) for cycle in generation.cycles]
+    for marked, cycle in zip(cycles, generation.cycles, strict=True):
+        has_special = TOKENIZER.eos_token_id in cycle.rejected  # which has no text
+        assert bool(marked.rejected) == bool(cycle.rejected) or (has_special and not marked.rejected)
 
 
 def test_a_character_belongs_to_the_cycle_that_completes_it_and_a_stop_string_to_none() -> None:
