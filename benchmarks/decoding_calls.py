@@ -1,7 +1,7 @@
 """Cost of a call of partial quadratic decoding, in steps of one-token decoding of the same model.
 
     python -m benchmarks.decoding_calls [--budgets 16 64] [--context 256] [--draft 3]
-    python -m benchmarks.decoding_calls --adapter smollm2 --dtype bfloat16 --threads 2 --budgets 0 16 32
+    python -m benchmarks.decoding_calls --model smollm2 --dtype bfloat16 --threads 2 --budgets 0 16 32
 
 The minimum of many repetitions, which take turns, so that changes of the machine's speed affect all. A call reads the
 last token, a draft and the slots, picks tokens, and makes the next draft. A budget of 0 is a cycle of speculative

@@ -55,6 +55,41 @@ def slot_logits_of_training(
     return predictor.slot_logits(hidden[:, 0])
 
 
+class SlotsOfTraining:
+    """A drafter that compares its slots with those of training; its third drafted token is wrong.
+
+    Args:
+        predictor: without a correction.
+        settings: of the text.
+        tokens: the reference text after `PROMPT`.
+        vocabulary: number of tokens.
+
+    Attributes:
+        begins: number of new tokens before each draft.
+    """
+
+    def __init__(
+        self, predictor: PredictorNetwork, settings: GenerationSettings, tokens: list[int], vocabulary: int
+    ) -> None:
+        self.begins: list[int] = []
+        self._predictor = predictor
+        self._auxiliaries = settings.auxiliaries(1, torch.device("cpu"))
+        self._text = torch.tensor([[*PROMPT, *tokens]])
+        self._vocabulary = vocabulary
+
+    def __call__(self, slot_logits: Tensor, auxiliaries: Tensor, starts: Sequence[int]) -> Tensor:
+        (start,) = starts
+        num_slots = auxiliaries.shape[1]
+        of_window = self._auxiliaries[:, start - 1 : start + num_slots]
+        begin = len(PROMPT) + start
+        expected = slot_logits_of_training(self._predictor, self._text, begin - 1, of_window, None)
+        torch.testing.assert_close(slot_logits, expected, atol=1e-4, rtol=1e-4)
+        self.begins.append(start)
+        draft = self._text[:, begin : begin + num_slots].clone()
+        draft[:, 2:] += 1
+        return draft % self._vocabulary
+
+
 class ForcedDraft:
     """Drafts tokens of the reference texts, each correct with a given probability.
 

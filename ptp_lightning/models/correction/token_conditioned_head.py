@@ -76,14 +76,12 @@ class TokenConditionedModule(CorrectionHead):
 
     def next_logits(self, hidden: Tensor, head: SlotHead) -> NextLogits:
         """See `CorrectionHead.next_logits`: the half of `W_up` that reads hidden states runs for all slots at once."""
-        # Zeros in the other half, because halves of a packed matrix are not there to be used.
-        states = normalized(hidden, self.up)
-        from_hidden = self.up(torch.cat([states, torch.zeros_like(states)], dim=-1))
+        of_hidden, of_tokens = self.up.weight.chunk(2, dim=1)
+        from_hidden = F.linear(normalized(hidden, self.up), of_hidden)
 
         def next_logits(slot: int, token_embeddings: Tensor) -> Tensor:
             own = slice(slot, slot + 1)
-            states = normalized(token_embeddings, self.up)
-            from_token = self.up(torch.cat([torch.zeros_like(states), states], dim=-1))
+            from_token = F.linear(normalized(token_embeddings, self.up), of_tokens)
             return head(self._corrected(hidden[:, own], from_hidden[:, own] + from_token))
 
         return next_logits

@@ -105,10 +105,10 @@ class PackedWeights:
 
     def draft_linear(self, *layers: nn.Linear, pack: bool = True) -> PackedLinear | QuantizedLinear:
         """The product of layers whose results matter to drafts alone, by `QuantizedLinear` if they allow it."""
-        if not pack or not all(map(is_quantizable, layers)):
-            return self.linear(*layers, pack=pack)
         tensors = [tensor for layer in layers for tensor in (layer.weight, layer.bias) if tensor is not None]
-        return self.copy(layers[0], ("quantized", len(layers)), tensors, lambda _: QuantizedLinear(layers))
+        return self.copy(
+            layers[0], ("draft", len(layers), pack), tensors, lambda can_pack: draft_product(layers, pack and can_pack)
+        )
 
     def copy(self, owner: nn.Module, key: Hashable, tensors: Sequence[Tensor], build: Callable[[bool], T]) -> T:
         """What `build` makes of tensors: of their present values, but not again for the same ones.
@@ -171,6 +171,11 @@ class _Copy(NamedTuple):
 
     value: Any
     source: tuple[Any, ...]
+
+
+def draft_product(layers: Sequence[nn.Linear], pack: bool) -> PackedLinear | QuantizedLinear:
+    """The fastest product for drafts; `pack` is whether a copy of the weights may be kept."""
+    return QuantizedLinear(layers) if pack and all(map(is_quantizable, layers)) else PackedLinear(layers, pack)
 
 
 def is_packable(layer: nn.Module) -> bool:

@@ -8,8 +8,8 @@ from typing import Self, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from ptp_lightning.models.layers.packed_linear import PackedLinear, PackedWeights
-from ptp_lightning.models.layers.quantized_linear import QuantizedLinear, is_quantizable
+from ptp_lightning.models.layers.packed_linear import PackedLinear, PackedWeights, draft_product
+from ptp_lightning.models.layers.quantized_linear import QuantizedLinear
 from ptp_lightning.models.lora.gated_linear import GatedLoraLinear
 
 
@@ -63,14 +63,8 @@ def kept_merged(layers: Sequence[nn.Module], packed_weights: PackedWeights) -> P
     tensors += [tensor for weights in acting for tensor in (weights.a, weights.b)]
     key = ("merged", len(layers), *(weights.scale for weights in acting))
     return packed_weights.copy(
-        layers[0], key, tensors, lambda can_pack: _draft_product([_merged(layer) for layer in layers], can_pack)
+        layers[0], key, tensors, lambda can_pack: draft_product([_merged(layer) for layer in layers], can_pack)
     )
-
-
-def _draft_product(layers: list[nn.Linear], pack: bool) -> PackedLinear | QuantizedLinear:
-    if pack and all(map(is_quantizable, layers)):
-        return QuantizedLinear(layers)
-    return PackedLinear(layers, pack)
 
 
 def _merged(layer: nn.Module) -> nn.Linear:

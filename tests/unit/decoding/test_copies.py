@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
 from ptp_lightning.decoding import (
     GenerationSettings,
@@ -22,7 +21,7 @@ from ptp_lightning.decoding.text_lookup import MAX_MATCH, TextLookup
 from ptp_lightning.models.network import PredictorNetwork
 from ptp_lightning.sampling import SamplingConfig
 from tests.helpers.parameter_products import one_in
-from tests.helpers.tiny_decoding import PROMPT, Decode, decode_one, reference, slot_logits_of_training
+from tests.helpers.tiny_decoding import PROMPT, Decode, SlotsOfTraining, decode_one, reference
 from tests.helpers.tiny_predictors import CORRECTIONS, tiny_predictor
 
 VOCABULARY = 32
@@ -254,29 +253,17 @@ def test_slots_after_copies_are_those_of_training(kind: str, monkeypatch: pytest
     predictor = tiny_predictor(vocab_size=VOCABULARY, correction=None, **options)  # pyright: ignore[reportArgumentType]
     settings = GenerationSettings(SamplingConfig(), 24, 2, window_length=5)
     tokens = reference(predictor, settings)
-    text, u = torch.tensor([[*PROMPT, *tokens]]), settings.auxiliaries(1, torch.device("cpu"))
-    turns, begins = [0], list[int]()
+    compare, turns = SlotsOfTraining(predictor, settings, tokens, VOCABULARY), [0]
 
     def every_other(choice: CycleChoice, row: int, new: Sequence[int], size: int) -> list[int] | None:
         turns[0] += 1
         copied = [*tokens, 0, 0][len(new) : len(new) + 2]
         return [copied[0], (copied[1] + 1) % VOCABULARY][:size] if turns[0] % 2 else None
 
-    def compare(slot_logits: Tensor, auxiliaries: Tensor, starts: Sequence[int]) -> Tensor:
-        (start,) = starts
-        num_slots = auxiliaries.shape[1]
-        of_window = u[:, start - 1 : start + num_slots]
-        expected = slot_logits_of_training(predictor, text, len(PROMPT) + start - 1, of_window, None)
-        torch.testing.assert_close(slot_logits, expected, atol=1e-4, rtol=1e-4)
-        begins.append(start)
-        correct = text[:, len(PROMPT) + start : len(PROMPT) + start + num_slots].clone()
-        correct[:, 2:] += 1  # the third drafted token is wrong
-        return correct % VOCABULARY
-
     monkeypatch.setattr(CycleChoice, "draft", every_other)
     decoded = decode_one(decode_speculatively, predictor, settings, drafter=compare, lookup=True)
     assert decoded.token_ids == tokens
-    assert len(begins) > 2 and turns[0] > 2
+    assert len(compare.begins) > 2 and turns[0] > 2
 
 
 def test_repetitive_texts_take_fewer_calls() -> None:

@@ -22,7 +22,7 @@ from ptp_lightning.models.slots.late_entry import LateEntry
 from ptp_lightning.predictor import ParallelTokenPredictor
 from ptp_lightning.sampling import SamplingConfig
 from tests.helpers.parameter_products import one_in
-from tests.helpers.tiny_decoding import PROMPT, ForcedDraft, decode_one, reference, slot_logits_of_training
+from tests.helpers.tiny_decoding import PROMPT, ForcedDraft, SlotsOfTraining, decode_one, reference
 from tests.helpers.tiny_models import TINY_MODELS
 from tests.helpers.tiny_predictors import CORRECTIONS, OBJECTIVES, tiny_predictor
 from tests.helpers.tiny_windows import make_batch, slots_that_differ, slots_that_see
@@ -104,22 +104,9 @@ def test_slots_are_those_of_training(family: str, objective: str) -> None:
     predictor = late(family, objective, None)
     settings = GenerationSettings(SamplingConfig(), 14, 2, window_length=5)
     tokens = reference(predictor, settings)
-    text, u = torch.tensor([[*PROMPT, *tokens]]), settings.auxiliaries(1, torch.device("cpu"))
-    begins: list[int] = []
-
-    def compare(slot_logits: Tensor, auxiliaries: Tensor, starts: Sequence[int]) -> Tensor:
-        (start,) = starts
-        num_slots = auxiliaries.shape[1]
-        of_window = u[:, start - 1 : start + num_slots]
-        expected = slot_logits_of_training(predictor, text, len(PROMPT) + start - 1, of_window, None)
-        torch.testing.assert_close(slot_logits, expected, atol=1e-4, rtol=1e-4)
-        begins.append(start)
-        correct = text[:, len(PROMPT) + start : len(PROMPT) + start + num_slots].clone()
-        correct[:, 2:] += 1  # the third drafted token is wrong
-        return correct % VOCABULARY
-
+    compare = SlotsOfTraining(predictor, settings, tokens, VOCABULARY)
     assert decode_one(decode_speculatively, predictor, settings, drafter=compare).token_ids == tokens
-    assert begins == [1, 4, 7, 10]  # three tokens a cycle; the last one needs no slot
+    assert compare.begins == [1, 4, 7, 10]  # three tokens a cycle; the last one needs no slot
 
 
 def test_drafts_at_all_positions_are_those_of_decoding() -> None:
