@@ -60,8 +60,8 @@ class PackedDataModule(LightningDataModule, ABC):
             ValueError: the data are not text.
         """
         raise ValueError(
-            f"expected text beside predictor.draft_vocabulary, found {type(self).__name__}: set "
-            "predictor.draft_vocabulary to null"
+            f"expected text beside predictor.draft_vocabulary and predictor.ngrams, found {type(self).__name__}: set "
+            "both to null"
         )
 
     def train_dataloader(self) -> DataLoader[PackedBatch]:

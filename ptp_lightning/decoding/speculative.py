@@ -24,6 +24,7 @@ from ptp_lightning.decoding.drafting import (
 from ptp_lightning.decoding.generation import Decoded, GenerationSettings, OnTokens
 from ptp_lightning.decoding.lookahead import Lookahead
 from ptp_lightning.decoding.state import Start, begin_decoding
+from ptp_lightning.decoding.text_drafts import TextDraft, joined_tree
 from ptp_lightning.decoding.timing import PhaseTimer
 from ptp_lightning.decoding.token_tree import TokenTree, Verified, verified_paths
 from ptp_lightning.models.network import PredictorNetwork
@@ -57,7 +58,7 @@ def decode_speculatively(
     it.
 
     With `lookup`, a `CycleChoice` decides for each cycle. Unless the student should draft for one of the texts, the
-    cycle is a single call, which reads the newest token and what was copied after it, as with late slots.
+    cycle is a single call, which reads the newest token and a draft that needs no network, as with late slots.
 
     The draft leaves room for that last pick, so windows shrink towards the end of the longest text. If a single token
     remains, it is t_1 of a drafting call and needs no verification.
@@ -69,7 +70,8 @@ def decode_speculatively(
         on_tokens: is called once a cycle with the committed tokens of each text.
         drafter: makes the drafts; by default the student. Trees need a `TreeDrafter`.
         timer: marks the ends of phases.
-        lookup: whether to copy drafts from the texts, where tokens repeat.
+        lookup: whether to draft without the student, too: from the texts themselves, where tokens repeat, and from
+            `predictor.ngrams`.
 
     Raises:
         ValueError: a prompt is empty, or too long for `max_new_tokens` more.
@@ -79,7 +81,8 @@ def decode_speculatively(
             drafter = StudentDrafter(predictor.config.objective, start.context.sampling)
         cycles = _Cycles(start, drafter, settings.window_length, num_tree_tokens(predictor, settings))
         if lookup:
-            cycles.choice = CycleChoice(prompts, LATE_STUDENT_COST if predictor.first_slot_layer else STUDENT_COST)
+            cost = LATE_STUDENT_COST if predictor.first_slot_layer else STUDENT_COST
+            cycles.choice = _choice(predictor, prompts, settings, cost)
         if predictor.first_slot_layer:
             cycles.run_after_newest()
         else:
@@ -95,16 +98,27 @@ def decode_by_lookup(
     on_tokens: OnTokens | None = None,
     timer: PhaseTimer | None = None,
 ) -> list[Decoded]:
-    """One token a call, or a copy as a draft where texts repeat themselves (`TextLookup`); the student is not used.
+    """Verify drafts that need no network (`TextDrafter`), or read one token a call; the student is not used.
 
     It shows what the student adds to `decode_speculatively` with `lookup`. Arguments and errors are the same.
     """
     with begin_decoding(predictor, prompts, settings, on_tokens, timer) as start:
         drafter = StudentDrafter(predictor.config.objective, start.context.sampling)
         cycles = _Cycles(start, drafter, settings.window_length, tree_size=0)
-        cycles.choice = CycleChoice(prompts, student_cost=None)
+        cycles.choice = _choice(predictor, prompts, settings, student_cost=None)
         cycles.run_after_newest()
     return start.texts.decoded()
+
+
+def _choice(
+    predictor: PredictorNetwork,
+    prompts: Sequence[Sequence[int]],
+    settings: GenerationSettings,
+    student_cost: float | None,
+) -> CycleChoice:
+    # Penalties of earlier tokens are those of a chain.
+    branches = not settings.sampling.depends_on_prefix
+    return CycleChoice(prompts, predictor.continuations, student_cost, branches)
 
 
 class _Cycles:
@@ -132,7 +146,7 @@ class _Cycles:
         """Cycles of two calls; the first gives an exact token and slots."""
         context, texts = self._context, self._texts
         while texts.rows:
-            if self._copied():
+            if self._drafted_without_student():
                 continue
             starts, calls_before = texts.starts, context.num_calls
             length = max(1, min(self._window_length, max(texts.remaining) - 1))
@@ -155,7 +169,7 @@ class _Cycles:
         texts.commit(first.tolist(), context.num_calls)
         self._go_on(first)
         while texts.rows:
-            if self._copied():
+            if self._drafted_without_student():
                 continue
             length = min(self._window_length, max(texts.remaining))
             slots = context.late_slots(self._unread, length - 1) if length > 1 else None
@@ -164,22 +178,20 @@ class _Cycles:
             tree = TokenTree.chain(self._unread) if slots is None else self._draft(self._unread, slots, starts)
             self._verify_after_newest(tree, length)
 
-    def _copied(self) -> bool:
+    def _drafted_without_student(self) -> bool:
         """Run a cycle without the student, if it should draft for none of the texts."""
-        texts, size = self._texts, max(self._texts.remaining) - 1
+        texts, max_depth = self._texts, max(self._texts.remaining) - 1
         if self.choice is None or not all(texts.starts):  # a first call reads the rest of the prompts
             return False
-        drafts: list[list[int]] = []
+        drafts: list[TextDraft] = []
         for row, new in zip(texts.rows, texts.new_tokens, strict=True):
-            draft = self.choice.draft(row, new, size)
+            draft = self.choice.draft(row, new, max_depth)
             if draft is None:
                 return False
             drafts.append(draft)
-        longest = max(map(len, drafts))
-        copied = [[*draft, *[0] * (longest - len(draft))] for draft in drafts]
-        tree = TokenTree.chain(torch.cat([self._unread, self._unread.new_tensor(copied)], dim=1))
         self._context.timer.mark("drafting")
-        self._verify_after_newest(tree, 1 + longest, is_student=False)
+        length = 1 + max(draft.depth for draft in drafts)
+        self._verify_after_newest(joined_tree(self._unread, drafts), length, is_student=False)
         return True
 
     def _verify_after_newest(self, tree: TokenTree, length: int, is_student: bool = True) -> None:

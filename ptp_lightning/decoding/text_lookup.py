@@ -1,6 +1,6 @@
-"""TextLookup: where the last tokens of a text occurred before, and what followed them there.
+"""TextLookup: what followed the last tokens of a text where they occurred before.
 
-What followed is a draft that needs no network. This is prompt lookup decoding (Saxena 2023, `prompt_lookup_num_tokens`
+It is a draft that needs no network. This is prompt lookup decoding (Saxena 2023, `prompt_lookup_num_tokens`
 in transformers).
 """
 
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 MAX_MATCH = 6
-"""Of several places, that with the longest match counts; a longer match says no more than this one."""
+"""Of several places, that with the longest match counts, then the latest; longer matches say no more than this one."""
 
 
 class Match(NamedTuple):
@@ -18,51 +18,51 @@ class Match(NamedTuple):
 
     Attributes:
         length: number of these tokens, up to `MAX_MATCH`.
-        end: index of the token that followed them.
+        follower: the token that followed them.
     """
 
     length: int
-    end: int
+    follower: int
 
 
 class TextLookup:
-    """A text that grows, and where each sequence of up to `MAX_MATCH` of its tokens was last followed by another.
+    """A text that grows, and which token last followed each sequence of up to `MAX_MATCH` of its tokens.
 
     Args:
         tokens: the text so far.
 
     >>> text = TextLookup([1, 2, 3, 9, 4, 1, 2])
     >>> text.longest_match()
-    Match(length=2, end=2)
-    >>> text.copy(text.longest_match(), size=3)
-    [3, 9, 4]
+    Match(length=2, follower=3)
+    >>> text.longest_match(path=[3, 9])
+    Match(length=4, follower=4)
     """
 
     def __init__(self, tokens: Sequence[int]) -> None:
         self._tokens: list[int] = []
-        self._ends: dict[tuple[int, ...], int] = {}
-        self.extend(tokens)
+        self._followers: dict[tuple[int, ...], int] = {}
+        for token in tokens:
+            self.append(token)
 
     def __len__(self) -> int:
         return len(self._tokens)
 
-    def extend(self, tokens: Sequence[int]) -> None:
-        """Append tokens to the text."""
-        for token in tokens:
-            end = len(self._tokens)
-            for length in range(1, min(MAX_MATCH, end) + 1):
-                self._ends[tuple(self._tokens[end - length :])] = end
-            self._tokens.append(token)
+    def append(self, token: int) -> None:
+        """Append a token to the text."""
+        tail = self.tail()
+        for start in range(len(tail)):
+            self._followers[tail[start:]] = token
+        self._tokens.append(token)
 
-    def longest_match(self) -> Match | None:
-        """The longest match of the last tokens, of several the latest; None if the last token is new."""
-        for length in range(min(MAX_MATCH, len(self._tokens)), 0, -1):
-            end = self._ends.get(tuple(self._tokens[-length:]))
-            if end is not None:
-                return Match(length, end)
+    def tail(self, path: Sequence[int] = ()) -> tuple[int, ...]:
+        """The last `MAX_MATCH` tokens of the text and a path after it."""
+        return (*self._tokens[-MAX_MATCH:], *path)[-MAX_MATCH:]
+
+    def longest_match(self, path: Sequence[int] = ()) -> Match | None:
+        """The longest match of the last tokens of the text and a path after it; None if the last one is new."""
+        tail = self.tail(path)
+        for start in range(len(tail)):
+            follower = self._followers.get(tail[start:])
+            if follower is not None:
+                return Match(len(tail) - start, follower)
         return None
-
-    def copy(self, match: Match, size: int) -> list[int]:
-        """The `size` tokens that followed; in a text that goes round in circles, the copy goes on with itself."""
-        period = len(self._tokens) - match.end
-        return [self._tokens[match.end + offset % period] for offset in range(size)]

@@ -41,7 +41,8 @@ from ptp_lightning.export.packaged_adapters import (
 from ptp_lightning.export.stored_sizes import require_stored_sizes
 from ptp_lightning.models.backbone import BackboneSettings, load_backbone
 from ptp_lightning.models.config import PredictorConfig
-from ptp_lightning.models.network import TOKEN_RANKS, PredictorNetwork
+from ptp_lightning.models.network import PredictorNetwork
+from ptp_lightning.models.stored_state import TOKEN_RANKS
 from ptp_lightning.models.students import GatedLoraStudent
 from ptp_lightning.option_names import DTYPES, DtypeName
 from ptp_lightning.utils.atomic_files import replacing

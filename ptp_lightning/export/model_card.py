@@ -78,6 +78,7 @@ def model_card(
         "Draft vocabulary": "all tokens"
         if config.draft_vocabulary is None
         else f"the {config.draft_vocabulary:,} most frequent tokens of the training data",
+        "N-grams": "none" if config.ngrams is None else f"{config.ngrams:,}, counted in the training data",
         "LoRA": f"rank {config.lora.rank}, alpha {config.lora.alpha}, on `{config.lora.target_modules}`",
     } | {_label(tag): _number(value) for tag, value in training.items() if not isinstance(value, list)}
     for length, value in mean_correct_tokens(training):

@@ -10,7 +10,7 @@ from ptp_lightning.models.config import PredictorConfig
 from ptp_lightning.models.correction.decoder_refiner import DecoderRefiner
 from ptp_lightning.models.correction.markov_head import MarkovHead
 from ptp_lightning.models.correction.token_conditioned_head import TokenConditionedHead
-from ptp_lightning.models.network import DRAFT_TOKEN_IDS
+from ptp_lightning.models.stored_state import DRAFT_TOKEN_IDS, NGRAM_TOKEN_IDS
 from ptp_lightning.utils.pretrained import few
 
 FIRST_EMBEDDING_WEIGHTS = ("embeddings.0.head.0.weight", "embeddings.0.head.weight")  # head: mlp, linear
@@ -43,13 +43,16 @@ def require_stored_sizes(state: Mapping[str, Tensor], config: PredictorConfig) -
 
 
 def _sizes_of_correction(state: Mapping[str, Tensor], config: PredictorConfig) -> dict[str, tuple[int, int]]:
-    """Declared and stored sizes of the correction and the draft vocabulary, by key."""
+    """Declared and stored sizes of the correction and of what was counted, by key."""
 
     def rows(name: str) -> int:
         return len(state[name]) if name in state else 0
 
     correction, arguments = config.correction, "correction.init_args"
-    sizes = {"draft_vocabulary": (config.draft_vocabulary or 0, rows(DRAFT_TOKEN_IDS))}
+    sizes = {
+        "draft_vocabulary": (config.draft_vocabulary or 0, rows(DRAFT_TOKEN_IDS)),
+        "ngrams": (config.ngrams or 0, rows(NGRAM_TOKEN_IDS)),
+    }
     if isinstance(correction, TokenConditionedHead):
         sizes[f"{arguments}.intermediate_size"] = correction.intermediate_size, rows(f"{CORRECTION}up.weight")
     elif isinstance(correction, MarkovHead):

@@ -43,6 +43,8 @@ class PredictorConfig:
         slot_layers: number of the last layers of the base model that slots run through, and that carry the adapter.
             What the layers below make of the text reaches slots by hidden states of the token before (`LateEntry`), so
             that drafts cost less. They are for speculative decoding alone. None for all layers.
+        ngrams: number of n-grams that are counted in training data and stored: what usually follows one or two tokens.
+            Decoders with a lookup draft from them where that is cheaper than asking the student. None for none.
 
     Raises:
         ValueError: windows have no slots, `sampling` is not one of the settings to be trained for, or a correction
@@ -61,6 +63,7 @@ class PredictorConfig:
     sampling_range: SamplingRange | None = None
     draft_vocabulary: int | None = None
     slot_layers: int | None = None
+    ngrams: int | None = None
 
     def __post_init__(self) -> None:
         if self.window_length < 2:
@@ -79,6 +82,8 @@ class PredictorConfig:
             )
         if self.draft_vocabulary is not None and self.draft_vocabulary < 1:
             raise ValueError(f"expected predictor.draft_vocabulary null or >= 1, found {self.draft_vocabulary}")
+        if self.ngrams is not None and self.ngrams < 1:
+            raise ValueError(f"expected predictor.ngrams null or >= 1, found {self.ngrams}")
         if self.slot_layers is not None:
             if self.slot_layers < 1:
                 raise ValueError(f"expected predictor.slot_layers null or >= 1, found {self.slot_layers}")

@@ -23,15 +23,16 @@ from ptp_lightning.models.draft_head import DraftHead, as_vocabulary, require_dr
 from ptp_lightning.models.layers.packed_linear import PackedWeights
 from ptp_lightning.models.output_head import apply_head, final_logits, output_head
 from ptp_lightning.models.slots.late_entry import LateEntry, first_slot_layer
+from ptp_lightning.models.slots.ngram_table import NgramTable
 from ptp_lightning.models.slots.sampling_encoder import SamplingEncoder
 from ptp_lightning.models.slots.slot_encoder import SlotEncoder
+from ptp_lightning.models.stored_state import NOT_TRAINED, require_stored_state
 from ptp_lightning.models.support import require_finite, require_supported, require_text_model
 from ptp_lightning.models.token_order import require_permutation, similar_tokens_together
 from ptp_lightning.models.training_changes import prepare_for_training
+from ptp_lightning.ngrams import Continuations
 from ptp_lightning.sampling import Sampler, SamplingConfig
 from ptp_lightning.utils.pretrained import absolute_if_local
-
-TOKEN_RANKS, DRAFT_TOKEN_IDS = "slot_encoder.token_ranks", "slot_encoder.draft_token_ids"
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
@@ -84,6 +85,8 @@ class PredictorNetwork(nn.Module):
             ranks = similar_tokens_together(table) if token_ranks is None else token_ranks.clone()
             require_permutation(ranks, len(table))
             self.slot_encoder.token_ranks = ranks
+        if config.ngrams is not None:
+            self.slot_encoder.ngrams = NgramTable(config.ngrams)
         self.first_slot_layer = first_slot_layer(backbone, config.slot_layers)
         if self.first_slot_layer:
             self.slot_encoder.late_entry = LateEntry(table.shape[1])
@@ -151,6 +154,11 @@ class PredictorNetwork(nn.Module):
         require_draft_vocabulary(token_ids, len(own), self.base_model.config.vocab_size)
         own.copy_(token_ids)
         self._gather_draft_head()
+
+    @property
+    def continuations(self) -> Continuations:
+        """The n-grams that decoders draft from; none if none are stored."""
+        return {} if self.slot_encoder.ngrams is None else self.slot_encoder.ngrams.continuations
 
     def _slot_head(self, hidden: Tensor) -> Tensor:
         if self.draft_head is None:
@@ -383,36 +391,14 @@ class PredictorNetwork(nn.Module):
     def trainable_state(self) -> dict[str, Tensor]:
         """Names and values of all trained weights: the student and the slot encoder, no frozen weight.
 
-        Token order and draft vocabulary are included if there are any, because trained slots depend on them.
+        Token order, draft vocabulary and n-grams are included if there are any.
         """
-        trainable = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        kept = trainable | {TOKEN_RANKS, DRAFT_TOKEN_IDS}
+        kept = NOT_TRAINED | {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         return {name: value for name, value in self.state_dict().items() if name in kept}
 
     def require_trainable_state(self, state: dict[str, Tensor]) -> None:
-        """Refuse weights that are not those of this predictor.
-
-        Raises:
-            ValueError: a weight is missing, unknown or of another shape, the token order is no permutation, or the
-                draft vocabulary is none.
-        """
-        own = self.trainable_state()
-        if wrong := sorted(own.keys() ^ state.keys()):
-            raise ValueError(
-                f"expected the {len(own)} weights of this predictor, found a checkpoint that differs in {wrong[:4]}: "
-                "set predictor.student, predictor.lora, predictor.objective, predictor.head, "
-                "predictor.correction, predictor.draft_vocabulary, predictor.sampling_range or predictor.sampling.order"
-            )
-        if shapes := [name for name in own if own[name].shape != state[name].shape]:
-            raise ValueError(
-                f"expected {shapes[0]} of shape {list(own[shapes[0]].shape)}, found {list(state[shapes[0]].shape)}: "
-                "set predictor.lora.rank, predictor.features, predictor.correction or predictor.draft_vocabulary"
-            )
-        if TOKEN_RANKS in state:
-            require_permutation(state[TOKEN_RANKS], len(own[TOKEN_RANKS]))
-        if DRAFT_TOKEN_IDS in state:
-            size, vocab_size = len(own[DRAFT_TOKEN_IDS]), self.base_model.config.vocab_size
-            require_draft_vocabulary(state[DRAFT_TOKEN_IDS], size, vocab_size)
+        """Refuse weights that are not those of this predictor, see `require_stored_state`."""
+        require_stored_state(state, self.trainable_state(), self.base_model.config.vocab_size)
 
     def load_trainable_state(self, state: dict[str, Tensor]) -> None:
         """Inverse of `trainable_state`; raises as `require_trainable_state`."""

@@ -66,6 +66,7 @@ def tiny_predictor(
     correction: Correction | None = REFINER,
     draft_vocabulary: Sequence[int] | None = None,
     slot_layers: int | None = None,
+    ngrams: int | None = None,
     seed: int = 1,
     **model: Any,
 ) -> PredictorNetwork:
@@ -73,6 +74,7 @@ def tiny_predictor(
 
     Args:
         draft_vocabulary: ascending token ids; None for all tokens.
+        ngrams: number of n-grams, which are not set.
         sharpness: as in `sharpen`.
         seed: of the trained weights.
         **model: further arguments of the builder in TINY_MODELS.
@@ -88,6 +90,7 @@ def tiny_predictor(
         sampling_range=sampling_range,
         draft_vocabulary=None if draft_vocabulary is None else len(draft_vocabulary),
         slot_layers=slot_layers,
+        ngrams=ngrams,
     )
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)

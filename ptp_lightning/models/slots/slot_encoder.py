@@ -8,6 +8,7 @@ from ptp_lightning.models.correction.correction import CorrectionModule
 from ptp_lightning.models.slots.auxiliary_embedding import AuxiliaryEmbedding
 from ptp_lightning.models.slots.auxiliary_features import AuxiliaryFeatures
 from ptp_lightning.models.slots.late_entry import LateEntry
+from ptp_lightning.models.slots.ngram_table import NgramTable
 from ptp_lightning.models.slots.objectives import Objective
 from ptp_lightning.models.slots.sampling_encoder import SamplingEncoder
 
@@ -31,6 +32,7 @@ class SlotEncoder(nn.Module):
         late_entry: of slots that run through the last layers alone; else None.
         token_ranks: `[V]` int64, the order "embedding" if slots are trained in it (see `Sampler`).
         draft_token_ids: `[N]` int32, ascending, the tokens that slots can draft; None for all.
+        ngrams: continuations that were counted in training data, if any.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class SlotEncoder(nn.Module):
         self.register_buffer("token_ranks", None)
         self.draft_token_ids: Tensor | None
         self.register_buffer("draft_token_ids", None)
+        self.ngrams: NgramTable | None = None
 
     def forward(self, auxiliaries: Tensor) -> Tensor:
         """Map auxiliaries `[..., L]` to `[..., L - 1, H]`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from ptp_lightning.models.context import Context
 from ptp_lightning.models.layers.activation_checkpointing import checkpoint_layers
 from ptp_lightning.models.layers.compile import compile_layers
 from ptp_lightning.models.network import PredictorNetwork
+from ptp_lightning.ngrams import count_ngrams
 from ptp_lightning.sampling import SamplingConfig
 from ptp_lightning.training.modules.training_module import TrainingModule
 from ptp_lightning.training.optimization import OptimizerSettings, configure
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 COUNTED_TOKENS = 2**23
-"""Of the training data, for the draft vocabulary; the ranks of frequent tokens are known long before."""
+"""Of the training data, for the draft vocabulary and n-grams; what is frequent is known long before."""
 
 
 class PredictorModule(TrainingModule):
@@ -108,21 +109,30 @@ class PredictorModule(TrainingModule):
         self.end_of_text = data.end_of_text
 
     def on_fit_start(self) -> None:
-        """Choose the draft vocabulary unless a checkpoint brought one.
+        """Count what the predictor reads from training data, unless a checkpoint brought it.
 
         Also silence Lightning's warning about the base model, which is in eval mode on purpose.
 
         Raises:
-            ValueError: there is a draft vocabulary, but the data are not text.
+            ValueError: there are a draft vocabulary or n-grams, but the data are not text.
         """
         warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode", category=PossibleUserWarning)
-        head = self.predictor.draft_head
-        if head is not None and not head.is_chosen:
-            data = datamodule_of(self.trainer)
-            size, vocab_size = self.predictor.config.draft_vocabulary, self.predictor.base_model.config.vocab_size
-            assert size is not None, "there is a draft head"
-            texts = first_tokens(data.training_texts(), COUNTED_TOKENS)
-            self.predictor.choose_draft_vocabulary(most_frequent_tokens(texts, size, vocab_size))
+        self._choose_draft_vocabulary()
+        self._count_ngrams()
+
+    def _choose_draft_vocabulary(self) -> None:
+        head, size = self.predictor.draft_head, self.predictor.config.draft_vocabulary
+        if head is not None and size is not None and not head.is_chosen:
+            vocab_size = self.predictor.base_model.config.vocab_size
+            self.predictor.choose_draft_vocabulary(most_frequent_tokens(self._counted_texts(), size, vocab_size))
+
+    def _count_ngrams(self) -> None:
+        table, size = self.predictor.slot_encoder.ngrams, self.predictor.config.ngrams
+        if table is not None and size is not None and not table.is_set:
+            table.set(count_ngrams(self._counted_texts(), size))
+
+    def _counted_texts(self) -> Iterator[Sequence[int]]:
+        return first_tokens(datamodule_of(self.trainer).training_texts(), COUNTED_TOKENS)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The configured optimiser and schedule for all trained weights."""

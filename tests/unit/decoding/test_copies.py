@@ -1,4 +1,4 @@
-"""Drafts copied from the text: where they come from, and that they change no text."""
+"""Drafts that need no network: copies of the text, and that no draft changes a text."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from ptp_lightning.decoding import (
     decode_speculatively,
 )
 from ptp_lightning.decoding.cycle_choice import CycleChoice
+from ptp_lightning.decoding.text_drafts import TextDraft
 from ptp_lightning.decoding.text_lookup import MAX_MATCH, TextLookup
 from ptp_lightning.models.network import PredictorNetwork
+from ptp_lightning.ngrams import count_ngrams
 from ptp_lightning.sampling import SamplingConfig
 from tests.helpers.parameter_products import one_in
 from tests.helpers.tiny_decoding import PROMPT, Decode, SlotsOfTraining, decode_one, reference
@@ -40,9 +42,11 @@ DECODERS: dict[str, Decode] = {
 class TestTextLookup:
     @staticmethod
     def copied(tokens: list[int], size: int) -> list[int]:
-        lookup = TextLookup(tokens)
-        match = lookup.longest_match()
-        return [] if match is None else lookup.copy(match, size)
+        """What a draft of `size` tokens copies."""
+        lookup, path = TextLookup(tokens), list[int]()
+        while len(path) < size and (match := lookup.longest_match(path)):
+            path.append(match.follower)
+        return path
 
     def test_copies_what_followed(self) -> None:
         assert self.copied([1, 2, 3, 9, 4, 1, 2], size=2) == [3, 9]
@@ -57,82 +61,26 @@ class TestTextLookup:
 
     def test_a_new_token_is_no_match(self) -> None:
         assert TextLookup([1, 2, 1, 3]).longest_match() is None
+        assert TextLookup([1, 2, 1]).longest_match([3]) is None
         assert TextLookup([5]).longest_match() is None
 
     @given(
         text=st.lists(st.integers(0, 3), min_size=1, max_size=60),
-        size=st.integers(0, 20),
-        steps=st.lists(st.integers(1, 7), max_size=10),
+        path=st.lists(st.integers(0, 3), max_size=8),
+        num_prompt=st.integers(0, 60),
     )
-    def test_is_a_search_of_the_whole_text(self, text: list[int], size: int, steps: list[int]) -> None:
-        lookup, seen = TextLookup(text[:1]), 1
-        for step in [*steps, len(text)]:  # the text arrives in pieces
-            lookup.extend(text[seen : seen + step])
-            seen = min(seen + step, len(text))
-        found = lookup.longest_match()
-        for length in range(min(MAX_MATCH, len(text) - 1), 0, -1):
-            starts = [k for k in range(len(text) - length) if text[k : k + length] == text[-length:]]
+    def test_is_a_search_of_the_whole_text(self, text: list[int], path: list[int], num_prompt: int) -> None:
+        lookup = TextLookup(text[:num_prompt])
+        for token in text[num_prompt:]:
+            lookup.append(token)
+        found, whole = lookup.longest_match(path), text + path
+        for length in range(min(MAX_MATCH, len(whole)), 0, -1):
+            starts = [k for k in range(len(text) - length) if text[k : k + length] == whole[-length:]]
             if starts:
-                assert found == (length, starts[-1] + length)
-                copied = list(text)
-                for k in range(size):
-                    copied.append(copied[found.end + k])
-                assert lookup.copy(found, size) == copied[len(text) :]
+                assert found == (length, text[starts[-1] + length])
                 break
         else:
             assert found is None
-
-
-def choice_of(*prompts: list[int], student_cost: float | None = None) -> CycleChoice:
-    return CycleChoice(prompts, student_cost)
-
-
-class TestCycleChoice:
-    def test_texts_are_apart(self) -> None:
-        choice = choice_of([1, 2, 3], [5, 6])
-        assert choice.draft(1, [1, 2], size=2) == []
-        assert choice.draft(0, [1, 2], size=1) == [3]
-        assert choice.draft(1, [1, 2, 8, 1], size=1) == [2]
-
-    def test_the_longer_the_match_the_more_is_copied(self) -> None:
-        choice = choice_of(list(range(20)))
-        assert choice.draft(0, [3], size=20) == [4, 5, 6]
-        assert choice.draft(0, [3, 3, 4], size=20) == [5, 6, 7, 8, 9]
-        assert choice.draft(0, [3, 3, 4, 3, 4], size=2) == [3, 4]  # the latest place is the new text
-
-    def test_poor_copies_end(self) -> None:
-        """Those after a match of one token, while a match of two has an average of its own."""
-        choice = choice_of([1, 2, 3, 4, 5])
-        for _ in range(50):
-            if not choice.draft(0, [3], size=1):
-                break
-            choice.learn(0, 1, is_student=False)
-        else:
-            pytest.fail("they go on")
-        assert choice.draft(0, [3, 2, 3], size=1) == [4]
-
-    def test_the_student_drafts_where_it_writes_more(self) -> None:
-        """Three tokens a cycle are much for the cost of one call, and little for that of four."""
-        for student_cost, with_match, without in ((1.0, None, None), (2.0, [4], None), (4.0, [4], [])):
-            choice = choice_of([1, 2, 3, 4, 5], student_cost=student_cost)
-            for _ in range(60):
-                choice.learn(0, 3, is_student=True)
-            assert choice.draft(0, [1, 2, 3], size=1) == with_match
-            assert choice.draft(0, [1, 2, 3, 8], size=1) == without
-
-    def test_a_poor_student_is_tried_again(self) -> None:
-        choice = choice_of([1, 2], student_cost=2.0)
-        for _ in range(20):
-            choice.learn(0, 1, is_student=True)
-        pauses = 0
-        while choice.draft(0, [9], size=1) == []:
-            choice.learn(0, 1, is_student=False)
-            pauses += 1
-        assert 10 < pauses < 200
-
-    def test_without_a_student_one_token_is_read(self) -> None:
-        assert choice_of([1, 2]).draft(0, [9], size=1) == []
-        assert choice_of([1, 2]).draft(0, [1], size=0) == []
 
 
 @cache
@@ -185,29 +133,54 @@ def test_penalties_and_stops_hold() -> None:
         assert stopped.finish_reason == "stop"
 
 
-class ForcedCopies:
-    """Takes the place of `CycleChoice.draft`: true tokens, some of them replaced, for some of the cycles."""
+def chain(token_ids: list[int]) -> TextDraft:
+    return TextDraft(token_ids, list(range(-1, len(token_ids) - 1)), len(token_ids), 1.0, 1.0)
 
-    def __init__(self, texts: list[list[int]], acceptance_rate: float, share: float, seed: int = 0) -> None:
-        self.texts, self.acceptance_rate, self.share = texts, acceptance_rate, share
-        self.generator = torch.Generator().manual_seed(seed)
 
-    def __call__(self, choice: CycleChoice, text: int, new: Sequence[int], size: int) -> list[int] | None:
-        random = torch.rand(size + 1, generator=self.generator).tolist()
+class ForcedDrafts:
+    """Takes the place of `CycleChoice.draft`: true tokens, some of them replaced, for some of the cycles.
+
+    Trees have a wrong token beside each of them, before or after it.
+    """
+
+    def __init__(self, texts: list[list[int]], acceptance_rate: float, share: float, trees: bool = False) -> None:
+        self.texts, self.acceptance_rate, self.share, self.trees = texts, acceptance_rate, share, trees
+        self.generator = torch.Generator().manual_seed(0)
+
+    def __call__(self, choice: CycleChoice, text: int, new: Sequence[int], max_depth: int) -> TextDraft | None:
+        random = torch.rand(max_depth + 1, generator=self.generator).tolist()
         if random.pop() >= self.share:
             return None
-        true = [*self.texts[text], *[0] * size][len(new) : len(new) + size]
-        return [t if r < self.acceptance_rate else (t + 1) % VOCABULARY for t, r in zip(true, random, strict=True)]
+        true = [*self.texts[text], *[0] * max_depth][len(new) : len(new) + max_depth]
+        drafted = [t if r < self.acceptance_rate else (t + 1) % VOCABULARY for t, r in zip(true, random, strict=True)]
+        if not self.trees:
+            return chain(drafted)
+        draft = TextDraft([], [], len(drafted), 1.0, 1.0)
+        parent = -1
+        for token, r in zip(drafted, random, strict=True):
+            both = [token, (token + 2) % VOCABULARY]
+            draft.token_ids.extend(both if r < 0.6 else both[::-1])
+            draft.parents.extend([parent, parent])
+            parent = draft.token_ids.index(token, len(draft.token_ids) - 2)
+        return draft
 
 
-@one_in(2, acceptance_rate=[0.0, 0.5, 0.9, 1.0], decoder=DECODERS, kind=["refiner", "trees", "copy", "late"])
-def test_adversarial_copies(kind: str, decoder: str, acceptance_rate: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Right and wrong copies between drafts of the student, up to the end of the text."""
+@one_in(
+    2,
+    acceptance_rate=[0.0, 0.5, 0.9, 1.0],
+    decoder=DECODERS,
+    kind=["refiner", "trees", "copy", "late"],
+    shape=["chain", "tree"],
+)
+def test_adversarial_drafts(
+    kind: str, decoder: str, acceptance_rate: float, shape: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Right and wrong drafts between those of the student, up to the end of the text."""
     predictor = predictor_of(kind)
     settings = GenerationSettings(SAMPLING["truncated"], 22, seed=5, window_length=4)
     for prompts, share in ((PROMPTS[:1], 0.5), (PROMPTS[1:], 0.8)):
         texts = [reference(predictor, settings, prompt) for prompt in prompts]
-        forced = ForcedCopies(texts, acceptance_rate, share if decoder == "speculative" else 1.0)
+        forced = ForcedDrafts(texts, acceptance_rate, share if decoder == "speculative" else 1.0, shape == "tree")
         monkeypatch.setattr(CycleChoice, "draft", lambda *args, forced=forced: forced(*args))
         found = DECODERS[decoder](predictor, prompts, settings)
         assert [text.token_ids for text in found] == texts
@@ -218,8 +191,8 @@ def test_right_copies_are_one_call_a_cycle(kind: str, monkeypatch: pytest.Monkey
     predictor = predictor_of(kind)
     settings = GenerationSettings(max_new_tokens=22, seed=1)
     text = reference(predictor, settings)
-    forced = ForcedCopies([text], 1.0, 1.0)
-    monkeypatch.setattr(CycleChoice, "draft", lambda choice, row, new, size: forced(choice, row, new, min(size, 4)))
+    forced = ForcedDrafts([text], 1.0, 1.0)
+    monkeypatch.setattr(CycleChoice, "draft", lambda choice, row, new, depth: forced(choice, row, new, min(depth, 4)))
     decoded = decode_one(decode_by_lookup, predictor, settings)
     assert decoded.token_ids == text
     first, *cycles = decoded.cycles
@@ -237,8 +210,8 @@ def test_texts_of_a_batch_copy_different_numbers_of_tokens(monkeypatch: pytest.M
     prompts = [PROMPT, [7], [5, 5]]
     texts = [reference(predictor, settings, prompt) for prompt in prompts]
 
-    def by_row(choice: CycleChoice, text: int, new: Sequence[int], size: int) -> list[int]:
-        return texts[text][len(new) : len(new) + min(size, 2 * text)]
+    def by_row(choice: CycleChoice, text: int, new: Sequence[int], max_depth: int) -> TextDraft:
+        return chain(texts[text][len(new) : len(new) + min(max_depth, 2 * text)])
 
     monkeypatch.setattr(CycleChoice, "draft", by_row)
     found = decode_by_lookup(predictor, prompts, settings)
@@ -255,10 +228,10 @@ def test_slots_after_copies_are_those_of_training(kind: str, monkeypatch: pytest
     tokens = reference(predictor, settings)
     compare, turns = SlotsOfTraining(predictor, settings, tokens, VOCABULARY), [0]
 
-    def every_other(choice: CycleChoice, row: int, new: Sequence[int], size: int) -> list[int] | None:
+    def every_other(choice: CycleChoice, row: int, new: Sequence[int], max_depth: int) -> TextDraft | None:
         turns[0] += 1
         copied = [*tokens, 0, 0][len(new) : len(new) + 2]
-        return [copied[0], (copied[1] + 1) % VOCABULARY][:size] if turns[0] % 2 else None
+        return chain([copied[0], (copied[1] + 1) % VOCABULARY][:max_depth]) if turns[0] % 2 else None
 
     monkeypatch.setattr(CycleChoice, "draft", every_other)
     decoded = decode_one(decode_speculatively, predictor, settings, drafter=compare, lookup=True)
@@ -274,3 +247,19 @@ def test_repetitive_texts_take_fewer_calls() -> None:
     copied = decode_one(decode_by_lookup, predictor, settings)
     assert copied.token_ids == plain.token_ids
     assert plain.num_calls == 64 and copied.num_calls < 32
+
+
+def test_ngrams_take_fewer_calls_and_change_no_text() -> None:
+    """Those of the text itself: a model whose texts do not repeat themselves profits, alone and in a batch."""
+    predictor = tiny_predictor(vocab_size=VOCABULARY, ngrams=64)
+    settings = GenerationSettings(SAMPLING["truncated"], 40, seed=3, window_length=5)
+    texts = [reference(predictor, settings, prompt) for prompt in PROMPTS]
+    table = predictor.slot_encoder.ngrams
+    assert table is not None
+    before = [decode_one(decode_by_lookup, predictor, settings, prompt) for prompt in PROMPTS]
+    table.set(count_ngrams([prompt[-2:] + text for prompt, text in zip(PROMPTS, texts, strict=True)], 64))
+    for decode in DECODERS.values():
+        assert [text.token_ids for text in decode(predictor, PROMPTS, settings)] == texts
+    after = [decode_one(decode_by_lookup, predictor, settings, prompt) for prompt in PROMPTS]
+    assert [text.token_ids for text in after] == [text.token_ids for text in before] == texts
+    assert sum(text.num_calls for text in after) < 0.8 * sum(text.num_calls for text in before)

@@ -21,8 +21,8 @@ from ptp_lightning.models import (
     TokenConditionedHead,
 )
 from ptp_lightning.models.correction.correction import Correction
-from ptp_lightning.models.network import DRAFT_TOKEN_IDS
 from ptp_lightning.models.output_head import output_head
+from ptp_lightning.models.stored_state import DRAFT_TOKEN_IDS
 from ptp_lightning.training.modules.distillation import DistillationModule
 from tests.helpers.stored_predictors import slot_logits, trained
 from tests.helpers.tiny_data import tiny_data
