@@ -5,19 +5,32 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ptp_lightning.decoding.text_drafts import TextDraft, TextDrafter
+from ptp_lightning.models.network import PredictorNetwork
 from ptp_lightning.ngrams import Continuations
 
-# Costs are in calls that read one token; measured on CPUs.
-STUDENT_COST = 3.6
-"""Of a cycle in which the student drafts, with slots in all layers: of the shipped code model, float32, one thread."""
+# Costs of a cycle in which the student drafts, in calls that read one token; measured on CPUs.
+STUDENT_COST = 2.6
+"""With slots in all layers; of SmolLM2, bfloat16, two threads."""
+STUDENT_COST_IN_CACHE = 3.6
+"""The same of a model of at most `CACHE_BYTES`, whose weights stay in a processor's cache. There a call costs what its
+operations cost, and a cycle has many. Of the shipped code model, float32, one thread."""
+CACHE_BYTES = 2**25
 LATE_STUDENT_COST = 1.65
-"""The same with slots in 12 of 30 layers: of SmolLM2, bfloat16, two threads."""
+"""With slots in 12 of 30 layers; of SmolLM2, bfloat16, two threads."""
 EXPECTED_SPEED = 1.02
 """New tokens of a student's cycle divided by its cost, before any is known: it is tried where no other draft helps."""
 LEARNING_RATE = 0.1
 """Weight of a student's cycle in its moving average."""
 RETRY_RATE = 0.01
-"""Part of the way by which a lower average returns to `EXPECTED_SPEED` in each other cycle, to try the student again."""
+"""Part of the way that a lower average returns to `EXPECTED_SPEED` in each other cycle, to try the student again."""
+
+
+def cost_of_student(predictor: PredictorNetwork) -> float:
+    """What a cycle of its student costs on a CPU, in calls that read one token."""
+    if predictor.first_slot_layer:
+        return LATE_STUDENT_COST
+    num_bytes = sum(weight.nbytes for weight in predictor.base_model.parameters())
+    return STUDENT_COST_IN_CACHE if num_bytes <= CACHE_BYTES else STUDENT_COST
 
 
 class CycleChoice:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ptp_lightning.auxiliary import pick
-from ptp_lightning.decoding.cycle_choice import LATE_STUDENT_COST, STUDENT_COST, CycleChoice
+from ptp_lightning.decoding.cycle_choice import CycleChoice, cost_of_student
 from ptp_lightning.decoding.drafting import (
     Drafter,
     StudentDrafter,
@@ -81,8 +81,7 @@ def decode_speculatively(
             drafter = StudentDrafter(predictor.config.objective, start.context.sampling)
         cycles = _Cycles(start, drafter, settings.window_length, num_tree_tokens(predictor, settings))
         if lookup:
-            cost = LATE_STUDENT_COST if predictor.first_slot_layer else STUDENT_COST
-            cycles.choice = _choice(predictor, prompts, settings, cost)
+            cycles.choice = _choice(predictor, prompts, settings, cost_of_student(predictor))
         if predictor.first_slot_layer:
             cycles.run_after_newest()
         else:

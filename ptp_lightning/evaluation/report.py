@@ -21,8 +21,8 @@ CONVENTIONS = """\
 * **correct**: correct tokens of a draft, including the exact first token. Of a tree of drafts (`num draft tokens`
   above 0) the longest correct path counts; validation and "all positions" are measured with single drafts.
 * **committed**: tokens committed per draft: the correct tokens, and the token that the base model picks after them
-  (the "+1"). With late slots the first correct token was committed by the cycle before, and so it was for drafts that
-  `lookup` and `speculative_lookup` copy from the text.
+  (the "+1"). With late slots the first correct token was committed by the cycle before, and so it was for drafts of
+  `lookup` and `speculative_lookup` that need no network.
 * **speed**: tokens per second, relative to the autoregressive decoder of this package (AR) and to
   `transformers.generate`, with 95 % bootstrap intervals over questions. Above 1 is faster.
 * **call cost**: time per forward pass, including everything else, in steps of the autoregressive decoder. A decoder is

@@ -36,8 +36,8 @@ def build_parser() -> ArgumentParser:
         "--decoder",
         type=DecoderName,
         default=DEFAULT_DECODER,
-        help="several tokens per call, with or without drafts copied from the text (lookup), or one (autoregressive, "
-        "the reference)",
+        help="several tokens per call, with or without drafts from the text and from n-grams (lookup), or one "
+        "(autoregressive, the reference)",
     )
     add_draft_options(parser)
     add(

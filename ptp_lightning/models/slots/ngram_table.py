@@ -17,7 +17,6 @@ class NgramTable(nn.Module):
     Attributes:
         token_ids: see `Ngrams`. This and the next are empty until `set` or a checkpoint fills them.
         probabilities: likewise.
-        is_set: whether they are filled.
     """
 
     def __init__(self, size: int) -> None:
@@ -26,7 +25,6 @@ class NgramTable(nn.Module):
         self.register_buffer("token_ids", torch.full((size, 3), -1, dtype=torch.int32))
         self.probabilities: Tensor
         self.register_buffer("probabilities", torch.zeros(size, dtype=torch.float16))
-        self.is_set = False
         self._continuations: Continuations | None = None
         self.register_load_state_dict_post_hook(NgramTable._forget)
 
@@ -37,6 +35,11 @@ class NgramTable(nn.Module):
         self._forget()
 
     @property
+    def is_set(self) -> bool:
+        """Whether there are any continuations."""
+        return bool((self.token_ids >= 0).any())
+
+    @property
     def continuations(self) -> Continuations:
         """See `Continuations`."""
         if self._continuations is None:
@@ -44,4 +47,4 @@ class NgramTable(nn.Module):
         return self._continuations
 
     def _forget(self, *_: object) -> None:
-        self._continuations, self.is_set = None, True
+        self._continuations = None

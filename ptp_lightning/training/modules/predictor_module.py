@@ -24,6 +24,7 @@ from ptp_lightning.models.context import Context
 from ptp_lightning.models.layers.activation_checkpointing import checkpoint_layers
 from ptp_lightning.models.layers.compile import compile_layers
 from ptp_lightning.models.network import PredictorNetwork
+from ptp_lightning.models.stored_state import NGRAM_PROBABILITIES, NGRAM_TOKEN_IDS
 from ptp_lightning.ngrams import count_ngrams
 from ptp_lightning.sampling import SamplingConfig
 from ptp_lightning.training.modules.training_module import TrainingModule
@@ -166,6 +167,10 @@ class PredictorModule(TrainingModule):
         super().on_load_checkpoint(checkpoint)
         self._loaded_prefix_counts = checkpoint["predictor"].get("prefix_counts")
         state: dict[str, Tensor] = checkpoint["state_dict"]
+        if self.predictor.slot_encoder.ngrams is not None:  # not trained, so a resumed run may begin to have them
+            own = self.state_dict()
+            for name in (NGRAM_TOKEN_IDS, NGRAM_PROBABILITIES):
+                state.setdefault(f"predictor.{name}", own[f"predictor.{name}"])
         self.predictor.require_trainable_state({name.removeprefix("predictor."): state[name] for name in state})
 
     def _encode(self, batch: PackedBatch, sampling: SamplingConfig | None = None) -> Context:

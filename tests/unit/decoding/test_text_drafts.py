@@ -10,7 +10,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ptp_lightning.decoding.cycle_choice import EXPECTED_SPEED, CycleChoice
+from ptp_lightning.decoding.cycle_choice import (
+    EXPECTED_SPEED,
+    STUDENT_COST,
+    STUDENT_COST_IN_CACHE,
+    CycleChoice,
+    cost_of_student,
+)
 from ptp_lightning.decoding.text_drafts import (
     BRANCH_COST,
     COPY_RATES,
@@ -22,6 +28,7 @@ from ptp_lightning.decoding.text_drafts import (
 )
 from ptp_lightning.decoding.text_lookup import MAX_MATCH
 from ptp_lightning.ngrams import Continuations, count_ngrams
+from tests.helpers.tiny_predictors import tiny_predictor
 
 NONE: Continuations = {}
 
@@ -205,6 +212,10 @@ class TestCycleChoice:
         for _ in range(1000):
             choice.learn(0, 1, is_student=False)
         assert choice.draft(0, [1], 1) is None and EXPECTED_SPEED < 1.3
+
+    def test_what_a_student_costs(self) -> None:
+        late = tiny_predictor(correction=None, slot_layers=1, num_layers=3)
+        assert cost_of_student(late) < STUDENT_COST < cost_of_student(tiny_predictor()) == STUDENT_COST_IN_CACHE
 
     def test_without_a_student_one_token_is_read(self) -> None:
         assert self.token_ids(self.choice([1, 2]).draft(0, [9], 1)) == []

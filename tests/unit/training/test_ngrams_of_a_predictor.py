@@ -47,6 +47,16 @@ def test_a_resumed_training_takes_those_of_the_checkpoint(tmp_path: Path, monkey
     assert second.predictor.continuations == first.predictor.continuations
 
 
+def test_a_resumed_training_may_begin_to_have_them(tmp_path: Path) -> None:
+    first = make_module()
+    trainer = make_trainer(tmp_path, max_steps=1)
+    trainer.fit(first, datamodule=tiny_data())
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    second, data = make_module(ngrams=SIZE), tiny_data()
+    make_trainer(tmp_path, max_steps=2).fit(second, datamodule=data, ckpt_path=str(tmp_path / "half.ckpt"))
+    assert torch.equal(table_of(second).token_ids, count_ngrams(data.training_texts(), SIZE).token_ids)
+
+
 def test_they_are_stored_with_the_adapter(base: Path, tmp_path: Path) -> None:
     network = trained(base, ngrams=SIZE)
     assert network.continuations == {}
