@@ -28,6 +28,8 @@ COPY_RATES = (0.2, 0.4, 0.5, 0.6, 0.7, 0.8)
 """Probability that the next token is copied, after a match of 1, 2, .. tokens, before a text shows its own."""
 NGRAM_RATE = 0.7
 """Of the tokens that are not copied, the part that n-grams are right about, likewise: a text is not training text."""
+SMALLEST_RATE = 0.001
+"""Of both, so that what was wrong for a long time can be found to be right."""
 LEARNING_RATE = 0.1
 """Weight of a token of the text in these averages. Chats of SmolLM2 gain nothing from 0.05."""
 
@@ -169,7 +171,11 @@ class TextDrafter:
             if token == match.follower:
                 probability = sum(probability for other, probability in likely if other == token)
                 is_copied = copy_rate / (copy_rate + (1 - copy_rate) * self._ngram_rate * probability)
-            self._copy_rates[match.length - 1] += LEARNING_RATE * (is_copied - copy_rate)
+            self._copy_rates[match.length - 1] = _moved(copy_rate, is_copied - copy_rate)
         expected = self._ngram_rate * sum(probability for _, probability in likely)
         is_found = any(token == other for other, _ in likely)
-        self._ngram_rate += LEARNING_RATE * (1 - is_copied) * (is_found - expected)
+        self._ngram_rate = _moved(self._ngram_rate, (1 - is_copied) * (is_found - expected))
+
+
+def _moved(rate: float, error: float) -> float:
+    return min(max(rate + LEARNING_RATE * error, SMALLEST_RATE), 1.0)

@@ -143,6 +143,23 @@ def test_ngrams_that_are_never_right_end() -> None:
     assert drafter.draft(max_depth=1).expected_tokens < 1.1
 
 
+def test_what_was_always_wrong_may_be_right_at_last() -> None:
+    """After 9,000 misses; 0.9 to that power is zero, and neither source explains the last token."""
+    drafter, new = TextDrafter([0], {(1,): [(2, 0.9)]}), list[int]()
+    for number in range(9000):
+        new += [1, 10 + number]
+    new += [1, new[-1], 5, 1]
+    drafter.extend(new)
+    assert 1.1 < drafter.draft(max_depth=1).expected_tokens < 1.2
+
+
+def test_rates_are_at_most_one() -> None:
+    """Unlikely continuations that are always right say little about likely ones."""
+    drafter = TextDrafter([10], {(token,): [(token + 1, 0.1)] for token in range(10, 60)} | {(3,): [(4, 0.9)]})
+    drafter.extend([*range(11, 61), 3])
+    assert drafter.draft(max_depth=1).expected_tokens == pytest.approx(1.9)
+
+
 class TestJoinedTree:
     def test_chains_of_different_lengths(self) -> None:
         drafts = [TextDraft([4, 5], [-1, 0], 2, 1, 2), TextDraft([], [], 0, 1, 1)]
