@@ -15,6 +15,7 @@ STUDENT_COST_IN_CACHE = 3.6
 """The same of a model of at most `CACHE_BYTES`, whose weights stay in a processor's cache. There a call costs what its
 operations cost, and a cycle has many. Of the shipped code model, float32, one thread."""
 CACHE_BYTES = 2**25
+"""Of a base model's weights; about the size of a processor's last cache."""
 LATE_STUDENT_COST = 1.65
 """With slots in 12 of 30 layers; of SmolLM2, bfloat16, two threads."""
 EXPECTED_SPEED = 1.02

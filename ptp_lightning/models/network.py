@@ -21,9 +21,9 @@ from ptp_lightning.models.correction.correction import CorrectionHead, Correctio
 from ptp_lightning.models.correction.decoder_refiner import Refiner, RefinerContext
 from ptp_lightning.models.draft_head import DraftHead, as_vocabulary, require_draft_vocabulary
 from ptp_lightning.models.layers.packed_linear import PackedWeights
+from ptp_lightning.models.ngram_table import NgramTable
 from ptp_lightning.models.output_head import apply_head, final_logits, output_head
 from ptp_lightning.models.slots.late_entry import LateEntry, first_slot_layer
-from ptp_lightning.models.slots.ngram_table import NgramTable
 from ptp_lightning.models.slots.sampling_encoder import SamplingEncoder
 from ptp_lightning.models.slots.slot_encoder import SlotEncoder
 from ptp_lightning.models.stored_state import NOT_TRAINED, require_stored_state

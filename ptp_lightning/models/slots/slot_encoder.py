@@ -5,10 +5,10 @@ from typing import Literal
 from torch import Tensor, nn
 
 from ptp_lightning.models.correction.correction import CorrectionModule
+from ptp_lightning.models.ngram_table import NgramTable
 from ptp_lightning.models.slots.auxiliary_embedding import AuxiliaryEmbedding
 from ptp_lightning.models.slots.auxiliary_features import AuxiliaryFeatures
 from ptp_lightning.models.slots.late_entry import LateEntry
-from ptp_lightning.models.slots.ngram_table import NgramTable
 from ptp_lightning.models.slots.objectives import Objective
 from ptp_lightning.models.slots.sampling_encoder import SamplingEncoder
 

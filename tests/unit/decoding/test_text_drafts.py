@@ -228,7 +228,8 @@ class TestCycleChoice:
             choice.learn(0, 3, is_student=True)
         for _ in range(1000):
             choice.learn(0, 1, is_student=False)
-        assert choice.draft(0, [1], 1) is None and EXPECTED_SPEED < 1.3
+        assert 1 + COPY_RATES[0] > EXPECTED_SPEED  # so an average that had returned to it would lose to the copy
+        assert choice.draft(0, [1], 1) is None
 
     def test_what_a_student_costs(self) -> None:
         late = tiny_predictor(correction=None, slot_layers=1, num_layers=3)
