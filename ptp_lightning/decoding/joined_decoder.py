@@ -235,7 +235,7 @@ class _JoinedProduct:
                 self._of_slots = self._merged()
             return self._of_slots(rows)
         output = self._linear.whole(rows) if call.is_whole else self._linear(rows)
-        if start < len(rows):
+        if start < rows.shape[0]:
             self._adapter.add_(output[start:], rows[start:])
         return output
 

@@ -21,7 +21,6 @@ from ptp_lightning.evaluation.decoder_names import (
     TRANSFORMERS,
 )
 from ptp_lightning.generation.comparison import generate_arguments
-from ptp_lightning.models.layers.packed_linear import PackedWeights
 from ptp_lightning.models.network import PredictorNetwork
 
 if TYPE_CHECKING:
@@ -105,22 +104,19 @@ class PredictorDecoder(Decoder):
 
 
 class TransformersDecoder(Decoder):
-    """`transformers.generate` of the base model without adapter and auxiliary variables.
+    """`transformers.generate` as people run it: the base model as it is loaded, without packed weights.
 
     Args:
         name: in reports.
-        model: the base model.
-        packed_weights: of the model, as decoders of this package use them: prompt lookup, too, verifies several tokens
-            a call.
+        model: the base model, without an adapter.
         options: of `generate`.
     """
 
     is_exact = False
 
-    def __init__(self, name: str, model: PreTrainedModel, packed_weights: PackedWeights, **options: Any) -> None:
+    def __init__(self, name: str, model: PreTrainedModel, **options: Any) -> None:
         self.name = name
         self._model = model
-        self._packed_weights = packed_weights
         self._options = options
 
     @torch.inference_mode()
@@ -129,8 +125,7 @@ class TransformersDecoder(Decoder):
         assert isinstance(settings.seed, int)
         torch.manual_seed(settings.seed)
         input_ids = torch.tensor([list(prompt)], device=self._model.device)
-        packed = self._packed_weights.in_use(self._model)
-        with packed, _count_calls(self._model) as calls, warnings.catch_warnings():
+        with _count_calls(self._model) as calls, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about generation settings that the arguments replace
             begin = perf_counter()
             output = self._model.generate(  # pyright: ignore[reportCallIssue]
@@ -162,18 +157,15 @@ def make_decoders(
         budgets: slot budgets of partial quadratic decoding, each of which is a decoder.
     """
     decoders: list[Decoder] = [PredictorDecoder(AUTOREGRESSIVE, predictor)]
-    packed_weights = PackedWeights()
     for name in names:
         if name == PARTIAL_QUADRATIC:
             decoders += [PredictorDecoder(name, predictor, budget) for budget in budgets]
         elif name == TRANSFORMERS:
             assert base_model is not None
-            decoders.append(TransformersDecoder(name, base_model, packed_weights))
+            decoders.append(TransformersDecoder(name, base_model))
         elif name == PROMPT_LOOKUP:
             assert base_model is not None
-            decoders.append(
-                TransformersDecoder(name, base_model, packed_weights, prompt_lookup_num_tokens=PROMPT_LOOKUP_TOKENS)
-            )
+            decoders.append(TransformersDecoder(name, base_model, prompt_lookup_num_tokens=PROMPT_LOOKUP_TOKENS))
         elif name != AUTOREGRESSIVE:
             decoders.append(PredictorDecoder(name, predictor))
     return decoders

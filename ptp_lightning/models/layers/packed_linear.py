@@ -7,6 +7,9 @@ Its kernel depends on the number of rows: for a single row, for up to `MAX_PRODU
 different orders. Products are therefore computed `MAX_PRODUCT_ROWS` rows at a time, and a single row is doubled. Then a
 row of the result has the same bits whatever other rows there are, in float32 and in bfloat16. The tests of this module
 measure it.
+
+A call of oneDNN takes 25 to 30 us before it begins. Small weights in float32 are kept transposed instead, for a plain
+product of matrices, which takes 5 us or more. Whether it is row-invariant is measured for each shape (`_adds_alike`).
 """
 
 from __future__ import annotations
@@ -28,6 +31,8 @@ MAX_TOTAL_BYTES = 2**30
 MAX_PRODUCT_ROWS = 32
 """The most rows for which oneDNN's kernels add in the order of two rows. Measured with AVX-512 and with AMX, for 32 to
 5,632 inputs and up to 49,152 outputs. With 33 rows in bfloat16, about 1 in 20,000 numbers is rounded otherwise."""
+MAX_TRANSPOSED_SIZE = 2**18
+"""Numbers of a weight that is kept transposed. Above, reading it takes longer than beginning."""
 EXPECTED_ROWS = 16  # a hint for oneDNN; measured to be as good as any for 2 to 512 rows
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -51,14 +56,18 @@ class PackedLinear:
     def __init__(self, layers: Sequence[nn.Linear], pack: bool = True) -> None:
         weights = [layer.weight.detach() for layer in layers]
         weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-        self.weight = _ops()._reorder_linear_weight(weight, EXPECTED_ROWS) if pack else weight
+        self._is_transposed = pack and _should_transpose(weight)
+        if self._is_transposed:
+            self.weight = weight.t().contiguous()
+        else:
+            self.weight = _ops()._reorder_linear_weight(weight, EXPECTED_ROWS) if pack else weight
         biases = [_bias(layer).detach() for layer in layers]
         self.bias = None if all(layer.bias is None for layer in layers) else torch.cat(biases)
         self.num_outputs = len(weight)
 
     def __call__(self, rows: Tensor) -> Tensor:
         """`[M, in]` to `[M, out]`; a row of the result depends on that row alone, bit for bit."""
-        num_rows = len(rows)
+        num_rows = rows.shape[0]
         if num_rows == 0:
             return rows.new_empty(0, self.num_outputs)
         if num_rows == 1:
@@ -72,6 +81,9 @@ class PackedLinear:
         return self._product(rows)
 
     def _product(self, rows: Tensor) -> Tensor:
+        if self._is_transposed:
+            product = rows @ self.weight
+            return product if self.bias is None else product.add_(self.bias)
         return _ops()._linear_pointwise(rows, self.weight, self.bias, "none", [], "")
 
 
@@ -99,16 +111,14 @@ class PackedWeights:
             pack: see `PackedLinear`.
         """
         tensors = [tensor for layer in layers for tensor in (layer.weight, layer.bias) if tensor is not None]
-        return self.copy(
-            layers[0], (len(layers), pack), tensors, lambda can_pack: PackedLinear(layers, pack and can_pack)
-        )
+        key = (len(layers), pack, torch.get_num_threads())
+        return self.copy(layers[0], key, tensors, lambda can_pack: PackedLinear(layers, pack and can_pack))
 
     def draft_linear(self, *layers: nn.Linear, pack: bool = True) -> PackedLinear | QuantizedLinear:
         """The product of layers whose results matter to drafts alone, by `QuantizedLinear` if they allow it."""
         tensors = [tensor for layer in layers for tensor in (layer.weight, layer.bias) if tensor is not None]
-        return self.copy(
-            layers[0], ("draft", len(layers), pack), tensors, lambda can_pack: draft_product(layers, pack and can_pack)
-        )
+        key = ("draft", len(layers), pack)
+        return self.copy(layers[0], key, tensors, lambda can_pack: draft_product(layers, pack and can_pack))
 
     def copy(self, owner: nn.Module, key: Hashable, tensors: Sequence[Tensor], build: Callable[[bool], T]) -> T:
         """What `build` makes of tensors: of their present values, but not again for the same ones.
@@ -192,6 +202,24 @@ def is_packable(layer: nn.Module) -> bool:
 def packs_weights(model: nn.Module) -> bool:
     """Whether packed copies of all linear weights of a model take at most `MAX_TOTAL_BYTES`."""
     return sum(layer.weight.nbytes for layer in model.modules() if type(layer) is nn.Linear) <= MAX_TOTAL_BYTES
+
+
+def _should_transpose(weight: Tensor) -> bool:
+    is_small = weight.dtype == torch.float32 and weight.numel() <= MAX_TRANSPOSED_SIZE
+    return is_small and _adds_alike(*weight.shape, torch.get_num_threads())
+
+
+@cache
+def _adds_alike(num_outputs: int, num_inputs: int, num_threads: int) -> bool:
+    """Whether plain products by a transposed weight have rows with the same bits for each number of rows from two on.
+
+    Where threads share the inputs of a product, they do not.
+    """
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(MAX_PRODUCT_ROWS, num_inputs, generator=generator)
+    weight = torch.randn(num_inputs, num_outputs, generator=generator)
+    whole = rows @ weight
+    return all(torch.equal(rows[:number] @ weight, whole[:number]) for number in range(2, MAX_PRODUCT_ROWS))
 
 
 def _version(tensors: Sequence[Tensor]) -> tuple[Any, ...] | None:

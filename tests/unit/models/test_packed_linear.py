@@ -51,6 +51,10 @@ def is_packed(layer: nn.Module) -> bool:
     return "forward" in vars(layer)
 
 
+def is_copy(packed: PackedLinear, layer: nn.Linear) -> bool:
+    return packed.weight.is_mkldnn or packed.weight.data_ptr() != layer.weight.data_ptr()
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (1, 2), (3, 1), (2, 17), (7,), (0, 3)])
 @pytest.mark.parametrize("bias", [True, False])
 def test_results_are_those_of_the_plain_layer(linear: Make, shape: tuple[int, ...], bias: bool) -> None:
@@ -74,7 +78,10 @@ def test_one_token_takes_the_way_of_several_bit_for_bit(linear: Make) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("pack", [True, False])
-@pytest.mark.parametrize(("num_inputs", "num_outputs"), [(576, 960), (1536, 576), (2048, 2560), (5632, 2048), (36, 50)])
+@pytest.mark.parametrize(
+    ("num_inputs", "num_outputs"),
+    [(576, 960), (1536, 576), (2048, 2560), (5632, 2048), (36, 50), (144, 432), (384, 144), (576, 455), (577, 7)],
+)
 @torch.no_grad()
 def test_rows_do_not_depend_on_each_other(num_inputs: int, num_outputs: int, pack: bool, dtype: torch.dtype) -> None:
     """Bit for bit, for 1 to 64 rows and 200, wherever they begin."""
@@ -90,6 +97,29 @@ def test_rows_do_not_depend_on_each_other(num_inputs: int, num_outputs: int, pac
     assert len(rows) > MAX_PRODUCT_ROWS
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(one_by_one, plain(layer, rows), rtol=tolerance, atol=tolerance)
+
+
+@torch.no_grad()
+def test_small_weights_are_transposed_only_where_rows_add_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, rows = nn.Linear(64, 32), torch.randn(5, 64)
+    large, rounded = nn.Linear(1024, 1024), nn.Linear(64, 32, dtype=torch.bfloat16)
+    assert [PackedLinear([one]).weight.is_mkldnn for one in (layer, large, rounded)] == [False, True, True]
+    monkeypatch.setattr(packed_linear, "_adds_alike", lambda *shape: False)
+    packed = PackedLinear([layer])
+    assert packed.weight.is_mkldnn
+    torch.testing.assert_close(packed(rows), plain(layer, rows), rtol=1e-5, atol=1e-5)
+
+
+def test_a_product_whose_rows_depend_on_their_number_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with threads that share its inputs."""
+    packed_linear._adds_alike.cache_clear()
+    product = torch.Tensor.__matmul__
+    halves = lambda rows, weight: product(rows[:, :20], weight[:20]) + product(rows[:, 20:], weight[20:])  # noqa: E731
+    assert packed_linear._adds_alike(24, 40, 1)
+    packed_linear._adds_alike.cache_clear()
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: (halves if len(a) > 16 else product)(a, b))
+    assert not packed_linear._adds_alike(24, 40, 1)
+    packed_linear._adds_alike.cache_clear()
 
 
 @torch.no_grad()
@@ -153,7 +183,7 @@ def test_weights_without_a_version_are_not_packed(linear: Make) -> None:
         layer(rows)
         layer.weight.mul_(2)
         torch.testing.assert_close(layer(rows), plain(layer, rows), rtol=1e-5, atol=1e-5)
-        assert not PackedWeights().linear(layer).weight.is_mkldnn
+        assert not is_copy(PackedWeights().linear(layer), layer)
 
 
 def test_copies_have_weights_of_their_own(linear: Make) -> None:
@@ -184,7 +214,7 @@ def test_large_models_are_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
         for model, is_allowed in ((allowed, True), (large[0], False)):
             torch.testing.assert_close(model(rows), plain(model, rows), rtol=1e-5, atol=1e-5)
             ((_, (copy, *_)),) = packed_weights._by_layer[model].items()
-            assert copy.weight.is_mkldnn == is_allowed
+            assert is_copy(copy, model) == is_allowed
 
 
 def test_an_inner_block_changes_nothing() -> None:
