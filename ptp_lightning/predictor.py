@@ -165,7 +165,7 @@ class ParallelTokenPredictor:
                 may lower the acceptance, never the exactness. Penalties and min-p that they leave open (None) are those
                 of `generation_config.json` in the base model's folder.
             seed: of the auxiliaries. The same seed gives the same text with every decoder.
-            decoder: "speculative_lookup" (fastest), "speculative", "lookup" and "partial_quadratic" write several
+            decoder: "speculative_lookup" (the default), "speculative", "lookup" and "partial_quadratic" write several
                 tokens per call, "autoregressive" one.
             window_length: tokens drafted per cycle, one after the other; by default as in training.
             num_draft_tokens: drafted tokens that a cycle verifies, alternatives included; 0 for a single draft. By

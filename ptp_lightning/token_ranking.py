@@ -35,7 +35,7 @@ def rank_tokens(logits: Tensor, k: int) -> Tensor:
 
 
 def _rank_by_key(logits: Tensor, k: int) -> Tensor:
-    """`rank` through distinct int64 keys: the logit in the high 32 bits, the complement of the id in the low 32."""
+    """`rank_tokens` by distinct int64 keys: the logit in the high 32 bits, the complement of the id in the low 32."""
     low_bits = 2**32 - 1
     keys = (logits.float() + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into +0.0
     keys ^= (keys >> 31) & 0x7FFFFFFF  # negative floats order backwards as integers

@@ -76,8 +76,9 @@ class CycleChoice:
         drafter = self._drafters[text]
         drafter.extend(new)
         draft = drafter.draft(max_depth)
-        is_slower = self._student_cost is None or draft.expected_speed >= self._student_speeds[text]
-        return draft if is_slower else None
+        if self._student_cost is None or draft.expected_speed >= self._student_speeds[text]:
+            return draft
+        return None
 
     def learn(self, text: int, num_tokens: int, is_student: bool) -> None:
         """Take note of how many new tokens the latest cycle of a text wrote, the student's or that of `draft`."""

@@ -54,7 +54,7 @@ SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", *TAKEN_OVER)
 
 
 def run(options: Namespace) -> None:
-    """Continue the prompts that `args` give, one after another.
+    """Continue the prompts that the options give, one after another.
 
     Raises:
         ValueError: an option is out of range, or a prompt is empty or too long; before the first token.

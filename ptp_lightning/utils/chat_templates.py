@@ -33,6 +33,17 @@ def require_chat_template(tokenizer: PreTrainedTokenizerBase, option: str) -> No
         )
 
 
+def example_options(tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """Options of the command `generate` for a first look at a model: a chat, if its tokenizer has a template.
+
+    >>> example_options(None)
+    '--prompt "def "'
+    """
+    if tokenizer is None or tokenizer.chat_template is None:
+        return '--prompt "def "'
+    return '--chat --prompt "What is a prime number?"'
+
+
 def render_chat(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Message],

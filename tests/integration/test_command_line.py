@@ -118,7 +118,7 @@ def test_the_command_of_the_readme(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     checkpoint = tmp_path / "runs" / "gated_lora" / "version_0" / "checkpoints" / "last.ckpt"
     assert checkpoint.is_file()
-    assert "correct tokens per call" in result.stdout
+    assert "correct tokens of a window" in result.stdout
     settings = yaml.safe_load((checkpoint.parents[1] / "hparams.yaml").read_text())
     assert settings["model"] == "DistillationModule"
     assert settings["max_steps"] == 3 and settings["data.batch_size"] == 2

@@ -139,7 +139,7 @@ def test_a_browser_shows_the_run(folder: Path) -> None:
         sample = json.loads(fetch(f"{plugins}/text/text?{run}&tag=run/sample/text_summary"))[0]["text"]
         assert "<pre><code>" in sample and "~~" in sample
         results = json.loads(fetch(f"{plugins}/text/text?{run}&tag=run/results/text_summary"))[0]["text"]
-        assert "correct tokens per call" in results and "<table>" in results
+        assert "correct tokens of a window" in results and "<table>" in results
         experiment = json.loads(fetch(f"{plugins}/hparams/experiment", {"experimentName": ""}))
         assert SETTINGS.keys() <= {info["name"] for info in experiment["hparamInfos"]}
         assert "val/correct_tokens" in {info["name"]["tag"] for info in experiment["metricInfos"]}

@@ -79,7 +79,7 @@ def test_a_measurement_shows_the_summary_of_a_training(
     fit("--ckpt_path", "last", command="test")
     assert "untrained" not in caplog.text
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
-    assert "Test" in lines and any(line.startswith("correct tokens per call 1.") for line in lines)
+    assert "Test" in lines and any(line.startswith("correct tokens of a window 1.") for line in lines)
     assert any(line.startswith("nll (nats) ") for line in lines) and "position accuracy given a correct prefix" in lines
     assert not any("test/accuracy" in line for line in lines)
 

@@ -5,7 +5,6 @@ import gzip
 import hashlib
 import io
 import json
-import os
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from ptp_lightning.data.corpus import Split, split_of
 from ptp_lightning.data.series.series import RecordedSeries
 from ptp_lightning.utils.atomic_files import write_atomically
 from ptp_lightning.utils.local_paths import local_path
+from ptp_lightning.utils.packaged_models import user_cache
 
 CACHE_FORMAT = 1  # part of the cache key; to be raised when the same settings give other ids
 RESTARTS = 4  # of k-means; the best result is used
@@ -172,7 +172,7 @@ class PickUps(RecordedSeries):
             self.skip_invalid,
         )
         name = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
-        return (_user_cache() if self.cache_dir is None else Path(self.cache_dir)) / f"pickups-{name}.npz"
+        return (user_cache() if self.cache_dir is None else Path(self.cache_dir)) / f"pickups-{name}.npz"
 
     def _read_cache(self, path: Path) -> Neighbourhoods | None:
         """The cached clusters; None if the file does not exist or cannot be read."""
@@ -261,10 +261,6 @@ def _open_text(path: Path) -> Iterator[TextIO]:
         else path.open(encoding="utf-8-sig", newline="") as file
     ):
         yield file
-
-
-def _user_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ptp_lightning"
 
 
 def _write(path: Path, found: Neighbourhoods) -> None:

@@ -115,7 +115,7 @@ def draw_correct_token_counts(summary: WindowSummary) -> Figure:
     axes.bar(range(len(shares)), shares.numpy(), color="tab:blue")
     mean = float(summary.correct_tokens)
     axes.axvline(mean, color="tab:orange", label=f"mean {mean:.2f}")
-    axes.set(xlabel="correct tokens per call", ylabel="fraction of windows", ylim=(0, 1))
+    axes.set(xlabel="correct tokens of a window", ylabel="fraction of windows", ylim=(0, 1))
     if len(shares) <= MAX_SINGLE_TICKS + 1:
         axes.set_xticks(range(len(shares)))
     else:

@@ -19,6 +19,7 @@ from rich.text import Text
 from ptp_lightning.data.packed_datamodule import PackedDataModule
 from ptp_lightning.metrics import WindowSummary, as_tags
 from ptp_lightning.training.trainer_state import datamodule_of, val_summary
+from ptp_lightning.utils.chat_templates import example_options
 
 MAX_TABLE_ROWS = 16
 MEASUREMENTS = {"validate": "Validation", "test": "Test"}
@@ -94,8 +95,9 @@ class RunSummary(Callback):
             return
         _print_line("Checkpoint", checkpoint)
         if self.last is not None and is_text(trainer):
-            command = f"python -m ptp_lightning generate --ckpt_path {shlex.quote(checkpoint)} --prompt "
-            _print_line("Next", command + '"def "')
+            tokenizer = getattr(datamodule_of(trainer), "tokenizer", None)
+            command = f"python -m ptp_lightning generate --ckpt_path {shlex.quote(checkpoint)}"
+            _print_line("Next", f"{command} {example_options(tokenizer)}")
 
 
 def measurement_table(title: str, metrics: Mapping[str, Any], summary: WindowSummary | None) -> Table:
@@ -104,7 +106,7 @@ def measurement_table(title: str, metrics: Mapping[str, Any], summary: WindowSum
     table.add_column("")
     table.add_column("", justify="right")
     if summary is not None:
-        table.add_row("correct tokens per call", _mean_and_error(summary, minus=0))
+        table.add_row("correct tokens of a window", _mean_and_error(summary, minus=0))
         table.add_row("gained by the slots", _mean_and_error(summary, minus=1))
     for tag, value in metrics.items():
         name = tag.partition("/")[2]
@@ -134,7 +136,7 @@ def correct_tokens_table(first: WindowSummary, last: WindowSummary) -> Table:
     table.add_column("")
     for name in ("first", "last"):
         table.add_column(name, justify="right")
-    table.add_row("correct tokens per call", *(_mean_and_error(summary, minus=0) for summary in (first, last)))
+    table.add_row("correct tokens of a window", *(_mean_and_error(summary, minus=0) for summary in (first, last)))
     table.add_row("gained by the slots", *(_mean_and_error(summary, minus=1) for summary in (first, last)))
     return table
 

@@ -124,5 +124,7 @@ def markdown_table(summary: WindowSummary) -> str:
     for position in range(summary.prefix_counts.numel() - 1):
         values = [tags.get(f"val/{name}/position_{position:02d}") for name in names]
         rows.append(f"| {position} | {' | '.join('-' if value is None else f'{value:.3f}' for value in values)} |")
-    headline = f"**{float(summary.correct_tokens):.3f}** correct tokens per call in {int(summary.num_windows)} windows"
+    headline = (
+        f"**{float(summary.correct_tokens):.3f}** correct tokens of a window in {int(summary.num_windows)} windows"
+    )
     return "\n".join([headline, "", *rows])

@@ -26,6 +26,7 @@ from ptp_lightning.training.callbacks import (
     RunText,
 )
 from ptp_lightning.training.callbacks.figures import ValidationCurves, draw_by_position, draw_correct_token_counts
+from tests.helpers.chat_tokenizer import chat_tokenizer
 from tests.helpers.tiny_data import tiny_data
 
 # One validation batch a list of windows; the model gets better with every validation.
@@ -204,7 +205,7 @@ def test_the_command_and_the_results_are_text(events: EventAccumulator) -> None:
         for tag in ("run/command", "run/results")
     }
     assert texts["run/command"].startswith("```\npython ")
-    assert "**2.500** correct tokens per call in 2 windows" in texts["run/results"]
+    assert "**2.500** correct tokens of a window in 2 windows" in texts["run/results"]
     assert "| 2 | 0.500 | 0.500 | 2.718 |" in texts["run/results"]
 
 
@@ -216,7 +217,7 @@ def test_settings_reach_files_without_tensorboard(tmp_path: Path) -> None:
 
 def test_the_summary_says_what_came_out_and_what_comes_next(capsys: pytest.CaptureFixture[str], run: Trainer) -> None:
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
-    assert "correct tokens per call 0.50 ± 0.50 2.50 ± 0.50" in lines  # before the first step, and at the end
+    assert "correct tokens of a window 0.50 ± 0.50 2.50 ± 0.50" in lines  # before the first step, and at the end
     assert "gained by the slots -0.50 ± 0.50 1.50 ± 0.50" in lines
     assert "2 0.500 0.500" in lines  # windows "111" and "110"
     assert "Logs tiny/version_0" in lines
@@ -241,6 +242,16 @@ def test_only_text_is_continued_from_a_prompt(
     assert ("Next " in printed) == has_tokenizer
 
 
+def test_the_next_command_of_a_chat_model_is_a_chat(run: Trainer, capsys: pytest.CaptureFixture[str]) -> None:
+    data = run.datamodule = tiny_data()  # pyright: ignore[reportAttributeAccessIssue]
+    data.tokenizer = chat_tokenizer()
+    summary = next(callback for callback in run.callbacks if isinstance(callback, RunSummary))  # pyright: ignore[reportAttributeAccessIssue]
+    capsys.readouterr()
+    summary.complete = True
+    summary.teardown(run, run.lightning_module, "fit")
+    assert '--chat --prompt "What is a prime number?"' in " ".join(capsys.readouterr().out.split())
+
+
 def test_long_paths_with_blanks_and_brackets_can_be_copied(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     directory = tmp_path / ("long" * 20) / "my [bold]runs"
     fit(TinyModule(), directory)
@@ -261,7 +272,7 @@ def test_other_loggers(options: dict[str, Any], tmp_path: Path, capsys: pytest.C
     trainer = fit(TinyModule(), tmp_path, **options)
     output = capsys.readouterr().out
     assert not list(tmp_path.rglob("events.out.tfevents*"))
-    assert ("correct tokens per call" in output) == (not trainer.fast_dev_run)  # pyright: ignore
+    assert ("correct tokens of a window" in output) == (not trainer.fast_dev_run)  # pyright: ignore
 
 
 def test_modules_without_windows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
