@@ -107,51 +107,75 @@ class CustomGenerate:
                     "expected the base model of the predictor, found another model: call predictor.base_model.generate"
                 )
             _require_supported(logits_processor, generation_config, decoder)
-            sampling = SamplingConfig(order=predictor.config.sampling.order, **_values(logits_processor))
-            if not generation_config.do_sample:
-                sampling = replace(sampling, temperature=0.0)
             if seed is None:
                 seed = int(torch.randint(MAX_SEED, ()))
-            num_prompts, prompt_length = input_ids.shape
-            if streamer is not None and num_prompts > 1:
-                raise ValueError(f"expected a single prompt with a streamer, found {num_prompts}: leave streamer out")
+            if streamer is not None and len(input_ids) > 1:
+                raise ValueError(
+                    f"expected a single prompt with a streamer, found {len(input_ids)}: leave streamer out"
+                )
             mask = model_kwargs.get("attention_mask")
             mask = torch.ones_like(input_ids) if mask is None else mask
             prompts = [row[kept.bool()].tolist() for row, kept in zip(input_ids, mask, strict=True)]
-            ends: int | list[int] | None = generation_config.eos_token_id
+            limit = _max_new_tokens(generation_config, input_ids.shape[1], prompts, predictor.max_positions)
             settings = GenerationSettings(
-                sampling=sampling,
-                max_new_tokens=_max_new_tokens(generation_config, prompt_length, prompts, predictor.max_positions),
+                sampling=self._sampling(logits_processor, generation_config),
+                max_new_tokens=limit,
                 # Each prompt has auxiliaries of its own, so that equal prompts get different samples.
-                seed=tuple(seed + row for row in range(num_prompts)),
-                end_of_text=frozenset([] if ends is None else [ends] if isinstance(ends, int) else ends),
+                seed=tuple(seed + row for row in range(len(prompts))),
+                end_of_text=_end_of_text(generation_config),
                 window_length=predictor.config.window_length if window_length is None else window_length,
                 num_draft_tokens=num_draft_tokens,
                 slot_budget=slot_budget,
             )
-            criteria = [one for one in stopping_criteria if type(one).__name__ not in CRITERIA_IN_SETTINGS]
-            texts: list[list[int]] = [[] for _ in prompts]
-
-            def receive(row: int, new: list[int]) -> int | None:
-                end = first_stop(row, new) if criteria else None
-                texts[row] += new[:end]
-                if streamer is not None:  # all tokens of a call at once, as in assisted generation of transformers
-                    streamer.put(input_ids.new_tensor(new[:end]).cpu())
-                return end
-
-            def first_stop(row: int, new: list[int]) -> int | None:
-                for count in range(1, len(new) + 1):
-                    so_far = torch.cat([input_ids[row], input_ids.new_tensor(texts[row] + new[:count])]).unsqueeze(0)
-                    if any(bool(one(so_far, None).all()) for one in criteria):
-                        return count
-                return None
-
-            decoded = DECODERS[decoder](predictor, prompts, settings, receive)
+            receiver = _Receiver(input_ids, stopping_criteria, streamer)
+            decoded = DECODERS[decoder](predictor, prompts, settings, receiver)
             padding = generation_config.pad_token_id
             padding_id = padding if isinstance(padding, int) else 0
             longest = max(len(text.token_ids) for text in decoded)
             rows = [text.token_ids + [padding_id] * (longest - len(text.token_ids)) for text in decoded]
             return torch.cat([input_ids, torch.tensor(rows, dtype=input_ids.dtype, device=input_ids.device)], dim=1)
+
+    def _sampling(self, logits_processor: LogitsProcessorList, generation_config: GenerationConfig) -> SamplingConfig:
+        sampling = SamplingConfig(order=self._predictor.config.sampling.order, **_values(logits_processor))
+        return sampling if generation_config.do_sample else replace(sampling, temperature=0.0)
+
+
+class _Receiver:
+    """Receives the tokens that each cycle commits: ends texts by stopping criteria, and feeds a streamer.
+
+    Args:
+        input_ids: `[B, S]`, prompts as transformers has them.
+        criteria: of transformers. Those that are part of `GenerationSettings` are left out.
+        streamer: of a single text.
+    """
+
+    def __init__(self, input_ids: Tensor, criteria: StoppingCriteriaList, streamer: BaseStreamer | None) -> None:
+        self._input_ids = input_ids
+        self._criteria = [one for one in criteria if type(one).__name__ not in CRITERIA_IN_SETTINGS]
+        self._streamer = streamer
+        self._texts: list[list[int]] = [[] for _ in input_ids]
+
+    def __call__(self, row: int, new: list[int]) -> int | None:
+        """See `OnTokens`."""
+        end = self._first_stop(row, new) if self._criteria else None
+        self._texts[row] += new[:end]
+        if self._streamer is not None:  # all tokens of a call at once, as in assisted generation of transformers
+            self._streamer.put(self._input_ids.new_tensor(new[:end]).cpu())
+        return end
+
+    def _first_stop(self, row: int, new: list[int]) -> int | None:
+        """How many of the new tokens belong to the text, if it ends with one of them."""
+        for count in range(1, len(new) + 1):
+            text = self._input_ids.new_tensor(self._texts[row] + new[:count])
+            so_far = torch.cat([self._input_ids[row], text]).unsqueeze(0)
+            if any(bool(one(so_far, None).all()) for one in self._criteria):
+                return count
+        return None
+
+
+def _end_of_text(generation_config: GenerationConfig) -> frozenset[int]:
+    ends: int | list[int] | None = generation_config.eos_token_id
+    return frozenset([] if ends is None else [ends] if isinstance(ends, int) else ends)
 
 
 def generate_with_folder(model: PreTrainedModel, inputs: Tensor | None = None, **options: Any) -> Tensor:
