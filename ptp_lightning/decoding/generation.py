@@ -13,6 +13,7 @@ from ptp_lightning.auxiliary import draw_auxiliaries
 from ptp_lightning.models.network import PredictorNetwork
 from ptp_lightning.sampling import SamplingConfig
 from ptp_lightning.utils.randomness import keyed_generator
+from ptp_lightning.utils.whole_numbers import one_or_several, whole_number
 
 FinishReason = Literal["eos", "stop", "length"]
 OnTokens = Callable[[int, list[int]], int | None]
@@ -39,7 +40,7 @@ class GenerationSettings:
             it to `num_tree_tokens`. It does not change the text.
 
     Raises:
-        ValueError: a value is out of range; names the key.
+        ValueError: a value is out of range, or no integer where one is needed; names the key.
     """
 
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -51,6 +52,10 @@ class GenerationSettings:
     num_draft_tokens: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "window_length", "slot_budget", "num_draft_tokens"):
+            if name != "num_draft_tokens" or self.num_draft_tokens is not None:
+                object.__setattr__(self, name, whole_number(getattr(self, name), name))
+        object.__setattr__(self, "seed", one_or_several(self.seed, "seed"))
         for name, least in (("max_new_tokens", 1), ("slot_budget", 1), ("num_draft_tokens", 0)):
             value = getattr(self, name)
             if value is not None and value < least:

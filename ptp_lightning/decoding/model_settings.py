@@ -12,6 +12,7 @@ from typing import Any
 
 from ptp_lightning.models.network import PredictorNetwork
 from ptp_lightning.sampling import SamplingConfig
+from ptp_lightning.utils.whole_numbers import short
 
 TAKEN_OVER = ("min_p", "repetition_penalty", "no_repeat_ngram_size")
 # Settings that shape texts and are not supported, with the values that have no effect besides null.
@@ -44,7 +45,12 @@ def with_model_settings(predictor: PredictorNetwork, sampling: SamplingConfig) -
     """Sampling settings whose open values are those of the model's folder.
 
     Warns of settings of the folder that are not taken over.
+
+    Raises:
+        ValueError: `sampling` is something else.
     """
+    if not isinstance(sampling, SamplingConfig):  # pyright: ignore[reportUnnecessaryIsInstance]  a dict, often
+        raise ValueError(f"expected a SamplingConfig, found {short(sampling)}: set sampling")
     found: Any = predictor.base_model.generation_config
     settings = {name: getattr(found, name, None) for name in (*TAKEN_OVER, *IGNORED)}
     ignored = [name for name in IGNORED if settings[name] is not None and settings[name] not in IGNORED[name]]

@@ -224,10 +224,11 @@ def _settings(
     if decoder not in DECODERS:
         raise ValueError(f"expected decoder to be one of {', '.join(DECODERS)}, found {decoder!r}")
     end_of_text, window_length = options.get("end_of_text"), options.get("window_length")
+    sampling = options.get("sampling")
     if end_of_text is None:
         end_of_text = end_of_text_ids(predictor, tokenizer, chat=options.get("chat", False))
     settings = GenerationSettings(
-        sampling=with_model_settings(predictor, options.get("sampling") or predictor.config.sampling),
+        sampling=with_model_settings(predictor, predictor.config.sampling if sampling is None else sampling),
         max_new_tokens=options.get("max_new_tokens", 64),
         seed=options.get("seed", 0),
         end_of_text=frozenset(end_of_text),

@@ -4,7 +4,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -130,6 +132,25 @@ class TestGenerate:
     def test_bad_input_is_named(self, prompt: str | list[int], options: dict[str, Any], message: str) -> None:
         with pytest.raises(ValueError, match=message):
             continue_text(prompt, **options)
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            *({"max_new_tokens": value} for value in (2.5, "5", True, None)),
+            *({"seed": value} for value in (3.0, None, "5", (1.5,))),
+            *({name: 2.5} for name in ("window_length", "slot_budget", "num_draft_tokens")),
+            *({"sampling": value} for value in ({}, {"temperature": 0.5}, 0)),
+        ],
+        ids=str,
+    )
+    def test_values_of_another_type_are_named(self, options: dict[str, Any]) -> None:
+        (name,) = options
+        with pytest.raises(ValueError, match=rf"^expected an? (integer|SamplingConfig), found [^\n]+: set {name}$"):
+            continue_text(**options)
+
+    def test_integers_of_other_libraries(self) -> None:
+        given = {"seed": np.int64(3), "max_new_tokens": torch.tensor(20), "window_length": np.int32(6)}
+        assert continue_text(**given).token_ids == continue_text(seed=3, window_length=6).token_ids
 
     def test_an_unknown_option_is_named(self) -> None:
         with pytest.raises(TypeError, match="expected options among max_new_tokens, .*, found temperature"):
