@@ -149,7 +149,7 @@ class ParallelTokenPredictor:
         num_draft_tokens: int | None = None,
         slot_budget: int = 16,
         end_of_text: Iterable[int] | None = None,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         tokenizer: PreTrainedTokenizerBase | None = None,
         chat: bool = False,
         system: str | None = None,
@@ -172,7 +172,7 @@ class ParallelTokenPredictor:
                 default 8 for a predictor that corrects from left to right, on a CPU.
             slot_budget: slots per call of partial quadratic decoding.
             end_of_text: token ids that end the text; by default those of the model and of the tokenizer.
-            stop: strings before which the text ends.
+            stop: one or several strings before which the text ends.
             tokenizer: by default that of the base model.
             chat: make a prompt of the text with the tokenizer's chat template; the answer ends with its turn.
             system: the system prompt of a chat; by default that of the template, if it has one.

@@ -9,13 +9,13 @@ class StopStrings:
     """Reads a text piece by piece, and holds back what may be the beginning of a stop string.
 
     Args:
-        strings: none of them empty.
+        strings: one or several, none of them empty.
 
     Attributes:
         found: whether a stop string has appeared; the text after it is ignored.
 
     Raises:
-        ValueError: a string is empty.
+        ValueError: a string is empty, or something else than a string.
 
     >>> stop = StopStrings(["END"])
     >>> [stop.push(piece) for piece in ("one E", "T two E", "ND three")]
@@ -24,10 +24,10 @@ class StopStrings:
     True
     """
 
-    def __init__(self, strings: Sequence[str]) -> None:
-        if not all(strings):
-            raise ValueError(f"expected stop strings of at least one character, found {list(strings)}: set stop")
-        self._strings = tuple(strings)
+    def __init__(self, strings: str | Sequence[str]) -> None:
+        self._strings = (strings,) if isinstance(strings, str) else tuple(strings)
+        if not all(isinstance(string, str) and string for string in self._strings):
+            raise ValueError(f"expected stop strings of at least one character, found {[*self._strings]}: set stop")
         self._held = ""
         self.found = False
 

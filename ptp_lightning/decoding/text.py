@@ -66,7 +66,7 @@ class Options(TypedDict, total=False):
         slot_budget: slots of a call of partial quadratic decoding; 16 by default. `measure_best_budget` finds the best
             one for a machine.
         end_of_text: token ids that end the text; by default those of the model's generation settings and tokenizer.
-        stop: strings before which the text ends. The token that completes one is the last of `token_ids`.
+        stop: one or several strings before which the text ends. The token that completes one is the last of `token_ids`.
         tokenizer: by default the base model's, which each call loads.
         chat: whether a prompt is the text of a user's turn, which the tokenizer's chat template makes a prompt of. The
             end-of-turn token then ends the text, too. False by default.
@@ -81,7 +81,7 @@ class Options(TypedDict, total=False):
     num_draft_tokens: int | None
     slot_budget: int
     end_of_text: Iterable[int] | None
-    stop: Sequence[str]
+    stop: str | Sequence[str]
     tokenizer: PreTrainedTokenizerBase | None
     chat: bool
     system: str | None
@@ -150,7 +150,8 @@ def generate_batch(
     chat, system = options.get("chat", False), options.get("system")
     encoded = [encode_prompt(predictor, prompt, tokenizer, settings, chat=chat, system=system) for prompt in prompts]
     detokenizers = [IncrementalDetokenizer(tokenizer, token_ids) for token_ids in encoded]
-    stops = [StopStrings(options.get("stop", ())) for _ in prompts]
+    stop_strings = options.get("stop", ())
+    stops = [StopStrings(stop_strings) for _ in prompts]
     pieces: list[list[str]] = [[] for _ in prompts]
 
     def write(row: int, piece: str) -> None:
@@ -160,7 +161,7 @@ def generate_batch(
 
     def receive(row: int, new_token_ids: list[int]) -> int | None:
         kept = None
-        if options.get("stop"):
+        if stop_strings:
             for count, token_id in enumerate(new_token_ids, start=1):
                 write(row, stops[row].push(detokenizers[row].push([token_id])))
                 if stops[row].found:

@@ -74,7 +74,7 @@ def compare_decoders(
     settings: GenerationSettings,
     decoder: DecoderName,
     num_tokens: int,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[Measurement]:
     """Measure a decoder, the decoder with one token per call, and `transformers.generate`, after a warm-up of each.
@@ -86,7 +86,7 @@ def compare_decoders(
         settings: with a single seed; `transformers` gets the same sampling settings, and the seed for torch.
         decoder: to measure.
         num_tokens: length of the text; `transformers.generate`, whose samples differ, writes at most as many.
-        stop: strings before which a text ends.
+        stop: one or several strings before which a text ends.
         tokenizer: of the base model.
     """
     own = partial(_measure_own, predictor, prompt, settings, stop, tokenizer)
@@ -164,7 +164,7 @@ def _measure_own(
     predictor: PredictorNetwork,
     prompt: Sequence[int],
     settings: GenerationSettings,
-    stop: Sequence[str],
+    stop: str | Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
     decoder: DecoderName,
     max_new_tokens: int,

@@ -1,5 +1,8 @@
 """Stop strings: the text ends before the first of them, in every decoder and however the text comes in pieces."""
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -80,6 +83,18 @@ def test_one_text_of_a_batch_stops_and_the_others_go_on() -> None:
     assert (other.token_ids, other.finish_reason) == (full[1].token_ids, "length")
 
 
-def test_an_empty_stop_string_is_refused() -> None:
+def test_one_string_is_one_stop_string() -> None:
+    """Not the letters of which it consists."""
+    options = {"max_new_tokens": 20, "end_of_text": (), "tokenizer": TOKENIZER}
+    full = generate(PREDICTOR, "def ", **options)
+    string = next(pair for pair in zip(full.text[2:], full.text[3:], strict=False) if "\ufffd" not in pair)
+    found = generate(PREDICTOR, "def ", stop="".join(string), **options)
+    assert found == replace(generate(PREDICTOR, "def ", stop=["".join(string)], **options), seconds=found.seconds)
+    assert found.text == before_first(full.text, ["".join(string)])
+    assert StopStrings("END").push("EN") == ""
+
+
+@pytest.mark.parametrize("stop", [["a", ""], "", [5], [None]], ids=str)
+def test_what_is_no_stop_string_is_refused(stop: Any) -> None:
     with pytest.raises(ValueError, match="at least one character"):
-        generate(PREDICTOR, "def ", stop=["a", ""], tokenizer=TOKENIZER)
+        generate(PREDICTOR, "def ", stop=stop, tokenizer=TOKENIZER)
