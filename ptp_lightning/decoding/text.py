@@ -20,6 +20,7 @@ from ptp_lightning.sampling import SamplingConfig
 from ptp_lightning.utils.chat_templates import chat_prompt, end_of_turn_ids, require_chat_template, user_message
 from ptp_lightning.utils.pretrained import PATH_KEY, load_tokenizer
 from ptp_lightning.utils.text_tokens import text_ids
+from ptp_lightning.utils.whole_numbers import whole_numbers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -66,7 +67,7 @@ class Options(TypedDict, total=False):
         slot_budget: slots of a call of partial quadratic decoding; 16 by default. `measure_best_budget` finds the best
             one for a machine.
         end_of_text: token ids that end the text; by default those of the model's generation settings and tokenizer.
-        stop: one or several strings before which the text ends. The token that completes one is the last of `token_ids`.
+        stop: a string before which the text ends, or several. The token that completes one is the last of `token_ids`.
         tokenizer: by default the base model's, which each call loads.
         chat: whether a prompt is the text of a user's turn, which the tokenizer's chat template makes a prompt of. The
             end-of-turn token then ends the text, too. False by default.
@@ -232,7 +233,7 @@ def _settings(
         sampling=with_model_settings(predictor, predictor.config.sampling if sampling is None else sampling),
         max_new_tokens=options.get("max_new_tokens", 64),
         seed=options.get("seed", 0),
-        end_of_text=frozenset(end_of_text),
+        end_of_text=frozenset(whole_numbers(end_of_text, "end_of_text")),
         window_length=predictor.config.window_length if window_length is None else window_length,
         slot_budget=options.get("slot_budget", 16),
         num_draft_tokens=options.get("num_draft_tokens"),
@@ -260,8 +261,8 @@ def encode_prompt(
         system: see `Options`.
 
     Raises:
-        ValueError: it is empty, too long for `max_new_tokens` more, or has a token the model does not know; with
-            `chat`, the tokenizer has no chat template, or the template refuses it.
+        ValueError: it is neither text nor integers, empty, too long for `max_new_tokens` more, or has a token the model
+            does not know; with `chat`, the tokenizer has no chat template, or the template refuses it.
     """
     if chat:
         if not isinstance(prompt, str):
@@ -269,7 +270,7 @@ def encode_prompt(
         require_chat_template(tokenizer, "chat")
         token_ids = chat_prompt(tokenizer, user_message(prompt, system)) if prompt else []
     else:
-        token_ids = text_ids(tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
+        token_ids = text_ids(tokenizer, prompt) if isinstance(prompt, str) else whole_numbers(prompt, "prompt")
     require_room(predictor, len(token_ids), settings)
     vocabulary = predictor.base_model.config.vocab_size
     if unknown := [token_id for token_id in token_ids if not 0 <= token_id < vocabulary]:

@@ -1,5 +1,6 @@
 """From text to text: what is streamed is what is returned, in whole characters, with either decoder."""
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,24 @@ class TestGenerate:
     def test_token_ids_are_a_prompt_as_well(self) -> None:
         result = continue_text(TOKENIZER.encode("def "))
         assert (result.prompt, result.token_ids) == ("def ", continue_text().token_ids)
+
+    @pytest.mark.parametrize("convert", [torch.tensor, np.array, tuple], ids=["torch", "numpy", "tuple"])
+    def test_token_ids_of_other_libraries(self, convert: Callable[[list[int]], Any]) -> None:
+        received: list[int] = []
+        result = continue_text(convert(TOKENIZER.encode("def ")), on_tokens=received.extend)
+        assert (result.prompt, result.token_ids) == ("def ", continue_text().token_ids)
+        end = result.token_ids[7]
+        ended = continue_text(end_of_text=convert([end]))
+        assert ended.token_ids == result.token_ids[: result.token_ids.index(end) + 1]
+        assert {type(token_id) for token_id in (*received, *ended.token_ids)} == {int}
+
+    @pytest.mark.parametrize("given", [torch.tensor([[5, 6]]), torch.tensor([[5]]), [5.0], [True], 5, torch.tensor(5)])
+    def test_no_token_ids_are_refused_in_one_line(self, given: Any) -> None:
+        refused = r"^expected (an integer|several integers), found [^\n]+: set"
+        with pytest.raises(ValueError, match=rf"{refused} prompt$"):
+            continue_text(given)
+        with pytest.raises(ValueError, match=rf"{refused} end_of_text$"):
+            continue_text(end_of_text=given)
 
     def test_sampling_settings_are_those_of_the_adapter_unless_given(self) -> None:
         own = continue_text(seed=1).token_ids
