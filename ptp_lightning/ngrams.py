@@ -14,6 +14,8 @@ from torch import Tensor
 
 MAX_CONTEXT = 2
 """Tokens that a continuation depends on, at most. What follows three is known from too few places."""
+MAX_NGRAMS = 2**20
+"""Of a predictor. Decoding reads them as a map in memory, of 0.5 GB for so many."""
 SMALLEST_PROBABILITY = 0.05
 """Of a continuation that is kept: to verify a less likely one takes longer than it saves."""
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ptp_lightning.auxiliary import draw_auxiliaries
+from ptp_lightning.models.config import MAX_SLOTS
 from ptp_lightning.models.network import PredictorNetwork
 from ptp_lightning.sampling import SamplingConfig
 from ptp_lightning.utils.randomness import keyed_generator
@@ -19,9 +20,6 @@ FinishReason = Literal["eos", "stop", "length"]
 OnTokens = Callable[[int, list[int]], int | None]
 """Is called with the index of a prompt and new tokens of its text. To end the text it returns how many of these tokens
 belong to it. The end must depend on the tokens alone, not on how many arrive at a time."""
-
-MAX_SLOTS = 2**16
-"""Largest number of slots of a window, and of a call."""
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,15 @@ from ptp_lightning.models.slots.objectives import CategoricalObjective, Objectiv
 from ptp_lightning.models.slots.sampling_range import SamplingRange
 from ptp_lightning.models.stored_classes import class_path_of, require_trusted_classes, with_public_names
 from ptp_lightning.models.students import GatedLoraStudent, Student
+from ptp_lightning.ngrams import MAX_NGRAMS
 from ptp_lightning.sampling import SamplingConfig
 
 CHOSEN_BY_CLASS = ("objective", "features", "student", "correction")
 """Fields of `PredictorConfig` that a configuration chooses by `class_path`."""
 TEXT_FIELDS = ("head",)
+MAX_SLOTS = 2**12
+"""Largest number of slots of a window, and of a call. Memory is allocated for their logits at once: 0.8 GB for those of
+a vocabulary of 49,152 tokens in float32."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class PredictorConfig:
             Decoders with a lookup draft from them where that is cheaper than asking the student. None for none.
 
     Raises:
-        ValueError: windows have no slots, `sampling` is not one of the settings to be trained for, or a correction
+        ValueError: a size is out of range, `sampling` is not one of the settings to be trained for, or a correction
             does not suit the objective.
     """
 
@@ -70,6 +74,8 @@ class PredictorConfig:
             raise ValueError(
                 f"expected predictor.window_length >= 2 (the first token needs no slot), found {self.window_length}"
             )
+        if self.window_length > MAX_SLOTS:
+            raise ValueError(f"expected predictor.window_length <= {MAX_SLOTS}, found {self.window_length}")
         if self.sampling.depends_on_prefix:
             raise ValueError(
                 "expected predictor.sampling without repetition_penalty and no_repeat_ngram_size, which depend on all "
@@ -82,8 +88,8 @@ class PredictorConfig:
             )
         if self.draft_vocabulary is not None and self.draft_vocabulary < 1:
             raise ValueError(f"expected predictor.draft_vocabulary null or >= 1, found {self.draft_vocabulary}")
-        if self.ngrams is not None and self.ngrams < 1:
-            raise ValueError(f"expected predictor.ngrams null or >= 1, found {self.ngrams}")
+        if self.ngrams is not None and not 1 <= self.ngrams <= MAX_NGRAMS:
+            raise ValueError(f"expected predictor.ngrams null or in 1 .. {MAX_NGRAMS}, found {self.ngrams}")
         if self.slot_layers is not None:
             if self.slot_layers < 1:
                 raise ValueError(f"expected predictor.slot_layers null or >= 1, found {self.slot_layers}")

@@ -53,6 +53,14 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "words as steps": (["--trainer.max_steps", "many"], "expected int for trainer.max_steps, found many"),
     "names of devices": (["--trainer.devices", "x.y"], "a number from one on, or indices, found x.y"),
     "fraction": ([f"{PREDICTOR}.window_length", "2.5"], "expected int for predictor.window_length, found 2.5"),
+    "windows": (
+        [f"{PREDICTOR}.window_length", "1000000000"],
+        "expected predictor.window_length <= 4096, found 1000000000",
+    ),
+    "n-grams": (
+        [f"{PREDICTOR}.ngrams", "10000000000000"],
+        "expected predictor.ngrams null or in 1 .. 1048576, found 10000000000000",
+    ),
     "optimizer": ([f"{MODEL}.optimizer.name", "sgd"], "expected one of adamw, muon for optimizer.name, found sgd"),
     "callbacks": (["--trainer.callbacks", "3"], "expected one of list, a class path for trainer.callbacks, found 3"),
     "abbreviation": (["--trainer.max_step", "3"], "--trainer.max_step"),

@@ -68,7 +68,7 @@ class TestSettings:
 
     @pytest.mark.parametrize("name", ["window_length", "slot_budget"])
     def test_more_slots_than_any_memory_holds_are_refused(self, name: str) -> None:
-        with pytest.raises(ValueError, match=f"expected {name} <= 65536, found 1000000000"):
+        with pytest.raises(ValueError, match=f"expected {name} <= 4096, found 1000000000"):
             GenerationSettings(**{name: 10**9})  # pyright: ignore[reportArgumentType]
 
 

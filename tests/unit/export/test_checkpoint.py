@@ -237,6 +237,13 @@ class TestBrokenFolder:
         ):
             load_network(exported)
 
+    @pytest.mark.parametrize(("name", "size"), [("window_length", 10**9), ("ngrams", 10**13)])
+    def test_sizes_that_no_memory_holds_are_refused(self, exported: Path, name: str, size: int) -> None:
+        config = json.loads((exported / SETTINGS_FILE).read_text())["config"]
+        edit(exported, config=config | {name: size})
+        with pytest.raises(ValueError, match=rf"^{exported}: [^\n]*expected predictor\.{name} [^\n]*found {size}$"):
+            load_network(exported)
+
     def test_a_class_of_somebody_else(self, exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Recipe of an attack: opened from the folder above, `my_adapter/evil.py` would be imported."""
         (exported / "evil.py").write_text(

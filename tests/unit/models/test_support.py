@@ -44,6 +44,20 @@ def test_scaled_and_capped_logits_are_those_of_the_model(kind: str, options: dic
     assert torch.equal(raw, expected) == (kind == "llama")
 
 
+def test_long_windows_cost_no_more_than_shorter_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stored configuration may be somebody else's."""
+    lengths = []
+    embed_slots = PredictorNetwork.embed_slots
+
+    def record(network: PredictorNetwork, auxiliaries: torch.Tensor, sampling: Any) -> torch.Tensor:
+        lengths.append(auxiliaries.shape[-1])
+        return embed_slots(network, auxiliaries, sampling)
+
+    monkeypatch.setattr(PredictorNetwork, "embed_slots", record)
+    PredictorNetwork(PredictorConfig(BackboneSettings(path="unused"), window_length=4096), tiny_family("llama"))
+    assert set(lengths) == {support.MAX_WINDOW}
+
+
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "recurrent": ("recurrent_gemma", {"head_dim": 16, "lru_width": 32, "attention_window_size": 16}, "packed rows"),
     "convolutions": ("lfm2", {"layer_types": ["conv", "full_attention"]}, "lfm2 with layers of type conv, which fails"),
