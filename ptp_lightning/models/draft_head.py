@@ -65,8 +65,8 @@ def require_draft_vocabulary(token_ids: Tensor, size: int, num_tokens: int) -> N
     ids = token_ids.long().cpu()
     if ids.shape != (size,) or not (ids.diff() > 0).all() or int(ids[0]) < 0 or int(ids[-1]) >= num_tokens:
         raise ValueError(
-            f"expected a draft vocabulary of {size} ascending token ids below {num_tokens}, found {len(ids)} numbers "
-            "that are none: it belongs to another base model or is damaged, take another copy of the adapter"
+            f"expected a draft vocabulary of {size} ascending token ids below {num_tokens}, found {ids.numel()} "
+            "numbers that are none: it belongs to another base model or is damaged, take another copy of the adapter"
         )
 
 

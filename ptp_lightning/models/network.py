@@ -26,7 +26,7 @@ from ptp_lightning.models.output_head import apply_head, final_logits, output_he
 from ptp_lightning.models.slots.late_entry import LateEntry, first_slot_layer
 from ptp_lightning.models.slots.sampling_encoder import SamplingEncoder
 from ptp_lightning.models.slots.slot_encoder import SlotEncoder
-from ptp_lightning.models.stored_state import NOT_TRAINED, require_stored_state
+from ptp_lightning.models.stored_state import NOT_TRAINED, require_finite_weights, require_stored_state
 from ptp_lightning.models.support import require_finite, require_supported, require_text_model
 from ptp_lightning.models.token_order import require_permutation, similar_tokens_together
 from ptp_lightning.models.training_changes import prepare_for_training
@@ -82,7 +82,7 @@ class PredictorNetwork(nn.Module):
             if self.refiner is not None:
                 self.slot_encoder.correction_sampling_encoder = SamplingEncoder(*table.shape)
         if config.sampling.order == "embedding":
-            ranks = similar_tokens_together(table) if token_ranks is None else token_ranks.clone()
+            ranks = similar_tokens_together(table) if token_ranks is None else token_ranks.to(torch.int64, copy=True)
             require_permutation(ranks, len(table))
             self.slot_encoder.token_ranks = ranks
         if config.ngrams is not None:
@@ -401,6 +401,7 @@ class PredictorNetwork(nn.Module):
         require_stored_state(state, self.trainable_state(), self.base_model.config.vocab_size)
 
     def load_trainable_state(self, state: dict[str, Tensor]) -> None:
-        """Inverse of `trainable_state`; raises as `require_trainable_state`."""
+        """Inverse of `trainable_state`; raises as `require_trainable_state`, and for weights that are not finite."""
         self.require_trainable_state(state)
+        require_finite_weights(state)
         self.load_state_dict(state, strict=False)

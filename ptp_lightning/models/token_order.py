@@ -47,9 +47,9 @@ def require_permutation(token_ranks: Tensor, num_tokens: int) -> None:
     Raises:
         ValueError: a place is missing, taken twice or out of range.
     """
-    if not torch.equal(token_ranks.cpu().sort().values, torch.arange(num_tokens)):
+    if not torch.equal(token_ranks.cpu().long().sort().values, torch.arange(num_tokens)):
         raise ValueError(
-            f"expected a token order, a permutation of 0 .. {num_tokens - 1}, found {len(token_ranks)} numbers that "
+            f"expected a token order, a permutation of 0 .. {num_tokens - 1}, found {token_ranks.numel()} numbers that "
             "are none: it belongs to another base model or is damaged, take another copy of the adapter"
         )
 
