@@ -74,6 +74,11 @@ class PredictorNetwork(nn.Module):
         self.packed_weights = PackedWeights()
         table: Tensor = backbone.get_input_embeddings().weight  # pyright: ignore[reportAssignmentType]
         require_finite(table)
+        if (config.draft_vocabulary or 0) > len(table):
+            raise ValueError(
+                f"expected predictor.draft_vocabulary null or <= {len(table)} (all tokens), found "
+                f"{config.draft_vocabulary}"
+            )
         self.slot_encoder = SlotEncoder(config.objective, config.features, config.head, table)
         if config.correction is not None:
             self.slot_encoder.correction = config.correction.build(backbone, config.draft_vocabulary or len(table))
@@ -98,7 +103,7 @@ class PredictorNetwork(nn.Module):
         self._base_model = (backbone,)
         self.draft_head = None
         if config.draft_vocabulary is not None:
-            self._add_draft_head(config.draft_vocabulary, len(table))
+            self._add_draft_head(config.draft_vocabulary)
         require_supported(self.eval())
         self.train()
 
@@ -167,9 +172,7 @@ class PredictorNetwork(nn.Module):
         assert ids is not None, "set with draft_head"
         return final_logits(self.student_model.config, self.draft_head(hidden, output_head(self.student_model), ids))
 
-    def _add_draft_head(self, size: int, vocab_size: int) -> None:
-        if size > vocab_size:
-            raise ValueError(f"expected predictor.draft_vocabulary null or <= {vocab_size} (all tokens), found {size}")
+    def _add_draft_head(self, size: int) -> None:
         self.draft_head = DraftHead(output_head(self.student_model), size)
         self.slot_encoder.draft_token_ids = torch.arange(size, dtype=torch.int32)
         self._gather_draft_head()

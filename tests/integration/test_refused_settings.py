@@ -61,6 +61,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
         [f"{PREDICTOR}.ngrams", "10000000000000"],
         "expected predictor.ngrams null or in 1 .. 1048576, found 10000000000000",
     ),
+    "rank": ([f"{PREDICTOR}.lora.rank", "1000000"], "expected predictor.lora.rank in 1 .. 4096, found 1000000"),
     "optimizer": ([f"{MODEL}.optimizer.name", "sgd"], "expected one of adamw, muon for optimizer.name, found sgd"),
     "callbacks": (["--trainer.callbacks", "3"], "expected one of list, a class path for trainer.callbacks, found 3"),
     "abbreviation": (["--trainer.max_step", "3"], "--trainer.max_step"),

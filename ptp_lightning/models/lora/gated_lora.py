@@ -21,6 +21,8 @@ from ptp_lightning.models.lora.gated_linear import GatedLoraLinear, use_gated_la
 from ptp_lightning.models.lora.gated_mlp import fuse_mlps
 
 ALL_LINEAR = "all-linear"
+MAX_RANK = 2**12
+"""Larger than any adapter that trains less than the layer itself."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,8 @@ class LoraSettings:
     rank_pattern: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"predictor.lora.rank must be at least 1, found {self.rank}")
+        if not 1 <= self.rank <= MAX_RANK:
+            raise ValueError(f"expected predictor.lora.rank in 1 .. {MAX_RANK}, found {self.rank}")
         if not self.alpha > 0:
             raise ValueError(f"predictor.lora.alpha must be positive, found {self.alpha}")
         if not 0 <= self.dropout < 1:
@@ -55,8 +57,8 @@ class LoraSettings:
         if not self.target_modules:
             raise ValueError(f"predictor.lora.target_modules must name at least one module, e.g. '{ALL_LINEAR}'")
         for pattern, rank in self.rank_pattern.items():
-            if rank < 1:
-                raise ValueError(f"predictor.lora.rank_pattern['{pattern}'] must be at least 1, found {rank}")
+            if not 1 <= rank <= MAX_RANK:
+                raise ValueError(f"expected predictor.lora.rank_pattern['{pattern}'] in 1 .. {MAX_RANK}, found {rank}")
 
 
 def add_gated_lora(model: PreTrainedModel, settings: LoraSettings, first_layer: int = 0) -> tuple[PeftModel, Gate]:

@@ -222,7 +222,7 @@ class TestBrokenFolder:
     @pytest.mark.parametrize(
         ("changes", "key"),
         [
-            ({"lora": {"rank": 10**12}}, "lora.rank"),
+            ({"lora": {"rank": 1000}}, "lora.rank"),
             ({"features": {"init_args": {"num_frequencies": 10**12}}}, "features"),
             ({"correction": {"init_args": {"num_layers": 10**12}}}, "correction.init_args.num_layers"),
             ({"correction": {"init_args": {"intermediate_size": 10**12}}}, "correction.init_args.intermediate_size"),
@@ -235,9 +235,7 @@ class TestBrokenFolder:
             for entry, value in change.items():
                 config[name][entry] = {**config[name][entry], **value} if isinstance(value, dict) else value
         edit(exported, config=config)
-        with pytest.raises(
-            ValueError, match=rf"{exported}: expected predictor\.{key} .*stored weights.*found 10{{12}}$"
-        ):
+        with pytest.raises(ValueError, match=rf"{exported}: expected predictor\.{key} .*stored weights.*found 10+$"):
             load_network(exported)
 
     @pytest.mark.parametrize(("name", "size"), [("window_length", 10**9), ("ngrams", 10**13)])

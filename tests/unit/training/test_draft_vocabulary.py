@@ -159,5 +159,7 @@ def test_all_tokens_in_the_vocabulary_change_nothing(tmp_path: Path) -> None:
 def test_a_vocabulary_larger_than_the_models_is_refused() -> None:
     with pytest.raises(ValueError, match=r"predictor.draft_vocabulary null or <= 32 \(all tokens\), found 33"):
         with_vocabulary(draft_vocabulary=33)
+    with pytest.raises(ValueError, match=r"predictor.draft_vocabulary null or <= 32 \(all tokens\), found 10{13}"):
+        with_vocabulary(draft_vocabulary=10**13, correction=MarkovHead(rank=3))  # whose size is that of the vocabulary
     with pytest.raises(ValueError, match=r"predictor.draft_vocabulary null or >= 1, found 0"):
         with_vocabulary(draft_vocabulary=0)
