@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import platform
 from collections.abc import Iterator, Sequence
@@ -32,16 +31,16 @@ from ptp_lightning.evaluation.decoder_names import (
 from ptp_lightning.evaluation.decoders import Decoder, make_decoders
 from ptp_lightning.evaluation.near_ties import Deviation, first_difference, is_explained_by_rounding
 from ptp_lightning.evaluation.questions import read_questions
-from ptp_lightning.evaluation.records import RUN_FILE, Record, RecordFile
+from ptp_lightning.evaluation.records import Record, RecordFile, stored_budgets
 from ptp_lightning.evaluation.report import Report
-from ptp_lightning.evaluation.runner import EvaluationPlan, prompt_of
+from ptp_lightning.evaluation.runner import EvaluationPlan, prompt_of, require_positions
 from ptp_lightning.evaluation.runner import run as run_plan
 from ptp_lightning.evaluation.summary import OVERALL, scores
 from ptp_lightning.export.checkpoint import load_network
 from ptp_lightning.export.options import predictor_options, predictor_source
 from ptp_lightning.models.backbone import load_backbone
 from ptp_lightning.models.network import PredictorNetwork
-from ptp_lightning.utils.local_paths import WRITTEN, local_path
+from ptp_lightning.utils.local_paths import WRITTEN, local_folder
 from ptp_lightning.utils.progress_lines import LinePacer, print_line
 from ptp_lightning.utils.user_errors import warnings_as_notes
 
@@ -68,11 +67,13 @@ def run(options: Namespace) -> None:
             raise ValueError(f"expected --{name} >= 1, found {options[name]}")
     questions = read_questions(options.benchmark, options.questions, options.limit)
     # Checked before the model is loaded.
+    folder = local_folder(options.output, "--output", WRITTEN)
     settings = GenerationSettings(max_new_tokens=options.max_new_tokens, num_draft_tokens=options.num_draft_tokens)
 
     device = select_device(options.device)
     with warnings_as_notes():
         predictor = load_network(source, **predictor_options(options)).to(device).eval()
+    require_positions(predictor, settings)
     tokenizer = tokenizer_of(predictor)
     ends = end_of_text_ids(predictor, tokenizer, chat=tokenizer.chat_template is not None)  # see make_prompt
     settings = _complete_settings(settings, options, predictor, ends)
@@ -84,9 +85,8 @@ def run(options: Namespace) -> None:
     names = _decoder_names(options.decoders, predictor)
     needs_base_model = bool({TRANSFORMERS, PROMPT_LOOKUP} & set(names))
     base_model = load_backbone(predictor.config.backbone).to(device).eval() if needs_base_model else None  # pyright: ignore[reportArgumentType]
-    budgets = _slot_budgets(options, predictor, settings) if PARTIAL_QUADRATIC in names else []
+    budgets = _slot_budgets(options, folder, predictor, settings) if PARTIAL_QUADRATIC in names else []
     decoders = make_decoders(names, predictor, base_model, budgets)
-    folder = local_path(options.output, "--output", WRITTEN)
     description = _describe(options, plan, decoders, budgets, predictor)
     file = RecordFile(folder, description)
 
@@ -116,12 +116,13 @@ def _complete_settings(
     return replace(settings, sampling=sampling, window_length=length, end_of_text=ends)
 
 
-def _slot_budgets(options: Namespace, predictor: PredictorNetwork, settings: GenerationSettings) -> list[int]:
+def _slot_budgets(
+    options: Namespace, folder: Path, predictor: PredictorNetwork, settings: GenerationSettings
+) -> list[int]:
     """The slot budgets of the options; `auto` is measured once, and read from the folder by a continued evaluation."""
     given: list[int | str] = options.slot_budget
-    stored = local_path(options.output, "--output", WRITTEN) / RUN_FILE
-    if "auto" in given and stored.is_file():
-        return json.loads(stored.read_text(encoding="utf-8"))["slot_budgets"]
+    if "auto" in given and (stored := stored_budgets(folder, given)) is not None:
+        return stored
     budgets = []
     for budget in given:
         if isinstance(budget, str):

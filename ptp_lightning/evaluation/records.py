@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ptp_lightning.utils.atomic_files import write_atomically
-from ptp_lightning.utils.local_paths import WRITTEN, local_path
+from ptp_lightning.utils.local_paths import WRITTEN, local_folder
 
 RUN_FILE, RECORDS_FILE = "run.json", "records.jsonl"
 ALL_POSITIONS = "all_positions"  # instead of a decoder's name, in records of `correct_tokens_at_all_positions`
@@ -82,20 +82,20 @@ class RecordFile:
         records: all finished records.
 
     Raises:
-        ValueError: the folder contains another evaluation, or an invalid file.
+        ValueError: the folder contains another evaluation, or an invalid file, or is a file itself.
     """
 
     def __init__(self, folder: str | Path, run: dict[str, Any]) -> None:
-        folder = local_path(folder, "--output", WRITTEN)
+        folder = local_folder(folder, "--output", WRITTEN)
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / RECORDS_FILE
-        stored = folder / RUN_FILE
-        if stored.is_file():
-            _require_same(_object_in(stored.read_bytes(), str(stored)), json.loads(json.dumps(run)), folder)
+        stored = stored_run(folder)
+        if stored is not None:
+            _require_same(stored, json.loads(json.dumps(run)), folder)
         elif self._path.is_file():
-            raise ValueError(f"expected {stored} beside {self._path}, found none: choose another --output")
+            raise ValueError(f"expected {folder / RUN_FILE} beside {self._path}, found none: choose another --output")
         else:
-            write_atomically(stored, (json.dumps(run, indent=2) + "\n").encode())
+            write_atomically(folder / RUN_FILE, (json.dumps(run, indent=2) + "\n").encode())
         self.records = {record.key: record for record in self._read()}
 
     def append(self, record: Record) -> None:
@@ -122,6 +122,35 @@ class RecordFile:
             yield Record(**row)
 
 
+def stored_run(folder: Path) -> dict[str, Any] | None:
+    """The description of the evaluation that a folder contains, None if it contains none.
+
+    Raises:
+        ValueError: the file is no JSON object.
+    """
+    file = folder / RUN_FILE
+    return _object_in(file.read_bytes(), str(file)) if file.is_file() else None
+
+
+def stored_budgets(folder: Path, given: list[int | str]) -> list[int] | None:
+    """The slot budgets of the evaluation that a folder contains, None if it contains none.
+
+    Args:
+        folder: of the evaluation.
+        given: those of this evaluation, for the error.
+
+    Raises:
+        ValueError: the file is no JSON object, or has no budgets.
+    """
+    stored = stored_run(folder)
+    if stored is None:
+        return None
+    budgets: Any = stored.get("slot_budgets")
+    if not isinstance(budgets, list) or not all(type(budget) is int and budget >= 1 for budget in budgets):
+        raise _other_evaluation(folder, "slot_budgets", budgets, given)
+    return budgets
+
+
 def _object_in(content: bytes, place: str) -> dict[str, Any]:
     """A JSON object; `place` is for errors."""
     try:
@@ -137,7 +166,11 @@ def _object_in(content: bytes, place: str) -> dict[str, Any]:
 def _require_same(stored: dict[str, Any], given: dict[str, Any], folder: Path) -> None:
     for name in sorted(stored.keys() | given.keys()):
         if stored.get(name) != given.get(name):
-            raise ValueError(
-                f"expected the evaluation with which {folder} was created, {name} {stored.get(name)!r}, found "
-                f"{given.get(name)!r}: choose another --output"
-            )
+            raise _other_evaluation(folder, name, stored.get(name), given.get(name))
+
+
+def _other_evaluation(folder: Path, name: str, stored: object, given: object) -> ValueError:
+    return ValueError(
+        f"expected the evaluation with which {folder} was created, {name} {stored!r}, found {given!r}: choose another "
+        "--output"
+    )

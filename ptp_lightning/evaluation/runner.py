@@ -93,6 +93,20 @@ def run(
                         on_record(file.records[key])
 
 
+def require_positions(predictor: PredictorNetwork, settings: GenerationSettings) -> None:
+    """Refuse answers that leave no position of the base model for a prompt; prompts themselves are shortened.
+
+    Raises:
+        ValueError: names the option.
+    """
+    limit = predictor.max_positions
+    if limit is not None and settings.max_new_tokens >= limit:
+        raise ValueError(
+            f"expected max_new_tokens < {limit}, found {settings.max_new_tokens}: set max_new_tokens (the base model "
+            f"has {limit} positions, and a prompt needs one)"
+        )
+
+
 def prompt_of(
     question: Question,
     key: RunKey,

@@ -34,6 +34,19 @@ def local_path(given: str | os.PathLike[str], key: str, advice: str = READ) -> P
     return path
 
 
+def local_folder(given: str | os.PathLike[str], key: str, advice: str = READ) -> Path:
+    """The path of a folder that a user gives, which need not exist; arguments as in `local_path`.
+
+    Raises:
+        ValueError: it is an address, or a file is in its place or in that of a folder above.
+    """
+    folder = local_path(given, key, advice)
+    for path in (folder, *folder.parents):
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"expected a folder, found the file {path}: set {key}")
+    return folder
+
+
 def expanded(given: str | os.PathLike[str]) -> Path:
     """A path with the user's folder for `~`, and as it is for a user that does not exist."""
     path = Path(given)

@@ -1,6 +1,7 @@
 """`python -m ptp_lightning evaluate`: exact counts, a report, and continuation after a kill."""
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -191,6 +192,10 @@ def test_long_prompts_are_truncated(evaluation: Evaluation) -> None:
         (["--limit", "0"], "expected --limit >= 1, found 0"),
         (["--seeds", "0"], "expected --seeds >= 1, found 0"),
         (["--max_new_tokens", "0"], "expected max_new_tokens >= 1, found 0"),
+        (
+            ["--max_new_tokens", "256"],
+            "expected max_new_tokens < 256, found 256: set max_new_tokens",
+        ),
         (["--decoders", "fast"], "--decoders"),
         (["--temperatures", "-1"], "temperature"),
         (["--slot_budget", "0"], "expected slot_budget >= 1, found 0"),
@@ -205,7 +210,36 @@ def test_errors_are_raised_before_the_first_answer(args: list[str], reason: str,
     status, _, err = evaluation(*args)
     assert status == 2
     assert reason in err
-    assert not (evaluation.output / "records.jsonl").exists()
+    assert not evaluation.output.exists()
+
+
+@pytest.mark.parametrize("inside", ["", "/report"])
+def test_a_file_in_place_of_the_folder_is_refused_before_the_model_is_loaded(
+    inside: str, evaluation: Evaluation
+) -> None:
+    evaluation.monkeypatch.setattr(command, "load_network", lambda *_, **__: pytest.fail("loaded"))
+    evaluation.output.write_text("")
+    status, _, err = evaluation("--output", f"{evaluation.output}{inside}")
+    assert status == 2
+    assert err == f"error: expected a folder, found the file {evaluation.output}: set --output\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("[]", "expected a JSON object, found list: remove the file, or choose another --output"),
+        *(
+            (content, "slot_budgets .*, found \\['auto'\\]: choose another --output")
+            for content in ("{}", '{"slot_budgets": 5}', '{"slot_budgets": ["5"]}')
+        ),
+    ],
+)
+def test_a_damaged_description_is_refused(content: str, reason: str, evaluation: Evaluation) -> None:
+    evaluation.output.mkdir()
+    (evaluation.output / "run.json").write_text(content)
+    status, _, err = evaluation("--slot_budget", "auto")
+    assert status == 2
+    assert re.fullmatch(f"error: [^\n]*{reason}\n", err), err
 
 
 def test_a_folder_of_another_evaluation_is_rejected(evaluation: Evaluation) -> None:

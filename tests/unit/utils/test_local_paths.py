@@ -14,7 +14,7 @@ from ptp_lightning.evaluation.records import RecordFile
 from ptp_lightning.export.checkpoint import read_predictor, require_free_folder
 from ptp_lightning.pregeneration.prompt_files import read_prompt_texts
 from ptp_lightning.pregeneration.topics import read_topics
-from ptp_lightning.utils.local_paths import local_path
+from ptp_lightning.utils.local_paths import local_folder, local_path
 from ptp_lightning.utils.named_files import find_yaml
 from ptp_lightning.utils.pretrained import load_tokenizer
 from ptp_lightning.utils.text_files import read_lines
@@ -61,3 +61,11 @@ def test_a_file_of_such_a_name_is_a_file(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_a_user_that_does_not_exist() -> None:
     assert local_path("~nobody-of-this-name/a", "--prompts") == Path("~nobody-of-this-name/a")
+
+
+def test_a_file_in_place_of_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for given in ("file", "file/folder"):
+        with pytest.raises(ValueError, match=rf"^expected a folder, found the file {tmp_path}/file: set --output$"):
+            local_folder(tmp_path / given, "--output")
+    assert local_folder(tmp_path / "new" / "folder", "--output") == tmp_path / "new" / "folder"
