@@ -18,6 +18,7 @@ Split = Literal["train", "val", "test"]
 # A document is assigned to one of 100 buckets by a hash; buckets 0 to 89 are for training.
 VAL_BUCKETS = range(90, 95)
 TEST_BUCKETS = range(95, 100)
+FEWEST_LINES = 100 // len(VAL_BUCKETS)  # of a file that has lines of each split
 
 TEST_FOLDERS = frozenset({"test", "tests", "idle_test"})
 FOREIGN_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__"})
@@ -36,6 +37,11 @@ class Corpus(ABC):
     @abstractmethod
     def documents(self, split: Split) -> Iterator[Document]:
         """Yield the documents of `split` in a fixed order."""
+
+    @property
+    def advice(self) -> str:
+        """What to do if a split has no text."""
+        return "set data.corpus"
 
 
 def split_of(name: str) -> Split:
@@ -110,6 +116,13 @@ class TextFiles(Corpus):
         for path in self.paths:
             if not local_path(path, "data.corpus.paths", STREAMED).exists():
                 raise FileNotFoundError(f"expected a file or folder at {path}, found nothing: set data.corpus.paths")
+
+    @property
+    def advice(self) -> str:
+        """See `Corpus.advice`."""
+        if self.held_out == "lines":
+            return f"set data.corpus.paths to files of {FEWEST_LINES} lines or more"
+        return "set data.corpus (for a corpus of few files, set data.corpus.held_out: lines)"
 
     def documents(self, split: Split) -> Iterator[Document]:
         """Yield the files' texts of `split`, in the order given and sorted inside folders.

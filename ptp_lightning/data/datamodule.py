@@ -118,7 +118,7 @@ class CorpusDataModule(TextDataModule):
         if not any(document.text for document in documents):
             raise ValueError(
                 f"expected text in the {split} split of {self.corpus}, found {len(documents)} documents without text: "
-                "set data.corpus (for a corpus of few files, set data.corpus.held_out: lines)"
+                f"{self.corpus.advice}"
             )
         return documents
 

@@ -77,6 +77,11 @@ class SharedCorpus(Corpus):
         self.corpus = corpus
         self._documents: dict[Split, list[Document]] = {}
 
+    @property
+    def advice(self) -> str:
+        """See `Corpus.advice`."""
+        return self.corpus.advice
+
     def documents(self, split: Split) -> Iterator[Document]:
         """See `Corpus.documents`."""
         if split not in self._documents:

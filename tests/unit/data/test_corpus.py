@@ -7,7 +7,7 @@ from typing import get_args
 
 import pytest
 
-from ptp_lightning.data.corpus import Split, StandardLibrary, TextFiles, split_of
+from ptp_lightning.data.corpus import FEWEST_LINES, Split, StandardLibrary, TextFiles, split_of
 from ptp_lightning.testing import check_corpus
 
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -84,6 +84,12 @@ class TestTextFiles:
         for split, documents in found.items():
             assert [document.name for document in documents] == sorted(document.name for document in documents)
             assert all(split_of(name) == split and text == f"text of {name}" for name, text in documents)
+
+    @pytest.mark.parametrize("num_lines", [FEWEST_LINES, FEWEST_LINES + 1, 3 * FEWEST_LINES - 1])
+    def test_enough_lines_for_every_split(self, tmp_path: Path, num_lines: int) -> None:
+        (tmp_path / "one.txt").write_text("x\n" * num_lines)
+        corpus = TextFiles([str(tmp_path / "one.txt")], held_out="lines")
+        assert all(document.text for split in SPLITS for document in corpus.documents(split))
 
     def test_lines_mode_splits_every_file(self, tmp_path: Path) -> None:
         write(tmp_path / "one.txt", "".join(f"line {number}\n" for number in range(100)))

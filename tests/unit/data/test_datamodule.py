@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import islice
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch.utils.data.distributed import DistributedSampler
 
 from ptp_lightning.batch import PackedBatch
+from ptp_lightning.data.corpus import TextFiles
 from ptp_lightning.data.datamodule import CorpusDataModule, TrainingStream, tokenize
 from tests.helpers.tiny_data import TEXTS, Texts, tiny_data, tiny_tokenizer
 
@@ -147,6 +149,16 @@ class TestInvalidInput:
         for loader in (data.train_dataloader, data.val_dataloader, data.test_dataloader):
             with pytest.raises(ValueError, match="expected text in the .* split.*data.corpus"):
                 loader()
+
+    def test_advice_is_given_where_it_is_not_followed_yet(self, tmp_path: Path) -> None:
+        (tmp_path / "tiny.txt").write_text("one\ntwo\n")
+        for held_out, advice in (
+            ("hash", r"set data\.corpus \(for a corpus of few files, set data\.corpus\.held_out: lines\)"),
+            ("lines", r"set data\.corpus\.paths to files of 20 lines or more"),
+        ):
+            data = tiny_data(TextFiles([str(tmp_path / "tiny.txt")], held_out=held_out))  # pyright: ignore[reportArgumentType]
+            with pytest.raises(ValueError, match=rf"expected text in the val split [^\n]* without text: {advice}$"):
+                data.val_dataloader()
 
     def test_documents_shorter_than_two_tokens(self) -> None:
         data = tiny_data(Texts(["a", "b"]), end_of_text=False)
