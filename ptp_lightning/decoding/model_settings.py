@@ -49,7 +49,7 @@ def with_model_settings(predictor: PredictorNetwork, sampling: SamplingConfig) -
     Raises:
         ValueError: `sampling` is something else.
     """
-    if not isinstance(sampling, SamplingConfig):  # pyright: ignore[reportUnnecessaryIsInstance]  a dict, often
+    if not isinstance(sampling, SamplingConfig):  # often a dict
         raise ValueError(f"expected a SamplingConfig, found {short(sampling)}: set sampling")
     found: Any = predictor.base_model.generation_config
     settings = {name: getattr(found, name, None) for name in (*TAKEN_OVER, *IGNORED)}

@@ -56,6 +56,16 @@ class DraftHead(nn.Module):
         return F.linear(hidden.to(weight.dtype), weight[index], None if bias is None else bias[index])
 
 
+def require_draft_size(size: int | None, num_tokens: int) -> None:
+    """Refuse a draft vocabulary of more than V = `num_tokens` tokens, before anything of its size is built.
+
+    Raises:
+        ValueError: names the key.
+    """
+    if size is not None and size > num_tokens:
+        raise ValueError(f"expected predictor.draft_vocabulary null or <= {num_tokens} (all tokens), found {size}")
+
+
 def require_draft_vocabulary(token_ids: Tensor, size: int, num_tokens: int) -> None:
     """Refuse token ids that are no draft vocabulary of N = `size` of V = `num_tokens` tokens.
 

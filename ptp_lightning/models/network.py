@@ -19,7 +19,7 @@ from ptp_lightning.models.config import PredictorConfig
 from ptp_lightning.models.context import Context
 from ptp_lightning.models.correction.correction import CorrectionHead, CorrectionModule
 from ptp_lightning.models.correction.decoder_refiner import Refiner, RefinerContext
-from ptp_lightning.models.draft_head import DraftHead, as_vocabulary, require_draft_vocabulary
+from ptp_lightning.models.draft_head import DraftHead, as_vocabulary, require_draft_size, require_draft_vocabulary
 from ptp_lightning.models.layers.packed_linear import PackedWeights
 from ptp_lightning.models.ngram_table import NgramTable
 from ptp_lightning.models.output_head import apply_head, final_logits, output_head
@@ -74,11 +74,7 @@ class PredictorNetwork(nn.Module):
         self.packed_weights = PackedWeights()
         table: Tensor = backbone.get_input_embeddings().weight  # pyright: ignore[reportAssignmentType]
         require_finite(table)
-        if (config.draft_vocabulary or 0) > len(table):
-            raise ValueError(
-                f"expected predictor.draft_vocabulary null or <= {len(table)} (all tokens), found "
-                f"{config.draft_vocabulary}"
-            )
+        require_draft_size(config.draft_vocabulary, len(table))
         self.slot_encoder = SlotEncoder(config.objective, config.features, config.head, table)
         if config.correction is not None:
             self.slot_encoder.correction = config.correction.build(backbone, config.draft_vocabulary or len(table))
