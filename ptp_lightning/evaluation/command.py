@@ -36,7 +36,7 @@ from ptp_lightning.evaluation.report import Report
 from ptp_lightning.evaluation.runner import EvaluationPlan, prompt_of, require_positions
 from ptp_lightning.evaluation.runner import run as run_plan
 from ptp_lightning.evaluation.summary import OVERALL, scores
-from ptp_lightning.export.checkpoint import load_network
+from ptp_lightning.export.checkpoint import build_network, read_predictor, stored_positions
 from ptp_lightning.export.options import predictor_options, predictor_source
 from ptp_lightning.models.backbone import load_backbone
 from ptp_lightning.models.network import PredictorNetwork
@@ -72,8 +72,10 @@ def run(options: Namespace) -> None:
 
     device = select_device(options.device)
     with warnings_as_notes():
-        predictor = load_network(source, **predictor_options(options)).to(device).eval()
-    require_positions(predictor, settings)
+        stored = read_predictor(source)
+        require_positions(stored_positions(stored, **predictor_options(options)), settings)
+        predictor = build_network(stored, **predictor_options(options)).to(device).eval()
+    require_positions(predictor.max_positions, settings)  # of a model that is no folder
     tokenizer = tokenizer_of(predictor)
     ends = end_of_text_ids(predictor, tokenizer, chat=tokenizer.chat_template is not None)  # see make_prompt
     settings = _complete_settings(settings, options, predictor, ends)

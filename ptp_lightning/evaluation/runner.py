@@ -93,13 +93,16 @@ def run(
                         on_record(file.records[key])
 
 
-def require_positions(predictor: PredictorNetwork, settings: GenerationSettings) -> None:
+def require_positions(limit: int | None, settings: GenerationSettings) -> None:
     """Refuse answers that leave no position of the base model for a prompt; prompts themselves are shortened.
+
+    Args:
+        limit: the base model's positions; None if it has no limit, or it is not known.
+        settings: of the answers.
 
     Raises:
         ValueError: names the option.
     """
-    limit = predictor.max_positions
     if limit is not None and settings.max_new_tokens >= limit:
         raise ValueError(
             f"expected max_new_tokens < {limit}, found {settings.max_new_tokens}: set max_new_tokens (the base model "

@@ -39,7 +39,7 @@ from ptp_lightning.export.packaged_adapters import (
     packaged_adapter_folder,
 )
 from ptp_lightning.export.stored_sizes import require_stored_sizes
-from ptp_lightning.models.backbone import BackboneSettings, load_backbone
+from ptp_lightning.models.backbone import BackboneSettings, known_positions, load_backbone
 from ptp_lightning.models.config import PredictorConfig
 from ptp_lightning.models.network import PredictorNetwork
 from ptp_lightning.models.stored_state import TOKEN_RANKS
@@ -141,11 +141,7 @@ def build_network(
 
     A `model` that is already loaded is used as the base model: its linear layers get the adapter.
     """
-    try:
-        config = PredictorConfig.from_dict(stored.config, trusted_classes=None if trust_custom_classes else ())
-        require_stored_sizes(stored.state, config)
-    except ValueError as error:
-        raise ValueError(f"{stored.path}: {error}") from error
+    config = _stored_config(stored, trust_custom_classes=trust_custom_classes)
     trained_with = config.backbone
     config = replace(config, backbone=_backbone(config, dtype, base))
     if model is None:
@@ -180,6 +176,27 @@ def build_network(
         raise ValueError(f"{stored.path}: {error}") from error
     predictor.prefix_counts = stored.training.get("prefix_counts")
     return predictor.eval()
+
+
+def stored_positions(
+    stored: StoredPredictor,
+    *,
+    dtype: DtypeName | torch.dtype = "auto",
+    base: str | Path | None = None,
+    trust_custom_classes: bool = False,
+) -> int | None:
+    """The longest sequence of the base model, see `known_positions`; arguments and errors as in `build_network`."""
+    config = _stored_config(stored, trust_custom_classes=trust_custom_classes)
+    return known_positions(_backbone(config, dtype, base), key=BASE_KEY)
+
+
+def _stored_config(stored: StoredPredictor, *, trust_custom_classes: bool) -> PredictorConfig:
+    try:
+        config = PredictorConfig.from_dict(stored.config, trusted_classes=None if trust_custom_classes else ())
+        require_stored_sizes(stored.state, config)
+    except ValueError as error:
+        raise ValueError(f"{stored.path}: {error}") from error
+    return config
 
 
 def _backbone(config: PredictorConfig, dtype: DtypeName | torch.dtype, base: str | Path | None) -> BackboneSettings:

@@ -101,6 +101,21 @@ def load_backbone(settings: BackboneSettings, *, key: str = PATH_KEY) -> "PreTra
     return _dequantized(model, dtype) if "gguf_file" in source else model.eval()
 
 
+def known_positions(settings: BackboneSettings, *, key: str = PATH_KEY) -> int | None:
+    """The longest sequence that the model supports, where a folder says so without its weights; else None.
+
+    Nothing is downloaded. Arguments and errors as in `load_backbone`.
+    """
+    from transformers import AutoConfig
+
+    source = locate(settings.path, revision=settings.revision, key=key)
+    if settings.from_config is not None or "local_files_only" not in source or "gguf_file" in source:
+        return None
+    _require_model_files(Path(source["pretrained_model_name_or_path"]), key, weights=not settings.random_weights)
+    with clear_errors(settings.path, key), quiet_transformers(progress_bar=False):
+        return getattr(AutoConfig.from_pretrained(**source), "max_position_embeddings", None)
+
+
 def fingerprint(model: nn.Module) -> str:
     """Identity of a model's base weights (hexadecimal sha256), to detect the checkpoint of another base model.
 

@@ -73,7 +73,7 @@ class Evaluation:
 
 @pytest.fixture
 def evaluation(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Evaluation:
-    monkeypatch.setattr(command, "load_network", lambda path, **_: PREDICTOR)
+    monkeypatch.setattr(command, "build_network", lambda stored, **_: PREDICTOR)
     monkeypatch.setattr(command, "tokenizer_of", lambda predictor: TOKENIZER)
     monkeypatch.setattr(command, "load_backbone", plain_model)
     monkeypatch.delenv("PTP_TRACEBACK", raising=False)
@@ -213,11 +213,21 @@ def test_errors_are_raised_before_the_first_answer(args: list[str], reason: str,
     assert not evaluation.output.exists()
 
 
+def test_answers_without_room_are_refused_before_the_model_is_loaded(evaluation: Evaluation) -> None:
+    evaluation.monkeypatch.setattr(command, "build_network", lambda *_, **__: pytest.fail("loaded"))
+    status, _, err = evaluation("--model", "code", "--max_new_tokens", "2000")
+    assert status == 2 and not evaluation.output.exists()
+    assert (
+        err.startswith("error: expected max_new_tokens < 1024, found 2000: set max_new_tokens ")
+        and err.count("\n") == 1
+    )
+
+
 @pytest.mark.parametrize("inside", ["", "/report"])
 def test_a_file_in_place_of_the_folder_is_refused_before_the_model_is_loaded(
     inside: str, evaluation: Evaluation
 ) -> None:
-    evaluation.monkeypatch.setattr(command, "load_network", lambda *_, **__: pytest.fail("loaded"))
+    evaluation.monkeypatch.setattr(command, "build_network", lambda *_, **__: pytest.fail("loaded"))
     evaluation.output.write_text("")
     status, _, err = evaluation("--output", f"{evaluation.output}{inside}")
     assert status == 2

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers.utils import logging as hf_logging
 
-from ptp_lightning.models.backbone import BackboneSettings, fingerprint, load_backbone
+from ptp_lightning.models.backbone import BackboneSettings, fingerprint, known_positions, load_backbone
 from ptp_lightning.models.lora.gated_lora import LoraSettings, add_gated_lora
 from ptp_lightning.utils.pretrained import load_tokenizer
 from tests.helpers.tiny_gguf import write_gguf
@@ -77,6 +77,16 @@ class TestLocalFolder:
         capfd.readouterr()
         load_backbone(settings_for(folder))
         assert (*capfd.readouterr(), transformers_log.getvalue()) == ("", "", "")
+
+    @pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2])
+    def test_positions_are_known_before_weights_are_read(self, tmp_path: Path, build: Any) -> None:
+        model = build()
+        model.save_pretrained(tmp_path)
+        (tmp_path / "model.safetensors").write_bytes(b"")
+        assert known_positions(settings_for(tmp_path)) == model.config.max_position_embeddings
+        assert known_positions(settings_for("user/name")) is None  # and no network is used
+        with pytest.raises(FileNotFoundError, match=r"^expected a model folder at .*gone, found nothing: set base$"):
+            known_positions(settings_for(tmp_path / "gone"), key="base")
 
     def test_relative_path(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(folder.parent)
