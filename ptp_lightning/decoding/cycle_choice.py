@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from ptp_lightning.decoding.text_drafts import StudentTokens, TextDraft, TextDrafter
 from ptp_lightning.models.network import PredictorNetwork
@@ -55,6 +55,7 @@ class CycleChoice:
         continuations: of training text.
         student_cost: see `cost_of_student`; None without a student.
         branches: see `TextDrafter`.
+        end_of_text: likewise.
 
     >>> choice = CycleChoice([[1, 2, 3, 9, 4, 5]], {}, student_cost=None)
     >>> choice.draft(0, [1, 2], max_depth=2).token_ids  # 1, 2 was followed by 3, 9
@@ -69,8 +70,9 @@ class CycleChoice:
         continuations: Continuations,
         student_cost: float | None,
         branches: bool = True,
+        end_of_text: Collection[int] = (),
     ) -> None:
-        self._drafters = [TextDrafter(prompt, continuations, branches) for prompt in prompts]
+        self._drafters = [TextDrafter(prompt, continuations, branches, end_of_text) for prompt in prompts]
         self._student_cost = student_cost
         self._first_gain = 0.0 if student_cost is None else EXPECTED_SPEED * (1 + student_cost) - 1
         self._gains = [self._first_gain] * len(prompts)

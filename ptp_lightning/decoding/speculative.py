@@ -120,7 +120,7 @@ def _choice(
 ) -> CycleChoice:
     # Penalties of earlier tokens are those of a chain.
     branches = not settings.sampling.depends_on_prefix
-    return CycleChoice(prompts, predictor.continuations, student_cost, branches)
+    return CycleChoice(prompts, predictor.continuations, student_cost, branches, settings.end_of_text)
 
 
 class _Cycles:

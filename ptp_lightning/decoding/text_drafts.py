@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from heapq import heappop, heappush
 from itertools import count
 from typing import NamedTuple
@@ -99,6 +99,7 @@ class TextDrafter:
         prompt: token ids, at least one.
         continuations: of training text.
         branches: whether drafts may be trees; a chain has the likeliest token of each place alone.
+        end_of_text: tokens after which no others are drafted.
 
     >>> drafter = TextDrafter([1, 2, 3, 1], {})
     >>> drafter.extend([2])
@@ -106,11 +107,18 @@ class TextDrafter:
     ([3, 1], [-1, 0], 2)
     """
 
-    def __init__(self, prompt: Sequence[int], continuations: Continuations, branches: bool = True) -> None:
+    def __init__(
+        self,
+        prompt: Sequence[int],
+        continuations: Continuations,
+        branches: bool = True,
+        end_of_text: Collection[int] = (),
+    ) -> None:
         self._lookup = TextLookup(prompt)
         self._num_prompt = len(prompt)
         self._continuations = continuations
         self._branches = branches
+        self._end_of_text = frozenset(end_of_text)
         self._copy_rates = list(COPY_RATES)
         self._ngram_rate = NGRAM_RATE
 
@@ -137,7 +145,7 @@ class TextDrafter:
         waiting: list[tuple[float, int, int, tuple[int, ...]]] = []
 
         def follow(path: tuple[int, ...], parent: int, probability: float) -> None:
-            if len(path) < max_depth:
+            if len(path) < max_depth and not self._end_of_text.intersection(path[-1:]):
                 for token, rate in self._followers(path, student.get(path, ())):
                     heappush(waiting, (-probability * rate, next(order), parent, (*path, token)))
 

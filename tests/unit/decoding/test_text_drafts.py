@@ -180,6 +180,12 @@ class TestJoinedTree:
         assert tree.is_chain and tree.token_ids.tolist() == [[7]]
 
 
+def test_nothing_is_drafted_after_the_end_of_a_text() -> None:
+    drafter = TextDrafter([1, 2, 3, 4, 1], NONE, end_of_text=[3])
+    assert drafter.draft(max_depth=3).token_ids == [2, 3]
+    assert drafter.draft(3, {(): [(3, 0.5)], (3,): [(9, 1.0)]}).token_ids == [3, 2, 3]
+
+
 class TestStudent:
     def test_what_a_student_expects_is_one_source_of_several(self) -> None:
         drafter = TextDrafter([1, 2, 1], NONE)  # 2 is copied, and 1 after it
