@@ -1,43 +1,35 @@
-"""CycleChoice: whether a cycle drafts without a network, asks the student as well, or reads a single token."""
+"""CycleChoice: whether the next cycle of a text drafts without a network, asks the student, or reads a single token."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from ptp_lightning.decoding.text_drafts import StudentTokens, TextDraft, TextDrafter
+from ptp_lightning.decoding.text_drafts import TextDraft, TextDrafter
 from ptp_lightning.models.network import PredictorNetwork
 from ptp_lightning.ngrams import Continuations
 
-# What asking the student costs beside the call that verifies its draft, in calls that read one token; measured on CPUs.
-STUDENT_COST = 1.4
+# Costs of a cycle in which the student drafts, in calls that read one token; measured on CPUs.
+STUDENT_COST = 2.6
 """With slots in all layers; of SmolLM2, bfloat16, two threads."""
-STUDENT_COST_IN_CACHE = 2.4
+STUDENT_COST_IN_CACHE = 3.6
 """The same of a model of at most `CACHE_BYTES`, whose weights stay in a processor's cache. There a call costs what its
 operations cost, and a cycle has many. Of the shipped code model, float32, one thread."""
 CACHE_BYTES = 2**25
 """Of a base model's weights; about the size of a processor's last cache."""
-LATE_STUDENT_COST = 0.04
-"""Of a late slot and its draft, beside its layers; of SmolLM2, bfloat16, two threads."""
-LATE_LAYER_COST = 0.02
-"""Of each layer that late slots run through, likewise."""
+LATE_STUDENT_COST = 1.65
+"""With slots in 12 of 30 layers; of SmolLM2, bfloat16, two threads."""
 EXPECTED_SPEED = 1.02
-"""New tokens for the cost of a cycle in which the student is asked and no other draft helps, before any is known."""
+"""New tokens of a student's cycle divided by its cost, before any is known: it is tried where no other draft helps."""
 LEARNING_RATE = 0.1
 """Weight of a student's cycle in its moving average."""
 RETRY_RATE = 0.01
-"""Part of the way that a low gain returns to its first value in each other cycle, to try the student again."""
+"""Part of the way that a lower average returns to `EXPECTED_SPEED` in each other cycle, to try the student again."""
 
 
-def cost_of_student(predictor: PredictorNetwork, num_slots: int) -> float:
-    """What it costs to ask the student on a CPU, in calls that read one token.
-
-    Args:
-        predictor: with the student.
-        num_slots: J, of its drafts.
-    """
+def cost_of_student(predictor: PredictorNetwork) -> float:
+    """What a cycle of its student costs on a CPU, in calls that read one token."""
     if predictor.first_slot_layer:
-        assert predictor.config.slot_layers is not None, "slots enter late"
-        return LATE_STUDENT_COST * num_slots + LATE_LAYER_COST * predictor.config.slot_layers
+        return LATE_STUDENT_COST
     num_bytes = sum(weight.nbytes for weight in predictor.base_model.parameters())
     return STUDENT_COST_IN_CACHE if num_bytes <= CACHE_BYTES else STUDENT_COST
 
@@ -45,15 +37,14 @@ def cost_of_student(predictor: PredictorNetwork, num_slots: int) -> float:
 class CycleChoice:
     """The choices for B texts.
 
-    A cycle asks the student if this is expected to write more tokens for their cost. `TextDrafter` says what its own
-    draft is expected to write; how much more is written with the student is an average over its cycles of this text. So
-    long copies are not delayed, a poor student is seldom asked, and where nothing is right often, as at high
-    temperatures, a text takes hardly longer than with one token a call.
+    Each cycle is the one that is expected to write most tokens for its cost: by the student's average of the text so
+    far, and by what `TextDrafter` expects of its own draft. So a good student is not interrupted by poor drafts, and
+    where none is right often, as at high temperatures, a text takes hardly longer than with one token a call.
 
     Args:
         prompts: token ids of all texts, at least one each.
         continuations: of training text.
-        student_cost: see `cost_of_student`; None without a student.
+        student_cost: of its cycles, in calls that read one token; None without a student.
         branches: see `TextDrafter`.
         end_of_text: likewise.
 
@@ -74,12 +65,10 @@ class CycleChoice:
     ) -> None:
         self._drafters = [TextDrafter(prompt, continuations, branches, end_of_text) for prompt in prompts]
         self._student_cost = student_cost
-        self._first_gain = 0.0 if student_cost is None else EXPECTED_SPEED * (1 + student_cost) - 1
-        self._gains = [self._first_gain] * len(prompts)
-        self._expected_tokens = [1.0] * len(prompts)  # of the latest draft without the student
+        self._student_speeds = [EXPECTED_SPEED] * len(prompts)
 
     def draft(self, text: int, new: Sequence[int], max_depth: int) -> TextDraft | None:
-        """A draft without a network, empty if one token should be read; None if the student should be asked.
+        """A draft without a network, empty if one token should be read; None if the student should draft.
 
         Args:
             text: index of the prompt.
@@ -89,24 +78,17 @@ class CycleChoice:
         drafter = self._drafters[text]
         drafter.extend(new)
         draft = drafter.draft(max_depth)
-        self._expected_tokens[text] = draft.expected_tokens
-        if self._student_cost is None:
+        if self._student_cost is None or draft.expected_speed >= self._student_speeds[text]:
             return draft
-        speed = (draft.expected_tokens + self._gains[text]) / (draft.cost + self._student_cost)
-        return draft if draft.expected_speed >= speed else None
+        return None
 
-    def draft_with_student(self, text: int, new: Sequence[int], max_depth: int, student: StudentTokens) -> TextDraft:
-        """A draft of what the student and all other sources expect; arguments as in `draft`."""
-        drafter = self._drafters[text]
-        drafter.extend(new)
-        self._expected_tokens[text] = drafter.draft(max_depth).expected_tokens
-        return drafter.draft(max_depth, student)
-
-    def learn(self, text: int, num_tokens: int, asked: bool) -> None:
-        """Take note of how many new tokens the latest cycle of a text wrote, and whether the student was asked."""
-        gain = self._gains[text]
-        if asked:
-            gain += LEARNING_RATE * (num_tokens - self._expected_tokens[text] - gain)
-        elif gain < self._first_gain:
-            gain += RETRY_RATE * (self._first_gain - gain)
-        self._gains[text] = gain
+    def learn(self, text: int, num_tokens: int, is_student: bool) -> None:
+        """Take note of how many new tokens the latest cycle of a text wrote, the student's or that of `draft`."""
+        if self._student_cost is None:
+            return
+        speed = self._student_speeds[text]
+        if is_student:
+            speed += LEARNING_RATE * (num_tokens / self._student_cost - speed)
+        elif speed < EXPECTED_SPEED:
+            speed += RETRY_RATE * (EXPECTED_SPEED - speed)
+        self._student_speeds[text] = speed
