@@ -1,11 +1,13 @@
 """Predictors for tests that write them to disk and read them."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ptp_lightning.export.checkpoint import SETTINGS_FILE
 from ptp_lightning.models import (
     BackboneSettings,
     DecoderRefiner,
@@ -42,3 +44,9 @@ def slot_logits(predictor: PredictorNetwork) -> Tensor:
         context, predictor.correction_context(context), hidden, ids[:, None, :3].expand(1, 2, 3)
     )
     return torch.cat([predictor.slot_logits(hidden), predictor.slot_logits(refined)])
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    """Change entries of predictor.json; None removes one."""
+    about = json.loads((folder / SETTINGS_FILE).read_text()) | changes
+    (folder / SETTINGS_FILE).write_text(json.dumps({key: value for key, value in about.items() if value is not None}))

@@ -114,10 +114,13 @@ def test_a_product_whose_rows_depend_on_their_number_is_noticed(monkeypatch: pyt
     """As with threads that share its inputs."""
     packed_linear._adds_alike.cache_clear()
     product = torch.Tensor.__matmul__
-    halves = lambda rows, weight: product(rows[:, :20], weight[:20]) + product(rows[:, 20:], weight[20:])  # noqa: E731
+
+    def added_in_halves(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return product(rows[:, :20], weight[:20]) + product(rows[:, 20:], weight[20:])
+
     assert packed_linear._adds_alike(24, 40, 1)
     packed_linear._adds_alike.cache_clear()
-    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: (halves if len(a) > 16 else product)(a, b))
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: (added_in_halves if len(a) > 16 else product)(a, b))
     assert not packed_linear._adds_alike(24, 40, 1)
     packed_linear._adds_alike.cache_clear()
 
