@@ -1,35 +1,49 @@
-"""CycleChoice: whether the next cycle of a text drafts without a network, asks the student, or reads a single token."""
+"""CycleChoice: whether a cycle drafts without a network, asks the student as well, or reads a single token."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from ptp_lightning.decoding.text_drafts import TextDraft, TextDrafter
+from ptp_lightning.decoding.text_drafts import StudentTokens, TextDraft, TextDrafter
 from ptp_lightning.models.network import PredictorNetwork
 from ptp_lightning.ngrams import Continuations
 
-# Costs of a cycle in which the student drafts, in calls that read one token; measured on CPUs.
-STUDENT_COST = 2.6
+# What asking the student costs beside the call that verifies its draft, in calls that read one token; measured on CPUs.
+STUDENT_COST = 1.4
 """With slots in all layers; of SmolLM2, bfloat16, two threads."""
-STUDENT_COST_IN_CACHE = 3.6
+STUDENT_COST_IN_CACHE = 2.4
 """The same of a model of at most `CACHE_BYTES`, whose weights stay in a processor's cache. There a call costs what its
 operations cost, and a cycle has many. Of the shipped code model, float32, one thread."""
 CACHE_BYTES = 2**25
 """Of a base model's weights; about the size of a processor's last cache."""
-LATE_STUDENT_COST = 1.65
-"""With slots in 12 of 30 layers; of SmolLM2, bfloat16, two threads."""
+LATE_SLOTS_COST = 0.03
+"""Of making the slots of a cycle that follow the newest token; of SmolLM2, bfloat16, two threads."""
+LATE_LAYER_COST = 0.02
+"""Of each layer that they run through, likewise."""
+LATE_DRAFT_COST = 0.05
+"""Of drafting from each of them, likewise."""
 EXPECTED_SPEED = 1.02
-"""New tokens of a student's cycle divided by its cost, before any is known: it is tried where no other draft helps."""
+"""New tokens for the cost of a cycle in which the student is asked and no other draft helps, before any is known."""
+LEAST_GAIN = 0.4
+"""New tokens that a student is assumed to add where no other draft helps, before any is known, at least."""
 LEARNING_RATE = 0.1
 """Weight of a student's cycle in its moving average."""
 RETRY_RATE = 0.01
-"""Part of the way that a lower average returns to `EXPECTED_SPEED` in each other cycle, to try the student again."""
+"""Part of the way that a low gain returns to its first value in each other cycle, to try the student again."""
+
+NO_DRAFT = TextDraft([], [], 0, 1.0, 1.0)
 
 
-def cost_of_student(predictor: PredictorNetwork) -> float:
-    """What a cycle of its student costs on a CPU, in calls that read one token."""
+def cost_of_student(predictor: PredictorNetwork, num_slots: int) -> float:
+    """What it costs to ask the student on a CPU, in calls that read one token.
+
+    Args:
+        predictor: with the student.
+        num_slots: J, of its drafts.
+    """
     if predictor.first_slot_layer:
-        return LATE_STUDENT_COST
+        assert predictor.config.slot_layers is not None, "slots enter late"
+        return LATE_SLOTS_COST + LATE_LAYER_COST * predictor.config.slot_layers + LATE_DRAFT_COST * num_slots
     num_bytes = sum(weight.nbytes for weight in predictor.base_model.parameters())
     return STUDENT_COST_IN_CACHE if num_bytes <= CACHE_BYTES else STUDENT_COST
 
@@ -37,14 +51,15 @@ def cost_of_student(predictor: PredictorNetwork) -> float:
 class CycleChoice:
     """The choices for B texts.
 
-    Each cycle is the one that is expected to write most tokens for its cost: by the student's average of the text so
-    far, and by what `TextDrafter` expects of its own draft. So a good student is not interrupted by poor drafts, and
-    where none is right often, as at high temperatures, a text takes hardly longer than with one token a call.
+    A cycle asks the student if this is expected to write more tokens for their cost. `TextDrafter` says what its own
+    draft is expected to write, and how likely it covers the next token. Where it does not, the student adds tokens; how
+    many is an average over its cycles of this text. So copies are not delayed, a poor student is seldom asked, and
+    where nothing is right often, as at high temperatures, a text takes hardly longer than with one token a call.
 
     Args:
         prompts: token ids of all texts, at least one each.
         continuations: of training text.
-        student_cost: of its cycles, in calls that read one token; None without a student.
+        student_cost: see `cost_of_student`; None without a student.
         branches: see `TextDrafter`.
         end_of_text: likewise.
 
@@ -65,10 +80,12 @@ class CycleChoice:
     ) -> None:
         self._drafters = [TextDrafter(prompt, continuations, branches, end_of_text) for prompt in prompts]
         self._student_cost = student_cost
-        self._student_speeds = [EXPECTED_SPEED] * len(prompts)
+        self._first_gain = 0.0 if student_cost is None else max(LEAST_GAIN, EXPECTED_SPEED * (1 + student_cost) - 1)
+        self._gains = [self._first_gain] * len(prompts)
+        self._drafts = [NO_DRAFT] * len(prompts)  # the latest, without the student
 
     def draft(self, text: int, new: Sequence[int], max_depth: int) -> TextDraft | None:
-        """A draft without a network, empty if one token should be read; None if the student should draft.
+        """A draft without a network, empty if one token should be read; None if the student should be asked.
 
         Args:
             text: index of the prompt.
@@ -77,18 +94,23 @@ class CycleChoice:
         """
         drafter = self._drafters[text]
         drafter.extend(new)
-        draft = drafter.draft(max_depth)
-        if self._student_cost is None or draft.expected_speed >= self._student_speeds[text]:
-            return draft
-        return None
-
-    def learn(self, text: int, num_tokens: int, is_student: bool) -> None:
-        """Take note of how many new tokens the latest cycle of a text wrote, the student's or that of `draft`."""
+        draft = self._drafts[text] = drafter.draft(max_depth)
         if self._student_cost is None:
-            return
-        speed = self._student_speeds[text]
-        if is_student:
-            speed += LEARNING_RATE * (num_tokens / self._student_cost - speed)
-        elif speed < EXPECTED_SPEED:
-            speed += RETRY_RATE * (EXPECTED_SPEED - speed)
-        self._student_speeds[text] = speed
+            return draft
+        gain = self._gains[text] * (1 - draft.covered)
+        speed = (draft.expected_tokens + gain) / (draft.cost + self._student_cost)
+        return draft if draft.expected_speed >= speed else None
+
+    def draft_with_student(self, text: int, max_depth: int, student: StudentTokens) -> TextDraft:
+        """A draft of what the student and all other sources expect, after `draft`, with the same arguments."""
+        return self._drafters[text].draft(max_depth, student)
+
+    def learn(self, text: int, num_tokens: int, asked: bool) -> None:
+        """Take note of how many new tokens the latest cycle of a text wrote, and whether the student was asked."""
+        gain, draft = self._gains[text], self._drafts[text]
+        if asked:
+            uncovered = 1 - draft.covered
+            gain += LEARNING_RATE * uncovered * (num_tokens - draft.expected_tokens - gain * uncovered)
+        elif gain < self._first_gain:
+            gain += RETRY_RATE * (self._first_gain - gain)
+        self._gains[text] = gain

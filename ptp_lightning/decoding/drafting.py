@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import log
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from ptp_lightning.decoding.generation import GenerationSettings
 from ptp_lightning.decoding.state import BatchContext
+from ptp_lightning.decoding.text_drafts import StudentTokens
 from ptp_lightning.decoding.token_tree import TokenTree, TreeLevel, best_tree
 from ptp_lightning.models.correction.correction import CorrectionHead
 from ptp_lightning.models.correction.draft_order import draft_left_to_right, refine_draft
@@ -84,14 +85,16 @@ def num_tree_tokens(predictor: PredictorNetwork, settings: GenerationSettings) -
 
     In a tree, each token may depend on its slot and on the token before it alone. So there is none with a correction in
     parallel steps, or with penalties of earlier tokens. Unless `settings` say how many, there are `NUM_DRAFT_TOKENS` on
-    a CPU where a correction knows the token before, and a single draft elsewhere.
+    a CPU where a slot knows the token before, by a correction or because it runs through no layer, and a single draft
+    elsewhere.
     """
     depends_on_more = predictor.correction is not None and not predictor.corrects_left_to_right
     if depends_on_more or settings.sampling.depends_on_prefix:
         return 0
     if settings.num_draft_tokens is not None:
         return settings.num_draft_tokens
-    return NUM_DRAFT_TOKENS if predictor.corrects_left_to_right and predictor.base_model.device.type == "cpu" else 0
+    knows_token_before = predictor.corrects_left_to_right or predictor.config.slot_layers == 0
+    return NUM_DRAFT_TOKENS if knows_token_before and predictor.base_model.device.type == "cpu" else 0
 
 
 def draft_trees(
@@ -109,30 +112,75 @@ def draft_trees(
         starts: likewise.
         size: number of drafted tokens after the first.
     """
-    num_slots = slots.shape[1]
-    auxiliaries = context.auxiliaries([start + 1 for start in starts], num_slots)
-    next_logits = _next_logits(context, slots, first)
-    token_ids = first
-    scores = torch.zeros(first.shape, dtype=torch.float64, device=first.device)
-    nodes = torch.zeros_like(first)  # index of each of `token_ids` among all candidates; the root is the first of them
+    nodes = torch.zeros_like(first)  # index of each path's end among all candidates; the root is the first of them
     levels: list[TreeLevel] = []
     num_nodes = 1
-    for slot in range(num_slots):
-        logits = next_logits(slot, token_ids)
-        u = auxiliaries[:, slot : slot + 1].expand(token_ids.shape)
-        chosen, probabilities = drafter.likely(logits, u, [start + 1 + slot for start in starts], CHOICES)
-        paths = scores.unsqueeze(2) + probabilities.double().clamp_min(SMALLEST_PROBABILITY).log()
-        level = TreeLevel(chosen.flatten(1), paths.flatten(1), nodes.unsqueeze(2).expand(chosen.shape).flatten(1))
-        width = min(BEAM, _num_worthwhile(level.scores))
-        if width == 0:
-            break
-        scores, index = level.scores.topk(width, dim=1)
-        token_ids, nodes = level.token_ids.gather(1, index), num_nodes + index
-        num_nodes += level.scores.shape[1]
-        levels.append(level)
+    for beam in _beams(context, drafter, first, slots, starts):
+        parents = nodes.unsqueeze(2).expand(beam.token_ids.shape).flatten(1)
+        levels.append(TreeLevel(beam.token_ids.flatten(1), beam.scores, parents))
+        nodes, num_nodes = num_nodes + beam.continued, num_nodes + beam.scores.shape[1]
     if not levels:
         return TokenTree.chain(first)
     return best_tree(first, levels, min(size, sum(_num_worthwhile(level.scores) for level in levels)))
+
+
+def likely_tokens(
+    context: BatchContext, drafter: TreeDrafter, first: Tensor, slots: Tensor, starts: Sequence[int]
+) -> list[StudentTokens]:
+    """The candidates of `draft_trees` for each row, by the path after the first token that they follow.
+
+    Waits for the device. Arguments are the same.
+    """
+    found: list[dict[tuple[int, ...], list[tuple[int, float]]]] = [{} for _ in starts]
+    paths: list[list[tuple[int, ...]]] = [[()] for _ in starts]
+    for beam in _beams(context, drafter, first, slots, starts):
+        all_ids, all_probabilities = beam.token_ids.tolist(), beam.probabilities.tolist()
+        for row, continued in enumerate(beam.continued.tolist()):
+            token_ids = all_ids[row]
+            for path, tokens, probabilities in zip(paths[row], token_ids, all_probabilities[row], strict=True):
+                found[row][path] = list(zip(tokens, probabilities, strict=True))
+            choices = [(*path, token) for path, tokens in zip(paths[row], token_ids, strict=True) for token in tokens]
+            paths[row] = [choices[index] for index in continued]
+    return list(found)
+
+
+class _Beam(NamedTuple):
+    """The candidates of one depth: C tokens after each of W paths.
+
+    Attributes:
+        token_ids: `[B, W, C]`.
+        probabilities: `[B, W, C]`, of each after its path.
+        scores: `[B, W * C]` float64, log probability of each path with its token.
+        continued: `[B, W']`, indices of those that are paths of the next depth.
+    """
+
+    token_ids: Tensor
+    probabilities: Tensor
+    scores: Tensor
+    continued: Tensor
+
+
+def _beams(
+    context: BatchContext, drafter: TreeDrafter, first: Tensor, slots: Tensor, starts: Sequence[int]
+) -> Iterator[_Beam]:
+    """Depth by depth, until no candidate is worth its time."""
+    num_slots = slots.shape[1]
+    auxiliaries = context.auxiliaries([start + 1 for start in starts], num_slots)
+    next_logits = _next_logits(context, slots, first)
+    ends = first
+    scores = torch.zeros(first.shape, dtype=torch.float64, device=first.device)
+    for slot in range(num_slots):
+        logits = next_logits(slot, ends)
+        u = auxiliaries[:, slot : slot + 1].expand(ends.shape)
+        token_ids, probabilities = drafter.likely(logits, u, [start + 1 + slot for start in starts], CHOICES)
+        candidates = scores.unsqueeze(2) + probabilities.double().clamp_min(SMALLEST_PROBABILITY).log()
+        candidates = candidates.flatten(1)
+        width = min(BEAM, _num_worthwhile(candidates)) if slot + 1 < num_slots else 0
+        scores, continued = candidates.topk(width, dim=1)
+        yield _Beam(token_ids, probabilities, candidates, continued)
+        if width == 0:
+            return
+        ends = token_ids.flatten(1).gather(1, continued)
 
 
 def _num_worthwhile(scores: Tensor) -> int:

@@ -19,6 +19,7 @@ from ptp_lightning.decoding.drafting import (
     TreeDrafter,
     draft_trees,
     draft_windows,
+    likely_tokens,
     num_tree_tokens,
 )
 from ptp_lightning.decoding.generation import Decoded, GenerationSettings, OnTokens
@@ -57,8 +58,9 @@ def decode_speculatively(
     root of the tree that the call reads. A cycle commits `correct` tokens: the path after the root, and the pick after
     it.
 
-    With `lookup`, a `CycleChoice` decides for each cycle. Unless the student should draft for one of the texts, the
-    cycle is a single call, which reads the newest token and a draft that needs no network, as with late slots.
+    With `lookup`, a `CycleChoice` decides for each cycle. Unless the student should be asked for one of the texts, the
+    cycle is a single call, which reads the newest token and a draft that needs no network, as with late slots. Where
+    late slots are asked, what they draft is one of the sources of that draft.
 
     The draft leaves room for that last pick, so windows shrink towards the end of the longest text. If a single token
     remains, it is t_1 of a drafting call and needs no verification.
@@ -81,7 +83,8 @@ def decode_speculatively(
             drafter = StudentDrafter(predictor.config.objective, start.context.sampling)
         cycles = _Cycles(start, drafter, settings.window_length, num_tree_tokens(predictor, settings))
         if lookup:
-            cycles.choice = _choice(predictor, prompts, settings, cost_of_student(predictor))
+            cost = cost_of_student(predictor, settings.window_length - 1)
+            cycles.choice = _choice(predictor, prompts, settings, cost)
         if predictor.first_slot_layer:
             cycles.run_after_newest()
         else:
@@ -173,40 +176,58 @@ class _Cycles:
             length = min(self._window_length, max(texts.remaining))
             slots = context.late_slots(self._unread, length - 1) if length > 1 else None
             context.timer.mark("forward")
-            starts = [start - 1 for start in texts.starts]
-            tree = TokenTree.chain(self._unread) if slots is None else self._draft(self._unread, slots, starts)
-            self._verify_after_newest(tree, length)
+            if slots is None:
+                self._verify_after_newest(TokenTree.chain(self._unread), length)
+            elif self.choice is not None and self._tree_size and isinstance(self._drafter, TreeDrafter):
+                self._draft_with_student(self.choice, self._drafter, slots)
+            else:
+                starts = [start - 1 for start in texts.starts]
+                self._verify_after_newest(self._draft(self._unread, slots, starts), length)
 
     def _drafted_without_student(self) -> bool:
-        """Run a cycle without the student, if it should draft for none of the texts."""
+        """Run a cycle without the student, if it should be asked for none of the texts."""
         texts, max_depth = self._texts, max(self._texts.remaining) - 1
         if self.choice is None or not all(texts.starts):  # a first call reads the rest of the prompts
             return False
-        drafts: list[TextDraft] = []
-        for row, new in zip(texts.rows, texts.new_tokens, strict=True):
-            draft = self.choice.draft(row, new, max_depth)
-            if draft is None:
-                return False
-            drafts.append(draft)
-        self._context.timer.mark("drafting")
-        length = 1 + max(draft.depth for draft in drafts)
-        self._verify_after_newest(joined_tree(self._unread, drafts), length, is_student=False)
+        drafts = [self.choice.draft(row, new, max_depth) for row, new in zip(texts.rows, texts.new_tokens, strict=True)]
+        alone = [draft for draft in drafts if draft is not None]
+        if len(alone) < len(drafts):
+            return False
+        self._verify_drafts(alone, asked=False)
         return True
 
-    def _verify_after_newest(self, tree: TokenTree, length: int, is_student: bool = True) -> None:
+    def _draft_with_student(self, choice: CycleChoice, drafter: TreeDrafter, slots: Tensor) -> None:
+        """Run a cycle whose draft has what the late slots `[B, J, H]` expect among its sources."""
+        texts, max_depth = self._texts, max(self._texts.remaining) - 1
+        starts = [start - 1 for start in texts.starts]
+        likely = likely_tokens(self._context, drafter, self._unread, slots, starts)
+        self._verify_drafts(
+            [
+                choice.draft_with_student(row, max_depth, of_student)
+                for row, of_student in zip(texts.rows, likely, strict=True)
+            ],
+            asked=True,
+        )
+
+    def _verify_drafts(self, drafts: Sequence[TextDraft], asked: bool) -> None:
+        self._context.timer.mark("drafting")
+        length = 1 + max(draft.depth for draft in drafts)
+        self._verify_after_newest(joined_tree(self._unread, drafts), length, asked)
+
+    def _verify_after_newest(self, tree: TokenTree, length: int, asked: bool = True) -> None:
         """Read and commit drafts whose roots are the newest tokens."""
         calls_before = self._context.num_calls
         starts = [start - 1 for start in self._texts.starts]
         verified, after = self._verify(tree, starts, length)
         verified = verified._replace(token_ids=[token_ids[1:] for token_ids in verified.token_ids])
-        self._commit(verified, self._context.num_calls - calls_before, length, is_student)
+        self._commit(verified, self._context.num_calls - calls_before, length, asked)
         self._go_on(after)
 
-    def _commit(self, verified: Verified, num_calls: int, length: int, is_student: bool = True) -> None:
+    def _commit(self, verified: Verified, num_calls: int, length: int, asked: bool = True) -> None:
         if self.choice is not None:
             for row, token_ids in zip(self._texts.rows, verified.token_ids, strict=True):
-                self.choice.learn(row, len(token_ids), is_student)
-        if length == 1 and not is_student:  # no draft
+                self.choice.learn(row, len(token_ids), asked)
+        if length == 1 and not asked:  # no draft
             self._texts.commit(verified.token_ids, num_calls)
             return
         correct = [len(path) for path in verified.columns]

@@ -32,8 +32,8 @@ class BatchContext:
     """B texts as the networks of a predictor have read them: the base model, a student's copy of it, and a `Refiner`.
 
     Slots share the base model's call if they run in the same network. A copy has its own call for them, in which it
-    first reads the tokens that it has not read yet. Slots that run through the last layers alone have a pass of their
-    own, `late_slots`.
+    first reads the tokens that it has not read yet. Slots that run through the last layers alone, or through none,
+    have a pass of their own, `late_slots`.
 
     Args:
         predictor: the network, inside `prepare_for_decoding`.
@@ -122,7 +122,7 @@ class BatchContext:
         return tokens, slots
 
     def late_slots(self, first: Tensor, num_slots: int) -> Tensor:
-        """Run slots through the last layers of the base model alone, after the kept tokens of each row.
+        """Run slots through the last layers of the base model alone, or none, after the kept tokens of each row.
 
         Args:
             first: `[B, 1]`, the base model's token after them, which is not read yet.
@@ -134,9 +134,10 @@ class BatchContext:
         assert self._last is not None, "nothing was kept"
         predictor = self.predictor
         lookahead = Lookahead.single([0] * len(first), num_slots, self.device)
-        slots = predictor.enter_late(
-            self._slot_embeddings(lookahead), self._last.entry_hidden, self._last.hidden, first.squeeze(1)
-        ).to(predictor.base_model.dtype)
+        slots, of_window = self._slot_embeddings(lookahead), (self._last.hidden, first.squeeze(1))
+        if self._last.entry_hidden is None:
+            return predictor.layerless_slots(slots, *of_window).to(predictor.base_model.dtype)
+        slots = predictor.enter_late(slots, self._last.entry_hidden, *of_window).to(predictor.base_model.dtype)
         lengths, limit = self._cache.lengths, predictor.max_positions
         position_ids, mask = positions_and_mask(lengths, 0, lookahead, self.device, limit)
         if self._joined is not None:
@@ -162,7 +163,7 @@ class BatchContext:
             token_ids = _padded([prompt[:count] for prompt, count in zip(prompts, counts, strict=True)], self.device)
             embeddings = self.predictor.embed(token_ids)
             hidden = torch.zeros_like(embeddings)
-            entry = hidden.clone() if self.predictor.first_slot_layer else None
+            entry = None if self.predictor.slot_encoder.late_entry is None else hidden.clone()
             for row, count in enumerate(counts):
                 if count:
                     hidden[row, :count] = self._joined.prefill(embeddings[row, :count], row, self._cache)
@@ -205,12 +206,14 @@ class BatchContext:
         assert self._latest is not None, "nothing was read"
         latest, self._latest = self._latest, None
         self._cache.keep(counts)
-        if latest.entry_hidden is not None:
+        if self.predictor.first_slot_layer:
             ends = [max(count - 1, 0) for count in counts]
-            entry_hidden, hidden = (
-                take_columns(one, ends, 1).squeeze(1) for one in (latest.entry_hidden, latest.hidden)
+            hidden, entry_hidden = (
+                None if one is None else take_columns(one, ends, 1).squeeze(1)
+                for one in (latest.hidden, latest.entry_hidden)
             )
-            self._last = _LastTokens(entry_hidden, hidden)
+            assert hidden is not None, "every call has them"
+            self._last = _LastTokens(hidden, entry_hidden)
         if self._refiner is not None:
             self._refiner.append(latest.hidden, latest.embeddings, counts)
         if self._copy is not None:
@@ -258,13 +261,16 @@ class BatchContext:
         self._prompt_lengths = [self._prompt_lengths[row] for row in rows]
         self._cache.select(rows)
         if self._last is not None:
-            self._last = _LastTokens(*(states[index] for states in self._last))
+            hidden, entry_hidden = self._last
+            self._last = _LastTokens(hidden[index], None if entry_hidden is None else entry_hidden[index])
         for part in (self._refiner, self._copy, self._penalties):
             if part is not None:
                 part.select(rows)
 
     def _slot_embeddings(self, lookahead: Lookahead) -> Tensor:
         """Input embeddings `[B, S, H]` of the slots of a call."""
+        if not self.predictor.slots_differ:
+            return self.predictor.slot_encoder.placeholder.expand(*lookahead.offsets.shape, -1)
         num_new = [length - prompt for length, prompt in zip(self._cache.lengths, self._prompt_lengths, strict=True)]
         index = torch.tensor(num_new, device=self.device).unsqueeze(1) + lookahead.anchors + 1 + lookahead.offsets
         pairs = torch.stack([self._auxiliaries_at(index), self._auxiliaries_at(index + 1)], dim=-1)
@@ -322,10 +328,10 @@ class _LatestCall(NamedTuple):
 
 
 class _LastTokens(NamedTuple):
-    """Of the last kept token of each row `[B, H]`: what the layer read at which slots enter, and last hidden states."""
+    """Of the last kept token of each row `[B, H]`: last hidden states, and what the layer read at which slots enter."""
 
-    entry_hidden: Tensor
     hidden: Tensor
+    entry_hidden: Tensor | None
 
 
 class Start(NamedTuple):

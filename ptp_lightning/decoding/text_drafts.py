@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from heapq import heappop, heappush
 from itertools import count
 from typing import NamedTuple
@@ -28,10 +28,16 @@ COPY_RATES = (0.2, 0.4, 0.5, 0.6, 0.7, 0.8)
 """Probability that the next token is copied, after a match of 1, 2, .. tokens, before a text shows its own."""
 NGRAM_RATE = 0.7
 """Of the tokens that are not copied, the part that n-grams are right about, likewise: a text is not training text."""
+STUDENT_RATE = 0.75
+"""Of the tokens that are not copied, the part that a student is right about where it was asked, and n-grams are not."""
 SMALLEST_RATE = 0.001
-"""Of both, so that what was wrong for a long time can be found to be right."""
+"""Of the first two, so that what was wrong for a long time can be found to be right."""
 LEARNING_RATE = 0.1
 """Weight of a token of the text in these averages. Chats of SmolLM2 gain nothing from 0.05."""
+
+StudentTokens = Mapping[tuple[int, ...], Sequence[tuple[int, float]]]
+"""Tokens that a student drafts after paths of drafted tokens, and the probability of each to be correct."""
+NO_STUDENT: StudentTokens = {}
 
 
 class TextDraft(NamedTuple):
@@ -43,6 +49,7 @@ class TextDraft(NamedTuple):
         depth: number of tokens of the longest path.
         cost: of the call that verifies it, in calls that read one token.
         expected_tokens: new tokens of a cycle that verifies it, as estimated: its correct ones and the pick after.
+        covered: probability that the next token is one of those drafted for it, likewise.
     """
 
     token_ids: list[int]
@@ -50,6 +57,7 @@ class TextDraft(NamedTuple):
     depth: int
     cost: float
     expected_tokens: float
+    covered: float = 0.0
 
     @property
     def expected_speed(self) -> float:
@@ -85,8 +93,9 @@ class TextDrafter:
     """Drafts of one text.
 
     The next token is copied with some probability, which depends on the length of the match (`TextLookup`). Else it is
-    one that often follows in training text, as far as such text tells. A draft is the tree of the tokens that are
-    likeliest to be correct. Both probabilities are learned from each new token of the text, whoever drafted it.
+    one that often follows in training text, as far as such text tells, or one that a student drafts, where it was
+    asked. A draft is the tree of the tokens that are likeliest to be correct. The probabilities of copies and n-grams
+    are learned from each new token of the text, whoever drafted it.
 
     Args:
         prompt: token ids, at least one.
@@ -125,16 +134,21 @@ class TextDrafter:
             self._learn(token)
             self._lookup.append(token)
 
-    def draft(self, max_depth: int) -> TextDraft:
-        """The tokens that are likeliest to be correct, at most `max_depth` one after the other."""
+    def draft(self, max_depth: int, student: StudentTokens = NO_STUDENT) -> TextDraft:
+        """The tokens that are likeliest to be correct, at most `max_depth` one after the other.
+
+        Args:
+            max_depth: the largest number of tokens that follow each other.
+            student: what a student drafts. What it cost is not part of the draft's cost.
+        """
         token_ids: list[int] = []
         parents: list[int] = []
-        depth, cost, expected_tokens, order = 0, 1.0, 1.0, count()
+        depth, cost, expected_tokens, covered, order = 0, 1.0, 1.0, 0.0, count()
         waiting: list[tuple[float, int, int, tuple[int, ...]]] = []
 
         def follow(path: tuple[int, ...], parent: int, probability: float) -> None:
             if len(path) < max_depth and not self._end_of_text.intersection(path[-1:]):
-                for token, rate in self._followers(path):
+                for token, rate in self._followers(path, student.get(path, ())):
                     heappush(waiting, (-probability * rate, next(order), parent, (*path, token)))
 
         follow((), -1, 1.0)
@@ -145,10 +159,11 @@ class TextDrafter:
                 token_ids.append(path[-1])
                 parents.append(parent)
                 depth, cost, expected_tokens = max(depth, len(path)), cost + more, expected_tokens - negative
+                covered -= negative if parent < 0 else 0.0
                 follow(path, len(token_ids) - 1, -negative)
-        return TextDraft(token_ids, parents, depth, cost, expected_tokens)
+        return TextDraft(token_ids, parents, depth, cost, expected_tokens, covered)
 
-    def _followers(self, path: Sequence[int]) -> list[tuple[int, float]]:
+    def _followers(self, path: Sequence[int], of_student: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
         """Tokens that may follow the text and a path after it, with their probabilities."""
         found: dict[int, float] = {}
         match = self._lookup.longest_match(path)
@@ -156,8 +171,11 @@ class TextDrafter:
         if match is not None:
             copy_rate = self._copy_rates[match.length - 1]
             found[match.follower] = copy_rate
-        for token, probability in self._likely(path):
-            found[token] = found.get(token, 0.0) + (1 - copy_rate) * self._ngram_rate * probability
+        student_rate = STUDENT_RATE if of_student else 0.0
+        sources = ((student_rate, of_student), ((1 - student_rate) * self._ngram_rate, self._likely(path)))
+        for rate, tokens in sources:
+            for token, probability in tokens:
+                found[token] = found.get(token, 0.0) + (1 - copy_rate) * rate * probability
         if self._branches or not found:
             return list(found.items())
         return [max(found.items(), key=lambda item: item[1])]

@@ -1,12 +1,14 @@
 """Predictors on disk: Lightning checkpoints and exported folders, and checks before their weights are loaded.
 
 An exported folder is a standard PEFT adapter with two more files: the slot encoder's weights, and `predictor.json`,
-which holds all settings and the base model's fingerprint. Base weights are in neither.
+which holds all settings and the base model's fingerprint. Base weights are in neither. With slots that run through no
+layer there is no adapter, and these two files are all.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -253,7 +255,8 @@ def save_network(
         "training": training or {},
     }
     with replacing(target) as draft:
-        _save_adapter(predictor, _with_prefix(state, ADAPTER_PREFIX), draft)
+        if predictor.config.has_lora:
+            _save_adapter(predictor, _with_prefix(state, ADAPTER_PREFIX), draft)
         save_file(_with_prefix(state, SLOT_ENCODER_PREFIX), draft / SLOT_ENCODER_FILE)
         (draft / SETTINGS_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
         card = model_card(predictor.config, predictor.base_fingerprint, name or target.name, training or {}, license)
@@ -344,9 +347,7 @@ def _read_exported(folder: Path, location: dict[str, str]) -> StoredPredictor:
 
 
 def _read_folder(folder: Path) -> StoredPredictor:
-    for name in (SETTINGS_FILE, ADAPTER_FILE, SLOT_ENCODER_FILE):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"expected {name} in {folder}, found {listing(folder)}: set {CHECKPOINT_KEY}")
+    _require_file(folder, SETTINGS_FILE)
     with clear_errors(folder / SETTINGS_FILE, CHECKPOINT_KEY):
         about: Any = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
     version = about.get("format_version") if isinstance(about, dict) else None
@@ -354,11 +355,20 @@ def _read_folder(folder: Path) -> StoredPredictor:
     if missing := {"config", "base_fingerprint", "training"} - about.keys():
         raise ValueError(f"expected {few(missing)} in {folder / SETTINGS_FILE}, found {few(about)}: export it again")
     state: dict[str, Tensor] = {}
-    for name, in_state in ((ADAPTER_FILE, _adapter_name), (SLOT_ENCODER_FILE, SLOT_ENCODER_PREFIX.__add__)):
+    weights: dict[str, Callable[[str], str]] = {SLOT_ENCODER_FILE: SLOT_ENCODER_PREFIX.__add__}
+    if about["config"].get("slot_layers") != 0:
+        weights[ADAPTER_FILE] = _adapter_name
+    for name, in_state in weights.items():
+        _require_file(folder, name)
         with clear_errors(folder / name, CHECKPOINT_KEY):
             state |= {in_state(key): value for key, value in load_file(folder / name).items()}
     config = migrated_config(about["config"], str(folder / SETTINGS_FILE))
     return StoredPredictor(folder, config, about["base_fingerprint"], migrated_state(state), about["training"])
+
+
+def _require_file(folder: Path, name: str) -> None:
+    if not (folder / name).is_file():
+        raise FileNotFoundError(f"expected {name} in {folder}, found {listing(folder)}: set {CHECKPOINT_KEY}")
 
 
 def _adapter_name(stored: str) -> str:

@@ -23,8 +23,8 @@ TEMPLATE = """\
 # {name}
 
 An adapter with which its base model predicts {window_length} dependent tokens per call: Parallel Token Prediction
-(Draxler et al., ICLR 2026, arXiv:2512.21323). The adapter acts on auxiliary slots only. The unchanged distributions of
-the base model verify every token, so the text is what the base model alone would have sampled.
+(Draxler et al., ICLR 2026, arXiv:2512.21323). It acts on auxiliary slots only. The unchanged distributions of the base
+model verify every token, so the text is what the base model alone would have sampled.
 
 | | |
 |---|---|
@@ -42,7 +42,9 @@ print(predictor.generate("def ").text)
 ```bash
 python -m ptp_lightning generate --ckpt_path {shell_folder} --prompt "def "
 ```
+{of_peft}"""
 
+OF_PEFT = """
 PEFT opens `adapter_model.safetensors` as an ordinary LoRA. Without the slots and the gate of `ptp_lightning` it would
 act on every token, for which it was not trained.
 """
@@ -70,7 +72,7 @@ def model_card(
         "Objective": TITLES.get(config.objective.name, config.objective.name),
         "Features of an auxiliary": f"`{config.features}`, {config.head} head",
         "Window length": f"{config.window_length} tokens, the first exact, {config.window_length - 1} from slots",
-        "Layers of slots": "all" if config.slot_layers is None else f"the last {config.slot_layers}",
+        "Layers of slots": {None: "all", 0: "none"}.get(config.slot_layers, f"the last {config.slot_layers}"),
         "Sampling": f"temperature {sampling.temperature}, top-k {sampling.top_k or 'off'}, top-p {sampling.top_p}, "
         f"{sampling.order} order",
         "Trained for": "these settings only" if config.sampling_range is None else f"`{config.sampling_range}`",
@@ -79,7 +81,9 @@ def model_card(
         if config.draft_vocabulary is None
         else f"the {config.draft_vocabulary:,} most frequent tokens of the training data",
         "N-grams": "none" if config.ngrams is None else f"{config.ngrams:,}, counted in the training data",
-        "LoRA": f"rank {config.lora.rank}, alpha {config.lora.alpha}, on `{config.lora.target_modules}`",
+        "LoRA": f"rank {config.lora.rank}, alpha {config.lora.alpha}, on `{config.lora.target_modules}`"
+        if config.has_lora
+        else "none",
     } | {_label(tag): _number(value) for tag, value in training.items() if not isinstance(value, list)}
     for length, value in mean_correct_tokens(training):
         facts["Correct tokens"] = (
@@ -87,13 +91,19 @@ def model_card(
         )
     return TEMPLATE.format(
         metadata=card_metadata(
-            config.backbone.path, name, training, library_name="peft", tags=["lora"], license=license
+            config.backbone.path,
+            name,
+            training,
+            library_name="peft" if config.has_lora else "ptp_lightning",
+            tags=["lora"] if config.has_lora else [],
+            license=license,
         ),
         name=name,
         window_length=config.window_length,
         facts="\n".join(f"| {label} | {text} |" for label, text in facts.items()),
         folder=json.dumps(name),
         shell_folder=json.dumps(name),
+        of_peft=OF_PEFT if config.has_lora else "",
     )
 
 

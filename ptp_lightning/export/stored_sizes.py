@@ -17,7 +17,6 @@ from ptp_lightning.models.stored_state import (
     TOKEN_RANKS,
     require_stored_types,
 )
-from ptp_lightning.models.students import GatedLoraStudent
 from ptp_lightning.utils.pretrained import few
 
 FIRST_EMBEDDING_WEIGHTS = ("embeddings.0.head.0.weight", "embeddings.0.head.weight")  # head: mlp, linear
@@ -39,7 +38,7 @@ def require_stored_sizes(state: Mapping[str, Tensor], config: PredictorConfig) -
         _size(state, TOKEN_RANKS)
     ranks = {_size(state, name) for name in state if ".lora_A." in name}
     largest = max([config.lora.rank, *config.lora.rank_pattern.values()])
-    if isinstance(config.student, GatedLoraStudent) and largest > max(ranks, default=0):
+    if config.has_lora and largest > max(ranks, default=0):
         raise ValueError(
             f"expected predictor.lora.rank as in the stored weights, {few(ranks) or 'none'}, found {largest}"
         )
@@ -65,6 +64,8 @@ def _sizes_of_correction(state: Mapping[str, Tensor], config: PredictorConfig) -
         "draft_vocabulary": (config.draft_vocabulary or 0, rows(DRAFT_TOKEN_IDS)),
         "ngrams": (config.ngrams or 0, rows(NGRAM_TOKEN_IDS)),
     }
+    if config.slot_layers == 0:
+        sizes["window_length"] = config.window_length, 1 + rows("slot_encoder.layerless.positions")
     if isinstance(correction, TokenConditionedHead):
         sizes[f"{arguments}.intermediate_size"] = correction.intermediate_size, rows(f"{CORRECTION}up.weight")
     elif isinstance(correction, MarkovHead):

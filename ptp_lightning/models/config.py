@@ -46,7 +46,8 @@ class PredictorConfig:
             for all tokens.
         slot_layers: number of the last layers of the base model that slots run through, and that carry the adapter.
             What the layers below make of the text reaches slots by hidden states of the token before (`LateEntry`), so
-            that drafts cost less. They are for speculative decoding alone. None for all layers.
+            that drafts cost less. They are for speculative decoding alone. None for all layers; 0 for slots that are
+            made of these hidden states alone (`LayerlessSlots`), without an adapter in the base model.
         ngrams: number of n-grams that are counted in training data and stored: what usually follows one or two tokens.
             Decoders with a lookup draft from them where that is cheaper than asking the student. None for none.
 
@@ -91,8 +92,8 @@ class PredictorConfig:
         if self.ngrams is not None and not 1 <= self.ngrams <= MAX_NGRAMS:
             raise ValueError(f"expected predictor.ngrams null or in 1 .. {MAX_NGRAMS}, found {self.ngrams}")
         if self.slot_layers is not None:
-            if self.slot_layers < 1:
-                raise ValueError(f"expected predictor.slot_layers null or >= 1, found {self.slot_layers}")
+            if self.slot_layers < 0:
+                raise ValueError(f"expected predictor.slot_layers null or >= 0, found {self.slot_layers}")
             if not isinstance(self.student, GatedLoraStudent):
                 raise ValueError(
                     "expected predictor.student GatedLoraStudent, whose slots run in the base model, beside "
@@ -110,6 +111,11 @@ class PredictorConfig:
         if self.sampling_range is None:
             return sampling == self.sampling
         return sampling.order == self.sampling.order and self.sampling_range.covers(sampling)
+
+    @property
+    def has_lora(self) -> bool:
+        """Whether layers of the base model carry an adapter, of the size that `lora` says."""
+        return isinstance(self.student, GatedLoraStudent) and self.slot_layers != 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `from_dict` and YAML files understand."""

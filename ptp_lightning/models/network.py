@@ -24,6 +24,7 @@ from ptp_lightning.models.layers.packed_linear import PackedWeights
 from ptp_lightning.models.ngram_table import NgramTable
 from ptp_lightning.models.output_head import apply_head, final_logits, output_head
 from ptp_lightning.models.slots.late_entry import LateEntry, first_slot_layer
+from ptp_lightning.models.slots.layerless_slots import LayerlessSlots
 from ptp_lightning.models.slots.sampling_encoder import SamplingEncoder
 from ptp_lightning.models.slots.slot_encoder import SlotEncoder
 from ptp_lightning.models.stored_state import NOT_TRAINED, require_finite_weights, require_stored_state
@@ -53,7 +54,7 @@ class PredictorNetwork(nn.Module):
     Attributes:
         attention: chooses the attention back-end of windows.
         backbone_path: `config.backbone.path`, which another working folder leaves valid.
-        first_slot_layer: index of the first decoder layer that slots run through.
+        first_slot_layer: index of the first decoder layer that slots run through; the number of layers if none.
         packed_weights: copies of linear weights for decoding on a CPU, empty until then (see `prepare_for_decoding`).
         draft_head: the output head over the draft vocabulary; None without one.
         prefix_counts: of a trained predictor, the number of validation windows with 0, 1, .. L correct tokens; None if
@@ -89,7 +90,14 @@ class PredictorNetwork(nn.Module):
         if config.ngrams is not None:
             self.slot_encoder.ngrams = NgramTable(config.ngrams)
         self.first_slot_layer = first_slot_layer(backbone, config.slot_layers)
-        if self.first_slot_layer:
+        if config.slot_layers == 0:
+            self.slot_encoder.layerless = LayerlessSlots(
+                table.shape[1],
+                config.window_length - 1,
+                reads_slots=self.slots_differ,
+                of_bfloat16_model=backbone.dtype == torch.bfloat16,
+            )
+        elif self.first_slot_layer:
             self.slot_encoder.late_entry = LateEntry(table.shape[1])
         self.language_model, self.gate, self.student_copy = prepare_for_training(
             backbone, config.student, config.lora, self.first_slot_layer
@@ -240,6 +248,11 @@ class PredictorNetwork(nn.Module):
         ranks = self.slot_encoder.token_ranks if sampling.order == "embedding" else None
         return Sampler(sampling, ranks, as_vocabulary(self.slot_encoder.draft_token_ids))
 
+    @property
+    def slots_differ(self) -> bool:
+        """Whether slots carry auxiliaries or sampling settings; without, their input embeddings are all the same."""
+        return self.config.objective.num_inputs > 0 or self.config.sampling_range is not None
+
     def embed_slots(self, auxiliaries: Tensor, sampling: SamplingConfig) -> Tensor:
         """Input embeddings of slots: `[..., L]` float64 in [0, 1) to `[..., L - 1, H]`."""
         slots = self.slot_encoder(sampling.slot_auxiliaries(auxiliaries))
@@ -267,8 +280,9 @@ class PredictorNetwork(nn.Module):
         return Context(batch, hidden, cache, self.sampler(sampling), end_of_text, entry_hidden)
 
     def recorded_entry(self) -> AbstractContextManager[list[Tensor]]:
-        """Collects what the layer reads at which slots enter, in each call inside the block; nothing for layer 0."""
-        return layer_input(self.base_model, self.first_slot_layer) if self.first_slot_layer else nullcontext([])
+        """Collects what the layer reads at which late slots enter, in each call inside the block; else nothing."""
+        has_entry = self.slot_encoder.late_entry is not None
+        return layer_input(self.base_model, self.first_slot_layer) if has_entry else nullcontext([])
 
     def slot_hidden(self, context: Context, auxiliaries: Tensor, first_token_ids: Tensor | None = None) -> Tensor:
         """Hidden states that predict the tokens 1 .. L - 1 of each window.
@@ -276,12 +290,15 @@ class PredictorNetwork(nn.Module):
         Args:
             context: of `encode`.
             auxiliaries: `[B, N, L]` float64 in [0, 1).
-            first_token_ids: `[B, N]`, token 0 of each window; needed if slots run through the last layers alone.
+            first_token_ids: `[B, N]`, token 0 of each window; needed unless slots run through all layers.
 
         Returns:
             `[B, N, L - 1, H]`, for `slot_logits`, with gradients for all trained weights.
         """
         slots = self.embed_slots(auxiliaries, context.sampling.settings)
+        if self.slot_encoder.layerless is not None:
+            assert first_token_ids is not None, "such slots read the first token"
+            return self.layerless_slots(slots, context.first_hidden, first_token_ids)
         if context.entry_hidden is not None:
             assert first_token_ids is not None, "such slots read the first token"
             entry_hidden = context.before_windows(context.entry_hidden)
@@ -300,6 +317,11 @@ class PredictorNetwork(nn.Module):
         """What slots read at their first layer, see `LateEntry`: `[..., J, H]` to the same, of windows `[...]`."""
         assert self.slot_encoder.late_entry is not None, "slots enter at the first layer"
         return self.slot_encoder.late_entry(slots, entry_hidden, last_hidden, self.embed(first_token_ids))
+
+    def layerless_slots(self, slots: Tensor, last_hidden: Tensor, first_token_ids: Tensor) -> Tensor:
+        """Last hidden states of slots that run through no layer, see `LayerlessSlots`; otherwise as `enter_late`."""
+        assert self.slot_encoder.layerless is not None, "slots run through layers"
+        return self.slot_encoder.layerless(slots, last_hidden, self.embed(first_token_ids))
 
     @property
     def run_slot_layers(self) -> RunLayers:

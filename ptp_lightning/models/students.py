@@ -47,7 +47,8 @@ class Student(ABC):
         Args:
             base: the base model, changed in place.
             lora: size of the adapter; not read by students without one.
-            first_layer: index of the first decoder layer that slots run through; 0 unless the base model runs them.
+            first_layer: index of the first decoder layer that slots run through; 0 unless the base model runs them, and
+                the number of layers if they run through none.
         """
 
 
@@ -55,7 +56,8 @@ class Student(ABC):
 class GatedLoraStudent(Student):
     """The frozen base model with low-rank adapters that act on slots only; their size is `predictor.lora`.
 
-    Slots attend to the base model's own keys and values, so one call runs teacher and student.
+    Slots attend to the base model's own keys and values, so one call runs teacher and student. Slots that run through
+    no layer (`predictor.slot_layers` 0) need no adapter: then the base model is frozen as it is.
     """
 
     name: ClassVar[str] = "gated_lora"
@@ -63,6 +65,8 @@ class GatedLoraStudent(Student):
 
     def attach(self, base: PreTrainedModel, lora: LoraSettings, first_layer: int) -> AttachedStudent:
         """See `Student.attach`."""
+        if first_layer == base.config.get_text_config().num_hidden_layers:
+            return AttachedStudent(base.requires_grad_(False), Gate(), copy=None)
         language_model, gate = add_gated_lora(base, lora, first_layer)
         return AttachedStudent(language_model, gate, copy=None)
 

@@ -58,7 +58,7 @@ def shrink(path: Path, corpus: Path, folder: Path) -> Path:
     if "draft_vocabulary" in arguments.get("predictor", {}):
         arguments["predictor"]["draft_vocabulary"] = 64
     if "slot_layers" in arguments.get("predictor", {}):
-        arguments["predictor"]["slot_layers"] = 1
+        arguments["predictor"]["slot_layers"] = min(1, arguments["predictor"]["slot_layers"])
     if "output" in arguments:
         arguments |= {"output": str(folder / "model"), "compile": False}
     if config["data"]["class_path"].endswith("CompletionsDataModule"):  # its folder is written by another command

@@ -22,7 +22,13 @@ LARGEST_WEIGHT = 127  # of 8 bits with a sign
 
 
 class DraftLinear(nn.Linear):
-    """A linear layer whose results matter to drafts alone; decoding may round its weights."""
+    """A linear layer whose results matter to drafts alone; decoding may round its weights.
+
+    Attributes:
+        of_bfloat16_model: whether it belongs to a model in bfloat16, although its own weights may be in float32.
+    """
+
+    of_bfloat16_model = False
 
 
 class QuantizedLinear:
@@ -56,16 +62,17 @@ class QuantizedLinear:
 
 
 def is_quantizable(layer: nn.Module) -> bool:
-    """Whether a layer is a linear one on a CPU, in bfloat16, and the operators are there.
+    """Whether a layer is a linear one on a CPU, in bfloat16 or of a model in it, and the operators are there.
 
-    Layers in float32 stay as they are: who decodes in float32 has a small model, or asks for its accuracy.
+    Layers in float32 else stay as they are: who decodes in float32 has a small model, or asks for its accuracy.
 
     >>> is_quantizable(nn.Linear(8, 8))
     False
     """
     if type(layer) not in (nn.Linear, DraftLinear) or layer.weight.device.type != "cpu":
         return False
-    return layer.weight.dtype == torch.bfloat16 and _is_available()
+    in_bfloat16 = layer.weight.dtype == torch.bfloat16 or getattr(layer, "of_bfloat16_model", False)
+    return in_bfloat16 and _is_available()
 
 
 @contextmanager

@@ -66,7 +66,7 @@ def first_slot_layer(model: PreTrainedModel, slot_layers: int | None) -> int:
 
     Args:
         model: the base model.
-        slot_layers: number of layers, from the last one; None for all.
+        slot_layers: number of layers, from the last one; None for all. With 0 the index is that after the last layer.
 
     Raises:
         ValueError: it has fewer layers, or slots cannot enter it above the first.
@@ -76,7 +76,7 @@ def first_slot_layer(model: PreTrainedModel, slot_layers: int | None) -> int:
     num_layers = model.config.get_text_config().num_hidden_layers
     if slot_layers > num_layers:
         raise ValueError(f"expected predictor.slot_layers null or <= {num_layers} (all layers), found {slot_layers}")
-    if slot_layers < num_layers and not _can_enter_late(model):
+    if 0 < slot_layers < num_layers and not _can_enter_late(model):
         raise ValueError(
             f"expected a base model whose layers are one list of equal ones beside predictor.slot_layers, found "
             f"{model.config.model_type}: set predictor.slot_layers to null"

@@ -9,6 +9,7 @@ from ptp_lightning.models.ngram_table import NgramTable
 from ptp_lightning.models.slots.auxiliary_embedding import AuxiliaryEmbedding
 from ptp_lightning.models.slots.auxiliary_features import AuxiliaryFeatures
 from ptp_lightning.models.slots.late_entry import LateEntry
+from ptp_lightning.models.slots.layerless_slots import LayerlessSlots
 from ptp_lightning.models.slots.objectives import Objective
 from ptp_lightning.models.slots.sampling_encoder import SamplingEncoder
 
@@ -29,7 +30,8 @@ class SlotEncoder(nn.Module):
         correction: predicts drafts again, if there is one. This and the following are set by `PredictorNetwork`.
         sampling_encoder: conditions slots on the sampling settings, if the predictor is trained for several.
         correction_sampling_encoder: the same for a `Refiner`.
-        late_entry: of slots that run through the last layers alone; else None.
+        late_entry: of slots that run through some of the last layers alone; else None.
+        layerless: what makes slots that run through no layer; else None.
         token_ranks: `[V]` int64, the order "embedding" if slots are trained in it (see `Sampler`).
         draft_token_ids: `[N]` int32, ascending, the tokens that slots can draft; None for all.
         ngrams: continuations that were counted in training data, if any.
@@ -55,6 +57,7 @@ class SlotEncoder(nn.Module):
         self.sampling_encoder: SamplingEncoder | None = None
         self.correction_sampling_encoder: SamplingEncoder | None = None
         self.late_entry: LateEntry | None = None
+        self.layerless: LayerlessSlots | None = None
         self.token_ranks: Tensor | None
         self.register_buffer("token_ranks", None)
         self.draft_token_ids: Tensor | None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from functools import cache, partial
+from typing import Any
 
 import pytest
 import torch
@@ -12,12 +14,16 @@ from hypothesis import strategies as st
 
 from ptp_lightning.decoding import (
     GenerationSettings,
+    cycle_choice,
     decode_autoregressively,
     decode_by_lookup,
     decode_speculatively,
+    speculative,
 )
 from ptp_lightning.decoding.cycle_choice import CycleChoice
-from ptp_lightning.decoding.text_drafts import TextDraft
+from ptp_lightning.decoding.drafting import StudentDrafter, draft_trees, draft_windows, likely_tokens
+from ptp_lightning.decoding.state import begin_decoding
+from ptp_lightning.decoding.text_drafts import StudentTokens, TextDraft
 from ptp_lightning.decoding.text_lookup import MAX_MATCH, TextLookup
 from ptp_lightning.models.network import PredictorNetwork
 from ptp_lightning.ngrams import count_ngrams
@@ -85,18 +91,21 @@ class TestTextLookup:
 
 @cache
 def predictor_of(kind: str, family: str = "llama", dtype: torch.dtype = torch.float32) -> PredictorNetwork:
-    """Predictors whose cycles differ: two calls, a copy's third call, a pass of late slots, with and without trees."""
+    """Predictors whose cycles differ: two calls, a copy's third call, a pass of late slots, slots without a
+    pass, with and without trees.
+    """
     options = {
         "slots": {"correction": None},
         "refiner": {},
         "trees": {"correction": CORRECTIONS["token_conditioned"]},
         "copy": {"student": "full_copy"},
         "late": {"correction": CORRECTIONS["token_conditioned"], "slot_layers": 1, "num_layers": 3},
+        "layerless": {"correction": None, "slot_layers": 0},
     }[kind]
     return tiny_predictor(family, vocab_size=VOCABULARY, dtype=dtype, **options)  # pyright: ignore[reportArgumentType]
 
 
-KINDS = ["slots", "refiner", "trees", "copy", "late"]
+KINDS = ["slots", "refiner", "trees", "copy", "late", "layerless"]
 
 
 @one_in(3, kind=KINDS, family=["llama", "qwen2", "gpt_neox"], sampling=SAMPLING, decoder=DECODERS)
@@ -237,6 +246,88 @@ def test_slots_after_copies_are_those_of_training(kind: str, monkeypatch: pytest
     decoded = decode_one(decode_speculatively, predictor, settings, drafter=compare, lookup=True)
     assert decoded.token_ids == tokens
     assert len(compare.begins) > 2 and turns[0] > 2
+
+
+@cache
+def late_student() -> PredictorNetwork:
+    """Late slots that draft trees, so that their tokens are one source of a draft among others."""
+    options = {"correction": CORRECTIONS["token_conditioned"], "slot_layers": 1, "num_layers": 3, "ngrams": 64}
+    predictor = tiny_predictor(vocab_size=VOCABULARY, **options)  # pyright: ignore[reportArgumentType]
+    table = predictor.slot_encoder.ngrams
+    assert table is not None
+    table.set(count_ngrams([[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3] * 2], 64))
+    return predictor
+
+
+@pytest.mark.parametrize("sampling", SAMPLING)
+@pytest.mark.parametrize("gain", [-9.0, 9.0], ids=["never asked", "always asked"])
+def test_drafts_of_all_sources_change_no_text(sampling: str, gain: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    predictor, settings = late_student(), GenerationSettings(SAMPLING[sampling], 24, seed=5, window_length=4)
+    texts = [reference(predictor, settings, prompt) for prompt in PROMPTS]
+    asked: list[int] = []
+    draft_with_student = CycleChoice.draft_with_student
+
+    def note(choice: CycleChoice, text: int, *args: Any) -> TextDraft:
+        asked.append(text)
+        return draft_with_student(choice, text, *args)
+
+    monkeypatch.setattr(CycleChoice, "draft_with_student", note)
+    monkeypatch.setattr(CycleChoice, "learn", lambda *args, **options: None)
+    monkeypatch.setattr(cycle_choice, "EXPECTED_SPEED", gain)
+    monkeypatch.setattr(cycle_choice, "LEAST_GAIN", gain)
+    assert [text.token_ids for text in decode_speculatively(predictor, PROMPTS, settings, lookup=True)] == texts
+    assert bool(asked) == (gain > 0)
+
+
+@pytest.mark.parametrize("kind", ["true", "wrong", "anything"])
+def test_whatever_a_student_expects_texts_are_the_same(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    predictor, settings = late_student(), GenerationSettings(SamplingConfig(), 24, seed=5, window_length=4)
+    prompt, generator = PROMPTS[0], random.Random(0)
+    text = [*reference(predictor, settings, prompt), *[0] * 4]
+
+    def expect(*args: Any) -> list[StudentTokens]:
+        *_, starts = args
+        after = text[starts[0] + 1 :]
+        if kind == "anything":
+            tokens = [generator.randrange(VOCABULARY) for _ in range(4)]
+            return [{(): [(token, 0.3) for token in tokens], (tokens[0],): [(tokens[1], 0.9)]}]
+        right = [(token + (kind == "wrong")) % VOCABULARY for token in after[:3]]
+        return [{tuple(right[:count]): [(token, 0.95)] for count, token in enumerate(right)}]
+
+    monkeypatch.setattr(speculative, "likely_tokens", expect)
+    monkeypatch.setattr(cycle_choice, "EXPECTED_SPEED", 9.0)
+    (decoded,) = decode_speculatively(predictor, [prompt], settings, lookup=True)
+    assert decoded.token_ids == text[:24]
+    assert kind != "true" or decoded.num_calls < 10
+
+
+def test_expected_tokens_are_the_candidates_of_trees() -> None:
+    """The likeliest of them is the draft that the student makes alone."""
+    predictor, settings = late_student(), GenerationSettings(SAMPLING["truncated"], 8, seed=5, window_length=4)
+    drafter: Any = StudentDrafter(predictor.config.objective, predictor.sampler(settings.sampling))
+    with (
+        torch.inference_mode(),
+        begin_decoding(predictor, [PROMPTS[0], PROMPTS[1]], settings) as (context, _, unread, counts),
+    ):
+        context.read(unread)
+        context.keep(counts)
+        first = torch.tensor([[4], [2]])
+        slots = context.late_slots(first, 3)
+        found = likely_tokens(context, drafter, first, slots, [0, 0])
+        draft = draft_windows(context, drafter, first, slots, [0, 0]).tolist()
+        tree = draft_trees(context, drafter, first, slots, [0, 0], size=64)
+    for row in range(2):
+        path: tuple[int, ...] = ()
+        for token in draft[row][1:]:
+            if path in found[row]:
+                assert found[row][path][0][0] == token
+            path = (*path, token)
+        candidates = {(*start, token) for start, tokens in found[row].items() for token, _ in tokens}
+        parents, token_ids = tree.parents[row].tolist(), tree.token_ids[row].tolist()
+        paths: list[tuple[int, ...]] = [()]
+        for column in range(1, len(token_ids)):
+            paths.append((*paths[parents[column]], token_ids[column]))
+        assert set(paths[1:]) <= candidates and len(paths) > 2
 
 
 def test_repetitive_texts_take_fewer_calls() -> None:

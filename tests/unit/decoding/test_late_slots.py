@@ -1,7 +1,9 @@
-"""Slots that run through the last layers alone: the reference text, and the drafts of training."""
+"""Slots that run through the last layers alone, or through none: the reference text, and the drafts of training."""
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -16,9 +18,10 @@ from ptp_lightning.decoding import GenerationSettings, decode_autoregressively, 
 from ptp_lightning.decoding.joined_decoder import JoinedDecoder
 from ptp_lightning.decoding.partial_quadratic import decode_partially_quadratically
 from ptp_lightning.evaluation.acceptance_gap import correct_tokens_at_all_positions
-from ptp_lightning.export.checkpoint import read_predictor
+from ptp_lightning.export.checkpoint import load_network, read_predictor
 from ptp_lightning.models import FullCopyStudent, LoraSettings, PredictorConfig, PredictorNetwork
 from ptp_lightning.models.slots.late_entry import LateEntry
+from ptp_lightning.models.slots.layerless_slots import LayerlessSlots
 from ptp_lightning.predictor import ParallelTokenPredictor
 from ptp_lightning.sampling import SamplingConfig
 from tests.helpers.parameter_products import one_in
@@ -29,6 +32,9 @@ from tests.helpers.tiny_windows import make_batch, slots_that_differ, slots_that
 
 VOCABULARY = 32
 FAMILIES = ["llama", "qwen2", "gpt_neox"]  # the first two are run by a `JoinedDecoder`
+SLOT_LAYERS = [1, 0]
+HIDDEN_LAYER = ("from_window", "from_slot", "positions", "embeddings", "placeholder")
+"""Of `LayerlessSlots`, and what it reads: before the weights that start at zero."""
 SAMPLING = {
     "greedy": SamplingConfig(temperature=0),
     "truncated": SamplingConfig(temperature=0.7, top_k=50, top_p=0.9, order="vocabulary"),
@@ -43,8 +49,9 @@ def late(
     correction: str | None = "token_conditioned",
     dtype: torch.dtype = torch.float32,
     draft_vocabulary: Sequence[int] | None = None,
+    slot_layers: int = 1,
 ) -> PredictorNetwork:
-    """Three layers, of which slots run through the last."""
+    """Three layers, of which slots run through the last or none."""
     head = None if correction is None or objective == "independent" else CORRECTIONS[correction]
     return tiny_predictor(
         family,
@@ -52,26 +59,38 @@ def late(
         vocab_size=VOCABULARY,
         num_layers=3,
         correction=head,
-        slot_layers=1,
+        slot_layers=slot_layers,
         dtype=dtype,
         draft_vocabulary=draft_vocabulary,
     )
 
 
-@one_in(4, family=FAMILIES, objective=OBJECTIVES, correction=[None, *CORRECTIONS], sampling=SAMPLING)
-def test_text_is_the_reference_text(family: str, objective: str, correction: str | None, sampling: str) -> None:
-    predictor = late(family, objective, correction)
+@one_in(
+    4,
+    family=[*FAMILIES, "gpt2"],
+    objective=OBJECTIVES,
+    correction=[None, *CORRECTIONS],
+    sampling=SAMPLING,
+    slot_layers=SLOT_LAYERS,
+)
+def test_text_is_the_reference_text(
+    family: str, objective: str, correction: str | None, sampling: str, slot_layers: int
+) -> None:
+    if family == "gpt2" and slot_layers:
+        pytest.skip("its slots cannot enter late")
+    predictor = late(family, objective, correction, slot_layers=slot_layers)
     for seed, tokens in enumerate((21, 0)):
         settings = GenerationSettings(SAMPLING[sampling], 22, seed, window_length=6, num_draft_tokens=tokens)
         decoded = decode_one(decode_speculatively, predictor, settings)
         assert decoded.token_ids == reference(predictor, settings)
 
 
+@pytest.mark.parametrize("slot_layers", SLOT_LAYERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_texts_of_a_batch(family: str, dtype: torch.dtype) -> None:
+def test_texts_of_a_batch(family: str, dtype: torch.dtype, slot_layers: int) -> None:
     """Rows of other lengths, one of them a long prompt that is read in one piece, end at other times."""
-    predictor = late(family, dtype=dtype, draft_vocabulary=tuple(range(0, VOCABULARY, 2)))
+    predictor = late(family, dtype=dtype, draft_vocabulary=tuple(range(0, VOCABULARY, 2)), slot_layers=slot_layers)
     prompts = [PROMPT, PROMPT * 11, [7]]
     settings = GenerationSettings(SAMPLING["truncated"], 17, (3, 4, 5), window_length=5, end_of_text=(11,))
     expected = decode_autoregressively(predictor, prompts, settings)
@@ -97,11 +116,12 @@ def test_forced_drafts(max_new_tokens: int, acceptance_rate: float) -> None:
         assert decoded.num_calls == max_new_tokens
 
 
+@pytest.mark.parametrize("slot_layers", SLOT_LAYERS)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_slots_are_those_of_training(family: str, objective: str) -> None:
+def test_slots_are_those_of_training(family: str, objective: str, slot_layers: int) -> None:
     """Whatever was drafted before: the cache, and the states that slots read, are those of the accepted tokens."""
-    predictor = late(family, objective, None)
+    predictor = late(family, objective, None, slot_layers=slot_layers)
     settings = GenerationSettings(SamplingConfig(), 14, 2, window_length=5)
     tokens = reference(predictor, settings)
     compare = SlotsOfTraining(predictor, settings, tokens, VOCABULARY)
@@ -122,8 +142,9 @@ def test_drafts_at_all_positions_are_those_of_decoding() -> None:
     assert len(set(correct)) > 1
 
 
-def test_both_ways_of_decoding_agree(monkeypatch: pytest.MonkeyPatch) -> None:
-    predictor = late()
+@pytest.mark.parametrize("slot_layers", SLOT_LAYERS)
+def test_both_ways_of_decoding_agree(slot_layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    predictor = late(slot_layers=slot_layers)
     seen: dict[bool, list[Tensor]] = {True: [], False: []}
     settings = GenerationSettings(SamplingConfig(), 12, window_length=5)
     for is_joined in (True, False):
@@ -188,8 +209,71 @@ def test_entry_by_hand() -> None:
     torch.testing.assert_close(found[0, 0], expected)
 
 
-def test_gradients_reach_all_trained_weights() -> None:
-    predictor = late().train()
+def test_layerless_slots_leave_the_base_model_as_it_is() -> None:
+    predictor = late(slot_layers=0)
+    plain = TINY_MODELS["llama"](vocab_size=VOCABULARY, num_layers=3)
+    assert [name for name, _ in predictor.base_model.named_parameters()] == [
+        name for name, _ in plain.named_parameters()
+    ]
+    assert not any(one.requires_grad for one in predictor.base_model.parameters())
+
+
+@torch.no_grad()
+def test_what_layerless_slots_see() -> None:
+    """Tokens before their window, in their document; the first token of the window; and what they carry themselves."""
+    predictor = late(correction=None, slot_layers=0)
+    with torch.no_grad():
+        assert predictor.slot_encoder.layerless is not None
+        predictor.slot_encoder.layerless.down.weight.normal_()  # else slots are alike
+    ids = torch.arange(28).view(2, 14) % VOCABULARY
+    u = torch.rand(2, 3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    first = torch.zeros(2, 3, dtype=torch.long)
+    before = predictor.slot_hidden(predictor.encode(make_batch(ids)), u, first)
+    for position in (0, 5, 6, 9):
+        changed = ids.clone()
+        changed[0, position] += 1
+        after = predictor.slot_hidden(predictor.encode(make_batch(changed % VOCABULARY)), u, first)
+        assert slots_that_differ(before, after) == slots_that_see(0, position, 7)
+    other = first.clone()
+    other[0, 1] = 3
+    after = predictor.slot_hidden(predictor.encode(make_batch(ids)), u, other)
+    assert slots_that_differ(before, after) == {(0, 1, slot) for slot in range(7)}
+    later = u.clone()
+    later[0, 1, 4] = 0.5  # slot 4 carries the token before that it predicts
+    after = predictor.slot_hidden(predictor.encode(make_batch(ids)), later, first)
+    assert slots_that_differ(before, after) == {(0, 1, 4)}
+
+
+def test_layerless_slots_by_hand() -> None:
+    """Two dimensions: the direct part is the token's embedding, and slot 1 adds silu(position) to the first number."""
+    make = LayerlessSlots(hidden_size=2, num_slots=2)
+    with torch.no_grad():
+        for weight in make.parameters():
+            weight.zero_()
+        make.gain.copy_(torch.tensor([1.0, 2.0]))
+        make.from_window.weight[4:, 2:] = torch.eye(2)  # after the four numbers of the MLP
+        make.positions[1, 0] = 3.0
+        make.down.weight[0, 0] = 1.0
+    slots = torch.ones(1, 3, 2)
+    found = make(slots, torch.tensor([[3.0, 5.0]]), torch.tensor([[1.0, -1.0]]))
+    scale = 17**0.5  # of (3, 5)
+    second = 1.0 + 3.0 / (1 + math.exp(-3.0))
+    norm = ((second**2 + 1) / 2) ** 0.5
+    expected = torch.tensor([[1.0, -2.0], [second / norm, -2.0 / norm], [second / norm, -2.0 / norm]])
+    torch.testing.assert_close(found[0], scale * expected)
+
+
+def test_a_longer_window_than_in_training_repeats_the_last_slot() -> None:
+    predictor = late(slot_layers=0)
+    for length in (2, 20):
+        settings = GenerationSettings(SamplingConfig(), 24, window_length=length)
+        decoded = decode_one(decode_speculatively, predictor, settings)
+        assert decoded.token_ids == reference(predictor, settings)
+
+
+@pytest.mark.parametrize("slot_layers", SLOT_LAYERS)
+def test_gradients_reach_all_trained_weights(slot_layers: int) -> None:
+    predictor = late(slot_layers=slot_layers).train()
     batch = make_batch(torch.arange(28).view(2, 14) % VOCABULARY)
     u = torch.rand(2, 3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     hidden = predictor.slot_hidden(predictor.encode(batch), u, torch.ones(2, 3, dtype=torch.long))
@@ -199,17 +283,24 @@ def test_gradients_reach_all_trained_weights() -> None:
     missing = [name for name, one in predictor.named_parameters() if one.requires_grad and not one.grad.abs().sum() > 0]  # pyright: ignore[reportOptionalMemberAccess]
     predictor.zero_grad(set_to_none=True)
     predictor.eval()
-    assert not missing
+    assert not [name for name in missing if not (slot_layers == 0 and any(part in name for part in HIDDEN_LAYER))]
 
 
-def test_saved_and_opened_again(tmp_path: Path) -> None:
-    predictor = late()
+@pytest.mark.parametrize("slot_layers", SLOT_LAYERS)
+def test_saved_and_opened_again(slot_layers: int, tmp_path: Path) -> None:
+    predictor = late(slot_layers=slot_layers)
     ParallelTokenPredictor(predictor).save_pretrained(tmp_path / "late")
     other = tiny_predictor(
-        "llama", vocab_size=VOCABULARY, num_layers=3, correction=CORRECTIONS["token_conditioned"], slot_layers=1, seed=9
+        "llama",
+        vocab_size=VOCABULARY,
+        num_layers=3,
+        correction=CORRECTIONS["token_conditioned"],
+        slot_layers=slot_layers,
+        seed=9,
     )
     stored = read_predictor(tmp_path / "late")
-    assert PredictorConfig.from_dict(stored.config).slot_layers == 1
+    assert PredictorConfig.from_dict(stored.config).slot_layers == slot_layers
+    assert (tmp_path / "late" / "adapter_model.safetensors").exists() == (slot_layers > 0)
     other.load_trainable_state(stored.state)
     settings = GenerationSettings(SamplingConfig(), 20)
     cycles = [decode_one(decode_speculatively, one, settings).cycles for one in (predictor, other)]
@@ -227,10 +318,18 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"slot_layers 1: set decoder to speculative"):
             decode_one(decode_partially_quadratically, late(), GenerationSettings())
 
-    @pytest.mark.parametrize("number", [0, -1])
-    def test_too_few(self, number: int) -> None:
-        with pytest.raises(ValueError, match=rf"predictor\.slot_layers null or >= 1, found {number}"):
-            PredictorConfig(slot_layers=number)
+    def test_too_few(self) -> None:
+        with pytest.raises(ValueError, match=r"predictor\.slot_layers null or >= 0, found -1"):
+            PredictorConfig(slot_layers=-1)
+
+    def test_a_longer_window_than_was_stored(self, tmp_path: Path) -> None:
+        ParallelTokenPredictor(late(slot_layers=0)).save_pretrained(tmp_path / "late")
+        file = tmp_path / "late" / "predictor.json"
+        about = json.loads(file.read_text())
+        about["config"]["window_length"] = 4000
+        file.write_text(json.dumps(about))
+        with pytest.raises(ValueError, match=r"predictor\.window_length as in the stored weights, 8, found 4000"):
+            load_network(tmp_path / "late")
 
     def test_too_many(self) -> None:
         with pytest.raises(ValueError, match=r"predictor\.slot_layers null or <= 3 \(all layers\), found 4"):

@@ -21,6 +21,7 @@ from ptp_lightning.decoding.text_drafts import (
     BRANCH_COST,
     COPY_RATES,
     MAX_TOKENS,
+    STUDENT_RATE,
     TOKEN_COST,
     TextDraft,
     TextDrafter,
@@ -184,6 +185,28 @@ def test_nothing_is_drafted_after_the_end_of_a_text() -> None:
     assert drafter.draft(max_depth=3).token_ids == [2, 3]
 
 
+class TestStudent:
+    def test_what_a_student_expects_is_one_source_of_several(self) -> None:
+        drafter = TextDrafter([1, 2, 1], NONE)  # 2 is copied, and 1 after it
+        draft = drafter.draft(2, {(): [(7, 0.9), (2, 0.1)], (7,): [(8, 1.0)]})
+        assert draft.token_ids == [7, 8, 2, 1] and draft.parents == [-1, 0, -1, 2]
+        of_seven = (1 - COPY_RATES[0]) * STUDENT_RATE * 0.9
+        of_two = COPY_RATES[0] + (1 - COPY_RATES[0]) * STUDENT_RATE * 0.1
+        expected = [of_seven, of_seven * STUDENT_RATE, of_two, of_two * COPY_RATES[1]]
+        assert draft.expected_tokens == pytest.approx(1 + sum(expected))
+
+    def test_a_token_of_several_sources_is_drafted_once(self) -> None:
+        draft = TextDrafter([1, 2, 1], NONE).draft(1, {(): [(2, 0.5), (3, 0.001)]})
+        assert draft.token_ids == [2]
+
+    def test_after_other_paths_it_is_not_asked(self) -> None:
+        assert TextDrafter([1, 2, 1], NONE).draft(2, {(9,): [(3, 1.0)]}).token_ids == [2, 1]
+
+    def test_no_branches(self) -> None:
+        drafter = TextDrafter([1, 2, 1], NONE, branches=False)
+        assert drafter.draft(2, {(): [(7, 0.9), (6, 0.1)], (7,): [(8, 1.0)]}).token_ids == [7, 8]
+
+
 class TestCycleChoice:
     @staticmethod
     def choice(*prompts: list[int], student_cost: float | None = None) -> CycleChoice:
@@ -200,45 +223,58 @@ class TestCycleChoice:
         assert self.token_ids(choice.draft(1, [1, 2, 8, 1], 1)) == [2]
 
     @pytest.mark.parametrize(
-        ("student_cost", "after_a_match", "without"), [(1.0, None, None), (2.5, [4], None), (4.0, [4], [])]
+        ("student_cost", "after_a_match", "without"), [(0.5, None, None), (1.5, [4], None), (3.0, [4], [])]
     )
     def test_the_student_drafts_where_it_writes_more(
         self, student_cost: float, after_a_match: list[int] | None, without: list[int] | None
     ) -> None:
-        """Three tokens a cycle are much for the cost of one call, and little for that of four."""
+        """Three tokens a cycle are much for the cost of one call and a half, and little for that of four."""
         choice = self.choice([1, 2, 3, 4, 5], student_cost=student_cost)
         for _ in range(60):
-            choice.learn(0, 3, is_student=True)
+            choice.learn(0, 3, asked=True)
         assert self.token_ids(choice.draft(0, [1, 2, 3], 1)) == after_a_match
         assert self.token_ids(choice.draft(0, [1, 2, 3, 8], 1)) == without
 
     def test_an_unknown_student_is_tried_where_no_draft_helps(self) -> None:
-        choice = self.choice([1, 2, 3], student_cost=2.0)
+        choice = self.choice([1, 2, 3], student_cost=1.0)
         assert self.token_ids(choice.draft(0, [1], 1)) == [2]
         assert choice.draft(0, [1, 9], 1) is None
 
     def test_a_poor_student_is_tried_again(self) -> None:
-        choice = self.choice([1, 2], student_cost=2.0)
+        choice = self.choice([1, 2], student_cost=1.0)
         for _ in range(20):
-            choice.learn(0, 1, is_student=True)
+            choice.learn(0, 1, asked=True)
         pauses = 0
         while self.token_ids(choice.draft(0, [9], 1)) == []:
-            choice.learn(0, 1, is_student=False)
+            choice.learn(0, 1, asked=False)
             pauses += 1
         assert 10 < pauses < 500
 
     def test_a_good_student_keeps_its_average(self) -> None:
-        choice = self.choice([1, 2, 3], student_cost=1.0)
+        choice = self.choice([1, 2, 3], student_cost=0.5)
         for _ in range(60):
-            choice.learn(0, 3, is_student=True)
+            choice.learn(0, 3, asked=True)
         for _ in range(1000):
-            choice.learn(0, 1, is_student=False)
-        assert 1 + COPY_RATES[0] > EXPECTED_SPEED  # so an average that had returned to it would lose to the copy
+            choice.learn(0, 1, asked=False)
+        assert 1 + COPY_RATES[0] > EXPECTED_SPEED  # so a gain that had returned to the first would lose
         assert choice.draft(0, [1], 1) is None
 
     def test_what_a_student_costs(self) -> None:
         late = tiny_predictor(correction=None, slot_layers=1, num_layers=3)
-        assert cost_of_student(late) < STUDENT_COST < cost_of_student(tiny_predictor()) == STUDENT_COST_IN_CACHE
+        assert cost_of_student(late, 4) < STUDENT_COST < cost_of_student(tiny_predictor(), 4) == STUDENT_COST_IN_CACHE
+        assert cost_of_student(late, 1) < cost_of_student(late, 4)
+        assert cost_of_student(tiny_predictor(correction=None, slot_layers=0), 1) < cost_of_student(late, 1)
+
+    def test_only_what_other_sources_did_not_expect_is_the_students_gain(self) -> None:
+        """A copy that is right with it or without it is none."""
+        choice = self.choice([1, 2, 3, 1, 2, 3, 1], student_cost=0.5)
+        new: list[int] = []
+        for _ in range(30):
+            choice.draft(0, new, 2)
+            choice.draft_with_student(0, 2, {})
+            new += [2, 3, 1][:3]
+            choice.learn(0, 3, asked=True)
+        assert self.token_ids(choice.draft(0, new, 2)) == [2, 3]
 
     def test_without_a_student_one_token_is_read(self) -> None:
         assert self.token_ids(self.choice([1, 2]).draft(0, [9], 1)) == []
