@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Self
 
 from ptp_lightning.decoding.generation import Generation
-from ptp_lightning.decoding.text import generate
+from ptp_lightning.decoding.text import generate, tokenizer_of
 from ptp_lightning.export.checkpoint import build_network, read_predictor, save_network
 from ptp_lightning.export.hub import upload, warn_of_local_base
 from ptp_lightning.models.config import PredictorConfig
@@ -132,6 +133,11 @@ class ParallelTokenPredictor:
         """The causal LM whose samples are reproduced."""
         return self.network.base_model
 
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base model's, loaded when it is first needed; errors as in `load_tokenizer`."""
+        return tokenizer_of(self.network)
+
     def to(self, device: str | torch.device) -> Self:
         """Move all weights to a device."""
         self.network.to(device)
@@ -195,7 +201,7 @@ class ParallelTokenPredictor:
             slot_budget=slot_budget,
             end_of_text=end_of_text,
             stop=stop,
-            tokenizer=tokenizer,
+            tokenizer=self.tokenizer if tokenizer is None else tokenizer,
             chat=chat,
             system=system,
             on_tokens=on_tokens,

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from typing import Protocol
 
 from ptp_lightning.decoding.text_drafts import StudentTokens, TextDraft, TextDrafter
 from ptp_lightning.models.network import PredictorNetwork
 from ptp_lightning.ngrams import Continuations
 
 # What asking the student costs beside the call that verifies its draft, in calls that read one token; measured on CPUs.
-STUDENT_COST = 1.4
+STUDENT_COST = 1.6
 """With slots in all layers; of SmolLM2, bfloat16, two threads."""
-STUDENT_COST_IN_CACHE = 2.4
+STUDENT_COST_IN_CACHE = 2.6
 """The same of a model of at most `CACHE_BYTES`, whose weights stay in a processor's cache. There a call costs what its
 operations cost, and a cycle has many. Of the shipped code model, float32, one thread."""
 CACHE_BYTES = 2**25
@@ -23,13 +24,13 @@ LATE_LAYER_COST = 0.02
 LATE_DRAFT_COST = 0.05
 """Of drafting from each of them, likewise."""
 EXPECTED_SPEED = 1.02
-"""New tokens for the cost of a cycle in which the student is asked and no other draft helps, before any is known."""
-LEAST_GAIN = 0.4
-"""New tokens that a student is assumed to add where no other draft helps, before any is known, at least."""
+"""New tokens of a student's cycle for its cost, before any is known: it is tried where no other draft helps."""
+EXPECTED_GAIN = 0.4
+"""New tokens that a student adds where no other draft helps, before any is known."""
 LEARNING_RATE = 0.1
 """Weight of a student's cycle in its moving average."""
 RETRY_RATE = 0.01
-"""Part of the way that a low gain returns to its first value in each other cycle, to try the student again."""
+"""Part of the way that a low average returns to its first value in each other cycle, to try the student again."""
 
 NO_DRAFT = TextDraft([], [], 0, 1.0, 1.0)
 
@@ -48,22 +49,83 @@ def cost_of_student(predictor: PredictorNetwork, num_slots: int) -> float:
     return STUDENT_COST_IN_CACHE if num_bytes <= CACHE_BYTES else STUDENT_COST
 
 
+class Student(Protocol):
+    """What a student's cycles are worth in one text."""
+
+    def expected_speed(self, draft: TextDraft) -> float:
+        """New tokens for the cost of a cycle that asks the student, where the best draft without it is `draft`."""
+        ...
+
+    def learn(self, num_tokens: int, draft: TextDraft, asked: bool) -> None:
+        """Take note of a cycle that wrote `num_tokens`, with the student or without, where `draft` was expected."""
+        ...
+
+
+class LoneStudent(Student):
+    """Its own draft is verified alone: tokens for the cost of its cycles are an average.
+
+    Args:
+        cost: see `cost_of_student`.
+    """
+
+    def __init__(self, cost: float) -> None:
+        self._cost = 1 + cost
+        self._speed = EXPECTED_SPEED
+
+    def expected_speed(self, draft: TextDraft) -> float:
+        """See `Student`."""
+        return self._speed
+
+    def learn(self, num_tokens: int, draft: TextDraft, asked: bool) -> None:
+        """See `Student`."""
+        if asked:
+            self._speed += LEARNING_RATE * (num_tokens / self._cost - self._speed)
+        elif self._speed < EXPECTED_SPEED:
+            self._speed += RETRY_RATE * (EXPECTED_SPEED - self._speed)
+
+
+class JoiningStudent(Student):
+    """What it expects is one source of the draft among others: how many tokens that adds is an average.
+
+    It adds none where the draft without it covers the next token already.
+
+    Args:
+        cost: see `cost_of_student`.
+    """
+
+    def __init__(self, cost: float) -> None:
+        self._cost = cost
+        self._gain = EXPECTED_GAIN
+
+    def expected_speed(self, draft: TextDraft) -> float:
+        """See `Student`."""
+        return (draft.expected_tokens + self._gain * (1 - draft.covered)) / (draft.cost + self._cost)
+
+    def learn(self, num_tokens: int, draft: TextDraft, asked: bool) -> None:
+        """See `Student`."""
+        uncovered = 1 - draft.covered
+        if asked:
+            self._gain += LEARNING_RATE * uncovered * (num_tokens - draft.expected_tokens - self._gain * uncovered)
+        elif self._gain < EXPECTED_GAIN:
+            self._gain += RETRY_RATE * (EXPECTED_GAIN - self._gain)
+
+
 class CycleChoice:
     """The choices for B texts.
 
-    A cycle asks the student if this is expected to write more tokens for their cost. `TextDrafter` says what its own
-    draft is expected to write, and how likely it covers the next token. Where it does not, the student adds tokens; how
-    many is an average over its cycles of this text. So copies are not delayed, a poor student is seldom asked, and
-    where nothing is right often, as at high temperatures, a text takes hardly longer than with one token a call.
+    Each cycle is the one that is expected to write most tokens for its cost: by what the student was worth in the text
+    so far, and by what `TextDrafter` expects of its own draft. So copies are not delayed, a poor student is seldom
+    asked, and where nothing is right often, as at high temperatures, a text takes hardly longer than with one token a
+    call.
 
     Args:
         prompts: token ids of all texts, at least one each.
         continuations: of training text.
-        student_cost: see `cost_of_student`; None without a student.
+        student: makes the estimate of one text; None without a student.
         branches: see `TextDrafter`.
         end_of_text: likewise.
 
-    >>> choice = CycleChoice([[1, 2, 3, 9, 4, 5]], {}, student_cost=None)
+    >>> choice = CycleChoice([[1, 2, 3, 9, 4, 5]], {}, student=None)
     >>> choice.draft(0, [1, 2], max_depth=2).token_ids  # 1, 2 was followed by 3, 9
     [3, 9]
     >>> choice.draft(0, [1, 2, 7], max_depth=2).token_ids  # one token is read
@@ -74,14 +136,12 @@ class CycleChoice:
         self,
         prompts: Sequence[Sequence[int]],
         continuations: Continuations,
-        student_cost: float | None,
+        student: Callable[[], Student] | None,
         branches: bool = True,
         end_of_text: Collection[int] = (),
     ) -> None:
         self._drafters = [TextDrafter(prompt, continuations, branches, end_of_text) for prompt in prompts]
-        self._student_cost = student_cost
-        self._first_gain = 0.0 if student_cost is None else max(LEAST_GAIN, EXPECTED_SPEED * (1 + student_cost) - 1)
-        self._gains = [self._first_gain] * len(prompts)
+        self._students = None if student is None else [student() for _ in prompts]
         self._drafts = [NO_DRAFT] * len(prompts)  # the latest, without the student
 
     def draft(self, text: int, new: Sequence[int], max_depth: int) -> TextDraft | None:
@@ -95,11 +155,9 @@ class CycleChoice:
         drafter = self._drafters[text]
         drafter.extend(new)
         draft = self._drafts[text] = drafter.draft(max_depth)
-        if self._student_cost is None:
+        if self._students is None or draft.expected_speed >= self._students[text].expected_speed(draft):
             return draft
-        gain = self._gains[text] * (1 - draft.covered)
-        speed = (draft.expected_tokens + gain) / (draft.cost + self._student_cost)
-        return draft if draft.expected_speed >= speed else None
+        return None
 
     def draft_with_student(self, text: int, max_depth: int, student: StudentTokens) -> TextDraft:
         """A draft of what the student and all other sources expect, after `draft`, with the same arguments."""
@@ -107,10 +165,5 @@ class CycleChoice:
 
     def learn(self, text: int, num_tokens: int, asked: bool) -> None:
         """Take note of how many new tokens the latest cycle of a text wrote, and whether the student was asked."""
-        gain, draft = self._gains[text], self._drafts[text]
-        if asked:
-            uncovered = 1 - draft.covered
-            gain += LEARNING_RATE * uncovered * (num_tokens - draft.expected_tokens - gain * uncovered)
-        elif gain < self._first_gain:
-            gain += RETRY_RATE * (self._first_gain - gain)
-        self._gains[text] = gain
+        if self._students is not None:
+            self._students[text].learn(num_tokens, self._drafts[text], asked)

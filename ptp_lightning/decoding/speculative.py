@@ -6,13 +6,14 @@ are. Drafts only decide how many calls it takes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ptp_lightning.auxiliary import pick
-from ptp_lightning.decoding.cycle_choice import CycleChoice, cost_of_student
+from ptp_lightning.decoding.cycle_choice import CycleChoice, JoiningStudent, LoneStudent, Student, cost_of_student
 from ptp_lightning.decoding.drafting import (
     Drafter,
     StudentDrafter,
@@ -83,8 +84,9 @@ def decode_speculatively(
             drafter = StudentDrafter(predictor.config.objective, start.context.sampling)
         cycles = _Cycles(start, drafter, settings.window_length, num_tree_tokens(predictor, settings))
         if lookup:
-            cost = cost_of_student(predictor, settings.window_length - 1)
-            cycles.choice = _choice(predictor, prompts, settings, cost)
+            estimate = JoiningStudent if cycles.student_joins else LoneStudent
+            student = partial(estimate, cost_of_student(predictor, settings.window_length - 1))
+            cycles.choice = _choice(predictor, prompts, settings, student)
         if predictor.first_slot_layer:
             cycles.run_after_newest()
         else:
@@ -107,7 +109,7 @@ def decode_by_lookup(
     with begin_decoding(predictor, prompts, settings, on_tokens, timer) as start:
         drafter = StudentDrafter(predictor.config.objective, start.context.sampling)
         cycles = _Cycles(start, drafter, settings.window_length, tree_size=0)
-        cycles.choice = _choice(predictor, prompts, settings, student_cost=None)
+        cycles.choice = _choice(predictor, prompts, settings, student=None)
         cycles.run_after_newest()
     return start.texts.decoded()
 
@@ -116,11 +118,11 @@ def _choice(
     predictor: PredictorNetwork,
     prompts: Sequence[Sequence[int]],
     settings: GenerationSettings,
-    student_cost: float | None,
+    student: Callable[[], Student] | None,
 ) -> CycleChoice:
     # Penalties of earlier tokens are those of a chain.
     branches = not settings.sampling.depends_on_prefix
-    return CycleChoice(prompts, predictor.continuations, student_cost, branches, settings.end_of_text)
+    return CycleChoice(prompts, predictor.continuations, student, branches, settings.end_of_text)
 
 
 class _Cycles:
@@ -134,6 +136,8 @@ class _Cycles:
 
     Attributes:
         choice: whether the student drafts; None if always.
+        student_joins: whether what it expects can be one source of a draft among others: of slots after the newest
+            token, as a tree.
     """
 
     choice: CycleChoice | None = None
@@ -143,6 +147,8 @@ class _Cycles:
         self._drafter = drafter
         self._window_length = window_length
         self._tree_size = tree_size
+        self._tree_drafter = drafter if tree_size and isinstance(drafter, TreeDrafter) else None
+        self.student_joins = self._tree_drafter is not None and self._context.predictor.first_slot_layer > 0
 
     def run(self) -> None:
         """Cycles of two calls; the first gives an exact token and slots."""
@@ -178,8 +184,8 @@ class _Cycles:
             context.timer.mark("forward")
             if slots is None:
                 self._verify_after_newest(TokenTree.chain(self._unread), length)
-            elif self.choice is not None and self._tree_size and isinstance(self._drafter, TreeDrafter):
-                self._draft_with_student(self.choice, self._drafter, slots)
+            elif self.choice is not None and self._tree_drafter is not None:
+                self._draft_with_student(self.choice, self._tree_drafter, slots)
             else:
                 starts = [start - 1 for start in texts.starts]
                 self._verify_after_newest(self._draft(self._unread, slots, starts), length)
@@ -243,8 +249,8 @@ class _Cycles:
 
     def _draft(self, first: Tensor, slots: Tensor, starts: Sequence[int]) -> TokenTree:
         context = self._context
-        if self._tree_size and isinstance(self._drafter, TreeDrafter):
-            tree = draft_trees(context, self._drafter, first, slots, starts, self._tree_size)
+        if self._tree_drafter is not None:
+            tree = draft_trees(context, self._tree_drafter, first, slots, starts, self._tree_size)
         else:
             tree = TokenTree.chain(draft_windows(context, self._drafter, first, slots, starts))
         context.timer.mark("drafting")

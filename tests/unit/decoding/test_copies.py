@@ -273,8 +273,7 @@ def test_drafts_of_all_sources_change_no_text(sampling: str, gain: float, monkey
 
     monkeypatch.setattr(CycleChoice, "draft_with_student", note)
     monkeypatch.setattr(CycleChoice, "learn", lambda *args, **options: None)
-    monkeypatch.setattr(cycle_choice, "EXPECTED_SPEED", gain)
-    monkeypatch.setattr(cycle_choice, "LEAST_GAIN", gain)
+    monkeypatch.setattr(cycle_choice, "EXPECTED_GAIN", gain)
     assert [text.token_ids for text in decode_speculatively(predictor, PROMPTS, settings, lookup=True)] == texts
     assert bool(asked) == (gain > 0)
 
@@ -295,7 +294,7 @@ def test_whatever_a_student_expects_texts_are_the_same(kind: str, monkeypatch: p
         return [{tuple(right[:count]): [(token, 0.95)] for count, token in enumerate(right)}]
 
     monkeypatch.setattr(speculative, "likely_tokens", expect)
-    monkeypatch.setattr(cycle_choice, "EXPECTED_SPEED", 9.0)
+    monkeypatch.setattr(cycle_choice, "EXPECTED_GAIN", 9.0)
     (decoded,) = decode_speculatively(predictor, [prompt], settings, lookup=True)
     assert decoded.token_ids == text[:24]
     assert kind != "true" or decoded.num_calls < 10

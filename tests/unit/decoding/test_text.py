@@ -49,6 +49,13 @@ class TestGenerate:
         method = ParallelTokenPredictor(small()).generate("def ", tokenizer=TOKENIZER, max_new_tokens=20, seed=2)
         assert method.token_ids == continue_text(seed=2).token_ids
 
+    def test_a_predictor_loads_its_tokenizer_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        loaded: list[PredictorNetwork] = []
+        monkeypatch.setattr("ptp_lightning.predictor.tokenizer_of", lambda one: loaded.append(one) or TOKENIZER)
+        predictor = ParallelTokenPredictor(small())
+        texts = [predictor.generate("def ", max_new_tokens=4).text for _ in range(2)]
+        assert len(loaded) == 1 and len(set(texts)) == 1
+
     def test_result(self) -> None:
         result = continue_text()
         assert (result.prompt, result.num_tokens, result.finish_reason) == ("def ", 20, "length")

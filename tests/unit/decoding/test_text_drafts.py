@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+from functools import partial
 from statistics import mean
 
 import pytest
@@ -11,10 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ptp_lightning.decoding.cycle_choice import (
+    EXPECTED_GAIN,
     EXPECTED_SPEED,
     STUDENT_COST,
     STUDENT_COST_IN_CACHE,
     CycleChoice,
+    JoiningStudent,
+    LoneStudent,
+    Student,
     cost_of_student,
 )
 from ptp_lightning.decoding.text_drafts import (
@@ -207,10 +213,13 @@ class TestStudent:
         assert drafter.draft(2, {(): [(7, 0.9), (6, 0.1)], (7,): [(8, 1.0)]}).token_ids == [7, 8]
 
 
+KINDS = [LoneStudent, JoiningStudent]
+
+
 class TestCycleChoice:
     @staticmethod
-    def choice(*prompts: list[int], student_cost: float | None = None) -> CycleChoice:
-        return CycleChoice(prompts, NONE, student_cost)
+    def choice(*prompts: list[int], student: Callable[[], Student] | None = None) -> CycleChoice:
+        return CycleChoice(prompts, NONE, student)
 
     @staticmethod
     def token_ids(draft: TextDraft | None) -> list[int] | None:
@@ -222,26 +231,29 @@ class TestCycleChoice:
         assert self.token_ids(choice.draft(0, [1, 2], 1)) == [3]
         assert self.token_ids(choice.draft(1, [1, 2, 8, 1], 1)) == [2]
 
+    @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize(
-        ("student_cost", "after_a_match", "without"), [(0.5, None, None), (1.5, [4], None), (3.0, [4], [])]
+        ("cost", "after_a_match", "without"), [(0.2, None, None), (1.5, [4], None), (3.0, [4], [])]
     )
-    def test_the_student_drafts_where_it_writes_more(
-        self, student_cost: float, after_a_match: list[int] | None, without: list[int] | None
+    def test_the_student_is_asked_where_it_writes_more(
+        self, kind: type[Student], cost: float, after_a_match: list[int] | None, without: list[int] | None
     ) -> None:
-        """Three tokens a cycle are much for the cost of one call and a half, and little for that of four."""
-        choice = self.choice([1, 2, 3, 4, 5], student_cost=student_cost)
+        """Three tokens a cycle are much for the cost of about one call, and little for that of four."""
+        choice = self.choice([1, 2, 3, 4, 5], student=partial(kind, cost))
         for _ in range(60):
             choice.learn(0, 3, asked=True)
         assert self.token_ids(choice.draft(0, [1, 2, 3], 1)) == after_a_match
         assert self.token_ids(choice.draft(0, [1, 2, 3, 8], 1)) == without
 
-    def test_an_unknown_student_is_tried_where_no_draft_helps(self) -> None:
-        choice = self.choice([1, 2, 3], student_cost=1.0)
-        assert self.token_ids(choice.draft(0, [1], 1)) == [2]
-        assert choice.draft(0, [1, 9], 1) is None
+    @pytest.mark.parametrize(("kind", "cost"), [(LoneStudent, 1.0), (JoiningStudent, 0.3)])
+    def test_an_unknown_student_is_tried_where_no_draft_helps(self, kind: type[Student], cost: float) -> None:
+        choice = self.choice([1, 2, 3, 1, 2, 3], student=partial(kind, cost))
+        assert self.token_ids(choice.draft(0, [1, 2], 1)) == [3]
+        assert choice.draft(0, [1, 2, 9], 1) is None
 
-    def test_a_poor_student_is_tried_again(self) -> None:
-        choice = self.choice([1, 2], student_cost=1.0)
+    @pytest.mark.parametrize(("kind", "cost"), [(LoneStudent, 1.0), (JoiningStudent, 0.1)])
+    def test_a_poor_student_is_tried_again(self, kind: type[Student], cost: float) -> None:
+        choice = self.choice([1, 2], student=partial(kind, cost))
         for _ in range(20):
             choice.learn(0, 1, asked=True)
         pauses = 0
@@ -250,14 +262,32 @@ class TestCycleChoice:
             pauses += 1
         assert 10 < pauses < 500
 
-    def test_a_good_student_keeps_its_average(self) -> None:
-        choice = self.choice([1, 2, 3], student_cost=0.5)
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_a_good_student_keeps_its_average(self, kind: type[Student]) -> None:
+        choice = self.choice([1, 2, 3], student=partial(kind, 0.5))
         for _ in range(60):
             choice.learn(0, 3, asked=True)
         for _ in range(1000):
             choice.learn(0, 1, asked=False)
-        assert 1 + COPY_RATES[0] > EXPECTED_SPEED  # so a gain that had returned to the first would lose
+        first = {LoneStudent: EXPECTED_SPEED, JoiningStudent: (1 + EXPECTED_GAIN) / 1.5}[kind]
+        assert 1 + COPY_RATES[0] > first  # so an average that had returned to the first would lose to the copy
         assert choice.draft(0, [1], 1) is None
+
+    def test_a_joining_student_gains_where_other_sources_expect_nothing(self) -> None:
+        """Copies that are right with it or without it are no gain; a token that they did not expect is one of the
+        uncovered part."""
+        student = JoiningStudent(0.0)
+        certain = TextDraft([2], [-1], 1, 1.0, 2.0, covered=1.0)
+        for num_tokens in (2, 9):
+            student.learn(num_tokens, certain, asked=True)
+        nothing = TextDraft([], [], 0, 1.0, 1.0)
+        assert student.expected_speed(nothing) == 1 + EXPECTED_GAIN
+        assert student.expected_speed(certain) == 2.0
+        for _ in range(200):
+            student.learn(3, nothing, asked=True)
+        assert student.expected_speed(nothing) == pytest.approx(3.0)
+        half = TextDraft([2], [-1], 1, 1.0, 1.5, covered=0.5)
+        assert student.expected_speed(half) == pytest.approx(1.5 + 0.5 * 2.0)
 
     def test_what_a_student_costs(self) -> None:
         late = tiny_predictor(correction=None, slot_layers=1, num_layers=3)
@@ -265,17 +295,14 @@ class TestCycleChoice:
         assert cost_of_student(late, 1) < cost_of_student(late, 4)
         assert cost_of_student(tiny_predictor(correction=None, slot_layers=0), 1) < cost_of_student(late, 1)
 
-    def test_only_what_other_sources_did_not_expect_is_the_students_gain(self) -> None:
-        """A copy that is right with it or without it is none."""
-        choice = self.choice([1, 2, 3, 1, 2, 3, 1], student_cost=0.5)
-        new: list[int] = []
-        for _ in range(30):
-            choice.draft(0, new, 2)
-            choice.draft_with_student(0, 2, {})
-            new += [2, 3, 1][:3]
-            choice.learn(0, 3, asked=True)
-        assert self.token_ids(choice.draft(0, new, 2)) == [2, 3]
-
     def test_without_a_student_one_token_is_read(self) -> None:
         assert self.token_ids(self.choice([1, 2]).draft(0, [9], 1)) == []
         assert self.token_ids(self.choice([1, 2]).draft(0, [1], 0)) == []
+
+
+def test_what_a_draft_covers() -> None:
+    """The tokens after the newest one count, not those after them."""
+    drafter = TextDrafter([1, 2, 3, 1], NONE)
+    draft = drafter.draft(3)
+    assert draft.parents[:2] == [-1, 0] and draft.covered == pytest.approx(COPY_RATES[0])
+    assert TextDrafter([1], NONE).draft(3).covered == 0
