@@ -17,11 +17,11 @@ STUDENT_COST_IN_CACHE = 2.6
 operations cost, and a cycle has many. Of the shipped code model, float32, one thread."""
 CACHE_BYTES = 2**25
 """Of a base model's weights; about the size of a processor's last cache."""
-LATE_SLOTS_COST = 0.03
+LATE_SLOTS_COST = 0.02
 """Of making the slots of a cycle that follow the newest token; of SmolLM2, bfloat16, two threads."""
 LATE_LAYER_COST = 0.02
 """Of each layer that they run through, likewise."""
-LATE_DRAFT_COST = 0.05
+LATE_DRAFT_COST = 0.04
 """Of drafting from each of them, likewise."""
 EXPECTED_SPEED = 1.02
 """New tokens of a student's cycle for its cost, before any is known: it is tried where no other draft helps."""

@@ -12,7 +12,7 @@ TITLES = {
     "categorical": "categorical (C-PTP): a slot predicts a distribution, from which the token's auxiliary picks",
     "one_hot": "one-hot (O-PTP): a slot also carries its token's auxiliary, and its most likely token is drafted",
     "independent": "independent (MTP baseline): slots carry no auxiliaries and predict marginals",
-    "sequential": "sequential (baseline): slots carry no auxiliaries, the correction is conditioned on the draft",
+    "sequential": "sequential: slots carry no auxiliaries but know the token before; u picks from what they predict",
 }
 
 TEMPLATE = """\
@@ -70,7 +70,9 @@ def model_card(
     facts = {
         "Base model": f"`{config.backbone.path}` (fingerprint `{base_fingerprint[:12]}`)",
         "Objective": TITLES.get(config.objective.name, config.objective.name),
-        "Features of an auxiliary": f"`{config.features}`, {config.head} head",
+        "Features of an auxiliary": f"`{config.features}`, {config.head} head"
+        if config.objective.num_inputs
+        else "none",
         "Window length": f"{config.window_length} tokens, the first exact, {config.window_length - 1} from slots",
         "Layers of slots": {None: "all", 0: "none"}.get(config.slot_layers, f"the last {config.slot_layers}"),
         "Sampling": f"temperature {sampling.temperature}, top-k {sampling.top_k or 'off'}, top-p {sampling.top_p}, "

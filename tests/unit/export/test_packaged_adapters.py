@@ -9,8 +9,9 @@ import torch
 
 from ptp_lightning import ParallelTokenPredictor
 from ptp_lightning.export import packaged_adapters
-from ptp_lightning.export.checkpoint import EXPORTED_FILES, load_network, read_predictor, save_network
+from ptp_lightning.export.checkpoint import ADAPTER_FILE, EXPORTED_FILES, load_network, read_predictor, save_network
 from ptp_lightning.export.packaged_adapters import PACKAGED_ADAPTERS, packaged_adapter_folder
+from ptp_lightning.models import PredictorConfig
 from ptp_lightning.utils.pretrained import embedded_folder
 from tests.helpers.stored_predictors import slot_logits, trained
 
@@ -28,7 +29,9 @@ def assets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("name", PRESENT)
 def test_what_is_shipped_is_complete_and_small(name: str) -> None:
     folder = packaged_adapter_folder(name)
-    assert {file.name for file in folder.iterdir()} == set(EXPORTED_FILES)
+    has_lora = PredictorConfig.from_dict(read_predictor(name).config).has_lora
+    expected = set(EXPORTED_FILES) - (set() if has_lora else {"adapter_config.json", ADAPTER_FILE})
+    assert {file.name for file in folder.iterdir()} == expected
     assert sum(file.stat().st_size for file in folder.glob("*.safetensors")) <= MAX_BYTES
 
 
