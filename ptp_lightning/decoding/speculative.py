@@ -82,10 +82,13 @@ def decode_speculatively(
     with begin_decoding(predictor, prompts, settings, on_tokens, timer) as start:
         if drafter is None:
             drafter = StudentDrafter(predictor.config.objective, start.context.sampling)
-        cycles = _Cycles(start, drafter, settings.window_length, num_tree_tokens(predictor, settings))
+        length = settings.window_length
+        if predictor.config.slot_layers == 0:  # further slots would repeat the last one of training
+            length = min(length, predictor.config.window_length)
+        cycles = _Cycles(start, drafter, length, num_tree_tokens(predictor, settings))
         if lookup:
             estimate = JoiningStudent if cycles.student_joins else LoneStudent
-            student = partial(estimate, cost_of_student(predictor, settings.window_length - 1))
+            student = partial(estimate, cost_of_student(predictor, length - 1))
             cycles.choice = _choice(predictor, prompts, settings, student)
         if predictor.first_slot_layer:
             cycles.run_after_newest()

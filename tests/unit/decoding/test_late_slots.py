@@ -263,12 +263,13 @@ def test_layerless_slots_by_hand() -> None:
     torch.testing.assert_close(found[0], scale * expected)
 
 
-def test_a_longer_window_than_in_training_repeats_the_last_slot() -> None:
-    predictor = late(slot_layers=0)
-    for length in (2, 20):
-        settings = GenerationSettings(SamplingConfig(), 24, window_length=length)
+def test_layerless_slots_draft_no_further_than_in_training() -> None:
+    predictor = late(slot_layers=0)  # windows of 8
+    for length, drafted in ((2, 2), (8, 8), (20, 8)):
+        settings = GenerationSettings(SamplingConfig(), 24, window_length=length, num_draft_tokens=0)
         decoded = decode_one(decode_speculatively, predictor, settings)
         assert decoded.token_ids == reference(predictor, settings)
+        assert max(cycle.num_drafted for cycle in decoded.cycles) == drafted
 
 
 @pytest.mark.parametrize("slot_layers", SLOT_LAYERS)
