@@ -26,7 +26,7 @@ LATE_DRAFT_COST = 0.04
 EXPECTED_SPEED = 1.02
 """New tokens of a student's cycle for its cost, before any is known: it is tried where no other draft helps."""
 EXPECTED_GAIN = 0.4
-"""New tokens that a student adds where no other draft helps, before any is known."""
+"""New tokens that a student adds where no other draft helps, before any is known; more if asking it costs more."""
 LEARNING_RATE = 0.1
 """Weight of a student's cycle in its moving average."""
 RETRY_RATE = 0.01
@@ -49,7 +49,7 @@ def cost_of_student(predictor: PredictorNetwork, num_slots: int) -> float:
     return STUDENT_COST_IN_CACHE if num_bytes <= CACHE_BYTES else STUDENT_COST
 
 
-class Student(Protocol):
+class StudentEstimate(Protocol):
     """What a student's cycles are worth in one text."""
 
     def expected_speed(self, draft: TextDraft) -> float:
@@ -61,7 +61,7 @@ class Student(Protocol):
         ...
 
 
-class LoneStudent(Student):
+class LoneStudent(StudentEstimate):
     """Its own draft is verified alone: tokens for the cost of its cycles are an average.
 
     Args:
@@ -73,18 +73,18 @@ class LoneStudent(Student):
         self._speed = EXPECTED_SPEED
 
     def expected_speed(self, draft: TextDraft) -> float:
-        """See `Student`."""
+        """See `StudentEstimate`."""
         return self._speed
 
     def learn(self, num_tokens: int, draft: TextDraft, asked: bool) -> None:
-        """See `Student`."""
+        """See `StudentEstimate`."""
         if asked:
             self._speed += LEARNING_RATE * (num_tokens / self._cost - self._speed)
         elif self._speed < EXPECTED_SPEED:
             self._speed += RETRY_RATE * (EXPECTED_SPEED - self._speed)
 
 
-class JoiningStudent(Student):
+class JoiningStudent(StudentEstimate):
     """What it expects is one source of the draft among others: how many tokens that adds is an average.
 
     It adds none where the draft without it covers the next token already.
@@ -95,19 +95,19 @@ class JoiningStudent(Student):
 
     def __init__(self, cost: float) -> None:
         self._cost = cost
-        self._gain = EXPECTED_GAIN
+        self._gain = self._first_gain = max(EXPECTED_GAIN, EXPECTED_SPEED * (1 + cost) - 1)
 
     def expected_speed(self, draft: TextDraft) -> float:
-        """See `Student`."""
+        """See `StudentEstimate`."""
         return (draft.expected_tokens + self._gain * (1 - draft.covered)) / (draft.cost + self._cost)
 
     def learn(self, num_tokens: int, draft: TextDraft, asked: bool) -> None:
-        """See `Student`."""
+        """See `StudentEstimate`."""
         uncovered = 1 - draft.covered
         if asked:
             self._gain += LEARNING_RATE * uncovered * (num_tokens - draft.expected_tokens - self._gain * uncovered)
-        elif self._gain < EXPECTED_GAIN:
-            self._gain += RETRY_RATE * (EXPECTED_GAIN - self._gain)
+        elif self._gain < self._first_gain:
+            self._gain += RETRY_RATE * (self._first_gain - self._gain)
 
 
 class CycleChoice:
@@ -136,7 +136,7 @@ class CycleChoice:
         self,
         prompts: Sequence[Sequence[int]],
         continuations: Continuations,
-        student: Callable[[], Student] | None,
+        student: Callable[[], StudentEstimate] | None,
         branches: bool = True,
         end_of_text: Collection[int] = (),
     ) -> None:

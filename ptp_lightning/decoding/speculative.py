@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 
 from ptp_lightning.auxiliary import pick
-from ptp_lightning.decoding.cycle_choice import CycleChoice, JoiningStudent, LoneStudent, Student, cost_of_student
+from ptp_lightning.decoding.cycle_choice import (
+    CycleChoice,
+    JoiningStudent,
+    LoneStudent,
+    StudentEstimate,
+    cost_of_student,
+)
 from ptp_lightning.decoding.drafting import (
     Drafter,
     StudentDrafter,
@@ -121,7 +127,7 @@ def _choice(
     predictor: PredictorNetwork,
     prompts: Sequence[Sequence[int]],
     settings: GenerationSettings,
-    student: Callable[[], Student] | None,
+    student: Callable[[], StudentEstimate] | None,
 ) -> CycleChoice:
     # Penalties of earlier tokens are those of a chain.
     branches = not settings.sampling.depends_on_prefix

@@ -273,7 +273,8 @@ def test_drafts_of_all_sources_change_no_text(sampling: str, gain: float, monkey
 
     monkeypatch.setattr(CycleChoice, "draft_with_student", note)
     monkeypatch.setattr(CycleChoice, "learn", lambda *args, **options: None)
-    monkeypatch.setattr(cycle_choice, "EXPECTED_GAIN", gain)
+    for first in ("EXPECTED_GAIN", "EXPECTED_SPEED"):
+        monkeypatch.setattr(cycle_choice, first, gain)
     assert [text.token_ids for text in decode_speculatively(predictor, PROMPTS, settings, lookup=True)] == texts
     assert bool(asked) == (gain > 0)
 
