@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ptp_lightning.models.attention.eager_attention import needs_eager_attention
+from ptp_lightning.models.positions import max_positions
 from ptp_lightning.utils.pretrained import EMBEDDED, PATH_KEY, clear_errors, few, listing, locate, quiet_transformers
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ def known_positions(settings: BackboneSettings, *, key: str = PATH_KEY) -> int |
         return None
     _require_model_files(Path(source["pretrained_model_name_or_path"]), key, weights=not settings.random_weights)
     with clear_errors(settings.path, key), quiet_transformers(progress_bar=False):
-        return getattr(AutoConfig.from_pretrained(**source), "max_position_embeddings", None)
+        return max_positions(AutoConfig.from_pretrained(**source))
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from ptp_lightning.models.attention.eager_attention import needs_eager_attention
 from ptp_lightning.models.attention.masks import context_mask
 from ptp_lightning.models.attention.sliding_window import FULL, SLIDING, layer_masks
 from ptp_lightning.models.lora.gated_linear import GatedLoraLinear
+from ptp_lightning.models.positions import long_rope_positions, max_positions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -57,6 +59,7 @@ def require_supported(network: PredictorNetwork) -> None:
     model = network.base_model
     if model.device.type == "meta":
         return
+    _say_limit_of_long_rope(model.config)
     kind = model.config.model_type
     with _named_errors(model.config), _attention(network, AttentionChoice(network.student_model, is_logged=False)):
         batch = _batch(model, _window_length(network))
@@ -78,6 +81,7 @@ def require_packed_rows(model: PreTrainedModel) -> None:
     """
     if model.device.type == "meta":
         return
+    _say_limit_of_long_rope(model.config)
     with _named_errors(model.config, ROWS_ADVICE):
         batch = _batch(model)
         found = model(
@@ -115,12 +119,23 @@ def require_finite(embeddings: Tensor) -> None:
         raise ValueError(f"expected finite embeddings of the base model, found a NaN or infinity: {ADVICE}")
 
 
+def _say_limit_of_long_rope(config: PreTrainedConfig) -> None:
+    """Its configuration promises more positions, and `max_positions` explains the limit."""
+    limit = long_rope_positions(config)
+    if limit is not None and limit < config.max_position_embeddings:
+        warnings.warn(
+            f"texts of {config.model_type} have at most {limit} positions, because RoPE of the type longrope changes "
+            "all keys beyond: for longer ones set predictor.backbone.path to a model with another type of RoPE",
+            stacklevel=2,
+        )
+
+
 def _batch(model: PreTrainedModel, window_length: int = 0) -> PackedBatch:
     """One row of two documents, with two windows in the second."""
     config: Any = model.config.get_text_config()
     window = getattr(config, "sliding_window", None) or 0
     second = min(max(SECOND_LENGTH, window + SECOND_LENGTH // 2), MAX_LENGTH)
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = max_positions(model.config)
     if limit is not None:
         second = max(min(second, limit - window_length), 3)
     lengths = torch.tensor([FIRST_LENGTH, second])
