@@ -11,6 +11,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import yaml
 from jsonargparse import set_parsing_settings
+from jsonargparse.typing import register_type
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, Checkpoint, LearningRateMonitor, ProgressBar
@@ -254,6 +255,8 @@ def parsed(
     require_sections(options_of(args), "command line")
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     silence_library_noise()
+    # Of defaults such as that of StochasticWeightAveraging; jsonargparse knows only types that are registered.
+    register_type(torch.device, str, torch.device, fail_already_registered=False)
     options.setdefault("save_config_callback", SaveRunConfig)
     return cli_class(
         LightningModule,

@@ -33,6 +33,7 @@ MINIMA = {
 """Smallest values below `trainer`; null is allowed."""
 _DEVICES = re.compile(r"auto|-?\d+(,-?\d+)*,?|\[.*\]")
 SEARCHES = ("LearningRateFinder", "BatchSizeFinder")
+EPOCH_AVERAGING = "StochasticWeightAveraging"
 
 
 def require_trainer_settings(trainer: Mapping[str, Any]) -> None:
@@ -69,6 +70,17 @@ def require_trainer_settings(trainer: Mapping[str, Any]) -> None:
                 f"expected trainer.callbacks that observe a run, found {name}, which changes settings of the model "
                 "that this package takes from its configuration: remove it, and compare several runs"
             )
+        if name == EPOCH_AVERAGING and not _has_epochs(trainer):
+            raise ValueError(
+                f"expected trainer.limit_train_batches, the number of batches of an epoch, beside {name} in "
+                "trainer.callbacks, which averages the weights at the start of each epoch, found none: set it, because "
+                "training streams have no end"
+            )
+
+
+def _has_epochs(trainer: Mapping[str, Any]) -> bool:
+    limit = trainer.get("limit_train_batches")
+    return isinstance(limit, int) and limit > 0
 
 
 def require_sections(config: Mapping[str, Any], place: str) -> None:

@@ -37,6 +37,11 @@ REFUSED: dict[str, tuple[list[str], str]] = {
         ["--trainer.callbacks+", "lightning.pytorch.callbacks.LearningRateFinder"],
         "expected trainer.callbacks that observe a run, found LearningRateFinder",
     ),
+    "averages without epochs": (
+        ["--trainer.callbacks+", "lightning.pytorch.callbacks.StochasticWeightAveraging",
+         "--trainer.callbacks.swa_lrs", "0.01"],
+        "expected trainer.limit_train_batches, the number of batches of an epoch, beside StochasticWeightAveraging",
+    ),
     "rate": ([f"{MODEL}.optimizer.learning_rate", ".inf"], "expected a finite optimizer.learning_rate > 0, found inf"),
     "rate NaN": ([f"{MODEL}.optimizer.learning_rate", ".nan"], "a finite optimizer.learning_rate > 0, found nan"),
     "decay": ([f"{MODEL}.optimizer.weight_decay", ".inf"], "expected optimizer.weight_decay >= 0, found inf"),

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 
 from ptp_lightning.training import cli
 from tests.helpers.tiny_configs import CORPUS_LINE, shrink
@@ -115,6 +116,35 @@ def test_an_epoch_that_does_not_divide_into_steps(config: Path) -> None:
     """Seven batches in threes: the third step of an epoch has one batch."""
     fit("--trainer.limit_train_batches", 7, "--trainer.accumulate_grad_batches", 3, "--trainer.max_steps", 8)
     assert steps_of(Path("runs/tiny/version_0/checkpoints/last.ckpt")) == 8
+
+
+AVERAGING = "lightning.pytorch.callbacks.StochasticWeightAveraging"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--trainer.callbacks+", AVERAGING, "--trainer.callbacks.swa_lrs", 0.01, "--trainer.callbacks.swa_epoch_start", 2],
+        ["--trainer.callbacks+", f"[{{class_path: {AVERAGING}, init_args: {{swa_lrs: 0.01, swa_epoch_start: 2}}}}]"],
+    ],
+    ids=["class", "list"],
+)  # fmt: skip
+def test_averaged_weights_are_those_of_the_last_checkpoint(
+    options: list[Any], config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four epochs of one step; the average is that of the weights at the start of the last three."""
+    starts: list[torch.Tensor] = []
+    update = StochasticWeightAveraging.update_parameters
+
+    def recorded(average: Any, module: Any, *more: Any) -> None:
+        starts.append(module.predictor.slot_encoder.placeholder.detach().clone())
+        update(average, module, *more)
+
+    monkeypatch.setattr(StochasticWeightAveraging, "update_parameters", staticmethod(recorded))
+    fit(*options, "--trainer.limit_train_batches", 1, "--trainer.max_steps", 4)
+    stored = torch.load("runs/tiny/version_0/checkpoints/last.ckpt", weights_only=True)
+    assert len(starts) == 3 and not torch.equal(starts[0], starts[2]) and stored["global_step"] == 4
+    torch.testing.assert_close(stored["state_dict"]["predictor.slot_encoder.placeholder"], torch.stack(starts).mean(0))
 
 
 def test_validations_go_by_steps(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
