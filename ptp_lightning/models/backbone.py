@@ -184,8 +184,8 @@ def _require_plain_weights(config: "PreTrainedConfig", key: str) -> None:
     method = getattr(entries.get("quant_method"), "value", entries.get("quant_method")) or "an unknown method"
     raise ValueError(
         f"expected a base model with plain weights, found {config.model_type} with weights quantised by {method} "
-        f"(quantization_config in config.json): set {key} to the model in float32, float16 or bfloat16 from which it was "
-        "made, or to a GGUF file"
+        f"(quantization_config in config.json): set {key} to the model in float32, float16 or bfloat16 from which it "
+        "was made, or to a GGUF file"
     )
 
 

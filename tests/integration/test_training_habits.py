@@ -124,7 +124,8 @@ AVERAGING = "lightning.pytorch.callbacks.StochasticWeightAveraging"
 @pytest.mark.parametrize(
     "options",
     [
-        ["--trainer.callbacks+", AVERAGING, "--trainer.callbacks.swa_lrs", 0.01, "--trainer.callbacks.swa_epoch_start", 2],
+        ["--trainer.callbacks+", AVERAGING, "--trainer.callbacks.swa_lrs", 0.01,
+         "--trainer.callbacks.swa_epoch_start", 2],
         ["--trainer.callbacks+", f"[{{class_path: {AVERAGING}, init_args: {{swa_lrs: 0.01, swa_epoch_start: 2}}}}]"],
     ],
     ids=["class", "list"],
@@ -147,10 +148,31 @@ def test_averaged_weights_are_those_of_the_last_checkpoint(
     torch.testing.assert_close(stored["state_dict"]["predictor.slot_encoder.placeholder"], torch.stack(starts).mean(0))
 
 
-def test_validations_go_by_steps(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
+def test_validations_go_by_steps(config: Path) -> None:
+    message = "^expected a whole number of steps for trainer.val_check_interval, found 0.25[^\\n]*$"
+    with pytest.raises(ValueError, match=message):
         fit("--trainer.val_check_interval", 0.25)
-    assert "trainer.val_check_interval, here a whole number of steps" in capsys.readouterr().err
+    plain = yaml.safe_load(config.read_text())
+    plain["trainer"]["val_check_interval"] = 0.25
+    config.write_text(yaml.safe_dump(plain))
+    with pytest.raises(ValueError, match=message):
+        fit()
+
+
+def test_nothing_is_logged_every_zero_steps(config: Path) -> None:
+    fit("--trainer.log_every_n_steps", 0)
+    header = Path("runs/tiny/version_0/metrics.csv").read_text().splitlines()[0]
+    assert "val/correct_tokens" in header and "train/" not in header and "perf/tokens" not in header
+
+
+def test_an_unknown_metric_to_stop_by_is_one_line(config: Path) -> None:
+    message = (
+        "^expected a metric of this run as monitor of EarlyStopping in trainer.callbacks, found nothing: set it to one "
+        "of [^\\n`]*val/correct_tokens[^\\n`]*$"
+    )
+    with pytest.raises(ValueError, match=message):
+        stopping = "lightning.pytorch.callbacks.EarlyStopping"
+        fit("--trainer.callbacks+", stopping, "--trainer.callbacks.monitor", "nothing")
 
 
 def test_a_misconfigured_trainer_is_one_line(config: Path) -> None:
