@@ -80,11 +80,12 @@ def require_supported(network: PredictorNetwork) -> None:
 
 
 @torch.no_grad()
-def require_packed_rows(model: PreTrainedModel) -> None:
+def require_packed_rows(model: PreTrainedModel, advice: str = ROWS_ADVICE) -> None:
     """Refuse models that read the documents of a packed row otherwise than each on its own.
 
     Args:
-        model: in eval mode, to be trained on packed rows without slots.
+        model: in eval mode, to be trained on packed rows.
+        advice: what to do if it is refused.
 
     Raises:
         ValueError: as `require_supported`.
@@ -101,8 +102,8 @@ def require_packed_rows(model: PreTrainedModel) -> None:
             use_cache=False,
         ).logits[0]
 
-    with _named_errors(model.config, ROWS_ADVICE), _short_window(model):
-        _require_equal_rows(logits, model, 0, ROWS_ADVICE)
+    with _named_errors(model.config, advice), _short_window(model):
+        _require_equal_rows(logits, model, 0, advice)
 
 
 def require_text_model(config: PreTrainedConfig) -> None:

@@ -170,8 +170,8 @@ def test_an_unknown_metric_to_stop_by_is_one_line(config: Path) -> None:
         "^expected a metric of this run as monitor of EarlyStopping in trainer.callbacks, found nothing: set it to one "
         "of [^\\n`]*val/correct_tokens[^\\n`]*$"
     )
+    stopping = "lightning.pytorch.callbacks.EarlyStopping"
     with pytest.raises(ValueError, match=message):
-        stopping = "lightning.pytorch.callbacks.EarlyStopping"
         fit("--trainer.callbacks+", stopping, "--trainer.callbacks.monitor", "nothing")
 
 
