@@ -136,7 +136,9 @@ def test_refused_in_one_line(kind: str, options: dict[str, Any], reason: str) ->
 
 def test_no_advice_for_adapters_of_a_model_that_is_refused_for_itself() -> None:
     """Convolutions, which carry no adapter, in layers that know no documents."""
-    with pytest.raises(ValueError, match=r"^expected [^\n]*\(qwen3_next\), found others in packed rows[^\n]*$") as error:
+    with pytest.raises(
+        ValueError, match=r"^expected [^\n]*\(qwen3_next\), found others in packed rows[^\n]*$"
+    ) as error:
         build(build_family(family_config("qwen3_next")))
     assert "target_modules" not in str(error.value) and support.ADVICE in str(error.value)
 
