@@ -15,6 +15,7 @@ import torch
 import yaml
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 
+from ptp_lightning.export.checkpoint import read_predictor
 from ptp_lightning.training import cli
 from tests.helpers.tiny_configs import CORPUS_LINE, shrink
 
@@ -105,6 +106,24 @@ def test_a_file_of_something_else(content: Any, config: Path) -> None:
     message = r"^expected a checkpoint of fit, found .*foreign\.ckpt, which holds something else: set ckpt_path$"
     with pytest.raises(ValueError, match=message):
         fit("--ckpt_path", "foreign.ckpt")
+
+
+class Evil:
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.mkdir, ("made",)
+
+
+def test_a_file_with_code_is_refused_without_advice_to_run_it(config: Path) -> None:
+    torch.save({"state_dict": Evil()}, "evil.ckpt")
+    message = (
+        r"^ckpt_path=\S*evil\.ckpt cannot be read: expected weights and plain data, found \w+\.mkdir, which could run code: "
+        r"ask for an exported folder \(safetensors\) where the file is not your own$"
+    )
+    with pytest.raises(ValueError, match=message):
+        fit("--ckpt_path", "evil.ckpt")
+    with pytest.raises(ValueError, match=message):
+        read_predictor("evil.ckpt")
+    assert not Path("made").exists()
 
 
 def test_a_folder_is_no_checkpoint(config: Path) -> None:
