@@ -29,7 +29,7 @@ from ptp_lightning.training.run_folder import SaveRunConfig, newest_checkpoint, 
 from ptp_lightning.training.settings import leaves, require_sections, require_trainer_settings, require_whole_interval
 from ptp_lightning.utils.named_files import find_yaml
 from ptp_lightning.utils.renamed_keys import require_current_names
-from ptp_lightning.utils.user_errors import EXIT_CODE, plain_reason
+from ptp_lightning.utils.user_errors import EXIT_CODE, INTERRUPTED, TERMINATED, plain_reason
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "precision": "32-true",
@@ -60,10 +60,11 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 RUNS_FOLDER = "runs"
 """Where runs write whose logger has no folder; Lightning takes the current one."""
 
-TERMINATED = 128 + 15  # the exit status of a process that SIGTERM has ended, as shells report it
 logger = logging.getLogger(__name__)
 
 _UNKNOWN_METRIC = re.compile(r"Early stopping conditioned on metric `(.*)` which is not available\.")  # of Lightning
+
+_UNWANTED = re.compile("litlogger|litmodels|^An (KeyboardInterrupt|SIGTERMException) was raised with message")
 
 CONFIG_OPTIONS = ("-c", "--config")
 
@@ -241,6 +242,10 @@ def run(args: list[str] | None = None) -> None:
         ) from error
     except SIGTERMException:
         sys.exit(TERMINATED)
+    except SystemExit as end:
+        if isinstance(end.__context__, KeyboardInterrupt):  # Lightning's status is 1
+            sys.exit(INTERRUPTED)
+        raise
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         _leave_together()
 
@@ -350,8 +355,8 @@ def silence_library_noise() -> None:
         r"It is recommended to use `self.log\('(val|test)/",  # metrics are already summed over all processes
     ):
         warnings.filterwarnings("ignore", message=message)
-    # Lightning's tips go through this logger; a filter that is there already is not added again.
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
+    # Lightning's tips and reports go through this logger; a filter that is there already is not added again.
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_wanted)
 
 
 def show_own_messages() -> None:
@@ -362,5 +367,6 @@ def show_own_messages() -> None:
         logger.setLevel(logging.INFO)
 
 
-def _is_no_advertisement(record: logging.LogRecord) -> bool:
-    return not any(product in record.getMessage() for product in ("litlogger", "litmodels"))
+def _is_wanted(record: logging.LogRecord) -> bool:
+    """Neither an advertisement, nor the second line on a stop, which `RunSummary` reports."""
+    return not _UNWANTED.search(record.getMessage())
