@@ -82,8 +82,8 @@ def _warn_of_others(predictor: PredictorNetwork, sampling: SamplingConfig, names
     others = [name for name in names if found[name] != used[name]]
     if others:
         warnings.warn(
-            f"texts are sampled with {', '.join(f'{name} {used[name]}' for name in others)}, as the adapter was trained, "
-            f"not with {', '.join(f'{name} {found[name]}' for name in others)} of the base model's folder "
+            f"texts are sampled with {', '.join(f'{name} {used[name]}' for name in others)}, as the adapter was "
+            f"trained, not with {', '.join(f'{name} {found[name]}' for name in others)} of the base model's folder "
             "(generation_config.json): give sampling to choose",
             stacklevel=3,
         )

@@ -7,8 +7,8 @@ every token, a streamer gets all tokens that a call verified at once, and the re
 texts. Logits processors other than those of temperature, top-k, top-p, min-p, the repetition penalty and n-grams that
 may not repeat are refused, because u picks tokens from distributions that only these shape.
 
-transformers does not pass `tokenizer` on to a callable, so that `stop_strings` needs `CustomGenerate(predictor, tokenizer)`,
-or `generate_with_predictor`.
+transformers does not pass `tokenizer` on to a callable, so that `stop_strings` needs
+`CustomGenerate(predictor, tokenizer)`, or `generate_with_predictor`.
 """
 
 from __future__ import annotations
@@ -158,8 +158,8 @@ class CustomGenerate:
             return given
         if self._tokenizer is None:
             raise ValueError(
-                "expected a tokenizer with stop_strings, found none: call CustomGenerate(predictor, tokenizer), because "
-                "transformers does not pass the tokenizer of generate on"
+                "expected a tokenizer with stop_strings, found none: call CustomGenerate(predictor, tokenizer), "
+                "because transformers does not pass the tokenizer of generate on"
             )
         return [*given, StopStringCriteria(self._tokenizer, stop_strings)]
 
@@ -179,7 +179,7 @@ class _Receiver:
 
     def __init__(self, input_ids: Tensor, criteria: Iterable[StoppingCriteria], streamer: BaseStreamer | None) -> None:
         self._input_ids = input_ids
-        self._criteria = [one for one in criteria if type(one).__name__ not in CRITERIA_IN_SETTINGS]
+        self._criteria: list[Any] = [one for one in criteria if type(one).__name__ not in CRITERIA_IN_SETTINGS]
         self._streamer = streamer
         self._texts: list[list[int]] = [[] for _ in input_ids]
 

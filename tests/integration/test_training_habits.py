@@ -116,8 +116,8 @@ class Evil:
 def test_a_file_with_code_is_refused_without_advice_to_run_it(config: Path) -> None:
     torch.save({"state_dict": Evil()}, "evil.ckpt")
     message = (
-        r"^ckpt_path=\S*evil\.ckpt cannot be read: expected weights and plain data, found \w+\.mkdir, which could run code: "
-        r"ask for an exported folder \(safetensors\) where the file is not your own$"
+        r"^ckpt_path=\S*evil\.ckpt cannot be read: expected weights and plain data, found \w+\.mkdir, which could run "
+        r"code: ask for an exported folder \(safetensors\) where the file is not your own$"
     )
     with pytest.raises(ValueError, match=message):
         fit("--ckpt_path", "evil.ckpt")
