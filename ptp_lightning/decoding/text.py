@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypedDict, Unpack
 
 from ptp_lightning.decoding.autoregressive import decode_autoregressively
 from ptp_lightning.decoding.generation import Decoded, Generation, GenerationSettings, OnTokens, require_room
-from ptp_lightning.decoding.model_settings import with_model_settings
+from ptp_lightning.decoding.model_settings import OF_ADAPTER, with_model_settings
 from ptp_lightning.decoding.partial_quadratic import decode_partially_quadratically
 from ptp_lightning.decoding.speculative import decode_by_lookup, decode_speculatively
 from ptp_lightning.decoding.stop_strings import StopStrings
@@ -230,7 +230,11 @@ def _settings(
     if end_of_text is None:
         end_of_text = end_of_text_ids(predictor, tokenizer, chat=options.get("chat", False))
     settings = GenerationSettings(
-        sampling=with_model_settings(predictor, predictor.config.sampling if sampling is None else sampling),
+        sampling=(
+            with_model_settings(predictor, predictor.config.sampling)
+            if sampling is None
+            else with_model_settings(predictor, sampling, given=OF_ADAPTER)
+        ),
         max_new_tokens=options.get("max_new_tokens", 64),
         seed=options.get("seed", 0),
         end_of_text=frozenset(whole_numbers(end_of_text, "end_of_text")),

@@ -7,8 +7,8 @@ every token, a streamer gets all tokens that a call verified at once, and the re
 texts. Logits processors other than those of temperature, top-k, top-p, min-p, the repetition penalty and n-grams that
 may not repeat are refused, because u picks tokens from distributions that only these shape.
 
-transformers does not pass `tokenizer` on to a callable, so that `stop_strings` needs `generate_with_predictor`, or
-`stopping_criteria=[StopStringCriteria(tokenizer, ["END"])]`.
+transformers does not pass `tokenizer` on to a callable, so that `stop_strings` needs
+`CustomGenerate(predictor, tokenizer)`, or `generate_with_predictor`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +35,14 @@ from ptp_lightning.option_names import DEFAULT_DECODER, DecoderName
 from ptp_lightning.sampling import SamplingConfig
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+    from transformers import (
+        GenerationConfig,
+        LogitsProcessorList,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        StoppingCriteria,
+        StoppingCriteriaList,
+    )
     from transformers.generation.streamers import BaseStreamer
 
 # Logits processors, and where the sampling settings and the processors hold their value.
@@ -59,10 +66,12 @@ class CustomGenerate:
 
     Args:
         predictor: its student drafts, and its base model verifies.
+        tokenizer: for `stop_strings`.
     """
 
-    def __init__(self, predictor: PredictorNetwork) -> None:
+    def __init__(self, predictor: PredictorNetwork, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         self._predictor = predictor
+        self._tokenizer = tokenizer
 
     def __call__(
         self,
@@ -76,6 +85,7 @@ class CustomGenerate:
         window_length: int | None = None,
         num_draft_tokens: int | None = None,
         slot_budget: int = 16,
+        stop_strings: str | list[str] | None = None,
         **model_kwargs: Any,
     ) -> Tensor:
         """Continue `input_ids`, `[B, S]`, padded on the left.
@@ -92,6 +102,7 @@ class CustomGenerate:
             window_length: likewise.
             num_draft_tokens: likewise.
             slot_budget: likewise.
+            stop_strings: each text ends with the token that completes one of them; by default those of the settings.
             **model_kwargs: `attention_mask` is used.
 
         Returns:
@@ -127,13 +138,30 @@ class CustomGenerate:
                 num_draft_tokens=num_draft_tokens,
                 slot_budget=slot_budget,
             )
-            receiver = _Receiver(input_ids, stopping_criteria, streamer)
+            criteria = self._with_stop_strings(stopping_criteria, stop_strings or generation_config.stop_strings)
+            receiver = _Receiver(input_ids, criteria, streamer)
             decoded = DECODERS[decoder](predictor, prompts, settings, receiver)
             padding = generation_config.pad_token_id
             padding_id = padding if isinstance(padding, int) else 0
             longest = max(len(text.token_ids) for text in decoded)
             rows = [text.token_ids + [padding_id] * (longest - len(text.token_ids)) for text in decoded]
             return torch.cat([input_ids, torch.tensor(rows, dtype=input_ids.dtype, device=input_ids.device)], dim=1)
+
+    def _with_stop_strings(
+        self, criteria: Iterable[StoppingCriteria], stop_strings: str | list[str] | None
+    ) -> list[StoppingCriteria]:
+        """Add the criterion of transformers, unless it is there already."""
+        from transformers import StopStringCriteria
+
+        given = list(criteria)
+        if not stop_strings or any(isinstance(one, StopStringCriteria) for one in given):
+            return given
+        if self._tokenizer is None:
+            raise ValueError(
+                "expected a tokenizer with stop_strings, found none: call CustomGenerate(predictor, tokenizer), "
+                "because transformers does not pass the tokenizer of generate on"
+            )
+        return [*given, StopStringCriteria(self._tokenizer, stop_strings)]
 
     def _sampling(self, logits_processor: LogitsProcessorList, generation_config: GenerationConfig) -> SamplingConfig:
         sampling = SamplingConfig(order=self._predictor.config.sampling.order, **_values(logits_processor))
@@ -149,9 +177,9 @@ class _Receiver:
         streamer: of a single text.
     """
 
-    def __init__(self, input_ids: Tensor, criteria: StoppingCriteriaList, streamer: BaseStreamer | None) -> None:
+    def __init__(self, input_ids: Tensor, criteria: Iterable[StoppingCriteria], streamer: BaseStreamer | None) -> None:
         self._input_ids = input_ids
-        self._criteria = [one for one in criteria if type(one).__name__ not in CRITERIA_IN_SETTINGS]
+        self._criteria: list[Any] = [one for one in criteria if type(one).__name__ not in CRITERIA_IN_SETTINGS]
         self._streamer = streamer
         self._texts: list[list[int]] = [[] for _ in input_ids]
 

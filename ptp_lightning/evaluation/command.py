@@ -114,7 +114,8 @@ def _complete_settings(
     """Complete the settings by the options, and by the predictor's values for options that are not given."""
     given = {name: options[name] for name in ("top_k", "top_p") if options[name] is not None}
     length = predictor.config.window_length if options.window_length is None else options.window_length
-    sampling = with_model_settings(predictor, replace(predictor.config.sampling, **given))
+    chosen = [*given, *(["temperature"] if options.temperatures else [])]
+    sampling = with_model_settings(predictor, replace(predictor.config.sampling, **given), given=chosen)
     return replace(settings, sampling=sampling, window_length=length, end_of_text=ends)
 
 

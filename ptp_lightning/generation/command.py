@@ -209,7 +209,7 @@ def _completed(
             file=sys.stderr,
         )
     with warnings_as_notes():
-        sampling = with_model_settings(predictor, sampling)
+        sampling = with_model_settings(predictor, sampling, given=_given_sampling(options))
     window_length = settings.window_length if options.window_length else config.window_length
     settings = replace(settings, sampling=sampling, window_length=window_length, end_of_text=end_of_text)
     if options.decoder == "partial_quadratic" and options.slot_budget == "auto":

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ptp_lightning.models.attention.eager_attention import needs_eager_attention
+from ptp_lightning.models.positions import max_positions
 from ptp_lightning.utils.pretrained import EMBEDDED, PATH_KEY, clear_errors, few, listing, locate, quiet_transformers
 
 if TYPE_CHECKING:
@@ -81,6 +82,11 @@ def load_backbone(settings: BackboneSettings, *, key: str = PATH_KEY) -> "PreTra
     if is_local and "gguf_file" not in source:
         _require_model_files(Path(source["pretrained_model_name_or_path"]), key, weights=not settings.random_weights)
 
+    if not settings.random_weights and "gguf_file" not in source:
+        with clear_errors(settings.path, key), quiet_transformers(progress_bar=not is_local):
+            config = AutoConfig.from_pretrained(**source)
+        _require_plain_weights(config, key)
+
     def build(attn_implementation: str) -> Any:
         options = {"dtype": dtype, "attn_implementation": attn_implementation}
         with clear_errors(settings.path, key), quiet_transformers(progress_bar=not is_local):
@@ -113,7 +119,7 @@ def known_positions(settings: BackboneSettings, *, key: str = PATH_KEY) -> int |
         return None
     _require_model_files(Path(source["pretrained_model_name_or_path"]), key, weights=not settings.random_weights)
     with clear_errors(settings.path, key), quiet_transformers(progress_bar=False):
-        return getattr(AutoConfig.from_pretrained(**source), "max_position_embeddings", None)
+        return max_positions(AutoConfig.from_pretrained(**source))
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -161,6 +167,26 @@ def _require_model_files(folder: Path, key: str, *, weights: bool) -> None:
         raise FileNotFoundError(f"expected config.json in {folder}, found {listing(folder)}: set {key}{hint}")
     if weights and not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
         raise FileNotFoundError(f"expected *.safetensors weights in {folder}, found {listing(folder)}: set {key}")
+
+
+def _require_plain_weights(config: "PreTrainedConfig", key: str) -> None:
+    """Refuse quantised weights, which carry no adapter of ours, before transformers asks for a library that reads them.
+
+    Some of them transformers would unpack and train on without a word, others need a GPU.
+
+    Raises:
+        ValueError: names the type of the model and the method.
+    """
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return
+    entries = found if isinstance(found, dict) else found.to_dict()
+    method = getattr(entries.get("quant_method"), "value", entries.get("quant_method")) or "an unknown method"
+    raise ValueError(
+        f"expected a base model with plain weights, found {config.model_type} with weights quantised by {method} "
+        f"(quantization_config in config.json): set {key} to the model in float32, float16 or bfloat16 from which it "
+        "was made, or to a GGUF file"
+    )
 
 
 def _config_from_dict(entries: dict[str, Any]) -> "PreTrainedConfig":

@@ -23,6 +23,7 @@ from ptp_lightning.models.draft_head import DraftHead, as_vocabulary, require_dr
 from ptp_lightning.models.layers.packed_linear import PackedWeights
 from ptp_lightning.models.ngram_table import NgramTable
 from ptp_lightning.models.output_head import apply_head, final_logits, output_head
+from ptp_lightning.models.positions import max_positions
 from ptp_lightning.models.slots.late_entry import LateEntry, first_slot_layer
 from ptp_lightning.models.slots.layerless_slots import LayerlessSlots
 from ptp_lightning.models.slots.sampling_encoder import SamplingEncoder
@@ -133,7 +134,7 @@ class PredictorNetwork(nn.Module):
     @property
     def max_positions(self) -> int | None:
         """The longest sequence that the base model supports, if it has a limit."""
-        return getattr(self.base_model.config, "max_position_embeddings", None)
+        return max_positions(self.base_model.config)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The base model's output head, for hidden states of context tokens: `[..., H]` to `[..., V]`."""

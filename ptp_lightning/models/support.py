@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,19 +16,24 @@ from ptp_lightning.models.attention.dense import Dense
 from ptp_lightning.models.attention.dispatch import register_attention
 from ptp_lightning.models.attention.eager_attention import needs_eager_attention, register_eager_attention
 from ptp_lightning.models.attention.masks import context_mask
-from ptp_lightning.models.attention.sliding_window import FULL, SLIDING, layer_masks
+from ptp_lightning.models.attention.sliding_window import FULL, SLIDING, has_sliding_window, layer_masks
 from ptp_lightning.models.lora.gated_linear import GatedLoraLinear
+from ptp_lightning.models.positions import long_rope_positions, max_positions
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from ptp_lightning.models.network import PredictorNetwork
 
 FIRST_LENGTH, SECOND_LENGTH = 7, 16  # tokens of the two documents of the check
+NUM_ROWS = 3
+"""Rows of the comparison with the model's own logits, each of other random tokens."""
+SHORT_WINDOW = 6
+"""Sliding window during the check. Documents that reach beyond a longer one would take seconds."""
 MAX_LENGTH = 1024
-"""Longest document of the check. Longer sliding windows are not reached; the tests reach those of all families."""
+"""Longest document for a model that keeps its own window."""
 MAX_WINDOW = 64
 """Longest window of the check. A slot after these sees nothing but more slots, which take memory."""
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
@@ -41,12 +48,16 @@ def require_supported(network: PredictorNetwork) -> None:
 
     Two documents of random tokens are packed into a row. Compared are
 
-    * logits of each document, read in the packed row, with those of the model's own forward pass on it alone: a mask,
-      position or state that crosses documents shows, and so do a window of attention and scaled logits. If the model
-      does not say that its attention function can be exchanged, as decoding does, this is tried;
+    * in several such rows, logits of each document, read in the packed row, with those of the model's own forward pass
+      on it alone: a mask, position or state that crosses documents shows, and so do a window of attention and scaled
+      logits. If the model does not say that its attention function can be exchanged, as decoding does, this is tried;
     * logits of slots before and after all tokens that they must not see are exchanged, and all other slots;
     * logits of slots by the chosen attention back-end, with those under an explicit mask, as in decoding;
     * what each adapter reads, with what the gate needs.
+
+    The check runs under a sliding window of `SHORT_WINDOW` tokens in place of a longer one, if the model reads its
+    window from its configuration in each call, as all supported families of transformers do. Documents reach beyond the
+    window of any other model, but for one of more than `MAX_LENGTH` tokens, which is not checked.
 
     Args:
         network: complete, on any device but meta.
@@ -57,36 +68,42 @@ def require_supported(network: PredictorNetwork) -> None:
     model = network.base_model
     if model.device.type == "meta":
         return
+    _say_limit_of_long_rope(model.config)
     kind = model.config.model_type
-    with _named_errors(model.config), _attention(network, AttentionChoice(network.student_model, is_logged=False)):
+    choice = AttentionChoice(network.student_model, is_logged=False)
+    with _named_errors(model.config), _short_window(model), _attention(network, choice):
         batch = _batch(model, _window_length(network))
-        _require_own_logits(network, batch)
+        _require_own_logits(network)
         _require_positions(network, batch, kind)
         _require_visible_tokens_alone(network, batch, kind)
         _require_slots_as_under_a_mask(network, batch, kind)
 
 
 @torch.no_grad()
-def require_packed_rows(model: PreTrainedModel) -> None:
+def require_packed_rows(model: PreTrainedModel, advice: str = ROWS_ADVICE) -> None:
     """Refuse models that read the documents of a packed row otherwise than each on its own.
 
     Args:
-        model: in eval mode, to be trained on packed rows without slots.
+        model: in eval mode, to be trained on packed rows.
+        advice: what to do if it is refused.
 
     Raises:
         ValueError: as `require_supported`.
     """
     if model.device.type == "meta":
         return
-    with _named_errors(model.config, ROWS_ADVICE):
-        batch = _batch(model)
-        found = model(
+    _say_limit_of_long_rope(model.config)
+
+    def logits(batch: PackedBatch) -> Tensor:
+        return model(
             input_ids=batch.input_ids,
             attention_mask=layer_masks(model.config, context_mask(batch.document_ids)),
             position_ids=batch.position_ids,
             use_cache=False,
-        )
-        _require_equal(found.logits[0], _own_logits(model, batch), model, ROWS_ADVICE)
+        ).logits[0]
+
+    with _named_errors(model.config, advice), _short_window(model):
+        _require_equal_rows(logits, model, 0, advice)
 
 
 def require_text_model(config: PreTrainedConfig) -> None:
@@ -115,16 +132,27 @@ def require_finite(embeddings: Tensor) -> None:
         raise ValueError(f"expected finite embeddings of the base model, found a NaN or infinity: {ADVICE}")
 
 
-def _batch(model: PreTrainedModel, window_length: int = 0) -> PackedBatch:
+def _say_limit_of_long_rope(config: PreTrainedConfig) -> None:
+    """Its configuration promises more positions, and `max_positions` explains the limit."""
+    limit = long_rope_positions(config)
+    if limit is not None and limit < config.max_position_embeddings:
+        warnings.warn(
+            f"texts of {config.model_type} have at most {limit} positions, because RoPE of the type longrope changes "
+            "all keys beyond: for longer ones set predictor.backbone.path to a model with another type of RoPE",
+            stacklevel=2,
+        )
+
+
+def _batch(model: PreTrainedModel, window_length: int = 0, seed: int = 0) -> PackedBatch:
     """One row of two documents, with two windows in the second."""
     config: Any = model.config.get_text_config()
-    window = getattr(config, "sliding_window", None) or 0
-    second = min(max(SECOND_LENGTH, window + SECOND_LENGTH // 2), MAX_LENGTH)
-    limit = getattr(model.config, "max_position_embeddings", None)
+    beyond_window = (getattr(config, "sliding_window", None) or 0) + SECOND_LENGTH // 2
+    second = SECOND_LENGTH if beyond_window > MAX_LENGTH else max(SECOND_LENGTH, beyond_window)
+    limit = max_positions(model.config)
     if limit is not None:
         second = max(min(second, limit - window_length), 3)
     lengths = torch.tensor([FIRST_LENGTH, second])
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     # Not the token 0, whose embedding is often a row of zeros.
     ids = torch.randint(min(1, config.vocab_size - 1), config.vocab_size, (1, int(lengths.sum())), generator=generator)
     documents = torch.repeat_interleave(lengths).unsqueeze(0)
@@ -133,18 +161,63 @@ def _batch(model: PreTrainedModel, window_length: int = 0) -> PackedBatch:
     return PackedBatch(ids, documents, positions, starts, torch.ones_like(ids, dtype=torch.bool)).to(model.device)
 
 
-def _require_own_logits(network: PredictorNetwork, batch: PackedBatch) -> None:
+def _require_own_logits(network: PredictorNetwork) -> None:
     model = network.base_model
-    expected = _own_logits(model, batch)
-    contexts: list[AbstractContextManager[None]] = [nullcontext()]
+    contexts: list[Callable[[], AbstractContextManager[None]]] = [nullcontext]
     if needs_eager_attention(model):
-        contexts.append(_exchanged_attention(model, register_eager_attention(in_float64=True)))
+        contexts.append(partial(_exchanged_attention, model, register_eager_attention(in_float64=True)))
     elif not model._supports_attention_backend:
-        contexts.append(_exchanged_attention(model, register_attention()))
-    for attention in contexts:
-        with attention:
-            found = network.logits(network.encode(batch).hidden)[0]
-        _require_equal(found, expected, model, ADVICE)
+        contexts.append(partial(_exchanged_attention, model, register_attention()))
+
+    def logits(batch: PackedBatch) -> Tensor:
+        return network.logits(network.encode(batch).hidden)[0]
+
+    _require_equal_rows(logits, model, _window_length(network), ADVICE, contexts)
+
+
+def _require_equal_rows(
+    logits: Callable[[PackedBatch], Tensor],
+    model: PreTrainedModel,
+    window_length: int,
+    advice: str,
+    contexts: Sequence[Callable[[], AbstractContextManager[None]]] = (nullcontext,),
+) -> None:
+    """Compare logits of packed rows with the model's own, in each of these contexts.
+
+    Args:
+        logits: makes those `[S, V]` of a row.
+        model: the base model.
+        window_length: L.
+        advice: what to do if they differ.
+        contexts: in which `logits` is called.
+    """
+    for seed in range(NUM_ROWS):
+        batch = _batch(model, window_length, seed)
+        expected = _own_logits(model, batch)
+        for context in contexts:
+            with context():
+                found = logits(batch)
+            _require_equal(found, expected, model, advice)
+
+
+@contextmanager
+def _short_window(model: PreTrainedModel) -> Iterator[None]:
+    """With a sliding window of `SHORT_WINDOW`, if the model's own is longer and read from its configuration."""
+    config: Any = model.config
+    own = config.sliding_window if has_sliding_window(config) else 0
+    if own <= SHORT_WINDOW:
+        yield
+        return
+    try:
+        config.sliding_window = SHORT_WINDOW
+        batch = _batch(model)
+        shorter = _own_logits(model, batch)
+        config.sliding_window = own
+        if not torch.equal(_own_logits(model, batch), shorter):
+            config.sliding_window = SHORT_WINDOW
+        yield
+    finally:
+        config.sliding_window = own
 
 
 def _own_logits(model: PreTrainedModel, batch: PackedBatch) -> Tensor:

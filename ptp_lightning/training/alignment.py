@@ -36,3 +36,18 @@ def align_with_step(trainer: Trainer) -> None:
     for entry in trainer.lr_scheduler_configs:
         if isinstance(entry.scheduler, StepSchedule):
             entry.scheduler.resume_at(trainer.global_step)
+
+
+def align_logged_step(trainer: Trainer, *, validates: bool = False) -> None:
+    """Let loggers count optimiser steps, as in a training that was never interrupted.
+
+    Lightning logs with a counter of its own. A run that resumes after a polite stop begins with a counter that is one
+    too large, and a chain of such runs drifts.
+
+    Args:
+        trainer: at the start of a batch, or of a validation.
+        validates: a validation follows a batch. It is logged with the step of that batch, which Lightning counts later.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    has_stepped = validates and not loop._should_accumulate()
+    loop._batches_that_stepped = trainer.global_step - int(has_stepped)

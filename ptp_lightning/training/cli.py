@@ -1,6 +1,7 @@
 """The LightningCLI of fit, validate and test, and of other commands that read the same configurations."""
 
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import yaml
 from jsonargparse import set_parsing_settings
+from jsonargparse.typing import register_type
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, Checkpoint, LearningRateMonitor, ProgressBar
@@ -24,10 +26,10 @@ from ptp_lightning.training.disk_errors import plain_disk_errors
 from ptp_lightning.training.distributed.termination import TerminateTogether
 from ptp_lightning.training.hyperparameters import flat_settings
 from ptp_lightning.training.run_folder import SaveRunConfig, newest_checkpoint, require_writable_folders
-from ptp_lightning.training.settings import require_sections, require_trainer_settings
+from ptp_lightning.training.settings import leaves, require_sections, require_trainer_settings, require_whole_interval
 from ptp_lightning.utils.named_files import find_yaml
 from ptp_lightning.utils.renamed_keys import require_current_names
-from ptp_lightning.utils.user_errors import EXIT_CODE, plain_reason
+from ptp_lightning.utils.user_errors import EXIT_CODE, INTERRUPTED, TERMINATED, plain_reason
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "precision": "32-true",
@@ -58,8 +60,11 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 RUNS_FOLDER = "runs"
 """Where runs write whose logger has no folder; Lightning takes the current one."""
 
-TERMINATED = 128 + 15  # the exit status of a process that SIGTERM has ended, as shells report it
 logger = logging.getLogger(__name__)
+
+_UNKNOWN_METRIC = re.compile(r"Early stopping conditioned on metric `(.*)` which is not available\.")  # of Lightning
+
+_UNWANTED = re.compile("litlogger|litmodels|^An (KeyboardInterrupt|SIGTERMException) was raised with message")
 
 CONFIG_OPTIONS = ("-c", "--config")
 
@@ -93,8 +98,6 @@ class PlainErrorParser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the reason and the command for help, and exit with status 2."""
         print(f"error: {unknown_class(message) or plain_reason(message)}", file=sys.stderr)
-        if "checkpoint.every_n_train_steps" in message:
-            print("tip: by default it is trainer.val_check_interval, here a whole number of steps", file=sys.stderr)
         print(f"tip: python -m ptp_lightning {self.command} --help lists the options", file=sys.stderr)
         sys.exit(EXIT_CODE)
 
@@ -229,8 +232,20 @@ def run(args: list[str] | None = None) -> None:
         parsed(TrainingCLI, PlainErrorParser, args)
     except MisconfigurationException as error:
         raise ValueError(f"{' '.join(str(error).split())}: change the settings of trainer") from error
+    except RuntimeError as error:
+        if not (metric := _UNKNOWN_METRIC.match(str(error))):
+            raise
+        names = re.findall(r"`([^`]+)`", str(error)[metric.end() :])
+        raise ValueError(
+            f"expected a metric of this run as monitor of EarlyStopping in trainer.callbacks, found {metric[1]}: set "
+            f"it to one of {', '.join(name for name in names if '/' in name and '/position_' not in name)}"
+        ) from error
     except SIGTERMException:
         sys.exit(TERMINATED)
+    except SystemExit as end:
+        if isinstance(end.__context__, KeyboardInterrupt):  # Lightning's status is 1
+            sys.exit(INTERRUPTED)
+        raise
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         _leave_together()
 
@@ -252,8 +267,12 @@ def parsed(
     args = [*sys.argv[1:]] if args is None else args
     require_current_names(options_of(args), "command line")
     require_sections(options_of(args), "command line")
+    found_args, settings = with_found_configs(args)
+    require_whole_interval(settings | dict(leaves(options_of(args))))
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     silence_library_noise()
+    # Of defaults such as that of StochasticWeightAveraging; jsonargparse knows only types that are registered.
+    register_type(torch.device, str, torch.device, fail_already_registered=False)
     options.setdefault("save_config_callback", SaveRunConfig)
     return cli_class(
         LightningModule,
@@ -265,18 +284,18 @@ def parsed(
         seed_everything_default=0,
         parser_kwargs={"parser_mode": "omegaconf+"},
         parser_class=parser_class,
-        args=with_found_configs(args),
+        args=found_args,
         **options,
     )
 
 
-def with_found_configs(args: Sequence[str]) -> list[str]:
-    """Arguments whose `--config NAME` are the paths of files; see `find_yaml`.
+def with_found_configs(args: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """Arguments whose `--config NAME` are the paths of files, see `find_yaml`, and dotted keys and values of the files.
 
     Raises:
         ValueError: a file has names of version 0.1.
     """
-    found = list(args)
+    found, settings = list(args), dict[str, Any]()
     for k, argument in enumerate(args):
         option, has_value, value = argument.partition("=")
         if option not in CONFIG_OPTIONS or not (has_value or k + 1 < len(args)):
@@ -288,11 +307,12 @@ def with_found_configs(args: Sequence[str]) -> list[str]:
                 config = config if isinstance(config, dict) else {}
                 require_current_names(config, str(path))
                 require_sections(config, str(path))
+                settings |= dict(leaves(config))
             if has_value:
                 found[k] = f"{option}={path}"
             else:
                 found[k + 1] = str(path)
-    return found
+    return found, settings
 
 
 def options_of(args: Sequence[str]) -> dict[str, Any]:
@@ -335,8 +355,8 @@ def silence_library_noise() -> None:
         r"It is recommended to use `self.log\('(val|test)/",  # metrics are already summed over all processes
     ):
         warnings.filterwarnings("ignore", message=message)
-    # Lightning's tips go through this logger; a filter that is there already is not added again.
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
+    # Lightning's tips and reports go through this logger; a filter that is there already is not added again.
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_wanted)
 
 
 def show_own_messages() -> None:
@@ -347,5 +367,6 @@ def show_own_messages() -> None:
         logger.setLevel(logging.INFO)
 
 
-def _is_no_advertisement(record: logging.LogRecord) -> bool:
-    return not any(product in record.getMessage() for product in ("litlogger", "litmodels"))
+def _is_wanted(record: logging.LogRecord) -> bool:
+    """Neither an advertisement, nor the second line on a stop, which `RunSummary` reports."""
+    return not _UNWANTED.search(record.getMessage())

@@ -28,11 +28,15 @@ MINIMA = {
     "max_epochs": -1,
     "accumulate_grad_batches": 1,
     "log_every_n_steps": 0,
+    "check_val_every_n_epoch": 1,
     "gradient_clip_val": 0,
 }
 """Smallest values below `trainer`; null is allowed."""
 _DEVICES = re.compile(r"auto|-?\d+(,-?\d+)*,?|\[.*\]")
+_PROCESSES = re.compile(r"None|auto|[1-9]\d*")  # of a CPU
+_FRACTION = re.compile(r"\d*\.\d*[1-9]\d*")
 SEARCHES = ("LearningRateFinder", "BatchSizeFinder")
+EPOCH_AVERAGING = "StochasticWeightAveraging"
 
 
 def require_trainer_settings(trainer: Mapping[str, Any]) -> None:
@@ -59,6 +63,12 @@ def require_trainer_settings(trainer: Mapping[str, Any]) -> None:
     if devices in (0, "0", [], "[]") or (isinstance(devices, str) and not _DEVICES.fullmatch(devices)):
         raise ValueError(f"expected trainer.devices auto, a number from one on, or indices, found {devices}")
     accelerator = trainer.get("accelerator")
+    runs_on_cpu = accelerator == "cpu" or (accelerator in (None, "auto") and not _has_gpu())
+    if runs_on_cpu and not _PROCESSES.fullmatch(str(devices)):
+        raise ValueError(
+            "expected trainer.devices auto or a number of processes from one on, because a CPU has no indices, found "
+            f"{devices}"
+        )
     if not ACCELERATORS.get(str(accelerator), lambda: True)():
         raise ValueError(f"expected a trainer.accelerator that this machine has, found {accelerator}: set it to cpu")
     callbacks = trainer.get("callbacks") or []
@@ -69,6 +79,37 @@ def require_trainer_settings(trainer: Mapping[str, Any]) -> None:
                 f"expected trainer.callbacks that observe a run, found {name}, which changes settings of the model "
                 "that this package takes from its configuration: remove it, and compare several runs"
             )
+        if name == EPOCH_AVERAGING and not _has_epochs(trainer):
+            raise ValueError(
+                f"expected trainer.limit_train_batches, the number of batches of an epoch, beside {name} in "
+                "trainer.callbacks, which averages the weights at the start of each epoch, found none: set it, because "
+                "training streams have no end"
+            )
+
+
+def _has_epochs(trainer: Mapping[str, Any]) -> bool:
+    limit = trainer.get("limit_train_batches")
+    return isinstance(limit, int) and limit > 0
+
+
+def require_whole_interval(config: Mapping[str, Any]) -> None:
+    """Refuse validations after a part of an epoch, where checkpoints are to be written as often.
+
+    Args:
+        config: dotted keys and values of files and options.
+
+    Raises:
+        ValueError: `trainer.val_check_interval` is a fraction, and no other period of checkpoints is given.
+
+    >>> require_whole_interval({"trainer.val_check_interval": "0.25"})
+    Traceback (most recent call last):
+    ValueError: expected a whole number of steps for trainer.val_check_interval, found 0.25: streams have no end
+    """
+    interval = str(config.get("trainer.val_check_interval", ""))
+    if _FRACTION.fullmatch(interval) and float(interval) > 0 and config.get("checkpoint.every_n_train_steps") is None:
+        raise ValueError(
+            f"expected a whole number of steps for trainer.val_check_interval, found {interval}: streams have no end"
+        )
 
 
 def require_sections(config: Mapping[str, Any], place: str) -> None:
@@ -85,17 +126,18 @@ def require_sections(config: Mapping[str, Any], place: str) -> None:
     Traceback (most recent call last):
     ValueError: a.yaml: expected settings of model.init_args.predictor.lora, found null: leave it out for its defaults
     """
-    for key, value in _leaves(config):
+    for key, value in leaves(config):
         parts = [part for part in key.split(".") if part != "init_args"]
         owner = parts[-2] if len(parts) > 1 else ""
         if value in (None, "null", "None") and parts[-1] in _sections().get(owner, ()):
             raise ValueError(f"{place}: expected settings of {key}, found null: leave it out for its defaults")
 
 
-def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of nested settings."""
     for key, value in config.items():
         if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 

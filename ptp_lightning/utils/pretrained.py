@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import pickle
+import re
 import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -98,6 +100,13 @@ def clear_errors(path: str | Path, key: str) -> Iterator[None]:
         yield
     except ImportError:  # its message says what to install
         raise
+    except pickle.UnpicklingError as error:  # torch advises to load the file with its code
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        found = f"{code[1]}, which could run code" if code else "something else"
+        raise ValueError(
+            f"{key}={path} cannot be read: expected weights and plain data, found {found}: ask for an exported folder "
+            "(safetensors) where the file is not your own"
+        ) from error
     except Exception as error:  # readers raise struct.error, SafetensorError, OSError, RuntimeError, ...
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"{key}={path} cannot be read: {type(error).__name__}: {reason}") from error

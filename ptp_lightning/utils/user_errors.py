@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
+import threading
 import warnings
 from argparse import ArgumentError
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 
 EXIT_CODE = 2
 INTERRUPTED = 128 + 2  # the exit status of a process that SIGINT has ended, as shells report it
+TERMINATED = 128 + 15  # likewise by SIGTERM
 
 # Lines in which jsonargparse reports its search through type unions and dumps the whole value. They hide the one line
 # about the misspelt or refused key.
@@ -32,11 +35,32 @@ _TYPE = re.compile(
 )
 
 
+class TerminatedError(KeyboardInterrupt):
+    """SIGTERM; what cleans up after Ctrl-C does so for this, too."""
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Let SIGTERM raise `TerminatedError` inside the block, as Ctrl-C raises KeyboardInterrupt."""
+    if threading.current_thread() is not threading.main_thread():  # no other may handle signals
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise TerminatedError
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def run_plainly(dispatch: Callable[[list[str]], None]) -> None:
     """Run a command on the arguments of the command line.
 
     Errors that a user can fix (ValueError, a missing file, a full disk, a missing package) end with one message and
-    exit status 2. With PTP_TRACEBACK=1 in the environment they are raised.
+    exit status 2. With PTP_TRACEBACK=1 in the environment they are raised. Ctrl-C and SIGTERM end with one line, too.
     """
     args = sys.argv[1:]
     for stream in (sys.stdout, sys.stderr):
@@ -50,6 +74,9 @@ def run_plainly(dispatch: Callable[[list[str]], None]) -> None:
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {plain_reason(str(error))}", file=sys.stderr)
         sys.exit(EXIT_CODE)
+    except TerminatedError:
+        print("\nstopped by SIGTERM", file=sys.stderr)
+        sys.exit(TERMINATED)
     except KeyboardInterrupt:
         print("\nstopped by Ctrl-C", file=sys.stderr)
         sys.exit(INTERRUPTED)

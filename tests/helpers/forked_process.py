@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from multiprocessing import get_context, set_start_method
 from pathlib import Path
@@ -75,6 +76,18 @@ class ForkedProcess:
         self.wait(timeout)
         out, err = (file.read_text(encoding="utf-8") for file in self._files)
         return out, err
+
+    def wait_for_output(self, text: str, timeout: float = 120.0) -> None:
+        """Wait until its standard output holds a text.
+
+        Raises:
+            AssertionError: it ends before, or does not write it in time.
+        """
+        deadline = time.monotonic() + timeout
+        while not (self._files[0].exists() and text in self._files[0].read_text(encoding="utf-8", errors="replace")):
+            assert self.poll() is None, self.communicate()
+            assert time.monotonic() < deadline, f"no {text!r} in {timeout} s"
+            time.sleep(0.05)
 
     def send_signal(self, number: int) -> None:
         """Send a signal if it runs."""

@@ -70,11 +70,24 @@ FIELDS: dict[str, Any] = {name: value for value, names in _SIZES for name in nam
 """Tiny values of configuration fields, by name; a family gets those that its configuration has."""
 
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8}
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": _MAMBA | {"attn_layer_indices": [1]},
+    "blt": {"encoder_hash_byte_group_vocab": 64, "encoder_hash_byte_group_size": [3, 4]},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {"hidden_size": HIDDEN, "ffn_hidden_size": INTERMEDIATE, "moe_num_experts": 4, "moe_top_k": 2},
+    },
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2},
-    "dots3_note_text": {"num_key_value_heads": HEADS},
+    "dory": {
+        "n_input_layers": 2,
+        "n_recurrent_layers": 2,
+        "n_output_layers": 2,
+        "num_hidden_layers": 6,
+        "layer_types": ["sliding_attention", "mlp", "full_attention", "mlp", "sliding_attention", "mlp"],
+    },
     "falcon_h1": _MAMBA | {"mamba_d_ssm": 64},
     "gemma3n_text": {"num_kv_shared_layers": 0, "activation_sparsity_pattern": [0.0] * LAYERS},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
@@ -86,13 +99,36 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8},
     "ministral": {"head_dim": HEAD_DIM},
     "nemotron": {"num_key_value_heads": 2},
+    "qwen4_exp_text": {
+        "indexer_n_heads": HEADS,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": HEAD_DIM,
+        "indexer_budget": 16,
+        "indexer_compress_ratio": 2,
+    },
     "reformer": {"attn_layers": ["local", "local"], "axial_pos_shape": [16, 16], "axial_pos_embds_dim": [16, 16]},
     "roc_bert": {"pronunciation_vocab_size": 16, "shape_vocab_size": 16},
-    "zamba": {"layer_types": ["mamba", "hybrid"]},
+    "zamba": {
+        "num_hidden_layers": 4,
+        "layer_types": ["mamba", "hybrid", "mamba", "hybrid"],
+        "attention_hidden_size": 2 * HIDDEN,
+        "attention_head_dim": 2 * HEAD_DIM,
+    },
     "zamba2": {"layer_types": ["mamba", "hybrid"], "num_mem_blocks": 1},
     "zaya": {"num_experts_per_tok": 1},
 }
 """Fields of families to which `FIELDS` do not apply."""
+
+NOT_BUILT: dict[str, str] = {
+    "dots3_note": "a model of images and sounds; its three configurations depend on each other",
+    "dots3_note_text": "sizes of its sliding layers are no fields of its configuration",
+    "gemma3n": "a model of images and sounds, which needs the package timm",
+    "gemma4_assistant": "its default configuration is refused by transformers",
+    "musicgen": "an encoder and a decoder of sounds; transformers builds none from its configuration",
+    "musicgen_melody": "an encoder and a decoder of sounds; transformers builds none from its configuration",
+    "qwen4_exp": "a model of images; its configuration of texts has no defaults",
+}
+"""Families without a tiny model here, and why."""
 
 
 def family_config(model_type: str) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """A run that is stopped, politely or not, leaves a checkpoint that can be decoded with and gone on from."""
 
+import os
 import signal
 import time
 from pathlib import Path
@@ -29,6 +30,27 @@ def endless(tmp_path: Path) -> Path:
     config["checkpoint"] = {"every_n_train_steps": PERIOD}
     path.write_text(yaml.safe_dump(config))
     return path
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("command", ["generate", "evaluate"])
+def test_a_command_that_is_stopped_says_so_in_one_line(command: str, sent: signal.Signals, tmp_path: Path) -> None:
+    """The signal reaches the whole process group, as on a terminal or from a scheduler."""
+    options = {"generate": ["--prompt", "def "], "evaluate": ["--output", "out"]}[command]
+    run = ForkedProcess(run_command, command, *options, "--max_new_tokens", "1000", folder=tmp_path)
+    try:
+        if command == "generate":
+            run.wait_for_output("def ")
+        else:
+            wait_for(tmp_path / "out" / "run.json", run)
+        os.killpg(run.pid, sent)
+        out, err = run.communicate(timeout=PATIENCE_SECONDS)
+    finally:
+        run.kill()
+    assert run.returncode == 128 + sent
+    assert "Traceback" not in out + err
+    name = "Ctrl-C" if sent == signal.SIGINT else "SIGTERM"
+    assert err.splitlines()[-1] == f"stopped by {name}"
 
 
 def fit(config: Path, *more: str) -> ForkedProcess:

@@ -22,6 +22,22 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "steps": (["--trainer.max_steps", "-5"], "expected trainer.max_steps >= -1, found -5"),
     "epochs": (["--trainer.max_epochs", "-3"], "expected trainer.max_epochs >= -1, found -3"),
     "devices": (["--trainer.devices", "0"], "expected trainer.devices auto, a number from one on, or indices, found 0"),
+    "indices of a CPU": (
+        ["--trainer.accelerator", "cpu", "--trainer.devices", "[5]"],
+        "expected trainer.devices auto or a number of processes from one on, because a CPU has no indices, found [5]",
+    ),
+    "all devices of a CPU": (
+        ["--trainer.accelerator", "cpu", "--trainer.devices=-1"],
+        "expected trainer.devices auto or a number of processes from one on, because a CPU has no indices, found -1",
+    ),
+    "no epochs": (
+        ["--trainer.check_val_every_n_epoch", "0"],
+        "expected trainer.check_val_every_n_epoch >= 1, found 0",
+    ),
+    "part of an epoch": (
+        ["--trainer.val_check_interval", "0.25"],
+        "error: expected a whole number of steps for trainer.val_check_interval, found 0.25",
+    ),
     "accelerator": (
         ["--trainer.accelerator", "gpu"],
         "expected a trainer.accelerator that this machine has, found gpu",
@@ -36,6 +52,11 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "search": (
         ["--trainer.callbacks+", "lightning.pytorch.callbacks.LearningRateFinder"],
         "expected trainer.callbacks that observe a run, found LearningRateFinder",
+    ),
+    "averages without epochs": (
+        ["--trainer.callbacks+", "lightning.pytorch.callbacks.StochasticWeightAveraging",
+         "--trainer.callbacks.swa_lrs", "0.01"],
+        "expected trainer.limit_train_batches, the number of batches of an epoch, beside StochasticWeightAveraging",
     ),
     "rate": ([f"{MODEL}.optimizer.learning_rate", ".inf"], "expected a finite optimizer.learning_rate > 0, found inf"),
     "rate NaN": ([f"{MODEL}.optimizer.learning_rate", ".nan"], "a finite optimizer.learning_rate > 0, found nan"),

@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 
+from ptp_lightning.export.checkpoint import read_predictor
 from ptp_lightning.training import cli
 from tests.helpers.tiny_configs import CORPUS_LINE, shrink
 
@@ -106,6 +108,24 @@ def test_a_file_of_something_else(content: Any, config: Path) -> None:
         fit("--ckpt_path", "foreign.ckpt")
 
 
+class Evil:
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.mkdir, ("made",)
+
+
+def test_a_file_with_code_is_refused_without_advice_to_run_it(config: Path) -> None:
+    torch.save({"state_dict": Evil()}, "evil.ckpt")
+    message = (
+        r"^ckpt_path=\S*evil\.ckpt cannot be read: expected weights and plain data, found \w+\.mkdir, which could run "
+        r"code: ask for an exported folder \(safetensors\) where the file is not your own$"
+    )
+    with pytest.raises(ValueError, match=message):
+        fit("--ckpt_path", "evil.ckpt")
+    with pytest.raises(ValueError, match=message):
+        read_predictor("evil.ckpt")
+    assert not Path("made").exists()
+
+
 def test_a_folder_is_no_checkpoint(config: Path) -> None:
     with pytest.raises(ValueError, match="expected a checkpoint file, found the folder"):
         fit("--ckpt_path", ".")
@@ -117,10 +137,61 @@ def test_an_epoch_that_does_not_divide_into_steps(config: Path) -> None:
     assert steps_of(Path("runs/tiny/version_0/checkpoints/last.ckpt")) == 8
 
 
-def test_validations_go_by_steps(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
+AVERAGING = "lightning.pytorch.callbacks.StochasticWeightAveraging"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--trainer.callbacks+", AVERAGING, "--trainer.callbacks.swa_lrs", 0.01,
+         "--trainer.callbacks.swa_epoch_start", 2],
+        ["--trainer.callbacks+", f"[{{class_path: {AVERAGING}, init_args: {{swa_lrs: 0.01, swa_epoch_start: 2}}}}]"],
+    ],
+    ids=["class", "list"],
+)  # fmt: skip
+def test_averaged_weights_are_those_of_the_last_checkpoint(
+    options: list[Any], config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four epochs of one step; the average is that of the weights at the start of the last three."""
+    starts: list[torch.Tensor] = []
+    update = StochasticWeightAveraging.update_parameters
+
+    def recorded(average: Any, module: Any, *more: Any) -> None:
+        starts.append(module.predictor.slot_encoder.placeholder.detach().clone())
+        update(average, module, *more)
+
+    monkeypatch.setattr(StochasticWeightAveraging, "update_parameters", staticmethod(recorded))
+    fit(*options, "--trainer.limit_train_batches", 1, "--trainer.max_steps", 4)
+    stored = torch.load("runs/tiny/version_0/checkpoints/last.ckpt", weights_only=True)
+    assert len(starts) == 3 and not torch.equal(starts[0], starts[2]) and stored["global_step"] == 4
+    torch.testing.assert_close(stored["state_dict"]["predictor.slot_encoder.placeholder"], torch.stack(starts).mean(0))
+
+
+def test_validations_go_by_steps(config: Path) -> None:
+    message = "^expected a whole number of steps for trainer.val_check_interval, found 0.25[^\\n]*$"
+    with pytest.raises(ValueError, match=message):
         fit("--trainer.val_check_interval", 0.25)
-    assert "trainer.val_check_interval, here a whole number of steps" in capsys.readouterr().err
+    plain = yaml.safe_load(config.read_text())
+    plain["trainer"]["val_check_interval"] = 0.25
+    config.write_text(yaml.safe_dump(plain))
+    with pytest.raises(ValueError, match=message):
+        fit()
+
+
+def test_nothing_is_logged_every_zero_steps(config: Path) -> None:
+    fit("--trainer.log_every_n_steps", 0)
+    header = Path("runs/tiny/version_0/metrics.csv").read_text().splitlines()[0]
+    assert "val/correct_tokens" in header and "train/" not in header and "perf/tokens" not in header
+
+
+def test_an_unknown_metric_to_stop_by_is_one_line(config: Path) -> None:
+    message = (
+        "^expected a metric of this run as monitor of EarlyStopping in trainer.callbacks, found nothing: set it to one "
+        "of [^\\n`]*val/correct_tokens[^\\n`]*$"
+    )
+    stopping = "lightning.pytorch.callbacks.EarlyStopping"
+    with pytest.raises(ValueError, match=message):
+        fit("--trainer.callbacks+", stopping, "--trainer.callbacks.monitor", "nothing")
 
 
 def test_a_misconfigured_trainer_is_one_line(config: Path) -> None:
@@ -175,7 +246,7 @@ def test_a_signal_stops_before_the_next_step(
 
     threading.Thread(target=send, daemon=True).start()
     try:
-        with pytest.raises(SystemExit):
+        with pytest.raises(SystemExit, match=str(128 + sent)):
             fit("--trainer.max_steps", 100_000)
         assert signal.getsignal(signal.SIGTERM) == before[signal.SIGTERM]
     finally:
@@ -184,4 +255,4 @@ def test_a_signal_stops_before_the_next_step(
     last = max(folder.glob("*.ckpt"), key=os.path.getmtime)
     text = "".join(capfd.readouterr())
     assert f"at step {steps_of(last)};" in text
-    assert "Traceback" not in text
+    assert "Traceback" not in text and "was raised with message" not in text

@@ -232,6 +232,19 @@ class TestCustomGenerate:
         ).tolist()
         assert found == PROMPT[0].tolist() + text[: text.index(text[position]) + 1]
 
+    def test_stop_strings_of_the_callable(self, predictor: PredictorNetwork) -> None:
+        """In place of `generate_with_predictor`; transformers keeps the tokenizer of `generate` to itself."""
+        text = expected(predictor, 3)
+        model: Any = predictor.base_model
+        position = next(k for k in range(2, 12) if byte_tokenizer().decode([text[k]]).isascii())
+        stop = byte_tokenizer().decode([text[position]])
+        options = {"max_new_tokens": 12, "eos_token_id": None, "pad_token_id": 0, "seed": 3, "stop_strings": [stop]}
+        ours = CustomGenerate(predictor, byte_tokenizer())
+        found = model.generate(PROMPT, custom_generate=ours, **options, **SAMPLED)
+        assert found[0].tolist() == PROMPT[0].tolist() + text[: text.index(text[position]) + 1]
+        with pytest.raises(ValueError, match=r"stop_strings, found none: call CustomGenerate.predictor, tokenizer."):
+            model.generate(PROMPT, custom_generate=CustomGenerate(predictor), **options, **SAMPLED)
+
     def test_stop_strings_need_a_tokenizer(self, predictor: PredictorNetwork) -> None:
         with pytest.raises(ValueError, match="set tokenizer"):
             generate_with_predictor(predictor, PROMPT, stop_strings=["a"])

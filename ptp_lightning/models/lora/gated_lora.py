@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from ptp_lightning.models.lora.gate import Gate
 from ptp_lightning.models.lora.gated_linear import GatedLoraLinear, use_gated_layers
 from ptp_lightning.models.lora.gated_mlp import fuse_mlps
+from ptp_lightning.models.support import ADVICE, require_packed_rows
 
 ALL_LINEAR = "all-linear"
 MAX_RANK = 2**12
@@ -158,6 +159,7 @@ def _check_gateable(model: PreTrainedModel) -> None:
     # `logits_to_keep` shows the head a selection of positions, so the gate could not tell which they are
     refused = [name for name, one in layers.items() if not isinstance(one, GatedLoraLinear) or one is output_head]
     if refused:
+        require_packed_rows(model, ADVICE)  # other adapters do not help a model that is refused for itself
         layer = layers[refused[0]]
         kind = "the output head" if layer is output_head else f"a {type(layer.get_base_layer()).__name__}"
         raise ValueError(

@@ -18,7 +18,8 @@ class LearningRate(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Log the rate of this step."""
-        if trainer.global_step % trainer.log_every_n_steps == 0 and trainer.optimizers:  # pyright: ignore[reportAttributeAccessIssue]
+        period: int = trainer.log_every_n_steps  # pyright: ignore[reportAttributeAccessIssue]
+        if period and trainer.global_step % period == 0 and trainer.optimizers:  # 0 for never
             rate = float(trainer.optimizers[0].param_groups[0]["lr"])
             for logger in trainer.loggers:
                 logger.log_metrics({TAG: rate}, step=trainer.global_step)

@@ -55,7 +55,7 @@ class TrainingSpeed(Callback):
         self._last_step = step
         if self._begin is None:
             self._restart(step)
-        elif step % trainer.log_every_n_steps == 0:  # pyright: ignore[reportAttributeAccessIssue]
+        elif (period := trainer.log_every_n_steps) and step % period == 0:  # pyright: ignore[reportAttributeAccessIssue]
             seconds = time.perf_counter() - self._begin
             metrics = {
                 "perf/seconds_per_step": seconds / (step - self._step),

@@ -19,6 +19,7 @@ from ptp_lightning.models.attention.sliding_window import layer_masks
 from ptp_lightning.models.backbone import BackboneSettings, load_backbone, random_model
 from ptp_lightning.models.layers.activation_checkpointing import checkpoint_layers
 from ptp_lightning.models.lora.gate import Gate
+from ptp_lightning.models.positions import max_positions
 from ptp_lightning.models.support import require_packed_rows
 from ptp_lightning.training.modules.training_module import TrainingModule
 from ptp_lightning.training.optimization import OptimizerSettings, configure
@@ -102,13 +103,23 @@ class AutoregressiveModule(TrainingModule):
         return [self.model]
 
     def setup(self, stage: str) -> None:
-        """Check that data and model fit; count the bytes of each token."""
+        """Check that data and model fit; count the bytes of each token.
+
+        Raises:
+            ValueError: the data have more token ids, or longer rows, than the model takes.
+        """
         data = datamodule_of(self.trainer)
         vocab_size = self.model.config.vocab_size
         if data.vocab_size > vocab_size:
             raise ValueError(
                 f"expected data of at most {vocab_size} token ids (the model's vocab_size), found {data.vocab_size}: "
                 "set data.tokenizer or model.backbone (a series needs one more id than it has values)"
+            )
+        limit = max_positions(self.model.config)
+        if limit is not None and data.row_length > limit:
+            raise ValueError(
+                f"expected data.row_length <= {limit} (the model's positions), found {data.row_length}: lower "
+                "data.row_length"
             )
         self.has_bytes = data.tokenizer is not None
         byte_lengths = torch.zeros(vocab_size, dtype=torch.int64)

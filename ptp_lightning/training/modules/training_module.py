@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from ptp_lightning.batch import PackedBatch
 from ptp_lightning.losses import LossSum
 from ptp_lightning.models.layers.decoder_layers import decoder_layers
-from ptp_lightning.training.alignment import align_with_step
+from ptp_lightning.training.alignment import align_logged_step, align_with_step
 from ptp_lightning.training.distributed.sharding import shard
 from ptp_lightning.training.optimization import OptimizerSettings, decay_start, require_same_optimizer
 
@@ -85,6 +85,15 @@ class TrainingModule(LightningModule, ABC):
         """Begin with a whole optimiser step, also where an earlier run was interrupted within one."""
         self._micro_batches = []
         align_with_step(self.trainer)
+
+    def on_train_batch_start(self, batch: PackedBatch, batch_idx: int) -> None:
+        """Let loggers count optimiser steps, see `align_logged_step`."""
+        align_logged_step(self.trainer)
+
+    def on_validation_start(self) -> None:
+        """As `on_train_batch_start`, for validations of a training."""
+        if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
+            align_logged_step(self.trainer, validates=True)
 
     @property
     def micro_batch(self) -> int:

@@ -202,6 +202,24 @@ class TestModelSettings:
             with_model_settings(predictor, SamplingConfig())
         assert len(warned) == 1
 
+    def test_settings_that_differ_from_those_of_the_adapter_are_named(self, predictor: PredictorNetwork) -> None:
+        """Both values, in one warning; texts follow the adapter."""
+        config: Any = predictor.base_model.generation_config
+        config.temperature, config.top_k, config.top_p = 0.3, 0, 0.9
+        message = (
+            "^texts are sampled with temperature 0.7, top_p 1.0, as the adapter was trained, not with temperature 0.3, "
+            "top_p 0.9 of the base model's folder .generation_config.json.: give sampling to choose$"
+        )
+        with pytest.warns(UserWarning, match=message) as warned:
+            text = generate(predictor, PROMPT, max_new_tokens=4, tokenizer=byte_tokenizer())
+        assert len(warned) == 1
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            chosen = generate(
+                predictor, PROMPT, max_new_tokens=4, tokenizer=byte_tokenizer(), sampling=predictor.config.sampling
+            )
+        assert chosen.token_ids == text.token_ids
+
     def test_of_a_folder(self, tmp_path: Path) -> None:
         model: Any = tiny_llama(vocab_size=257)
         model.generation_config.repetition_penalty = 1.1

@@ -1,6 +1,7 @@
 """From text to text: what is streamed is what is returned, in whole characters, with either decoder."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,23 @@ def continue_text(prompt: str | list[int] = "def ", **options: Any) -> Generatio
 
 
 class TestGenerate:
+    def test_threads_that_share_a_predictor_get_their_own_texts(self) -> None:
+        """With every decoder; gate and caches are states of the network."""
+        predictor = ParallelTokenPredictor(small())
+        jobs: list[tuple[int, Any]] = [
+            (seed, decoder) for seed in range(3) for decoder in ("speculative_lookup", "lookup", "partial_quadratic")
+        ]
+
+        def text(job: tuple[int, Any]) -> list[int]:
+            seed, decoder = job
+            options: dict[str, Any] = {"max_new_tokens": 20, "tokenizer": TOKENIZER}
+            return predictor.generate("def ", seed=seed, decoder=decoder, **options).token_ids
+
+        expected = [text(job) for job in jobs]
+        with ThreadPoolExecutor(max_workers=4) as pool:
+            assert list(pool.map(text, 2 * jobs)) == 2 * expected
+        assert len({tuple(one) for one in expected}) == 3
+
     def test_decoders_give_the_same_text(self) -> None:
         for seed in range(5):
             fast, reference = (continue_text(seed=seed, decoder=name) for name in ("speculative", "autoregressive"))

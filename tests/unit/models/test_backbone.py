@@ -2,6 +2,7 @@
 
 import copy
 import io
+import json
 import logging
 import shutil
 from collections.abc import Iterator
@@ -223,6 +224,34 @@ def test_embedded_is_the_default(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     shutil.rmtree(folder)
     with pytest.raises(FileNotFoundError, match=r"expected a model folder at .*teacher"):
         load_backbone(BackboneSettings())
+
+
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        {"quant_method": "bitsandbytes", "load_in_4bit": True},
+        {"quant_method": "gptq", "bits": 4, "group_size": 128},
+        {"quant_method": "awq", "bits": 4, "group_size": 128},
+        {"quant_method": "torchao", "quant_type": {"default": {"_type": "Int8WeightOnlyConfig", "_version": 1,
+                                                               "_data": {}}}},
+        {"quant_method": "compressed-tensors", "format": "pack-quantized"},
+        {"quant_method": "bitnet"},
+        {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"},
+        {"quant_method": "mxfp4"},
+        {"quant_method": "of tomorrow"},
+    ],
+    ids=lambda one: one["quant_method"],
+)  # fmt: skip
+def test_quantised_weights_are_refused_by_name(quantization: dict[str, Any], folder: Path) -> None:
+    """Whether or not the library that reads them is installed; random weights need none of them."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+    method = quantization["quant_method"]
+    message = rf"^expected a base model with plain weights, found llama .* by {method} [^\n]*: set base to [^\n]*$"
+    with pytest.raises(ValueError, match=message):
+        load_backbone(settings_for(folder), key="base")
+    if method != "of tomorrow":
+        load_backbone(settings_for(folder, random_weights=True))
 
 
 def test_gguf_file_gives_an_ordinary_model(tmp_path: Path) -> None:

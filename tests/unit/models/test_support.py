@@ -8,7 +8,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from ptp_lightning import PackedBatch
 from ptp_lightning.models import BackboneSettings, LoraSettings, PredictorConfig, PredictorNetwork, support
+from ptp_lightning.models.attention import dispatch
 from ptp_lightning.models.backbone import load_backbone
 from ptp_lightning.models.lora.gated_lora import ALL_LINEAR
 from tests.helpers.tiny_families import build_family, family_config
@@ -58,6 +60,39 @@ def test_long_windows_cost_no_more_than_shorter_ones(monkeypatch: pytest.MonkeyP
     assert set(lengths) == {support.MAX_WINDOW}
 
 
+@pytest.mark.parametrize("size", [24, 1000, 1500, 4096])
+def test_sliding_windows_of_any_length_are_compared(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tiny_family("mistral", sliding_window=size, max_position_embeddings=8192)
+    build(base)
+    assert base.config.sliding_window == size
+    monkeypatch.setattr(dispatch, "layer_masks", lambda config, mask: mask)  # as if there were no windows
+    with pytest.raises(ValueError, match="expected the logits of the base model .mistral., found others in packed"):
+        build(tiny_family("mistral", sliding_window=size, max_position_embeddings=8192))
+
+
+def test_a_window_that_is_not_read_from_the_configuration_is_compared_as_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Up to the longest document of the check."""
+    monkeypatch.setattr(support, "SHORT_WINDOW", 1000)
+    monkeypatch.setattr(dispatch, "layer_masks", lambda config, mask: mask)
+    with pytest.raises(ValueError, match="found others in packed rows"):
+        build(tiny_family("mistral", sliding_window=1000, max_position_embeddings=8192))
+
+
+def test_several_rows_of_random_documents_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[tuple[int, ...]] = []
+    encode = PredictorNetwork.encode
+
+    def record(network: PredictorNetwork, batch: PackedBatch, *more: Any) -> Any:
+        rows.append(tuple(batch.input_ids[0].tolist()))
+        return encode(network, batch, *more)
+
+    monkeypatch.setattr(PredictorNetwork, "encode", record)
+    build(tiny_family("llama"))
+    assert len(set(rows[: support.NUM_ROWS])) == support.NUM_ROWS > 1
+
+
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "recurrent": ("recurrent_gemma", {"head_dim": 16, "lru_width": 32, "attention_window_size": 16}, "packed rows"),
     "convolutions": ("lfm2", {"layer_types": ["conv", "full_attention"]}, "lfm2 with layers of type conv, which fails"),
@@ -97,6 +132,15 @@ def test_refused_in_one_line(kind: str, options: dict[str, Any], reason: str) ->
     with pytest.raises(ValueError, match=reason) as error:
         build(tiny_family(kind, **options))
     assert "\n" not in str(error.value)
+
+
+def test_no_advice_for_adapters_of_a_model_that_is_refused_for_itself() -> None:
+    """Convolutions, which carry no adapter, in layers that know no documents."""
+    with pytest.raises(
+        ValueError, match=r"^expected [^\n]*\(qwen3_next\), found others in packed rows[^\n]*$"
+    ) as error:
+        build(build_family(family_config("qwen3_next")))
+    assert "target_modules" not in str(error.value) and support.ADVICE in str(error.value)
 
 
 @pytest.mark.parametrize("kind", ["opt", "qwen2_moe", "olmoe"])

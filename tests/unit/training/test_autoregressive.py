@@ -76,6 +76,13 @@ def test_a_network_that_mixes_documents_is_refused() -> None:
         make_module(bamba)
 
 
+def test_rows_beyond_the_positions_of_the_network_are_refused(tmp_path: Path) -> None:
+    module, data = make_module(GPT2 | {"n_positions": 8}), tiny_data()
+    message = f"expected data.row_length <= 8 .the model's positions., found {data.row_length}: lower data.row_length"
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path).fit(module, datamodule=data)
+
+
 def test_bytes_of_tokens() -> None:
     # In the byte-level alphabet a blank is Ġ, a line break Ċ, and é is the two letters Ã©.
     tokens = ["<|endoftext|>", "def", "Ġreturn", "Ċ", "Ã©", "<|", "<|>"]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor
 
 from ptp_lightning.models.backbone import BackboneSettings
@@ -103,6 +104,7 @@ def fit(
     more_callbacks: Sequence[Callback] = (),
     save_on_exception: bool = False,
     saved_after: int = 3,
+    logger: DummyLogger | None = None,
     **options: Any,
 ) -> dict[str, Tensor]:
     """Six steps with a validation after every second batch, last.ckpt after some steps; gives the weights."""
@@ -116,7 +118,7 @@ def fit(
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         gradient_clip_val=1.0,
-        logger=False,
+        logger=logger or False,
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=[
@@ -263,6 +265,39 @@ def test_a_chain_of_stops_in_the_middle_of_batches(tmp_path: Path, accumulate: i
             break
     assert losses == dict(whole.losses)
     assert found is not None and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+class Entries(DummyLogger):
+    """Steps and values of what a training logs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values: dict[str, dict[int, float]] = {}
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        for tag, value in metrics.items():
+            entries = self.values.setdefault(tag, {})
+            assert step is not None and entries.get(step, value) == value, f"{tag} at step {step} differs"
+            entries[step] = value
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_logged_steps_of_a_chain_of_stops_are_those_of_the_uninterrupted_run(tmp_path: Path, accumulate: int) -> None:
+    """Each run stops between two steps, as after a signal."""
+    whole, chain = Entries(), Entries()
+    options: dict[str, Any] = {"accumulate_grad_batches": accumulate, "log_every_n_steps": 1, "save_on_exception": True}
+    fit(distillation, "adamw", tmp_path / "whole", Record(), logger=whole, **options)
+
+    checkpoint = None
+    for step in (1, 2, 3, 5):
+        folder = tmp_path / str(step)
+        with pytest.raises(PowerCutError):
+            fit(distillation, "adamw", folder, Record(cut_at_step=step), checkpoint, logger=chain, **options)
+        checkpoint = max(folder.glob("*.ckpt"), key=lambda file: file.stat().st_mtime_ns)
+    fit(distillation, "adamw", tmp_path / "end", Record(), checkpoint, logger=chain, **options)
+    for tag in ("train/loss_nats", "val/correct_tokens"):
+        assert chain.values[tag] == whole.values[tag] and len(whole.values[tag]) >= 3
+    assert sorted(whole.values["train/loss_nats"]) == [0, 1, 2, 3, 4, 5]
 
 
 def test_settings_of_the_optimizer_are_those_of_the_command(tmp_path: Path) -> None:
