@@ -18,7 +18,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from ptp_lightning.training.callbacks import LogProgress, RunSettings, RunSummary, ValidatedCheckpoint
+from ptp_lightning.training.callbacks import RunSettings, RunSummary, ValidatedCheckpoint
 from ptp_lightning.training.class_names import unknown_class
 from ptp_lightning.training.disk_errors import plain_disk_errors
 from ptp_lightning.training.distributed.termination import TerminateTogether
@@ -143,14 +143,17 @@ class TrainingCLI(LightningCLI):
         require_trainer_settings(self._get(self.config, "trainer"))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Add the `ValidatedCheckpoint`; remove callbacks that need a progress bar or a logger where there is none."""
+        """Add the `ValidatedCheckpoint`; remove callbacks that need a progress bar or a logger where there is none.
+
+        The lines of `LogProgress` stay without a progress bar: they are for output that has no terminal.
+        """
         trainer: Any = self._get(self.config_init, "trainer")
         callbacks = trainer.callbacks or []
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
         if trainer.logger is False:
             callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
         if trainer.enable_progress_bar is False:
-            callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar | LogProgress)]
+            callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
         # A fast_dev_run has no folder of its own: its checkpoint would be written into the current one.
         stores = trainer.enable_checkpointing is not False and not trainer.fast_dev_run
         if stores and not any(isinstance(one, Checkpoint) for one in callbacks):
