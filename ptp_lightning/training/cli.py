@@ -5,7 +5,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
-from os.path import isdir, isfile
+from os.path import exists, isdir, isfile
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -18,6 +18,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from ptp_lightning.export.hub import hub_id
 from ptp_lightning.training.callbacks import RunSettings, RunSummary, ValidatedCheckpoint
 from ptp_lightning.training.class_names import unknown_class
 from ptp_lightning.training.disk_errors import plain_disk_errors
@@ -168,7 +169,7 @@ class TrainingCLI(LightningCLI):
         """Replace `ckpt_path: last` by a file.
 
         Raises:
-            ValueError: `ckpt_path` is a folder, or there is nothing to validate or test.
+            ValueError: `ckpt_path` is a folder or a repository of the hub, or there is nothing to validate or test.
         """
         options = super()._prepare_subcommand_kwargs(subcommand)
         path = options.get("ckpt_path")
@@ -187,6 +188,11 @@ class TrainingCLI(LightningCLI):
             raise ValueError(
                 f"expected a checkpoint file, found the folder {path}: set ckpt_path (exported folders serve generate, "
                 "evaluate and from_pretrained)"
+            )
+        elif path is not None and hub_id(path) is not None and not exists(path):
+            raise ValueError(
+                f"expected a checkpoint file of fit for {subcommand}, found no file {path}: set ckpt_path "
+                "(repositories of the hub and exported folders serve generate, evaluate and export)"
             )
         return options
 
