@@ -202,6 +202,38 @@ class PositionMeans(_SumMetric):
         return {position: total / count for position, (total, count) in data if count > 0}
 
 
+class WeightedMean(_SumMetric):
+    """The sum of totals over the sum of their counts, in float64; NaN without a count.
+
+    >>> mean = WeightedMean()
+    >>> mean.update(torch.tensor(6.0), torch.tensor(3.0))
+    >>> mean.update(torch.tensor(1.0), torch.tensor(1.0))
+    >>> float(mean.compute())
+    1.75
+    """
+
+    is_differentiable = False
+    full_state_update = False
+
+    total: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    @torch.no_grad()
+    def update(self, total: Tensor, count: Tensor) -> None:
+        """Add a total and its count, scalars."""
+        self.total += total.double()
+        self.count += count.double()
+
+    def compute(self) -> Tensor:
+        """The mean over all ranks, scalar float64."""
+        return self.total / self.count
+
+
 def as_tags(summary: WindowSummary, prefix: str = "val") -> dict[str, float]:
     """The scalars of a summary under their logged names; scalars without data are left out.
 

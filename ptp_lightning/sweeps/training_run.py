@@ -30,7 +30,8 @@ from ptp_lightning.training.callbacks import LogProgress, RunSummary, RunText
 from ptp_lightning.training.cli import PlainErrorParser, TrainingCLI, parsed
 from ptp_lightning.utils.user_errors import plain_reason
 
-# A study keeps metrics and the commands to repeat its trainings; it has checkpoints of its own, see `TrialCheckpoints`.
+# A study keeps metrics and the commands to repeat its trainings; it has checkpoints of its own, see `TrialCheckpoints`,
+# and lines of progress that name the trial and are rarer, see `Worker`.
 LEFT_OUT = (Checkpoint, ProgressBar, LogProgress, RunSummary, RunText)
 CHECKED_BATCHES = 2  # of a validation that shows which metrics are logged
 FOLLOWER_ARGUMENTS = "SWEEPS_FOLLOWER_ARGUMENTS"  # environment variable with the arguments of `fit` for other ranks

@@ -44,9 +44,13 @@ from ptp_lightning.sweeps.training_run import (
 )
 from ptp_lightning.sweeps.trial_callbacks import Heartbeat, PruneAtValidation
 from ptp_lightning.sweeps.versions import package_version
+from ptp_lightning.training.callbacks import LogProgress
 
 TENSORBOARD = "tensorboard"
 CHECKPOINTS = "checkpoints"
+PROGRESS_SECONDS = 300.0
+PROGRESS_FRACTION = 0.25
+"""A line of a trial's progress is due after so much time or so much of its steps; several trials may share a log."""
 
 
 class Worker:
@@ -117,12 +121,13 @@ class Worker:
             serves_others=self.study.budget.is_axis,
         )
         pruning = PruneAtValidation(self.study.metric_of(parameters), trial)
+        progress = LogProgress(PROGRESS_SECONDS, PROGRESS_FRACTION, f"trial {trial.number}", on_terminals=True)
         hyperparameters = {short_name(name): value for name, value in parameters.items()} | {SEED: seed}
         try:
             try:
                 result = self.runs.run(
                     [*arguments, *override_arguments(logger_overrides(self.tensorboard, run))],
-                    [pruning, Heartbeat(trial)],
+                    [pruning, Heartbeat(trial), progress],
                     hyperparameters,
                     checkpoints,
                 )

@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 
-PACKAGES = ("models", "losses", "training", "data", "auxiliary_strategies")
+PACKAGES = ("models", "losses", "training", "training.loggers", "data", "auxiliary_strategies")
 """Modules of this package whose classes configurations name."""
 
 BASES = {
@@ -30,7 +30,10 @@ BASES = {
     "model": "training.TrainingModule",
     "data": "data.PackedDataModule",
 }
-"""Base classes by the last part of a key."""
+"""Base classes of this package, by the last part of a key."""
+
+LIGHTNING_BASES = {"callbacks": "lightning.pytorch.callbacks.Callback", "logger": "lightning.pytorch.loggers.Logger"}
+"""Base classes of Lightning, by the last part of a key."""
 
 ROWS_OF_A_STREAM = "data.RowSource"  # the source of a `StreamPart`
 
@@ -76,19 +79,25 @@ def concrete_classes(base: type) -> list[type]:
 
 def _is_public(one: type) -> bool:
     """Whether configurations may name a class: ours if its package exports it."""
-    home = sys.modules.get(_shown(one).rpartition(".")[0])
-    return home is None or one.__name__ in getattr(home, "__all__", vars(home))
+    home = _shown(one).rpartition(".")[0]
+    return home not in sys.modules or _exports(home, one)
+
+
+def _exports(home: str, one: type) -> bool:
+    module = sys.modules[home]
+    return one.__name__ in getattr(module, "__all__", vars(module))
 
 
 def _base_of(key: str, message: str) -> type | None:
     last = key.rpartition(".")[2]
     place = ROWS_OF_A_STREAM if last == "source" and "parts" in message else BASES.get(last)
-    if place is None:
+    path = LIGHTNING_BASES.get(last) if place is None else f"ptp_lightning.{place}"
+    if path is None:
         return None
     for package in PACKAGES:  # whose import defines the subclasses
         import_module(f"ptp_lightning.{package}")
-    package, _, name = place.rpartition(".")
-    return getattr(import_module(f"ptp_lightning.{package}"), name)
+    module, _, name = path.rpartition(".")
+    return getattr(import_module(module), name)
 
 
 def _nearest_class(class_path: str, classes: Iterable[type]) -> str | None:
@@ -114,8 +123,10 @@ def _listed(classes: Iterable[type]) -> str:
 
 
 def _shown(one: type) -> str:
-    """Our own classes by their public home."""
+    """Our own classes and those of Lightning by their public home, the outermost package that exports them."""
     parts = one.__module__.split(".")
-    if parts[0] != "ptp_lightning":
+    if parts[0] not in ("ptp_lightning", "lightning"):
         return f"{one.__module__}.{one.__qualname__}"
-    return f"{parts[0]}.{parts[1]}.{one.__name__}"
+    homes = [".".join(parts[:depth]) for depth in range(2, len(parts) + 1)]
+    home = next((home for home in homes if home in sys.modules and _exports(home, one)), homes[0])
+    return f"{home}.{one.__name__}"

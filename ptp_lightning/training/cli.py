@@ -6,7 +6,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
-from os.path import isdir, isfile
+from os.path import exists, isdir, isfile
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -20,7 +20,8 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from ptp_lightning.training.callbacks import LogProgress, RunSettings, RunSummary, ValidatedCheckpoint
+from ptp_lightning.export.hub import hub_id
+from ptp_lightning.training.callbacks import RunSettings, RunSummary, ValidatedCheckpoint
 from ptp_lightning.training.class_names import unknown_class
 from ptp_lightning.training.disk_errors import plain_disk_errors
 from ptp_lightning.training.distributed.termination import TerminateTogether
@@ -146,14 +147,17 @@ class TrainingCLI(LightningCLI):
         require_trainer_settings(self._get(self.config, "trainer"))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Add the `ValidatedCheckpoint`; remove callbacks that need a progress bar or a logger where there is none."""
+        """Add the `ValidatedCheckpoint`; remove callbacks that need a progress bar or a logger where there is none.
+
+        The lines of `LogProgress` stay without a progress bar: they are for output that has no terminal.
+        """
         trainer: Any = self._get(self.config_init, "trainer")
         callbacks = trainer.callbacks or []
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
         if trainer.logger is False:
             callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
         if trainer.enable_progress_bar is False:
-            callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar | LogProgress)]
+            callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
         # A fast_dev_run has no folder of its own: its checkpoint would be written into the current one.
         stores = trainer.enable_checkpointing is not False and not trainer.fast_dev_run
         if stores and not any(isinstance(one, Checkpoint) for one in callbacks):
@@ -168,7 +172,7 @@ class TrainingCLI(LightningCLI):
         """Replace `ckpt_path: last` by a file.
 
         Raises:
-            ValueError: `ckpt_path` is a folder, or there is nothing to validate or test.
+            ValueError: `ckpt_path` is a folder or a repository of the hub, or there is nothing to validate or test.
         """
         options = super()._prepare_subcommand_kwargs(subcommand)
         path = options.get("ckpt_path")
@@ -187,6 +191,11 @@ class TrainingCLI(LightningCLI):
             raise ValueError(
                 f"expected a checkpoint file, found the folder {path}: set ckpt_path (exported folders serve generate, "
                 "evaluate and from_pretrained)"
+            )
+        elif path is not None and hub_id(path) is not None and not exists(path):
+            raise ValueError(
+                f"expected a checkpoint file of fit for {subcommand}, found no file {path}: set ckpt_path "
+                "(repositories of the hub and exported folders serve generate, evaluate and export)"
             )
         return options
 

@@ -21,12 +21,32 @@ TRAINER_KEYS = (
 )
 """The keys below `trainer` that influence results."""
 
+FIRST = (
+    "model",
+    "objective",
+    "loss",
+    "correction",
+    "optimizer.learning_rate",
+    "lora.rank",
+    "window_length",
+    "slot_layers",
+    "features",
+    "student",
+    "source",
+    "position_weights",
+    "backbone.path",
+    "max_steps",
+    "data.batch_size",
+    "data.num_windows",
+)
+"""The settings that people compare most; tables begin with them. All others keep the order of the configuration."""
+
 SKIPPED_SEGMENTS = {"init_args", "from_config", "predictor"}
 """Parts of a path without a meaning of their own."""
 
 
 def flat_settings(config: Mapping[str, Any]) -> dict[str, Setting]:
-    """Settings of model, data and trainer, without those that are null.
+    """Settings of model, data and trainer, without those that are null; those of `FIRST` come first.
 
     The names of components are those of their classes. A path loses what all paths have in common; it keeps it if two
     settings would have the same name.
@@ -37,7 +57,7 @@ def flat_settings(config: Mapping[str, Any]) -> dict[str, Setting]:
     >>> predictor = {"lora": {"rank": 4}, "objective": {"class_path": "ptp_lightning.models.OneHotObjective"}}
     >>> model = {"class_path": "ptp_lightning.training.DistillationModule", "init_args": {"predictor": predictor}}
     >>> flat_settings({"model": model, "trainer": {"max_steps": 9, "logger": True}})
-    {'model': 'DistillationModule', 'lora.rank': 4, 'objective': 'OneHotObjective', 'max_steps': 9}
+    {'model': 'DistillationModule', 'objective': 'OneHotObjective', 'lora.rank': 4, 'max_steps': 9}
     """
     trainer = config.get("trainer", {})
     chosen = {
@@ -50,7 +70,8 @@ def flat_settings(config: Mapping[str, Any]) -> dict[str, Setting]:
     for path, value in _leaves(chosen, ()):
         name = ".".join(_short(path))
         settings[".".join(path) if name in settings else name] = value
-    return settings
+    ranks = {name: rank for rank, name in enumerate(FIRST)}
+    return dict(sorted(settings.items(), key=lambda setting: ranks.get(setting[0], len(FIRST))))  # stable
 
 
 def _leaves(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Setting]]:

@@ -33,10 +33,6 @@ class LinePacer:
         self._first_fraction = self._line_fraction = fraction
         self._begin = self._line_time = time.monotonic()
 
-    def seconds_since_line(self) -> float:
-        """Seconds since the last line, or the start, for which a line was due."""
-        return time.monotonic() - self._line_time
-
     def is_due(self, fraction: float) -> bool:
         """Whether a line is due when this fraction of the work is done; the next one is due later."""
         now = time.monotonic()
@@ -46,6 +42,14 @@ class LinePacer:
         if now - self._line_time < self.every_seconds and progress < self.every_fraction - 1e-9 and not is_complete:
             return False
         self._line_time, self._line_fraction = now, fraction
+        return True
+
+    def is_due_by_time(self) -> bool:
+        """Whether a line is due during work that is no part of the progress."""
+        now = time.monotonic()
+        if now - self._line_time < self.every_seconds:
+            return False
+        self._line_time = now
         return True
 
     def time_left(self, fraction: float) -> str:

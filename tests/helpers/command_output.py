@@ -19,6 +19,9 @@ class CommandOutput(NamedTuple):
 
 Run = Callable[..., CommandOutput]
 
+CONTROL_CHARACTERS = {chr(code) for code in range(32)} - {"\n"}
+"""What moves the cursor of a terminal or colours it, and makes a log unreadable."""
+
 
 def run_in_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *args: str) -> CommandOutput:
     """Run `python -m ptp_lightning` with these arguments."""

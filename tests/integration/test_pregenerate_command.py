@@ -19,7 +19,7 @@ import yaml
 from ptp_lightning.pregeneration import command as pregenerate
 from ptp_lightning.utils.atomic_files import temporary_path
 from ptp_lightning.utils.pretrained import load_tokenizer
-from tests.helpers.command_output import Run, run_in_process
+from tests.helpers.command_output import CONTROL_CHARACTERS, Run, run_in_process
 from tests.helpers.forked_process import ForkedProcess, run_command
 from tests.helpers.tiny_configs import CORPUS_LINE, shrink
 
@@ -122,6 +122,10 @@ def test_files_and_output(config: Path, tmp_path: Path, run: Run) -> None:
     assert f"{num_tokens:,} tokens" in printed.out and "tokens per second" in printed.out
     assert f"{num_bytes:,} bytes, {num_bytes / num_tokens * 1e6:,.0f} per million tokens" in printed.out
     assert f"{NUM_SHARDS}/{NUM_SHARDS}" in printed.err and "tokens/s" in printed.err
+    assert not CONTROL_CHARACTERS & set(printed.err)
+    lines = [line for line in printed.err.splitlines() if line.endswith(" s left")]
+    assert len(lines) > 1
+    assert re.fullmatch(rf"[\w ]+ {NUM_SHARDS}\.0/{NUM_SHARDS} \(100%\), [\d,]+ tokens/s, 0 s left", lines[-1])
     assert not (tmp_path / "runs").exists()  # nothing was trained
 
     again = run(*arguments(config, output))

@@ -131,6 +131,16 @@ def test_a_folder_is_no_checkpoint(config: Path) -> None:
         fit("--ckpt_path", ".")
 
 
+@pytest.mark.parametrize("command", ["fit", "validate", "test"])
+def test_a_repository_of_the_hub_is_no_checkpoint(command: str, config: Path) -> None:
+    message = (
+        rf"^expected a checkpoint file of fit for {command}, found no file user/name@v1: set ckpt_path \(repositories "
+        r"of the hub and exported folders serve generate, evaluate and export\)$"
+    )
+    with pytest.raises(ValueError, match=message):
+        fit("--ckpt_path", "user/name@v1", command=command)
+
+
 def test_an_epoch_that_does_not_divide_into_steps(config: Path) -> None:
     """Seven batches in threes: the third step of an epoch has one batch."""
     fit("--trainer.limit_train_batches", 7, "--trainer.accumulate_grad_batches", 3, "--trainer.max_steps", 8)

@@ -20,7 +20,7 @@ from ptp_lightning.losses import (
     over_draft_vocabulary,
     require_sound,
 )
-from ptp_lightning.metrics import PositionMeans, WindowMetrics, as_tags
+from ptp_lightning.metrics import PositionMeans, WeightedMean, WindowMetrics, as_tags
 from ptp_lightning.models.config import PredictorConfig
 from ptp_lightning.models.context import Context
 from ptp_lightning.sampling import Sampler, SamplingConfig
@@ -28,7 +28,7 @@ from ptp_lightning.training.modules.best_of import best_of
 from ptp_lightning.training.modules.correct_probability import correct_probability
 from ptp_lightning.training.modules.predictor_module import PredictorModule
 from ptp_lightning.training.optimization import OptimizerSettings
-from ptp_lightning.training.windows.student_draft import student_draft
+from ptp_lightning.training.windows.student_draft import StudentDraft, student_draft
 from ptp_lightning.training.windows.teacher_windows import TeacherWindows
 from ptp_lightning.training.windows.window_source import SLOT_POSITIONS, WindowSample, WindowSource
 from ptp_lightning.utils.randomness import keyed_generator
@@ -40,6 +40,8 @@ class DistillationModule(PredictorModule):
     Every step runs the base model over the packed contexts, fills the windows from `source`, and trains the slots on
     them. Checkpoints hold the student (the adapter, or the trained copy), the slot encoder and the predictor's
     configuration, but no frozen weight.
+
+    Validation logs `val/loss_nats`, the trained loss on its windows, beside what drafts of these windows are worth.
 
     Args:
         predictor: the base model and everything that is trained.
@@ -102,6 +104,7 @@ class DistillationModule(PredictorModule):
             raise ValueError(f"expected different settings in model.init_args.val_sampling, found {val_sampling}")
         self.val_sampling_metrics = nn.ModuleList(WindowMetrics(predictor.window_length) for _ in val_sampling)
         self.val_metrics = WindowMetrics(predictor.window_length)
+        self.val_loss = WeightedMean()
         self.val_divergences = PositionMeans(predictor.window_length)
         self.best_of_metrics = WindowMetrics(predictor.window_length)
 
@@ -178,6 +181,11 @@ class DistillationModule(PredictorModule):
         corrected = self.predictor.correct(context, pairs, hidden, sample.conditioning_ids[..., :-1])
         return self._slot_loss(corrected, sample, context.sampling)
 
+    def _trained_loss(self, context: Context, hidden: Tensor, sample: WindowSample) -> LossSum:
+        """The loss that training logs as `train/loss_nats`: of corrected slots, where there is a correction."""
+        loss = self._first_pass_loss if self.predictor.correction is None else self._corrected_loss
+        return loss(context, hidden, sample)
+
     def _slot_loss(self, hidden: Tensor, sample: WindowSample, sampling: Sampler) -> LossSum:
         """Loss of the slots' states `[B, N, L - 1, ..]`, for `slot_logits`; tokens are drafted with `sampling`."""
         mask = sample.mask[..., 1:]
@@ -194,20 +202,22 @@ class DistillationModule(PredictorModule):
 
     def _log_window_metrics(self, stage: str) -> None:
         more: dict[str, float] = {}
+        summary = self.val_metrics.compute()
+        if summary.num_positions.reshape(-1)[1:].sum() > 0:  # there were slots
+            more[f"{stage}/loss_nats"] = float(self.val_loss.compute())
         if self.predictor.config.objective.predicts_distribution:
             more |= {f"{stage}/kl/position_{j:02d}": mean for j, mean in self.val_divergences.compute().items()}
         if self.num_drafts > 1:
-            summary = self.best_of_metrics.compute()
-            if summary.num_windows > 0:
-                tag = f"{stage}/correct_tokens_best_of_{self.num_drafts}"
-                more[tag] = float(summary.correct_tokens)
+            best = self.best_of_metrics.compute()
+            if best.num_windows > 0:
+                more[f"{stage}/correct_tokens_best_of_{self.num_drafts}"] = float(best.correct_tokens)
         for label, metrics in self._metrics_by_label().items():
             tags = as_tags(metrics.compute(), stage)
             names = (f"{stage}/correct_tokens", f"{stage}/correct_tokens_standard_error")
             more |= {f"{name}/{label}": tags[name] for name in names if name in tags}
             metrics.reset()
-        self._log_summary(stage, self.val_metrics.compute(), more)
-        for metric in (self.val_metrics, self.val_divergences, self.best_of_metrics):
+        self._log_summary(stage, summary, more)
+        for metric in (self.val_metrics, self.val_loss, self.val_divergences, self.best_of_metrics):
             metric.reset()
 
     def _metrics_by_label(self) -> dict[str, WindowMetrics]:
@@ -220,7 +230,8 @@ class DistillationModule(PredictorModule):
         keys = (self.seed, stage, self.global_rank, batch_idx)
         generator = keyed_generator(*keys)
         source = self.val_source.choose(1.0, keyed_generator(self.seed, "source", stage, batch_idx))
-        sample, logits = self._measure(context, source, generator, self.val_metrics)
+        sample, draft, logits = self._measure(context, source, generator, self.val_metrics)
+        self.val_loss.update(*self._trained_loss(context, draft.slots, sample))
         if self.predictor.config.objective.predicts_distribution:
             target, mask = sample.target.at(SLOT_POSITIONS).flatten().materialize(), sample.mask[..., 1:]
             divergence = over_draft_vocabulary(KullbackLeibler(), context.sampling.draft_vocabulary)
@@ -240,8 +251,8 @@ class DistillationModule(PredictorModule):
         source: WindowSource,
         generator: torch.Generator,
         metrics: WindowMetrics,
-    ) -> tuple[WindowSample, Tensor]:
-        """Windows under the settings of the context, and the student's logits `[B, N, L - 1, ..]` for them."""
+    ) -> tuple[WindowSample, StudentDraft, Tensor]:
+        """Windows under the settings of the context, and the student's draft and logits `[B, N, L - 1, ..]` of them."""
         sample = source.sample(self.predictor, context, generator)
         # The first token needs no slot: decoding picks it from the base model's own distribution.
         first = sample.teacher.at((..., 0)).materialize()
@@ -259,7 +270,7 @@ class DistillationModule(PredictorModule):
             torch.cat([first_nll.unsqueeze(-1), nll.view_as(logits[..., 0])], dim=-1),
             found,
         )
-        return sample, logits
+        return sample, draft, logits
 
 
 def sampling_label(sampling: SamplingConfig, default: SamplingConfig) -> str:

@@ -20,11 +20,13 @@ class StudentDraft(NamedTuple):
 
     Attributes:
         token_ids: `[B, N, L]` int64.
+        slots: `[B, N, L - 1, ..]`, the slots' last hidden states before any correction.
         hidden: `[B, N, L - 1, ..]`, the slots' last hidden states, corrected if there is a correction, for
             `PredictorNetwork.slot_logits`; they predict all but the first token.
     """
 
     token_ids: Tensor
+    slots: Tensor
     hidden: Tensor
 
 
@@ -71,7 +73,7 @@ def student_draft(
         else:
             draft = torch.cat([first, tokens_from_slots(slots, later)], dim=-1)
             draft = refine_draft(draft, predictor.num_refinement_steps, correct)
-    return StudentDraft(draft, hidden)
+    return StudentDraft(draft, slots, hidden)
 
 
 @contextmanager

@@ -65,6 +65,14 @@ def test_a_trial_has_its_budget_and_its_curves(trained: Worker) -> None:
         assert trial.user_attrs[ACCURACY][0] == 1.0  # the first token is exact
 
 
+def test_a_trial_prints_its_progress(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    worker = worker_for(tmp_path, [])
+    assert worker.work(1) == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("trial 0: ")]
+    assert 0 < len(lines) <= 4
+    assert lines[-1].startswith(f"trial 0: step {BUDGET_STEPS}/{BUDGET_STEPS} (100%), loss ")
+
+
 def test_tensorboard_has_a_run_a_trial_with_parameters_and_results(trained: Worker) -> None:
     names = [path.name for path in sorted(trained.tensorboard.iterdir())]
     assert names == ["0000_objective=categorical_seed=0", "0001_objective=independent_seed=0"]

@@ -50,6 +50,32 @@ def test_a_class_of_the_current_folder(refused, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.delitem(sys.modules, "my_parts")
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (
+            ["--trainer.callbacks+", "ptp_lightning.training.callbacks.LogProgres"],
+            "expected a class of Callback for trainer.callbacks, found ptp_lightning.training.callbacks.LogProgres: "
+            "did you mean ptp_lightning.training.callbacks.LogProgress? There are FinalMetrics, ",
+        ),
+        (
+            ["--trainer.callbacks", "[{class_path: lightning.pytorch.callbacks.DeviceStatMonitor}]"],
+            "found lightning.pytorch.callbacks.DeviceStatMonitor: did you mean "
+            "lightning.pytorch.callbacks.DeviceStatsMonitor? There are FinalMetrics, ",
+        ),
+        (
+            ["--trainer.logger", "CSVLoger"],
+            "expected a class of Logger for trainer.logger, found CSVLoger: did you mean "
+            "lightning.pytorch.loggers.CSVLogger? There are OverviewTensorBoardLogger of "
+            "ptp_lightning.training.loggers, and CSVLogger, ",
+        ),
+    ],
+    ids=["callback", "callback in a list", "logger"],
+)
+def test_a_class_of_the_trainer(refused, options: list[str], expected: str) -> None:
+    assert expected in refused(*options)
+
+
 def message(key: str, reason: str) -> str:
     return f'Parser key "model": Parser key "{key}":\n  {reason}\n'
 

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint, P
 from ptp_lightning.models import DecoderRefiner, MarkovHead, PredictorConfig
 from ptp_lightning.models.correction.correction import Correction
 from ptp_lightning.sweeps.training_run import ParsingCLI
-from ptp_lightning.training.callbacks import RunSummary
+from ptp_lightning.training.callbacks import LogProgress, RunSummary
 from ptp_lightning.training.cli import PlainErrorParser, TrainingCLI, parsed
 
 BORING = {
@@ -58,6 +58,7 @@ def test_checkpoints_and_the_progress_bar_can_be_switched_off(build: Any) -> Non
     cli = build({"trainer": {"enable_checkpointing": False, "enable_progress_bar": False}})
     assert not callbacks_of(cli, Checkpoint)
     assert not callbacks_of(cli, ProgressBar)
+    assert callbacks_of(cli, LogProgress)  # where there is no terminal, no bar would be shown anyway
 
 
 @pytest.mark.parametrize(("key", "has_defaults"), [("callbacks", False), ("callbacks+", True)])

@@ -15,8 +15,11 @@ from ptp_lightning.losses import KullbackLeibler, Loss
 from ptp_lightning.models.backbone import BackboneSettings
 from ptp_lightning.models.config import PredictorConfig
 from ptp_lightning.models.context import Context
+from ptp_lightning.models.correction.correction import Correction
 from ptp_lightning.models.correction.decoder_refiner import DecoderRefiner, RefinerContext
+from ptp_lightning.models.correction.markov_head import MarkovHead
 from ptp_lightning.models.lora.gated_lora import LoraSettings
+from ptp_lightning.models.network import PredictorNetwork
 from ptp_lightning.models.slots.objectives import Objective, OneHotObjective
 from ptp_lightning.models.students import FullCopyStudent
 from ptp_lightning.sampling import SamplingConfig
@@ -24,8 +27,19 @@ from ptp_lightning.training.modules.distillation import DistillationModule
 from ptp_lightning.training.windows.dataset_windows import DatasetWindows
 from ptp_lightning.training.windows.teacher_windows import TeacherWindows
 from ptp_lightning.training.windows.window_source import WindowSample, WindowSource
+from ptp_lightning.utils.randomness import keyed_generator
 from tests.helpers.tiny_data import tiny_data
 from tests.helpers.tiny_distillation import GPT2, LLAMA, by_objective, make_module, make_trainer, record_losses, weights
+
+
+class ShortWindows(TeacherWindows):
+    """The teacher's windows, each of a length that is drawn for it."""
+
+    def sample(self, predictor: PredictorNetwork, context: Context, generator: torch.Generator) -> WindowSample:
+        sample = super().sample(predictor, context, generator)
+        num_windows, length = sample.mask[..., 0].numel(), sample.mask.shape[-1]
+        lengths = torch.randint(1, length + 1, (num_windows,), generator=generator).view(*sample.mask.shape[:-1], 1)
+        return sample._replace(mask=sample.mask & (torch.arange(length) < lengths))
 
 
 class TestTraining:
@@ -86,6 +100,22 @@ class TestTraining:
                 if parameter.grad is not None:
                     parameter -= 1e-3 * parameter.grad
         assert float(nats().detach()) < float(before.detach())
+
+    @pytest.mark.parametrize("clip", [None, 1e-3])
+    def test_the_gradient_norm_is_that_before_clipping(self, clip: float | None, tmp_path: Path) -> None:
+        changes, norms = [], []
+        for gradient_clip_val in (None, clip):
+            module = make_module()
+            trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+            before = torch.cat([parameter.detach().flatten().clone() for parameter in trained])
+            module.configure_optimizers = lambda trained=trained: torch.optim.SGD(trained, lr=1.0)
+            trainer = make_trainer(tmp_path, max_steps=1, gradient_clip_val=gradient_clip_val)
+            trainer.fit(module, datamodule=tiny_data())
+            after = torch.cat([parameter.detach().flatten() for parameter in trained])
+            changes.append(float((after - before).norm()))
+            norms.append(float(trainer.callback_metrics["train/gradient_norm"]))
+        assert norms == [pytest.approx(changes[0], rel=1e-3)] * 2
+        assert changes[1] == pytest.approx(clip or changes[0], rel=1e-2)
 
     def test_no_gradient_where_the_student_is_the_teacher(self) -> None:
         module = make_module(sampling=SamplingConfig())
@@ -234,8 +264,6 @@ class TestValidation:
         module = make_module()
         make_trainer(tmp_path).validate(module, datamodule=tiny_data(eval_rows=2), verbose=False)
         batch = next(iter(tiny_data(eval_rows=2).val_dataloader()))
-        from ptp_lightning.utils.randomness import keyed_generator
-
         assert module.end_of_text == 0
         context = module._encode(batch)
         generator = keyed_generator(module.seed, "val", 0, 0)
@@ -243,6 +271,27 @@ class TestValidation:
         probability = sample.teacher.materialize().probability_of(sample.token_ids)[..., 0].double()
         assert module.val_summary is not None
         assert float(module.val_summary.perplexity[0]) == pytest.approx(float((-probability.log()).mean().exp()))
+
+    @pytest.mark.parametrize(
+        "correction", [DecoderRefiner(num_layers=1, intermediate_size=16), MarkovHead(rank=2), None]
+    )
+    def test_the_loss_of_training_over_all_slots(self, correction: Correction | None, tmp_path: Path) -> None:
+        module = make_module(source=ShortWindows(), correction=correction)
+        trainer = make_trainer(tmp_path, limit_val_batches=1.0)
+        trainer.validate(module, datamodule=tiny_data(), verbose=False)
+        nats, slots = [], []
+        for number, batch in enumerate(tiny_data().val_dataloader()):
+            context = module._encode(batch)
+            sample = ShortWindows().sample(module.predictor, context, keyed_generator(module.seed, "val", 0, number))
+            hidden = module.predictor.slot_hidden(context, sample.auxiliaries, sample.conditioning_ids[..., 0])
+            if correction is None:
+                loss = module._slot_loss(hidden, sample, context.sampling)
+            else:
+                loss = module._corrected_loss(context, hidden, sample)
+            nats.append(float(loss.total.detach()))
+            slots.append(float(loss.count))
+        assert len(set(slots)) > 1  # so that a mean over batches would be another number
+        assert float(trainer.callback_metrics["val/loss_nats"]) == pytest.approx(sum(nats) / sum(slots), rel=1e-5)
 
     def test_a_checkpoint_knows_how_long_drafts_were_correct(self, tmp_path: Path) -> None:
         module, trainer = make_module(), make_trainer(tmp_path, limit_val_batches=1.0)

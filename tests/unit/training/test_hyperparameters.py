@@ -44,3 +44,30 @@ def test_components_have_the_names_of_their_classes_and_paths_are_short() -> Non
 def test_equal_short_names_are_told_apart() -> None:
     config = {"model": component("Module", rank=1, predictor={"rank": 2}), "data": None, "trainer": {}}
     assert flat_settings(config) == {"model": "Module", "rank": 1, "model.init_args.predictor.rank": 2}
+
+
+def test_what_people_compare_comes_first() -> None:
+    predictor = {
+        "backbone": {"path": "embedded"},
+        "window_length": 8,
+        "lora": {"rank": 2},
+        "correction": component("MarkovHead", rank=3),
+        "objective": component("OneHotObjective"),
+    }
+    model = component(
+        "DistillationModule",
+        predictor=predictor,
+        optimizer={"name": "adamw", "learning_rate": 0.5},
+        loss=component("CrossEntropy", chunk_size=4),
+    )
+    config = {
+        "seed_everything": 3,
+        "model": model,
+        "data": component("Data", batch_size=2),
+        "trainer": {"max_steps": 9},
+    }
+    assert list(flat_settings(config)) == [
+        *("model", "objective", "loss", "correction", "optimizer.learning_rate", "lora.rank", "window_length"),
+        *("backbone.path", "max_steps", "data.batch_size"),
+        *("seed_everything", "correction.rank", "optimizer.name", "loss.chunk_size", "data"),
+    ]

@@ -54,6 +54,9 @@ def fake_trainer(recorder: Recorder, **options: Any) -> Any:
         "sanity_checking": False,
         "estimated_stepping_batches": 40,
         "callback_metrics": {"train/loss_nats": torch.tensor(1.25)},
+        "num_val_batches": [100],
+        "num_sanity_val_batches": [100],
+        "num_test_batches": [float("inf")],
     }
     return SimpleNamespace(**(defaults | options))
 
@@ -98,10 +101,11 @@ def test_the_learning_rate_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def printed_lines(
-    trainer: Any, num_steps: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], **options: float
+    trainer: Any, num_steps: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], **options: Any
 ) -> list[str]:
     recorder, progress = Recorder(), LogProgress(**options)
     monkeypatch.setattr(progress_lines.time, "monotonic", recorder.look)
+    progress.setup(trainer, MODULE, "fit")
     progress.on_train_start(trainer, MODULE)
     for step in range(1, num_steps + 1):
         trainer.global_step = step
@@ -128,6 +132,59 @@ def test_progress_of_a_stream_without_end(monkeypatch: pytest.MonkeyPatch, capsy
     assert lines == [f"step {step}, validation 2.00 correct tokens, 48 tokens/s" for step in (60, 120)]  # 30 s apart
 
 
+def test_speed_in_a_line_does_not_count_validations(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recorder, progress, trainer = Recorder(), LogProgress(every_fraction=0.5), fake_trainer(Recorder())
+    monkeypatch.setattr(progress_lines.time, "monotonic", recorder.look)
+    progress.setup(trainer, MODULE, "fit")
+    progress.on_train_start(trainer, MODULE)
+    for step in range(1, 21):
+        trainer.global_step = step
+        recorder.seconds += 0.5
+        progress.on_train_batch_end(trainer, MODULE, None, BATCH, 0)
+        if step == 19:  # 9.5 s after the start
+            progress.on_validation_start(trainer, MODULE)
+            recorder.seconds += 29
+            progress.on_validation_batch_end(trainer, MODULE, None, BATCH, 0)
+            progress.on_validation_end(trainer, MODULE)
+    validation, training = capsys.readouterr().err.splitlines()
+    assert validation == "validation: batch 1/100, 29 s"
+    assert "step 20/40 (50%)" in training and "48 tokens/s" in training
+
+
+@pytest.mark.parametrize(
+    ("hooks", "options", "expected"),
+    [
+        ("validation", {}, ["validation: batch 15/100, 30 s", "validation: batch 30/100, 1 min 00 s"]),
+        (
+            "validation",
+            {"sanity_checking": True},
+            ["validation: batch 15/70, 30 s", "validation: batch 30/70, 1 min 00 s"],
+        ),
+        ("test", {}, ["test: batch 15, 30 s", "test: batch 30, 1 min 00 s"]),
+        ("test", {"is_global_zero": False}, []),
+    ],
+    ids=["validation", "before training", "test of unknown length", "another rank"],
+)
+def test_progress_of_measurements(
+    hooks: str,
+    options: dict[str, Any],
+    expected: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    recorder, progress = Recorder(), LogProgress()
+    trainer = fake_trainer(Recorder(), num_sanity_val_batches=[30, 40], **options)
+    monkeypatch.setattr(progress_lines.time, "monotonic", recorder.look)
+    progress.setup(trainer, MODULE, "validate")
+    getattr(progress, f"on_{hooks}_start")(trainer, MODULE)
+    for k in range(40):
+        recorder.seconds += 2
+        getattr(progress, f"on_{hooks}_batch_end")(trainer, MODULE, None, BATCH, k)
+    assert capsys.readouterr().err.splitlines() == expected
+
+
 @pytest.mark.parametrize(("key", "value"), [("is_global_zero", False), ("fast_dev_run", 1)])
 def test_no_progress_of_other_ranks_and_of_trials(
     key: str, value: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -135,9 +192,15 @@ def test_no_progress_of_other_ranks_and_of_trials(
     assert printed_lines(fake_trainer(Recorder(), **{key: value}), 40, monkeypatch, capsys) == []
 
 
-def test_no_lines_beside_a_progress_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_lines_on_terminals_unless_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(rich, "get_console", lambda: SimpleNamespace(is_terminal=True, is_jupyter=False))
     assert printed_lines(fake_trainer(Recorder()), 40, monkeypatch, capsys) == []
+    lines = printed_lines(
+        fake_trainer(Recorder()), 40, monkeypatch, capsys, every_fraction=0.5, title="trial 7", on_terminals=True
+    )
+    assert [line.partition(",")[0] for line in lines] == ["trial 7: step 20/40 (50%)", "trial 7: step 40/40 (100%)"]
 
 
 @pytest.mark.parametrize("options", [{"every_seconds": 0.0}, {"every_fraction": -1.0}])

@@ -33,6 +33,16 @@ def test_a_line_is_due_after_some_time_or_progress(clock: Clock) -> None:
     assert not pacer.is_due(1.0)
 
 
+def test_a_line_during_other_work_is_due_after_some_time_and_leaves_the_progress(clock: Clock) -> None:
+    pacer = LinePacer(every_seconds=30, every_fraction=0.25)
+    due = []
+    for clock.seconds in (20, 40, 60, 75):
+        if pacer.is_due_by_time():
+            due.append(clock.seconds)
+    assert due == [40, 75]
+    assert pacer.is_due(0.25)
+
+
 def test_the_remaining_time_does_not_count_what_was_done_before(clock: Clock) -> None:
     pacer = LinePacer()
     pacer.start(0.5)
