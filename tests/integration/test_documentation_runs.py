@@ -51,6 +51,8 @@ NEEDS = {
     "chat_1b": "the hub",
     "strategy/": "several devices",
     "on_a_gpu": "a GPU",
+    "served_speed": "the extra serving",
+    "step_operations": "minutes",
     "postgresql": "a database server",
     "sqlite": "minutes, as the study in a file does",
     "user/": "the hub",
