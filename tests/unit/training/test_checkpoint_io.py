@@ -102,7 +102,7 @@ def test_reading_runs_no_code(remote: bool, tmp_path: Path) -> None:
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         path = f"http://127.0.0.1:{server.server_port}/{file.name}" if remote else file
-        with pytest.raises(ValueError, match="ckpt_path=.*hostile.ckpt cannot be read: UnpicklingError"):
+        with pytest.raises(ValueError, match="ckpt_path=.*hostile.ckpt cannot be read: .*, which could run code"):
             AtomicCheckpointIO().load_checkpoint(path, weights_only=False)
         server.shutdown()
     assert not (tmp_path / "proof").exists()
