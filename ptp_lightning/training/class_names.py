@@ -79,13 +79,8 @@ def concrete_classes(base: type) -> list[type]:
 
 def _is_public(one: type) -> bool:
     """Whether configurations may name a class: ours if its package exports it."""
-    home = _shown(one).rpartition(".")[0]
-    return home not in sys.modules or _exports(home, one)
-
-
-def _exports(home: str, one: type) -> bool:
-    module = sys.modules[home]
-    return one.__name__ in getattr(module, "__all__", vars(module))
+    home = sys.modules.get(_shown(one).rpartition(".")[0])
+    return home is None or one.__name__ in getattr(home, "__all__", vars(home))
 
 
 def _base_of(key: str, message: str) -> type | None:
@@ -128,5 +123,5 @@ def _shown(one: type) -> str:
     if parts[0] not in ("ptp_lightning", "lightning"):
         return f"{one.__module__}.{one.__qualname__}"
     homes = [".".join(parts[:depth]) for depth in range(2, len(parts) + 1)]
-    home = next((home for home in homes if home in sys.modules and _exports(home, one)), homes[0])
-    return f"{home}.{one.__name__}"
+    exporting = (home for home in homes if one.__name__ in getattr(sys.modules.get(home), "__all__", ()))
+    return f"{next(exporting, homes[0])}.{one.__name__}"
