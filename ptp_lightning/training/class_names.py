@@ -40,7 +40,7 @@ ROWS_OF_A_STREAM = "data.RowSource"  # the source of a `StreamPart`
 _KEY = re.compile(r'Parser key "(?P<key>[\w.]+)"')
 _UNKNOWN = re.compile(
     r"Problem with given class_path '(?P<path>[\w.]+)':\s*(?P<reason>module '[\w.]+' has no attribute|No module named)"
-    r"|Expected a dot import path string: (?P<name>\w+)"
+    r"|Expected a dot import path string: (?P<name>[^\W\d]\w*)"
     r"|Import path (?P<other>[\w.]+) does not correspond to a subclass of \w+"
 )
 

@@ -231,13 +231,14 @@ class DistillationModule(PredictorModule):
         generator = keyed_generator(*keys)
         source = self.val_source.choose(1.0, keyed_generator(self.seed, "source", stage, batch_idx))
         sample, draft, logits = self._measure(context, source, generator, self.val_metrics)
-        self.val_loss.update(*self._trained_loss(context, draft.slots, sample))
         if self.predictor.config.objective.predicts_distribution:
             target, mask = sample.target.at(SLOT_POSITIONS).flatten().materialize(), sample.mask[..., 1:]
             divergence = over_draft_vocabulary(KullbackLeibler(), context.sampling.draft_vocabulary)
             divergences = divergence.per_slot(logits.flatten(0, -2), sample.token_ids[..., 1:].flatten(), target)
             positions = torch.arange(1, self.predictor.config.window_length, device=mask.device).expand_as(mask)
             self.val_divergences.update(divergences.view_as(mask)[mask], positions[mask])
+        del logits  # before those of the loss
+        self.val_loss.update(*self._trained_loss(context, draft.slots, sample))
         if self.num_drafts > 1:
             chosen = best_of(self.num_drafts, self.predictor, context, generator)
             self.best_of_metrics.update(*chosen)
