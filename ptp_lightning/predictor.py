@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Self
 
 from ptp_lightning.decoding.generation import Generation
 from ptp_lightning.decoding.text import generate, tokenizer_of
-from ptp_lightning.export.checkpoint import build_network, read_predictor, save_network
+from ptp_lightning.export.checkpoint import build_network, save_network
 from ptp_lightning.export.hub import upload, warn_of_local_base
+from ptp_lightning.export.stored_predictor import read_predictor
 from ptp_lightning.models.config import PredictorConfig
 from ptp_lightning.models.network import PredictorNetwork
 from ptp_lightning.option_names import DEFAULT_DECODER, DecoderName, DtypeName

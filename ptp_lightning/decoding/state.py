@@ -269,8 +269,6 @@ class BatchContext:
 
     def _slot_embeddings(self, lookahead: Lookahead) -> Tensor:
         """Input embeddings `[B, S, H]` of the slots of a call."""
-        if not self.predictor.slots_differ:
-            return self.predictor.slot_encoder.placeholder.expand(*lookahead.offsets.shape, -1)
         num_new = [length - prompt for length, prompt in zip(self._cache.lengths, self._prompt_lengths, strict=True)]
         index = torch.tensor(num_new, device=self.device).unsqueeze(1) + lookahead.anchors + 1 + lookahead.offsets
         pairs = torch.stack([self._auxiliaries_at(index), self._auxiliaries_at(index + 1)], dim=-1)

@@ -27,8 +27,9 @@ from torch import Tensor
 
 from ptp_lightning.decoding.generation import GenerationSettings
 from ptp_lightning.decoding.text import DECODERS
-from ptp_lightning.export.checkpoint import EXPORTED_FILES, PREDICTOR_FOLDER, build_network, read_predictor
+from ptp_lightning.export.checkpoint import build_network
 from ptp_lightning.export.hub import HubId, download
+from ptp_lightning.export.stored_predictor import EXPORTED_FILES, PREDICTOR_FOLDER, read_predictor
 from ptp_lightning.models.attention.eager_attention import needs_eager_attention
 from ptp_lightning.models.network import PredictorNetwork
 from ptp_lightning.option_names import DEFAULT_DECODER, DecoderName

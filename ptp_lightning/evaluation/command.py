@@ -36,8 +36,9 @@ from ptp_lightning.evaluation.report import Report
 from ptp_lightning.evaluation.runner import EvaluationPlan, prompt_of, require_positions
 from ptp_lightning.evaluation.runner import run as run_plan
 from ptp_lightning.evaluation.summary import OVERALL, scores
-from ptp_lightning.export.checkpoint import build_network, read_predictor, stored_positions
+from ptp_lightning.export.checkpoint import build_network, stored_positions
 from ptp_lightning.export.options import predictor_options, predictor_source
+from ptp_lightning.export.stored_predictor import read_predictor
 from ptp_lightning.models.backbone import load_backbone
 from ptp_lightning.models.network import PredictorNetwork
 from ptp_lightning.utils.local_paths import WRITTEN, local_folder

@@ -1,31 +1,20 @@
-"""Predictors on disk: Lightning checkpoints and exported folders, and checks before their weights are loaded.
-
-An exported folder is a standard PEFT adapter with two more files: the slot encoder's weights, and `predictor.json`,
-which holds all settings and the base model's fingerprint. Base weights are in neither. With slots that run through no
-layer there is no adapter, and these two files are all.
-"""
+"""Networks of stored predictors, and predictors to disk; what must belong together before weights are loaded."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from ptp_lightning.export.hub import download, hub_id
 from ptp_lightning.export.migrations import (
     CHECKPOINT_KEY,
     FORMAT_VERSION,
-    migrate_checkpoint,
-    migrated_config,
-    migrated_state,
-    require_known_format,
 )
 from ptp_lightning.export.model_card import model_card
 from ptp_lightning.export.other_base import (
@@ -35,10 +24,18 @@ from ptp_lightning.export.other_base import (
     warn_of_other_weights,
 )
 from ptp_lightning.export.packaged_adapters import (
-    DEFAULT_ADAPTER,
-    PACKAGED_ADAPTERS,
     SETTINGS_FILE,
-    packaged_adapter_folder,
+)
+from ptp_lightning.export.stored_predictor import (
+    ADAPTER_NAME,
+    ADAPTER_PREFIX,
+    CARD_FILE,
+    EXPORTED_FILES,
+    SLOT_ENCODER_FILE,
+    SLOT_ENCODER_PREFIX,
+    StoredPredictor,
+    read_predictor,
+    with_prefix,
 )
 from ptp_lightning.export.stored_sizes import require_stored_sizes
 from ptp_lightning.models.backbone import BackboneSettings, known_positions, load_backbone
@@ -49,40 +46,11 @@ from ptp_lightning.models.students import GatedLoraStudent
 from ptp_lightning.option_names import DTYPES, DtypeName
 from ptp_lightning.utils.atomic_files import replacing
 from ptp_lightning.utils.local_paths import WRITTEN, local_path
-from ptp_lightning.utils.pretrained import HUB_ADVICE, PATH_KEY, clear_errors, few, listing, require_torch_file
+from ptp_lightning.utils.pretrained import PATH_KEY, listing
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
-
-ADAPTER_NAME = "default"
-PREDICTOR_FOLDER = "predictor"  # of an export that brings its base model
-
-SLOT_ENCODER_FILE = "slot_encoder.safetensors"
-ADAPTER_FILE = "adapter_model.safetensors"
-CARD_FILE = "README.md"
-EXPORTED_FILES = ("adapter_config.json", ADAPTER_FILE, SLOT_ENCODER_FILE, SETTINGS_FILE, CARD_FILE)
-
-ADAPTER_PREFIX = "language_model."  # names in PredictorNetwork.trainable_state
-SLOT_ENCODER_PREFIX = "slot_encoder."
-
-
-class StoredPredictor(NamedTuple):
-    """Content of a checkpoint or an exported folder, before a network is built.
-
-    Attributes:
-        path: of the file or folder.
-        config: plain data of a `PredictorConfig`.
-        base_fingerprint: of its base model.
-        state: names and values as in `PredictorNetwork.trainable_state`.
-        training: facts about the training: `steps`, `prefix_counts` as in `PredictorNetwork`, and metrics by tag.
-    """
-
-    path: Path
-    config: dict[str, Any]
-    base_fingerprint: str
-    state: dict[str, Tensor]
-    training: dict[str, Any]
 
 
 def load_network(
@@ -111,24 +79,6 @@ def load_network(
             belong together.
     """
     return build_network(read_predictor(path), dtype=dtype, base=base, trust_custom_classes=trust_custom_classes)
-
-
-def read_predictor(path: str | Path | None = None) -> StoredPredictor:
-    """Read what `load_network` needs; arguments and errors as there, without those about the base model."""
-    path = DEFAULT_ADAPTER if path is None else path
-    is_packaged = path in PACKAGED_ADAPTERS
-    target = packaged_adapter_folder(str(path)) if is_packaged else local_path(path, CHECKPOINT_KEY, HUB_ADVICE)
-    if target.is_file():
-        return _read_checkpoint(target)
-    if target.is_dir():
-        return _read_exported(target, {"path": str(target)})
-    if (source := hub_id(path)) is not None:
-        folder = download(source, [*EXPORTED_FILES, *(f"{PREDICTOR_FOLDER}/{name}" for name in EXPORTED_FILES)])
-        return _read_exported(folder, {"path": source.repo, "revision": folder.name})
-    raise FileNotFoundError(
-        f"expected a Lightning checkpoint or an exported folder at {target}, found nothing: set {CHECKPOINT_KEY}, or "
-        f"model to the name of a packaged adapter ({', '.join(PACKAGED_ADAPTERS)})"
-    )
 
 
 def build_network(
@@ -256,8 +206,8 @@ def save_network(
     }
     with replacing(target) as draft:
         if predictor.config.has_lora:
-            _save_adapter(predictor, _with_prefix(state, ADAPTER_PREFIX), draft)
-        save_file(_with_prefix(state, SLOT_ENCODER_PREFIX), draft / SLOT_ENCODER_FILE)
+            _save_adapter(predictor, with_prefix(state, ADAPTER_PREFIX), draft)
+        save_file(with_prefix(state, SLOT_ENCODER_PREFIX), draft / SLOT_ENCODER_FILE)
         (draft / SETTINGS_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
         card = model_card(predictor.config, predictor.base_fingerprint, name or target.name, training or {}, license)
         (draft / CARD_FILE).write_text(card, encoding="utf-8")  # instead of PEFT's
@@ -324,59 +274,6 @@ def _require_adapter(config: PredictorConfig) -> None:
         )
 
 
-def _read_checkpoint(file: Path) -> StoredPredictor:
-    require_torch_file(file, CHECKPOINT_KEY)
-    with clear_errors(file, CHECKPOINT_KEY):
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-    migrate_checkpoint(checkpoint, str(file))
-    about = checkpoint["predictor"]
-    state = _with_prefix(checkpoint["state_dict"], "predictor.")
-    training: dict[str, Any] = {"steps": checkpoint["global_step"]}
-    if "prefix_counts" in about:  # it has been validated
-        training["prefix_counts"] = about["prefix_counts"]
-    return StoredPredictor(file, about["config"], about["base_fingerprint"], state, training)
-
-
-def _read_exported(folder: Path, location: dict[str, str]) -> StoredPredictor:
-    """An adapter, or a predictor beside its base model, which is then where `location` says."""
-    if not (folder / PREDICTOR_FOLDER / SETTINGS_FILE).is_file():
-        return _read_folder(folder)
-    stored = _read_folder(folder / PREDICTOR_FOLDER)
-    backbone = location | {"dtype": stored.config["backbone"]["dtype"]}
-    return stored._replace(config={**stored.config, "backbone": backbone})
-
-
-def _read_folder(folder: Path) -> StoredPredictor:
-    _require_file(folder, SETTINGS_FILE)
-    with clear_errors(folder / SETTINGS_FILE, CHECKPOINT_KEY):
-        about: Any = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
-    version = about.get("format_version") if isinstance(about, dict) else None
-    require_known_format(version, str(folder / SETTINGS_FILE))
-    if missing := {"config", "base_fingerprint", "training"} - about.keys():
-        raise ValueError(f"expected {few(missing)} in {folder / SETTINGS_FILE}, found {few(about)}: export it again")
-    state: dict[str, Tensor] = {}
-    weights: dict[str, Callable[[str], str]] = {SLOT_ENCODER_FILE: SLOT_ENCODER_PREFIX.__add__}
-    if about["config"].get("slot_layers") != 0:
-        weights[ADAPTER_FILE] = _adapter_name
-    for name, in_state in weights.items():
-        _require_file(folder, name)
-        with clear_errors(folder / name, CHECKPOINT_KEY):
-            state |= {in_state(key): value for key, value in load_file(folder / name).items()}
-    config = migrated_config(about["config"], str(folder / SETTINGS_FILE))
-    return StoredPredictor(folder, config, about["base_fingerprint"], migrated_state(state), about["training"])
-
-
-def _require_file(folder: Path, name: str) -> None:
-    if not (folder / name).is_file():
-        raise FileNotFoundError(f"expected {name} in {folder}, found {listing(folder)}: set {CHECKPOINT_KEY}")
-
-
-def _adapter_name(stored: str) -> str:
-    """PEFT leaves the adapter's name out of the names of weights: `..lora_A.weight` is `..lora_A.default.weight`."""
-    module, _, parameter = stored.rpartition(".")
-    return f"{ADAPTER_PREFIX}{module}.{ADAPTER_NAME}.{parameter}"
-
-
 def _stored_order(stored: StoredPredictor, config: PredictorConfig) -> Tensor | None:
     """Ranks of the tokens in the order "embedding", which are stored because they are costly to compute."""
     if config.sampling.order != "embedding":
@@ -395,11 +292,6 @@ def _save_adapter(predictor: PredictorNetwork, state: dict[str, Tensor], folder:
     model.peft_config[ADAPTER_NAME].revision = predictor.config.backbone.revision
     # "auto" would look at the base model's configuration on the hub to decide whether to store embeddings
     model.save_pretrained(str(folder), selected_adapters=[ADAPTER_NAME], save_embedding_layers=False, state_dict=state)
-
-
-def _with_prefix(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Weights whose names begin with `prefix`, without the prefix."""
-    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
 def _package_version() -> str:

@@ -9,15 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
-from ptp_lightning.export.checkpoint import (
-    EXPORTED_FILES,
-    build_network,
-    read_predictor,
-    require_free_folder,
-    save_network,
-)
+from ptp_lightning.export.checkpoint import build_network, require_free_folder, save_network
 from ptp_lightning.export.hub import warn_of_local_base
 from ptp_lightning.export.model_folder import save_with_base_model
+from ptp_lightning.export.stored_predictor import EXPORTED_FILES, read_predictor
 from ptp_lightning.utils.local_paths import WRITTEN, local_path
 from ptp_lightning.utils.user_errors import warnings_as_notes
 

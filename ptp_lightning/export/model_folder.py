@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from ptp_lightning.export.card_metadata import card_metadata
-from ptp_lightning.export.checkpoint import CARD_FILE, PREDICTOR_FOLDER, require_free_folder, save_network
+from ptp_lightning.export.checkpoint import require_free_folder, save_network
+from ptp_lightning.export.stored_predictor import CARD_FILE, PREDICTOR_FOLDER
 from ptp_lightning.models.backbone import load_backbone
 from ptp_lightning.models.network import PredictorNetwork
 from ptp_lightning.utils.atomic_files import replacing

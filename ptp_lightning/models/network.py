@@ -21,16 +21,12 @@ from ptp_lightning.models.correction.correction import CorrectionHead, Correctio
 from ptp_lightning.models.correction.decoder_refiner import Refiner, RefinerContext
 from ptp_lightning.models.draft_head import DraftHead, as_vocabulary, require_draft_size, require_draft_vocabulary
 from ptp_lightning.models.layers.packed_linear import PackedWeights
-from ptp_lightning.models.ngram_table import NgramTable
 from ptp_lightning.models.output_head import apply_head, final_logits, output_head
 from ptp_lightning.models.positions import max_positions
-from ptp_lightning.models.slots.late_entry import LateEntry, first_slot_layer
-from ptp_lightning.models.slots.layerless_slots import LayerlessSlots
-from ptp_lightning.models.slots.sampling_encoder import SamplingEncoder
-from ptp_lightning.models.slots.slot_encoder import SlotEncoder
+from ptp_lightning.models.slot_parts import build_slot_encoder
+from ptp_lightning.models.slots.late_entry import first_slot_layer
 from ptp_lightning.models.stored_state import NOT_TRAINED, require_finite_weights, require_stored_state
 from ptp_lightning.models.support import require_finite, require_supported, require_text_model
-from ptp_lightning.models.token_order import require_permutation, similar_tokens_together
 from ptp_lightning.models.training_changes import prepare_for_training
 from ptp_lightning.ngrams import Continuations
 from ptp_lightning.sampling import Sampler, SamplingConfig
@@ -77,29 +73,8 @@ class PredictorNetwork(nn.Module):
         table: Tensor = backbone.get_input_embeddings().weight  # pyright: ignore[reportAssignmentType]
         require_finite(table)
         require_draft_size(config.draft_vocabulary, len(table))
-        self.slot_encoder = SlotEncoder(config.objective, config.features, config.head, table)
-        if config.correction is not None:
-            self.slot_encoder.correction = config.correction.build(backbone, config.draft_vocabulary or len(table))
-        if config.sampling_range is not None:
-            self.slot_encoder.sampling_encoder = SamplingEncoder(*table.shape)
-            if self.refiner is not None:
-                self.slot_encoder.correction_sampling_encoder = SamplingEncoder(*table.shape)
-        if config.sampling.order == "embedding":
-            ranks = similar_tokens_together(table) if token_ranks is None else token_ranks.to(torch.int64, copy=True)
-            require_permutation(ranks, len(table))
-            self.slot_encoder.token_ranks = ranks
-        if config.ngrams is not None:
-            self.slot_encoder.ngrams = NgramTable(config.ngrams)
         self.first_slot_layer = first_slot_layer(backbone, config.slot_layers)
-        if config.slot_layers == 0:
-            self.slot_encoder.layerless = LayerlessSlots(
-                table.shape[1],
-                config.window_length - 1,
-                reads_slots=self.slots_differ,
-                of_bfloat16_model=backbone.dtype == torch.bfloat16,
-            )
-        elif self.first_slot_layer:
-            self.slot_encoder.late_entry = LateEntry(table.shape[1])
+        self.slot_encoder = build_slot_encoder(config, backbone, self.first_slot_layer, token_ranks)
         self.language_model, self.gate, self.student_copy = prepare_for_training(
             backbone, config.student, config.lora, self.first_slot_layer
         )
@@ -248,11 +223,6 @@ class PredictorNetwork(nn.Module):
             )
         ranks = self.slot_encoder.token_ranks if sampling.order == "embedding" else None
         return Sampler(sampling, ranks, as_vocabulary(self.slot_encoder.draft_token_ids))
-
-    @property
-    def slots_differ(self) -> bool:
-        """Whether slots carry auxiliaries or sampling settings; without, their input embeddings are all the same."""
-        return self.config.objective.num_inputs > 0 or self.config.sampling_range is not None
 
     def embed_slots(self, auxiliaries: Tensor, sampling: SamplingConfig) -> Tensor:
         """Input embeddings of slots: `[..., L]` float64 in [0, 1) to `[..., L - 1, H]`."""

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import optuna
 from optuna.exceptions import ExperimentalWarning
@@ -36,14 +35,11 @@ from ptp_lightning.sweeps.training_run import (
 )
 from ptp_lightning.sweeps.worker import TENSORBOARD, Worker, trial_arguments
 from ptp_lightning.utils.passwords import without_passwords
+from ptp_lightning.utils.user_errors import TerminatedError
 
 OUTPUTS = "runs/sweeps"
 JOB = "SWEEPS_JOB"  # environment variable of the processes that --jobs starts
 STORAGE = "SWEEPS_STORAGE"  # their storage, which is no option because all users see options, and the password in it
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, which unlike Ctrl-C reaches this process alone."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +70,6 @@ class StudyRunner:
             FileNotFoundError: a file is missing.
             KeyboardInterrupt: on Ctrl-C or SIGTERM, after the running trials are enqueued again.
         """
-        signal.signal(signal.SIGTERM, _stop)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         warnings.filterwarnings("ignore", category=ExperimentalWarning)
         silence_training_logs()
@@ -158,7 +153,7 @@ class StudyRunner:
             ends = [process.wait() for process in processes]
         except KeyboardInterrupt as stop:  # they enqueue their trials again
             for process in processes:
-                if isinstance(stop, Terminated):  # a terminal sends Ctrl-C to all of them
+                if isinstance(stop, TerminatedError):  # a terminal sends Ctrl-C to all of them
                     process.terminate()
                 process.wait()
             raise
@@ -234,8 +229,3 @@ def _configuration_of(study: Study, base: str, overrides: Overrides, parameters:
         return read_configuration(trial_arguments(study, base, overrides, parameters, study.seeds[0]))
     except ValueError as error:
         raise ValueError(f"the choice {parameters} does not fit {base}: {error}") from error
-
-
-def _stop(*_: object) -> NoReturn:
-    """Handle SIGTERM like Ctrl-C, also outside Lightning's own handlers."""
-    raise Terminated

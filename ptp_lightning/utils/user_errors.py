@@ -36,7 +36,7 @@ _TYPE = re.compile(
 
 
 class TerminatedError(KeyboardInterrupt):
-    """SIGTERM; what cleans up after Ctrl-C does so for this, too."""
+    """SIGTERM, which unlike Ctrl-C reaches one process alone; what cleans up after Ctrl-C does so for this, too."""
 
 
 @contextmanager

@@ -13,7 +13,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file
 
 from ptp_lightning.cli import HELP, main
-from ptp_lightning.export.checkpoint import EXPORTED_FILES, load_network, read_predictor
+from ptp_lightning.export.checkpoint import load_network
+from ptp_lightning.export.stored_predictor import EXPORTED_FILES, read_predictor
 from ptp_lightning.models import BackboneSettings, LoraSettings, PredictorConfig, PredictorNetwork
 from ptp_lightning.sampling import SamplingConfig
 from ptp_lightning.training import AutoregressiveModule, DistillationModule, OptimizerSettings

@@ -15,7 +15,7 @@ import torch
 import yaml
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 
-from ptp_lightning.export.checkpoint import read_predictor
+from ptp_lightning.export.stored_predictor import read_predictor
 from ptp_lightning.training import cli
 from tests.helpers.tiny_configs import CORPUS_LINE, shrink
 

@@ -23,8 +23,9 @@ from transformers import (
 
 from ptp_lightning.decoding import generate, generate_with_predictor
 from ptp_lightning.decoding.transformers_generate import CustomGenerate
-from ptp_lightning.export.checkpoint import CARD_FILE, EXPORTED_FILES, PREDICTOR_FOLDER, load_network
+from ptp_lightning.export.checkpoint import load_network
 from ptp_lightning.export.model_folder import GENERATE_FILE, save_with_base_model
+from ptp_lightning.export.stored_predictor import CARD_FILE, EXPORTED_FILES, PREDICTOR_FOLDER
 from ptp_lightning.models import PredictorNetwork
 from ptp_lightning.sampling import SamplingConfig
 from tests.helpers.byte_tokenizer import byte_tokenizer

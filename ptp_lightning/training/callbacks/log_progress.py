@@ -54,8 +54,8 @@ class LogProgress(Callback):
         """Decide whether lines are printed, and start the clock."""
         console = rich.get_console()
         is_log = self._on_terminals or not (console.is_terminal or console.is_jupyter)
-        is_trial = trainer.fast_dev_run  # pyright: ignore[reportAttributeAccessIssue]
-        self._is_active = trainer.is_global_zero and is_log and not is_trial
+        is_dev_run = trainer.fast_dev_run  # pyright: ignore[reportAttributeAccessIssue]
+        self._is_active = trainer.is_global_zero and is_log and not is_dev_run
         self._pacer.start()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -18,7 +18,8 @@ from ptp_lightning.decoding import GenerationSettings, decode_autoregressively, 
 from ptp_lightning.decoding.joined_decoder import JoinedDecoder
 from ptp_lightning.decoding.partial_quadratic import decode_partially_quadratically
 from ptp_lightning.evaluation.acceptance_gap import correct_tokens_at_all_positions
-from ptp_lightning.export.checkpoint import load_network, read_predictor
+from ptp_lightning.export.checkpoint import load_network
+from ptp_lightning.export.stored_predictor import read_predictor
 from ptp_lightning.models import FullCopyStudent, LoraSettings, PredictorConfig, PredictorNetwork
 from ptp_lightning.models.slots.late_entry import LateEntry
 from ptp_lightning.models.slots.layerless_slots import LayerlessSlots
@@ -170,10 +171,13 @@ def test_the_base_model_is_untouched_and_lower_layers_carry_no_adapter() -> None
     assert len(predictor.base_model.model.layers) == 3  # also after slots have run
 
 
+@pytest.mark.parametrize("slot_layers", SLOT_LAYERS)
 @torch.no_grad()
-def test_what_slots_see() -> None:
-    """Tokens before their window, in their document; and the first token of the window."""
-    predictor = late(correction=None)
+def test_what_slots_see(slot_layers: int) -> None:
+    """Tokens before their window, in their document; the first token of the window; and what slots carry."""
+    predictor = late.__wrapped__(correction=None, slot_layers=slot_layers)  # a new one, whose weights may change
+    if predictor.slot_encoder.layerless is not None:  # else slots are alike
+        predictor.slot_encoder.layerless.down.weight.normal_(generator=torch.Generator().manual_seed(0))
     ids = torch.arange(28).view(2, 14) % VOCABULARY
     u = torch.rand(2, 3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     first = torch.zeros(2, 3, dtype=torch.long)
@@ -188,9 +192,12 @@ def test_what_slots_see() -> None:
     after = predictor.slot_hidden(predictor.encode(make_batch(ids)), u, other)
     assert slots_that_differ(before, after) == {(0, 1, slot) for slot in range(7)}
     later = u.clone()
-    later[0, 1, 4] = 0.5  # which slots 3 to 6 carry, as the token before or as their own
+    later[0, 1, 4] = 0.5  # which slot 4 carries as that of the token it stands for
     changed_slots = slots_that_differ(before, predictor.slot_hidden(predictor.encode(make_batch(ids)), later, first))
-    assert changed_slots <= {(0, 1, slot) for slot in range(3, 7)} and (0, 1, 6) in changed_slots
+    if slot_layers:  # slots see the slots before them
+        assert changed_slots <= {(0, 1, slot) for slot in range(3, 7)} and (0, 1, 6) in changed_slots
+    else:
+        assert changed_slots == {(0, 1, 4)}
 
 
 def test_entry_by_hand() -> None:
@@ -216,32 +223,6 @@ def test_layerless_slots_leave_the_base_model_as_it_is() -> None:
         name for name, _ in plain.named_parameters()
     ]
     assert not any(one.requires_grad for one in predictor.base_model.parameters())
-
-
-@torch.no_grad()
-def test_what_layerless_slots_see() -> None:
-    """Tokens before their window, in their document; the first token of the window; and what they carry themselves."""
-    predictor = late(correction=None, slot_layers=0)
-    with torch.no_grad():
-        assert predictor.slot_encoder.layerless is not None
-        predictor.slot_encoder.layerless.down.weight.normal_()  # else slots are alike
-    ids = torch.arange(28).view(2, 14) % VOCABULARY
-    u = torch.rand(2, 3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    first = torch.zeros(2, 3, dtype=torch.long)
-    before = predictor.slot_hidden(predictor.encode(make_batch(ids)), u, first)
-    for position in (0, 5, 6, 9):
-        changed = ids.clone()
-        changed[0, position] += 1
-        after = predictor.slot_hidden(predictor.encode(make_batch(changed % VOCABULARY)), u, first)
-        assert slots_that_differ(before, after) == slots_that_see(0, position, 7)
-    other = first.clone()
-    other[0, 1] = 3
-    after = predictor.slot_hidden(predictor.encode(make_batch(ids)), u, other)
-    assert slots_that_differ(before, after) == {(0, 1, slot) for slot in range(7)}
-    later = u.clone()
-    later[0, 1, 4] = 0.5  # slot 4 carries the token before that it predicts
-    after = predictor.slot_hidden(predictor.encode(make_batch(ids)), later, first)
-    assert slots_that_differ(before, after) == {(0, 1, 4)}
 
 
 def test_layerless_slots_by_hand() -> None:

@@ -18,15 +18,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from ptp_lightning.export import checkpoint, packaged_adapters
-from ptp_lightning.export.checkpoint import (
-    ADAPTER_FILE,
-    EXPORTED_FILES,
-    SETTINGS_FILE,
-    SLOT_ENCODER_FILE,
-    load_network,
-    read_predictor,
-    save_network,
-)
+from ptp_lightning.export.checkpoint import SETTINGS_FILE, load_network, save_network
+from ptp_lightning.export.stored_predictor import ADAPTER_FILE, EXPORTED_FILES, SLOT_ENCODER_FILE, read_predictor
 from ptp_lightning.models import (
     BinaryFeatures,
     CosineFeatures,

@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ptp_lightning.export.checkpoint import ADAPTER_FILE, SETTINGS_FILE, SLOT_ENCODER_FILE, load_network, save_network
+from ptp_lightning.export.checkpoint import SETTINGS_FILE, load_network, save_network
+from ptp_lightning.export.stored_predictor import ADAPTER_FILE, SLOT_ENCODER_FILE
 from ptp_lightning.ngrams import count_ngrams
 from tests.helpers.stored_predictors import SAMPLING, edit, trained
 

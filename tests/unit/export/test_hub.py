@@ -13,10 +13,11 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 
 from ptp_lightning import ParallelTokenPredictor
-from ptp_lightning.export.checkpoint import EXPORTED_FILES, load_network, read_predictor, save_network
+from ptp_lightning.export.checkpoint import load_network, save_network
 from ptp_lightning.export.hub import hub_id, warn_of_local_base
 from ptp_lightning.export.model_folder import save_with_base_model
 from ptp_lightning.export.packaged_adapters import packaged_adapter_folder
+from ptp_lightning.export.stored_predictor import EXPORTED_FILES, read_predictor
 from ptp_lightning.models import PredictorNetwork
 from tests.helpers.byte_tokenizer import byte_tokenizer
 from tests.helpers.hub_stand_in import TOKEN, HubStandIn, running_hub, use_hub

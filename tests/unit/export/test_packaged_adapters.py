@@ -9,8 +9,9 @@ import torch
 
 from ptp_lightning import ParallelTokenPredictor
 from ptp_lightning.export import packaged_adapters
-from ptp_lightning.export.checkpoint import ADAPTER_FILE, EXPORTED_FILES, load_network, read_predictor, save_network
+from ptp_lightning.export.checkpoint import load_network, save_network
 from ptp_lightning.export.packaged_adapters import PACKAGED_ADAPTERS, packaged_adapter_folder
+from ptp_lightning.export.stored_predictor import ADAPTER_FILE, EXPORTED_FILES, read_predictor
 from ptp_lightning.models import PredictorConfig
 from ptp_lightning.utils.pretrained import embedded_folder
 from tests.helpers.stored_predictors import slot_logits, trained

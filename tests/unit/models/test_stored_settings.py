@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ptp_lightning.export.checkpoint import SLOT_ENCODER_FILE, load_network, require_same_predictor, save_network
+from ptp_lightning.export.checkpoint import load_network, require_same_predictor, save_network
 from ptp_lightning.export.migrations import migrate_checkpoint
-from ptp_lightning.models import BinaryFeatures, CosineFeatures, OneHotObjective, PredictorConfig
-from ptp_lightning.models import network as predictor_module
+from ptp_lightning.export.stored_predictor import SLOT_ENCODER_FILE
+from ptp_lightning.models import BinaryFeatures, CosineFeatures, OneHotObjective, PredictorConfig, slot_parts
 from ptp_lightning.models.slots.auxiliary_features import AuxiliaryFeatures
 from ptp_lightning.models.slots.sampling_range import SamplingRange
 from ptp_lightning.models.students import FullCopyStudent
@@ -47,7 +47,7 @@ class TestOrderAndRange:
         other = before.slot_encoder.token_ranks.flip(0).clone()
         before.slot_encoder.token_ranks.copy_(other)
         save_network(before, tmp_path / "export")
-        monkeypatch.setattr(predictor_module, "similar_tokens_together", lambda table: pytest.fail("computed"))
+        monkeypatch.setattr(slot_parts, "similar_tokens_together", lambda table: pytest.fail("computed"))
         after = load_network(tmp_path / "export")
         assert torch.equal(after.sampler().token_ranks, other)  # pyright: ignore[reportArgumentType]
 

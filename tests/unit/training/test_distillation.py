@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ptp_lightning.export.checkpoint import read_predictor
+from ptp_lightning.export.stored_predictor import read_predictor
 from ptp_lightning.losses import KullbackLeibler, Loss
 from ptp_lightning.models.backbone import BackboneSettings
 from ptp_lightning.models.config import PredictorConfig

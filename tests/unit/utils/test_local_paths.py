@@ -11,7 +11,8 @@ from ptp_lightning.data import PickUps, TextFiles
 from ptp_lightning.data.completions.completions import CompletionFolder
 from ptp_lightning.evaluation.questions import read_questions
 from ptp_lightning.evaluation.records import RecordFile
-from ptp_lightning.export.checkpoint import read_predictor, require_free_folder
+from ptp_lightning.export.checkpoint import require_free_folder
+from ptp_lightning.export.stored_predictor import read_predictor
 from ptp_lightning.pregeneration.prompt_files import read_prompt_texts
 from ptp_lightning.pregeneration.topics import read_topics
 from ptp_lightning.utils.local_paths import local_folder, local_path
