@@ -6,7 +6,7 @@ from importlib import import_module
 
 from ptp_lightning import __version__
 from ptp_lightning.utils.short_help import TRAINING_COMMANDS, all_options, training_help, wants_help
-from ptp_lightning.utils.user_errors import parsed_options, run_plainly, stoppable
+from ptp_lightning.utils.user_errors import parsed_options, run_plainly
 
 COMMANDS = dict.fromkeys(TRAINING_COMMANDS, "training.cli:run") | {
     "plan": "planning.options:run",
@@ -74,6 +74,5 @@ def dispatch(args: list[str]) -> None:
     if function:
         getattr(import_module(f"ptp_lightning.{module}"), function)(rest)
         return
-    with stoppable():  # the other commands handle SIGTERM themselves
-        options = parsed_options(command, import_module(f"ptp_lightning.{module}.options").build_parser(), rest)
-        import_module(f"ptp_lightning.{module}.command").run(options)
+    options = parsed_options(command, import_module(f"ptp_lightning.{module}.options").build_parser(), rest)
+    import_module(f"ptp_lightning.{module}.command").run(options)

@@ -43,7 +43,7 @@ from ptp_lightning.training.cli import PlainErrorParser, TrainingCLI, parsed
 from ptp_lightning.training.modules.predictor_module import PredictorModule, require_known_tokens
 from ptp_lightning.utils.chat_templates import require_chat_template
 from ptp_lightning.utils.local_paths import WRITTEN, local_path
-from ptp_lightning.utils.user_errors import INTERRUPTED
+from ptp_lightning.utils.user_errors import status_of
 
 SIZES = ("num_completions", "max_new_tokens", "prompt_tokens", "num_prompts", "batch_size", "shard_prompts")
 MAX_BYTES_PER_TOKEN = 4  # before compression
@@ -212,7 +212,7 @@ def _complete(
 
 @contextmanager
 def _stoppable(output: str) -> Iterator[None]:
-    """Says how to continue after Ctrl-C, and what to do if the folder cannot be written to."""
+    """Says how to continue after Ctrl-C or SIGTERM, and what to do if the folder cannot be written to."""
     try:
         yield
     except OSError as error:  # no permission, no space
@@ -220,9 +220,9 @@ def _stoppable(output: str) -> Iterator[None]:
             f"cannot write {output}: {error}: free space and repeat the command, which continues the run, or "
             "choose another --output"
         ) from error
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print(f"Stopped      repeat the same command to continue in {output}", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        sys.exit(status_of(stop))
 
 
 def _require_text(data: LightningDataModule | None) -> TextDataModule:

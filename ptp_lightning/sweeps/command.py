@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ptp_lightning.utils.local_paths import WRITTEN, local_path
 from ptp_lightning.utils.named_files import find_yaml
-from ptp_lightning.utils.user_errors import option_parser, parsed_options, stoppable
+from ptp_lightning.utils.user_errors import option_parser, parsed_options
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -84,8 +84,7 @@ def run(args: Sequence[str]) -> None:
         overrides=overrides,
         retry_failed=options.retry_failed,
     )
-    with stoppable():
-        runner.run(options.trials, options.jobs)
+    runner.run(options.trials, options.jobs)
 
 
 def status(args: Sequence[str]) -> None:

@@ -30,7 +30,7 @@ from ptp_lightning.training.run_folder import SaveRunConfig, newest_checkpoint, 
 from ptp_lightning.training.settings import leaves, require_sections, require_trainer_settings, require_whole_interval
 from ptp_lightning.utils.named_files import find_yaml
 from ptp_lightning.utils.renamed_keys import require_current_names
-from ptp_lightning.utils.user_errors import EXIT_CODE, INTERRUPTED, TERMINATED, plain_reason
+from ptp_lightning.utils.user_errors import EXIT_CODE, TERMINATED, plain_reason, status_of
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "precision": "32-true",
@@ -252,8 +252,8 @@ def run(args: list[str] | None = None) -> None:
     except SIGTERMException:
         sys.exit(TERMINATED)
     except SystemExit as end:
-        if isinstance(end.__context__, KeyboardInterrupt):  # Lightning's status is 1
-            sys.exit(INTERRUPTED)
+        if isinstance(stop := end.__context__, KeyboardInterrupt):  # Lightning's status is 1
+            sys.exit(status_of(stop))
         raise
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         _leave_together()

@@ -56,6 +56,11 @@ def stoppable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def status_of(stop: KeyboardInterrupt) -> int:
+    """The exit status of a command that Ctrl-C or SIGTERM has stopped."""
+    return TERMINATED if isinstance(stop, TerminatedError) else INTERRUPTED
+
+
 def run_plainly(dispatch: Callable[[list[str]], None]) -> None:
     """Run a command on the arguments of the command line.
 
@@ -70,16 +75,14 @@ def run_plainly(dispatch: Callable[[list[str]], None]) -> None:
         dispatch(args)
         return
     try:
-        dispatch(args)
+        with stoppable():
+            dispatch(args)
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {plain_reason(str(error))}", file=sys.stderr)
         sys.exit(EXIT_CODE)
-    except TerminatedError:
-        print("\nstopped by SIGTERM", file=sys.stderr)
-        sys.exit(TERMINATED)
-    except KeyboardInterrupt:
-        print("\nstopped by Ctrl-C", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+    except KeyboardInterrupt as stop:
+        print(f"\nstopped by {'SIGTERM' if isinstance(stop, TerminatedError) else 'Ctrl-C'}", file=sys.stderr)
+        sys.exit(status_of(stop))
 
 
 @contextmanager

@@ -78,13 +78,13 @@ class ForkedProcess:
         return out, err
 
     def wait_for_output(self, text: str, timeout: float = 120.0) -> None:
-        """Wait until its standard output holds a text.
+        """Wait until its standard output or its errors hold a text.
 
         Raises:
             AssertionError: it ends before, or does not write it in time.
         """
         deadline = time.monotonic() + timeout
-        while not (self._files[0].exists() and text in self._files[0].read_text(encoding="utf-8", errors="replace")):
+        while not any(text in file.read_text("utf-8", errors="replace") for file in self._files if file.exists()):
             assert self.poll() is None, self.communicate()
             assert time.monotonic() < deadline, f"no {text!r} in {timeout} s"
             time.sleep(0.05)

@@ -57,6 +57,20 @@ def fit(config: Path, *more: str) -> ForkedProcess:
     return ForkedProcess(run_command, "fit", "--config", str(config), *more, folder=config.parent)
 
 
+def test_a_training_that_is_ended_while_it_loads_says_so(endless: Path) -> None:
+    run = fit(endless)
+    try:
+        run.wait_for_output("Seed set to 0")
+        run.send_signal(signal.SIGTERM)
+        _, err = run.communicate(timeout=PATIENCE_SECONDS)
+    finally:
+        run.kill()
+    assert run.returncode == 128 + signal.SIGTERM
+    assert "Traceback" not in err
+    # Lightning may have begun the first validation.
+    assert err.splitlines()[-1] in ("stopped by SIGTERM", "Resume      the same command with --ckpt_path last")
+
+
 def wait_for(file: Path, run: ForkedProcess) -> None:
     deadline = time.monotonic() + PATIENCE_SECONDS
     while not file.exists():
