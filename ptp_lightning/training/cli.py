@@ -22,12 +22,19 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from ptp_lightning.export.hub import hub_id
 from ptp_lightning.training.callbacks import RunSettings, RunSummary, ValidatedCheckpoint
+from ptp_lightning.training.callbacks.known_monitors import KnownMonitors, unknown_monitor
 from ptp_lightning.training.class_names import unknown_class
 from ptp_lightning.training.disk_errors import plain_disk_errors
 from ptp_lightning.training.distributed.termination import TerminateTogether
 from ptp_lightning.training.hyperparameters import flat_settings
 from ptp_lightning.training.run_folder import SaveRunConfig, newest_checkpoint, require_writable_folders
-from ptp_lightning.training.settings import leaves, require_sections, require_trainer_settings, require_whole_interval
+from ptp_lightning.training.settings import (
+    leaves,
+    require_resumable,
+    require_sections,
+    require_trainer_settings,
+    require_whole_interval,
+)
 from ptp_lightning.utils.named_files import find_yaml
 from ptp_lightning.utils.renamed_keys import require_current_names
 from ptp_lightning.utils.user_errors import EXIT_CODE, TERMINATED, plain_reason, status_of
@@ -186,7 +193,7 @@ class TrainingCLI(LightningCLI):
             if newest is None and subcommand != "fit":
                 raise ValueError("expected an earlier run for ckpt_path last, found none: set ckpt_path to a file")
             logger.info("No earlier run: starting anew" if newest is None else f"Resuming from {newest}")
-            options["ckpt_path"] = None if newest is None else str(newest)
+            options["ckpt_path"] = path = None if newest is None else str(newest)
         elif path is not None and isdir(path):
             raise ValueError(
                 f"expected a checkpoint file, found the folder {path}: set ckpt_path (exported folders serve generate, "
@@ -197,6 +204,8 @@ class TrainingCLI(LightningCLI):
                 f"expected a checkpoint file of fit for {subcommand}, found no file {path}: set ckpt_path "
                 "(repositories of the hub and exported folders serve generate, evaluate and export)"
             )
+        if subcommand == "fit" and path is not None:
+            require_resumable(callbacks)
         return options
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -245,10 +254,7 @@ def run(args: list[str] | None = None) -> None:
         if not (metric := _UNKNOWN_METRIC.match(str(error))):
             raise
         names = re.findall(r"`([^`]+)`", str(error)[metric.end() :])
-        raise ValueError(
-            f"expected a metric of this run as monitor of EarlyStopping in trainer.callbacks, found {metric[1]}: set "
-            f"it to one of {', '.join(name for name in names if '/' in name and '/position_' not in name)}"
-        ) from error
+        raise ValueError(unknown_monitor("EarlyStopping", metric[1], names)) from error
     except SIGTERMException:
         sys.exit(TERMINATED)
     except SystemExit as end:
@@ -287,7 +293,7 @@ def parsed(
         LightningModule,
         LightningDataModule,
         trainer_class=Trainer,
-        trainer_defaults=TRAINER_DEFAULTS | {"callbacks": [TerminateTogether()]},
+        trainer_defaults=TRAINER_DEFAULTS | {"callbacks": [TerminateTogether(), KnownMonitors()]},
         subclass_mode_model=True,
         subclass_mode_data=True,
         seed_everything_default=0,

@@ -6,10 +6,11 @@ import math
 import re
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 
 from ptp_lightning.models.config import PredictorConfig
 
@@ -110,6 +111,24 @@ def require_whole_interval(config: Mapping[str, Any]) -> None:
         raise ValueError(
             f"expected a whole number of steps for trainer.val_check_interval, found {interval}: streams have no end"
         )
+
+
+def require_resumable(callbacks: Sequence[object]) -> None:
+    """Check that a training with these callbacks can go on from a checkpoint.
+
+    Lightning restores averaged weights wrongly: it ends the training at once, or continues with other weights; those of
+    `WeightAveraging` it cannot load, since checkpoints are without the weights of the base model.
+
+    Raises:
+        ValueError: one of them averages weights.
+    """
+    for callback in callbacks:
+        if isinstance(callback, (StochasticWeightAveraging, WeightAveraging)):
+            raise ValueError(
+                f"expected trainer.callbacks without {type(callback).__name__} for a training that goes on from a "
+                "checkpoint, since Lightning does not restore averages exactly: leave it out, or train anew without "
+                "ckpt_path"
+            )
 
 
 def require_sections(config: Mapping[str, Any], place: str) -> None:

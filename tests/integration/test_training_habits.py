@@ -177,6 +177,18 @@ def test_averaged_weights_are_those_of_the_last_checkpoint(
     torch.testing.assert_close(stored["state_dict"]["predictor.slot_encoder.placeholder"], torch.stack(starts).mean(0))
 
 
+@pytest.mark.parametrize("name", ["StochasticWeightAveraging", "EMAWeightAveraging"])
+def test_averages_are_not_resumed_in_silence(name: str, config: Path) -> None:
+    fit()
+    averaging = ["--trainer.callbacks+", f"lightning.pytorch.callbacks.{name}"]
+    if name == "StochasticWeightAveraging":
+        averaging += ["--trainer.callbacks.swa_lrs", "0.01", "--trainer.limit_train_batches", "1"]
+    message = f"^expected trainer.callbacks without {name} for a training that goes on from a checkpoint[^\\n]*$"
+    for checkpoint in ("last", "runs/tiny/version_0/checkpoints/last.ckpt"):
+        with pytest.raises(ValueError, match=message):
+            fit(*averaging, "--ckpt_path", checkpoint)
+
+
 def test_validations_go_by_steps(config: Path) -> None:
     message = "^expected a whole number of steps for trainer.val_check_interval, found 0.25[^\\n]*$"
     with pytest.raises(ValueError, match=message):
@@ -202,6 +214,18 @@ def test_an_unknown_metric_to_stop_by_is_one_line(config: Path) -> None:
     stopping = "lightning.pytorch.callbacks.EarlyStopping"
     with pytest.raises(ValueError, match=message):
         fit("--trainer.callbacks+", stopping, "--trainer.callbacks.monitor", "nothing")
+
+
+def test_an_unknown_metric_is_found_before_the_first_step(config: Path) -> None:
+    message = (
+        "^expected a metric of this run as monitor of EarlyStopping in trainer.callbacks, found val_loss: set it to "
+        "one of [^\\n]*val/correct_tokens[^\\n]*$"
+    )
+    stopping = ["--trainer.callbacks+", "lightning.pytorch.callbacks.EarlyStopping", "--trainer.callbacks.monitor"]
+    with pytest.raises(ValueError, match=message):
+        fit(*stopping, "val_loss", "--trainer.num_sanity_val_steps", 1)
+    assert not list(Path("runs").rglob("*.ckpt"))
+    fit(*stopping, "val/correct_tokens", "--trainer.num_sanity_val_steps", 1)
 
 
 def test_a_misconfigured_trainer_is_one_line(config: Path) -> None:
