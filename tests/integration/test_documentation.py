@@ -20,7 +20,9 @@ import yaml
 from ptp_lightning.cli import dispatch
 from ptp_lightning.utils.named_files import find_yaml
 from tests.helpers.documentation import (
+    EARLIER_NAMES,
     PAGES,
+    RESULTS,
     ROOT,
     Block,
     anchors,
@@ -34,8 +36,6 @@ from tests.helpers.documentation import (
 
 README = ROOT / "README.md"
 MAX_README_LINES = 130
-RESULTS = ROOT / "docs" / "results"  # names files of earlier commits
-EARLIER_NAMES = "## Names of version 0.1"  # in the glossary
 LAUNCHERS = ("torchrun", "srun")
 OTHER_PROGRAMS = {
     *("tensorboard", "jupyter", "optuna", "optuna-dashboard", "pre-commit", "sphinx-build", "transformers"),
@@ -86,8 +86,8 @@ def test_commands_are_accepted(page: Path, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.syspath_prepend(tmp_path)
     for block in blocks(page):
         if block.language == "bash":
-            for words in commands(block):
-                check_command(words, monkeypatch)
+            for command in commands(block):
+                check_command(command.words, monkeypatch)
 
 
 def check_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,6 +203,6 @@ def test_pictures_are_drawn_by_a_script() -> None:
 )
 def test_commands_that_cannot_work_are_found(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    (words,) = commands(Block("bash", command))
+    (found,) = commands(Block("bash", command))
     with pytest.raises((AssertionError, ValueError, SystemExit, pytest.fail.Exception)):
-        check_command(words, monkeypatch)
+        check_command(found.words, monkeypatch)
