@@ -25,8 +25,11 @@ INLINE_COMMAND = re.compile(
     r"`((?:python|pip|torchrun|srun|pytest|sphinx-build|hf|transformers|tensorboard|jupyter|optuna|ptp-lightning)"
     r" [^`\n]+|\.ci/run)`"
 )
+COMMAND_LINE = re.compile(r"(\$ |>>> |(?:python|pip|torchrun|srun|pytest|git|transformers|hf) -?[\w./-]+)")
 RESULTS = ROOT / "docs" / "results"  # names commands and files of earlier commits
 EARLIER_NAMES = "## Names of version 0.1"  # in the glossary
+LANGUAGES = ("bash", "python", "yaml", "", "{toctree}")
+"""Of blocks: what is run, what is read, and what is only shown, such as output."""
 
 
 class Block(NamedTuple):
@@ -83,6 +86,20 @@ def inline_commands(page: Path) -> Iterator[Command]:
     sentences = FENCE.sub(lambda fence: "\n" * fence[0].count("\n"), text)
     for found in INLINE_COMMAND.finditer(sentences):
         yield from _commands_of(found[1], _line_at(sentences, found.start()))
+
+
+def all_commands(page: Path) -> Iterator[Command]:
+    """The commands of all blocks, then those within sentences."""
+    for block in blocks(page):
+        if block.language == "bash":
+            yield from commands(block)
+    yield from inline_commands(page)
+
+
+def disguised_commands(block: Block) -> list[int]:
+    """The lines of a block that looks like output and holds commands."""
+    lines = enumerate(block.text.splitlines(), start=block.line)
+    return [number for number, line in lines if block.language == "" and COMMAND_LINE.match(line)]
 
 
 def _commands_of(text: str, line: int) -> Iterator[Command]:
