@@ -66,14 +66,15 @@ PAGES_THAT_RUN = [
 
 @pytest.fixture(scope="module")
 def belongings(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what a reader has, and `runs` with trainings that pages continue from."""
+    """A folder with what a reader has; in `runs` are trainings that pages continue from, and teachers of studies."""
     folder = tmp_path_factory.mktemp("belongings")
     write_belongings(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for options in (
             "configs/gated_lora.yaml",
-            "configs/nyc_teacher.yaml --data.init_args.series.init_args.path PICKUPS.csv.gz",  # of studies
+            "configs/markov_teacher.yaml",
+            "configs/nyc_teacher.yaml --data.init_args.series.init_args.path PICKUPS.csv.gz",
         ):
             config, *more = options.split()
             dispatch(["fit", "--config", str(ROOT / config), *more, *SHORT_TRAINING.split()])
@@ -93,7 +94,10 @@ def reader(belongings: Path, hub: HubStandIn, tmp_path: Path, monkeypatch: pytes
     """In a folder that has what pages name."""
     link_checkout(tmp_path)
     for path in belongings.iterdir():
-        (tmp_path / path.name).symlink_to(path)
+        if path.name == "runs":  # `--ckpt_path last` would find those of other pages
+            shutil.copytree(path, tmp_path / "runs")
+        else:
+            (tmp_path / path.name).symlink_to(path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
