@@ -39,7 +39,8 @@ SHORT_TRAINING = (
 TWO_PROCESSES = f"{SHORT_TRAINING} --trainer.num_nodes 1 --trainer.devices 2"
 SHORTER = {
     "ptp_lightning fit": SHORT_TRAINING,
-    "ptp_lightning (fit|pregenerate) .*chat_1b": "--model.init_args.predictor.draft_vocabulary 16",  # of a vocabulary of 32
+    # Half of the stand-in's vocabulary, as in the configuration.
+    "ptp_lightning (fit|pregenerate) .*chat_1b": "--model.init_args.predictor.draft_vocabulary 16",
     "ptp_lightning generate": "--max_new_tokens 8",
     "ptp_lightning evaluate": "--limit 1 --max_new_tokens 4 --slot_budget 4 --decoders autoregressive"
     " partial_quadratic",
