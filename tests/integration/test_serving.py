@@ -61,7 +61,7 @@ def chat_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("chat")
     model = tiny_llama(vocab_size=CHAT_VOCABULARY, max_position_embeddings=512, eos_token_id=END_OF_TURN_ID)
     sharpen(model, 2.0)
-    model.get_output_embeddings().weight.data[END_OF_TURN_ID] *= 1.6  # ends some turns
+    model.get_parameter("lm_head.weight").data[END_OF_TURN_ID] *= 1.6  # ends some turns
     model.save_pretrained(root / "base")
     chat_tokenizer().save_pretrained(root / "base")
     backbone = BackboneSettings(path=str(root / "base"))
