@@ -19,6 +19,7 @@ import yaml
 
 from ptp_lightning.batch import PackedBatch
 from tests.distributed.sources import REASON
+from tests.helpers.slurm_tasks import task_environment
 from tests.helpers.tiny_configs import CORPUS_LINE, shrink
 
 pytestmark = pytest.mark.slow
@@ -78,12 +79,8 @@ class Job:
         if launcher == "torchrun":
             jobs = [self.start(TORCHRUN, *more)]
         elif launcher == "slurm":
-            job = {"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "ptp", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
-            place = {"SLURM_NODELIST": "localhost", "SLURM_NODEID": "0", "MASTER_PORT": str(free_port())}
-            jobs = [
-                self.start(ALONE, *more, **job, **place, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank))
-                for rank in range(2)
-            ]
+            port = free_port()
+            jobs = [self.start(ALONE, *more, **task_environment(rank, 2, port)) for rank in range(2)]
         else:
             jobs = [self.start(ALONE, *more)]
         try:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import huggingface_hub.constants
@@ -23,7 +25,7 @@ class HubStandIn:
     """Repositories in memory.
 
     Attributes:
-        repos: by "user/name" the files of each commit, by commit.
+        repos: by "user/name" of a model, or "datasets/user/name", the files of each commit, by commit.
         private: repositories that only a request with `TOKEN` sees.
         requests: methods and paths so far.
         address: of the API.
@@ -77,6 +79,26 @@ def use_hub(monkeypatch: pytest.MonkeyPatch, address: str, cache: Path) -> None:
     }.items():
         monkeypatch.setattr(huggingface_hub.constants, name, value)
     monkeypatch.setattr("huggingface_hub.file_download.HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
+    monkeypatch.setattr("datasets.config.HF_ENDPOINT", address)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+
+
+def entries(files: dict[str, bytes]) -> list[dict[str, Any]]:
+    """What the API says of files."""
+    return [
+        {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+        for name, data in files.items()
+    ]
+
+
+def tree(files: dict[str, bytes], folder: str, recursive: bool) -> list[dict[str, Any]]:
+    """What the API says of a folder, the root if it is empty; `recursive` adds what is in its folders."""
+    below = [entry for entry in entries(files) if not folder or entry["path"].startswith(f"{folder}/")]
+    parents = {parent.as_posix() for entry in below for parent in PurePosixPath(entry["path"]).parents}
+    inner = sorted(path for path in parents if path.startswith(folder and f"{folder}/") and path != ".")
+    below += [{"type": "directory", "path": path, "oid": hashlib.sha1(path.encode()).hexdigest()} for path in inner]
+    depth = len(PurePosixPath(folder).parts) + 1
+    return [entry for entry in below if recursive or len(PurePosixPath(entry["path"]).parts) == depth]
 
 
 def _handler(hub: HubStandIn) -> type[BaseHTTPRequestHandler]:
@@ -122,32 +144,44 @@ def _handler(hub: HubStandIn) -> type[BaseHTTPRequestHandler]:
             path = unquote(urlsplit(self.path).path)
             hub.requests.append(f"{self.command} {path}")
             parts = path.strip("/").split("/")
-            if parts[:2] == ["api", "models"]:
+            if path == "/api/whoami-v2":
+                self.answer({"type": "user", "name": "user", "auth": {"accessToken": {"role": "write"}}})
+            elif parts[:2] in (["api", "models"], ["api", "datasets"]):
+                kind = "" if parts[1] == "models" else "datasets/"
                 repo, rest = "/".join(parts[2:4]), parts[4:]
+                if rest[:1] not in ([], ["revision"], ["tree"]):
+                    return self.refuse(404, "NotFound")
                 revision = rest[1] if len(rest) > 1 else "main"
-                if (commit := self.found(repo, revision)) is None:
+                if (commit := self.found(kind + repo, revision)) is None:
                     return
                 number, files = commit
                 if rest[:1] == ["tree"]:
-                    self.answer(
-                        [
-                            {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
-                            for name, data in files.items()
-                        ]
-                    )
+                    recursive = "recursive=true" in self.path.lower()
+                    self.answer(tree(files, "/".join(rest[2:]), recursive))
                 else:
                     self.answer({"id": repo, "sha": number, "siblings": [{"rfilename": name} for name in files]})
-            elif len(parts) > 4 and parts[2] == "resolve":
-                if (commit := self.found("/".join(parts[:2]), parts[3])) is None:
+            elif "resolve" in parts[2:4]:
+                place = parts.index("resolve")
+                if (commit := self.found("/".join(parts[:place]), parts[place + 1])) is None:
                     return
                 number, files = commit
-                name = "/".join(parts[4:])
+                name = "/".join(parts[place + 2 :])
                 if name not in files:
                     self.refuse(404, "EntryNotFound")
                 else:
-                    self.answer(files[name], ETag=f'"{hashlib.sha1(files[name]).hexdigest()}"', X_Repo_Commit=number)
+                    self.give(files[name], number)
             else:
                 self.refuse(404, "NotFound")
+
+        def give(self, content: bytes, commit: str) -> None:
+            """A file, or the range of it that is asked for."""
+            etag = f'"{hashlib.sha1(content).hexdigest()}"'
+            asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+            if asked is None:
+                return self.answer(content, ETag=etag, X_Repo_Commit=commit)
+            begin, end = int(asked[1]), min(int(asked[2] or len(content)), len(content) - 1)
+            place = f"bytes {begin}-{end}/{len(content)}"
+            self.answer(content[begin : end + 1], 206, ETag=etag, X_Repo_Commit=commit, Content_Range=place)
 
         def do_POST(self) -> None:
             path = unquote(urlsplit(self.path).path)
@@ -168,8 +202,8 @@ def _handler(hub: HubStandIn) -> type[BaseHTTPRequestHandler]:
                 self.answer({"url": f"{hub.address}/{repo}", "id": repo})
             elif parts[4] == "preupload":
                 files = json.loads(body)["files"]
-                entries = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]
-                self.answer({"files": entries})
+                modes = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]
+                self.answer({"files": modes})
             elif parts[4] == "commit":
                 lines = [json.loads(line)["value"] for line in body.splitlines() if b'"file"' in line]
                 number = hub.commit(

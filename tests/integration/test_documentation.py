@@ -20,27 +20,31 @@ import yaml
 from ptp_lightning.cli import dispatch
 from ptp_lightning.utils.named_files import find_yaml
 from tests.helpers.documentation import (
+    EARLIER_NAMES,
+    LANGUAGES,
     PAGES,
+    RESULTS,
     ROOT,
     Block,
+    all_commands,
     anchors,
     blocks,
     commands,
+    disguised_commands,
     link_checkout,
     links,
     name_of,
     write_named_files,
 )
+from tests.helpers.documentation_elsewhere import RUN_ELSEWHERE
+from tests.helpers.documentation_programs import READERS_OWN, way_of
 
 README = ROOT / "README.md"
 MAX_README_LINES = 130
-RESULTS = ROOT / "docs" / "results"  # names files of earlier commits
-EARLIER_NAMES = "## Names of version 0.1"  # in the glossary
 LAUNCHERS = ("torchrun", "srun")
 OTHER_PROGRAMS = {
     *("tensorboard", "jupyter", "optuna", "optuna-dashboard", "pre-commit", "sphinx-build", "transformers"),
-    *("ruff", "lint-imports", "pyright"),
-    "transformers",  # see test_serving
+    *("ruff", "lint-imports", "pyright", "hf", "ptp-lightning"),
 }
 PATH = re.compile(r"`((?:configs|sweeps|docs|ptp_lightning|tests|benchmarks|notebooks)/[\w./-]+)`")
 
@@ -84,10 +88,8 @@ def test_commands_are_accepted(page: Path, tmp_path: Path, monkeypatch: pytest.M
     write_named_files(page, tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    for block in blocks(page):
-        if block.language == "bash":
-            for words in commands(block):
-                check_command(words, monkeypatch)
+    for command in all_commands(page):
+        check_command([READERS_OWN.get(word, word) for word in command.words], monkeypatch)
 
 
 def check_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,7 +100,7 @@ def check_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     elif program == "python" and args[0] == "-m":
         check_module(args[1], args[2:], monkeypatch)
     elif program in ("python", ".ci/run"):
-        assert (ROOT / words[-1]).is_file(), words
+        assert (ROOT / (args or words)[0]).is_file(), words
     elif program == "pip":
         extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
         assert args[0] == "install"
@@ -130,6 +132,50 @@ def check_module(name: str, args: list[str], monkeypatch: pytest.MonkeyPatch) ->
     else:
         accepted = bool({"--help", "--version"} & set(args))
     assert accepted, f"{args} was refused, or did not parse its arguments"
+
+
+def unaccounted(page: Path) -> list[str]:
+    """Places of a page with something for a reader to run that no test runs: file, line and text."""
+    found = [
+        f"{page.name}:{command.line}: {command.text}"
+        for command in all_commands(page)
+        if way_of(command) is None and command.text not in RUN_ELSEWHERE
+    ]
+    for block in blocks(page):
+        if block.language not in LANGUAGES:
+            found.append(f"{page.name}:{block.line}: a block of {block.language}, expected one of {LANGUAGES}")
+        found += [f"{page.name}:{line}: a command outside of a block of bash" for line in disguised_commands(block)]
+    return found
+
+
+@pytest.mark.parametrize("page", [pytest.param(page, id=name_of(page)) for page in PAGES])
+def test_all_that_can_be_run_is_run_by_a_test(page: Path) -> None:
+    """Here (all Python is), or elsewhere; see `WAYS` and `RUN_ELSEWHERE`."""
+    assert not unaccounted(page), "add a way to run it, or where it runs"
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("```bash\npytest\nmake all\n```\n", "page.md:4: make all"),
+        ("```sh\npytest\n```\n", "page.md:3: a block of sh"),
+        ("```\n$ pytest\n```\n", "page.md:3: a command outside"),
+        ("Type `hf download user/model`.\n", "page.md:2: hf download user/model"),
+    ],
+)
+def test_what_no_test_runs_is_named_with_its_line(text: str, found: str, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"# Title\n{text}")
+    (place,) = unaccounted(page)
+    assert place.startswith(found)
+
+
+def test_commands_run_where_the_table_says() -> None:
+    """The table names places that exist, for commands that the documentation has."""
+    for text, place in RUN_ELSEWHERE.items():
+        assert place.words in (ROOT / place.file).read_text(encoding="utf-8"), f"{text}: {place}"
+    texts = {command.text for page in PAGES for command in all_commands(page)}
+    assert RUN_ELSEWHERE.keys() <= texts, "leave out what no page has"
 
 
 @pytest.mark.parametrize("page", pages_with("python"))
@@ -203,6 +249,6 @@ def test_pictures_are_drawn_by_a_script() -> None:
 )
 def test_commands_that_cannot_work_are_found(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    (words,) = commands(Block("bash", command))
+    (found,) = commands(Block("bash", command))
     with pytest.raises((AssertionError, ValueError, SystemExit, pytest.fail.Exception)):
-        check_command(words, monkeypatch)
+        check_command(found.words, monkeypatch)

@@ -18,13 +18,17 @@ import pytest
 
 from ptp_lightning.export.checkpoint import load_network
 from ptp_lightning.export.model_folder import save_with_base_model
+from ptp_lightning.models import BackboneSettings, PredictorConfig, PredictorNetwork
+from tests.helpers.chat_tokenizer import CHAT_VOCABULARY, END_OF_TURN_ID, chat_tokenizer
+from tests.helpers.tiny_models import tiny_llama
+from tests.helpers.tiny_predictors import sharpen
 
 pytestmark = pytest.mark.slow
 openai = pytest.importorskip("openai", reason="needs pip install 'ptp_lightning[serving]'")
 pytest.importorskip("uvicorn", reason="needs pip install 'ptp_lightning[serving]'")
 
 TRANSFORMERS = Path(sys.executable).with_name("transformers")
-TEMPLATE = "{{ messages[-1].content }}"  # the embedded code model has none
+CODE_TEMPLATE = "{{ messages[-1].content }}"  # the embedded code model has none
 PROMPTS = ["def add(first, second):\n    return ", "import os\n", "class Stack:\n    def __init__(self"]
 START_SECONDS = 120
 SAMPLED = '{"do_sample": true, "max_new_tokens": 24}'
@@ -38,12 +42,31 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     predictor = load_network("code", dtype="float32")
     save_with_base_model(predictor, root / "parallel")
     tokenizer_file = root / "parallel" / "chat_template.jinja"
-    tokenizer_file.write_text(TEMPLATE)
+    tokenizer_file.write_text(CODE_TEMPLATE)
+    return with_plain_folder(root)
+
+
+def with_plain_folder(root: Path) -> dict[str, Path]:
+    """Write `plain` beside `parallel`: the same without the predictor."""
     (root / "plain").mkdir()
     for file in (root / "parallel").iterdir():
         if file.is_file():
             (root / "plain" / file.name).symlink_to(file)
     return {name: root / name for name in ("parallel", "plain")}
+
+
+@pytest.fixture(scope="module")
+def chat_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """As `folders`, of a random model whose template puts turns between special tokens, as those of chat models do."""
+    root = tmp_path_factory.mktemp("chat")
+    model = tiny_llama(vocab_size=CHAT_VOCABULARY, max_position_embeddings=512, eos_token_id=END_OF_TURN_ID)
+    sharpen(model, 2.0)
+    model.get_parameter("lm_head.weight").data[END_OF_TURN_ID] *= 1.6  # ends some turns
+    model.save_pretrained(root / "base")
+    chat_tokenizer().save_pretrained(root / "base")
+    backbone = BackboneSettings(path=str(root / "base"))
+    save_with_base_model(PredictorNetwork(PredictorConfig(backbone, window_length=4)).eval(), root / "parallel")
+    return with_plain_folder(root)
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +143,25 @@ def test_chat(client: Any, folders: dict[str, Path]) -> None:
     assert ours.choices[0].message.content == plain.choices[0].message.content
     chunks = client.chat.completions.create(model=str(folders["parallel"]), stream=True, **options)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == plain.choices[0].message.content
+
+
+def test_turns_of_a_chat_model(client: Any, chat_folders: dict[str, Path]) -> None:
+    """A system prompt and earlier turns; the text ends where the template's turn does."""
+    ended = 0
+    for number in range(8):
+        turns = [("system", "Count."), ("user", f"{number}?"), ("assistant", "Yes."), ("user", "And now?")]
+        messages = [{"role": role, "content": content} for role, content in turns]
+        options = {"messages": messages, "max_tokens": 48, "temperature": 0}
+        plain, ours = (
+            client.chat.completions.create(model=str(chat_folders[name]), **options) for name in ("plain", "parallel")
+        )
+        assert ours.choices[0] == plain.choices[0]
+        assert ours.usage == plain.usage
+        assert ours.usage.prompt_tokens > sum(
+            len(content) for _, content in turns
+        )  # a token a byte, and those of turns
+        ended += ours.choices[0].finish_reason == "stop" and ours.usage.completion_tokens > 1
+    assert 0 < ended < 8
 
 
 def test_several_requests_at_once(client: Any, folders: dict[str, Path]) -> None:
