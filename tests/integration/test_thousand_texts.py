@@ -78,8 +78,9 @@ def test_texts_are_the_reference_texts(dtype: str) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("adapter", ["trained", "random"])
 def test_texts_of_smollm2_are_the_reference_texts(adapter: str, dtype: str) -> None:
-    """A wide vocabulary, which has many borders; needs the package that carries the model. The trained adapter has a slot
-    without layers, the random one slots in all of them.
+    """A wide vocabulary, which has many borders; needs the package that carries the model.
+
+    The trained adapter has a slot without layers, the random one slots in all of them.
     """
     try:
         if adapter == "trained":
