@@ -73,10 +73,11 @@ def newest_checkpoint(trainer: Trainer) -> Path | None:
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint) and callback.dirpath is not None:
             candidates += Path(callback.dirpath).glob(LAST_CHECKPOINTS)
-    for logger in trainer.loggers:
-        if (parent := _parent(logger, trainer)) is not None:
-            candidates += parent.glob(f"*/{CHECKPOINTS}/{LAST_CHECKPOINTS}")
-    candidates += (Path(trainer.default_root_dir) / CHECKPOINTS).glob(LAST_CHECKPOINTS)
+    parents = [parent for logger in trainer.loggers if (parent := _parent(logger, trainer)) is not None]
+    for parent in parents:
+        candidates += parent.glob(f"*/{CHECKPOINTS}/{LAST_CHECKPOINTS}")
+    if not parents:  # runs without a logger, or with one that gives them no name, share this folder
+        candidates += (Path(trainer.default_root_dir) / CHECKPOINTS).glob(LAST_CHECKPOINTS)
     return max(candidates, key=os.path.getmtime, default=None)
 
 

@@ -70,6 +70,13 @@ def test_ckpt_path_last_is_that_of_the_newest_run(config: Path, caplog: pytest.L
     assert [steps_of(Path(f"runs/tiny/version_{k}/checkpoints/last.ckpt")) for k in range(3)] == [2, 4, 6]
 
 
+def test_ckpt_path_last_is_not_that_of_runs_without_a_name(config: Path, caplog: pytest.LogCaptureFixture) -> None:
+    fit("--trainer.logger", "false")
+    caplog.set_level("INFO", logger="ptp_lightning")
+    fit("--ckpt_path", "last")
+    assert "No earlier run: starting anew" in caplog.text
+
+
 def test_a_measurement_shows_the_summary_of_a_training(
     config: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
