@@ -110,7 +110,9 @@ class Chat(Rendering):
             message = {key: value for key, value in message.items() if key not in REASONING}
         message["role"] = self._role(str(given[self.role]))
         if calls := message.get("tool_calls"):
-            message["tool_calls"] = [_parsed_call(call) for call in calls]
+            message["tool_calls"] = _parsed_calls(calls)
+        if call := message.get("function_call"):
+            message["function_call"] = _parsed_call(call)
         content: Any = given.get(self.content)
         if content is None:
             if not OTHER_CONTENT & message.keys():
@@ -245,10 +247,18 @@ def _parsed_json(text: str) -> Any:
         return text
 
 
-def _parsed_call(call: object) -> object:
+def _parsed_calls(calls: object) -> list[dict[str, Any]]:
+    """Tool calls; data sets store them as JSON, too, because their keys differ from row to row."""
+    found = _parsed_json(calls) if isinstance(calls, str) else calls
+    if not isinstance(found, list):
+        raise BadRowError(f"expected a list of objects in tool_calls, found {calls!r:.80}")
+    return [_parsed_call(call) for call in found]
+
+
+def _parsed_call(call: object) -> dict[str, Any]:
     """A tool call whose arguments are an object, as templates expect; OpenAI's format stores them as JSON."""
     if not isinstance(call, Mapping):
-        raise BadRowError(f"expected objects in tool_calls, found {call!r:.80}")
+        raise BadRowError(f"expected objects in tool_calls and function_call, found {call!r:.80}")
     if isinstance(inner := call.get("function"), Mapping):
         return {**call, "function": _parsed_call(inner)}
     if isinstance(arguments := call.get("arguments"), str) and isinstance(value := _parsed_json(arguments), dict):
@@ -324,7 +334,8 @@ def _require_written(formatted: _Formatted, tools: list[Any] | None) -> None:
             raise BadRowError(
                 f"expected a chat template that writes {few(thoughts)}, {remedy}, or its reasoning to false"
             )
-        if missing := [name for call in message.get("tool_calls", []) if (name := _name(call)) not in written]:
+        calls = [*message.get("tool_calls", []), *([call] if (call := message.get("function_call")) else [])]
+        if missing := [name for call in calls if (name := _name(call)) not in written]:
             raise BadRowError(f"expected a chat template that writes the call of tool {missing[0]!r:.80}, {remedy}")
     if missing := [name for tool in tools or [] if (name := _name(tool)) not in text]:
         raise BadRowError(

@@ -128,7 +128,7 @@ def acceptance_gaps(
             temperature,
             None
             if prefix_counts is None or trained_temperature not in (None, temperature)
-            else _survival(np.repeat(np.arange(len(prefix_counts)), prefix_counts), window_length),
+            else _survival_of_counts(prefix_counts, window_length),
             _survival(np.array([correct for _, correct in drafts]), window_length),
             _survival(np.array([correct for _, correct in at_drafts[temperature]]), window_length)
             if at_drafts[temperature]
@@ -149,6 +149,12 @@ def _complete_drafts(record: Record, window_length: int) -> list[tuple[int, int]
 
 def _survival(correct: np.ndarray, window_length: int) -> list[float]:
     return [float((correct >= position).mean()) for position in range(1, window_length + 1)]
+
+
+def _survival_of_counts(counts: Sequence[int], window_length: int) -> list[float]:
+    """As `_survival`, of how many windows have a correct prefix of 0, 1, .. tokens."""
+    total = sum(counts) or math.nan
+    return [sum(counts[position:]) / total for position in range(1, window_length + 1)]
 
 
 def _by_context(at_all: Sequence[tuple[int, int]], at_drafts: Sequence[tuple[int, int]]) -> list[ContextBin]:

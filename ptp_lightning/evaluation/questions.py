@@ -49,6 +49,10 @@ def gsm8k(row: dict[str, Any], number: int) -> Question:
 
 def mbpp(row: dict[str, Any], number: int) -> Question:
     """MBPP (Austin et al., 2021): a task in words, and the tests of its solution."""
+    if not isinstance(row["test_list"], list):
+        raise TypeError(f"{type(row['test_list']).__name__} instead of a list of tests")
+    if not isinstance(row["text"], str):
+        raise TypeError(f"{type(row['text']).__name__} instead of text")
     tests = "\n".join(row["test_list"])
     return Question(str(row.get("task_id", number)), "mbpp", (f"{row['text']}\n\n{tests}\n\n",))
 
@@ -117,7 +121,7 @@ def _questions(benchmark: str, path: Path) -> Iterator[Question]:
             if not isinstance(row, dict):
                 raise TypeError(f"{type(row).__name__} instead of an object")
             question = parse(row, number)
-        except (json.JSONDecodeError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:  # a ValueError for long numbers, too
             reason = f"no {error}" if isinstance(error, KeyError) else str(error)
             raise ValueError(f"{path}, line {number}: expected a question of {benchmark}, found {reason}") from error
         if not question.turns or not all(isinstance(turn, str) and turn for turn in question.turns):

@@ -38,7 +38,7 @@ from ptp_lightning.export.stored_predictor import (
     with_prefix,
 )
 from ptp_lightning.export.stored_sizes import require_stored_sizes
-from ptp_lightning.models.backbone import BackboneSettings, known_positions, load_backbone
+from ptp_lightning.models.backbone import BackboneSettings, known_positions, load_backbone, require_memory
 from ptp_lightning.models.config import PredictorConfig
 from ptp_lightning.models.network import PredictorNetwork
 from ptp_lightning.models.stored_state import TOKEN_RANKS
@@ -146,6 +146,7 @@ def _stored_config(stored: StoredPredictor, *, trust_custom_classes: bool) -> Pr
     try:
         config = PredictorConfig.from_dict(stored.config, trusted_classes=None if trust_custom_classes else ())
         require_stored_sizes(stored.state, config)
+        require_memory(config.backbone)
     except ValueError as error:
         raise ValueError(f"{stored.path}: {error}") from error
     return config

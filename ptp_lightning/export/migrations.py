@@ -95,8 +95,12 @@ def migrate_checkpoint(checkpoint: dict[str, Any], source: str) -> None:
     """
     if not isinstance(checkpoint, dict) or "predictor" not in checkpoint:
         raise ValueError(f"expected a checkpoint with a predictor, found {source} without one: set {CHECKPOINT_KEY}")
-    about = checkpoint["predictor"]
+    about, state = checkpoint["predictor"], checkpoint.get("state_dict")
+    if not isinstance(about, dict) or not isinstance(about.get("config"), dict) or not isinstance(state, dict):
+        raise ValueError(
+            f"expected settings and weights of a predictor in {source}, found others: set {CHECKPOINT_KEY}"
+        )
     require_known_format(about.get("format_version", FIRST_FORMAT_VERSION), source)
     config = migrated_config(about["config"], source)
     checkpoint["predictor"] = about | {"format_version": FORMAT_VERSION, "config": config}
-    checkpoint["state_dict"] = migrated_state(checkpoint["state_dict"], "predictor.")
+    checkpoint["state_dict"] = migrated_state(state, "predictor.")

@@ -8,7 +8,7 @@ layer there is no adapter, and these two files are all.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,6 +43,8 @@ EXPORTED_FILES = ("adapter_config.json", ADAPTER_FILE, SLOT_ENCODER_FILE, SETTIN
 
 ADAPTER_PREFIX = "language_model."  # names in PredictorNetwork.trainable_state
 SLOT_ENCODER_PREFIX = "slot_encoder."
+STORED_KINDS: dict[str, type] = {"config": dict, "base_fingerprint": str}
+"""Entries that both forms have."""
 
 
 class StoredPredictor(NamedTuple):
@@ -87,10 +89,13 @@ def _read_checkpoint(file: Path) -> StoredPredictor:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     migrate_checkpoint(checkpoint, str(file))
     about = checkpoint["predictor"]
+    _require_kinds(about, STORED_KINDS, file)
+    _require_kinds(checkpoint, {"global_step": int}, file)
     state = with_prefix(checkpoint["state_dict"], "predictor.")
     training: dict[str, Any] = {"steps": checkpoint["global_step"]}
     if "prefix_counts" in about:  # it has been validated
         training["prefix_counts"] = about["prefix_counts"]
+    _require_counts(training, file)
     return StoredPredictor(file, about["config"], about["base_fingerprint"], state, training)
 
 
@@ -111,6 +116,8 @@ def _read_folder(folder: Path) -> StoredPredictor:
     require_known_format(version, str(folder / SETTINGS_FILE))
     if missing := {"config", "base_fingerprint", "training"} - about.keys():
         raise ValueError(f"expected {few(missing)} in {folder / SETTINGS_FILE}, found {few(about)}: export it again")
+    _require_kinds(about, STORED_KINDS | {"training": dict}, folder / SETTINGS_FILE)
+    _require_counts(about["training"], folder / SETTINGS_FILE)
     state: dict[str, Tensor] = {}
     weights: dict[str, Callable[[str], str]] = {SLOT_ENCODER_FILE: SLOT_ENCODER_PREFIX.__add__}
     if about["config"].get("slot_layers") != 0:
@@ -121,6 +128,25 @@ def _read_folder(folder: Path) -> StoredPredictor:
             state |= {in_state(key): value for key, value in load_file(folder / name).items()}
     config = migrated_config(about["config"], str(folder / SETTINGS_FILE))
     return StoredPredictor(folder, config, about["base_fingerprint"], migrated_state(state), about["training"])
+
+
+def _require_kinds(entries: Mapping[str, Any], kinds: Mapping[str, type], source: Path) -> None:
+    for name, kind in kinds.items():
+        if not isinstance(entries.get(name), kind):
+            raise ValueError(
+                f"expected {name} of the kind {kind.__name__} in {source}, found {entries.get(name)!r:.80}: set "
+                f"{CHECKPOINT_KEY}"
+            )
+
+
+def _require_counts(training: Mapping[str, Any], source: Path) -> None:
+    counts = training.get("prefix_counts")
+    if counts is None:
+        return
+    if not isinstance(counts, list) or not all(isinstance(count, int) and count >= 0 for count in counts):
+        raise ValueError(
+            f"expected prefix_counts as a list of whole numbers in {source}, found {counts!r:.80}: set {CHECKPOINT_KEY}"
+        )
 
 
 def _require_file(folder: Path, name: str) -> None:

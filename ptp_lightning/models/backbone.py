@@ -5,6 +5,7 @@ It is loaded from the package, the hub, a local folder or a GGUF file, or built 
 """
 
 import hashlib
+import os
 import re
 import warnings
 from collections.abc import Callable
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 FROM_CONFIG_KEY = "predictor.backbone.from_config"
 FINGERPRINT_SAMPLES_PER_TENSOR = 2048
+MAX_LAYERS = 4096  # of a stored configuration
 # older names that transformers still translates; not reported as misspelt
 LEGACY_CONFIG_KEYS = frozenset({"rope_theta", "rope_scaling", "partial_rotary_factor", "rotary_pct", "torch_dtype"})
 
@@ -58,6 +60,29 @@ class BackboneSettings:
             raise ValueError(f"predictor.backbone.dtype must be float32 or bfloat16, found '{self.dtype}'")
         if self.from_config is not None and "model_type" not in self.from_config:
             raise ValueError(f"{FROM_CONFIG_KEY} needs a model_type such as 'llama', found {sorted(self.from_config)}")
+
+
+def require_memory(settings: BackboneSettings) -> None:
+    """Refuse a model with random weights that no memory of this machine holds, before it is built.
+
+    Raises:
+        ValueError: names the key and the size.
+    """
+    entries = settings.from_config
+    if entries is None:
+        return
+    for name, value in entries.items():  # transformers makes lists of the types of layers
+        if "layer" in name and isinstance(value, int) and value > MAX_LAYERS:
+            raise ValueError(f"expected {FROM_CONFIG_KEY}.{name} <= {MAX_LAYERS}, found {value}")
+    with torch.device("meta"):
+        model = random_model(_config_from_dict(entries), getattr(torch, settings.dtype))
+    needed = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise ValueError(
+            f"expected a model of {FROM_CONFIG_KEY} that memory holds, {there / 1e9:.0f} GB, found one of "
+            f"{needed / 1e9:.3g} GB"
+        )
 
 
 def load_backbone(settings: BackboneSettings, *, key: str = PATH_KEY) -> "PreTrainedModel":

@@ -17,9 +17,11 @@ from ptp_lightning.models.stored_classes import class_path_of, require_trusted_c
 from ptp_lightning.models.students import GatedLoraStudent, Student
 from ptp_lightning.ngrams import MAX_NGRAMS
 from ptp_lightning.sampling import SamplingConfig
+from ptp_lightning.utils.user_errors import plain_reason
 
 CHOSEN_BY_CLASS = ("objective", "features", "student", "correction")
 """Fields of `PredictorConfig` that a configuration chooses by `class_path`."""
+NEVER_NULL = ("backbone", "objective", "features", "lora", "sampling", "student")
 TEXT_FIELDS = ("head",)
 MAX_SLOTS = 2**12
 """Largest number of slots of a window, and of a call. Memory is allocated for their logits at once: 0.8 GB for those of
@@ -71,6 +73,9 @@ class PredictorConfig:
     ngrams: int | None = None
 
     def __post_init__(self) -> None:
+        for name in NEVER_NULL:
+            if getattr(self, name) is None:
+                raise ValueError(f"expected settings of predictor.{name}, found null: leave it out for its defaults")
         if self.window_length < 2:
             raise ValueError(
                 f"expected predictor.window_length >= 2 (the first token needs no slot), found {self.window_length}"
@@ -145,8 +150,9 @@ class PredictorConfig:
         try:
             return parser.instantiate(parser.parse_object({"predictor": plain}))["predictor"]
         except Exception as error:  # jsonargparse raises ArgumentError, TypeError or ValueError by cause
+            reason = " ".join(plain_reason(str(error)).split())
             raise ValueError(
-                f"expected the configuration of a predictor, found one that does not fit: {error}"
+                f"expected the configuration of a predictor, found one that does not fit: {reason}"
             ) from error
 
     def class_paths(self) -> set[str]:

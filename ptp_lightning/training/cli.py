@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
+from enum import Enum
 from os.path import exists, isdir, isfile
 from typing import Any, NoReturn, TypeVar
 
@@ -15,13 +16,13 @@ from jsonargparse import set_parsing_settings
 from jsonargparse.typing import register_type
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback, Checkpoint, LearningRateMonitor, ProgressBar
+from lightning.pytorch.callbacks import Callback, Checkpoint, LearningRateMonitor, OnExceptionCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from ptp_lightning.export.hub import hub_id
-from ptp_lightning.training.callbacks import RunSettings, RunSummary, ValidatedCheckpoint
+from ptp_lightning.training.callbacks import RunSettings, RunSummary, StepProgressBar, ValidatedCheckpoint
 from ptp_lightning.training.callbacks.known_monitors import KnownMonitors, unknown_monitor
 from ptp_lightning.training.class_names import unknown_class
 from ptp_lightning.training.disk_errors import plain_disk_errors
@@ -165,10 +166,15 @@ class TrainingCLI(LightningCLI):
             callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
         if trainer.enable_progress_bar is False:
             callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
+        if sum(isinstance(callback, ProgressBar) for callback in callbacks) > 1:  # one that is added replaces ours
+            callbacks = [callback for callback in callbacks if not isinstance(callback, StepProgressBar)]
         # A fast_dev_run has no folder of its own: its checkpoint would be written into the current one.
         stores = trainer.enable_checkpointing is not False and not trainer.fast_dev_run
-        if stores and not any(isinstance(one, Checkpoint) for one in callbacks):
-            callbacks.append(self._get(self.config_init, "checkpoint"))
+        # OnExceptionCheckpoint writes no file of a training that goes well.
+        if stores and all(
+            isinstance(one, OnExceptionCheckpoint) or not isinstance(one, Checkpoint) for one in callbacks
+        ):
+            callbacks.insert(0, self._get(self.config_init, "checkpoint"))
         if self.logs_settings:
             config = self.config if self.subcommand is None else self.config[self.subcommand]
             callbacks.append(RunSettings(flat_settings(config.as_dict())))
@@ -288,6 +294,8 @@ def parsed(
     silence_library_noise()
     # Of defaults such as that of StochasticWeightAveraging; jsonargparse knows only types that are registered.
     register_type(torch.device, str, torch.device, fail_already_registered=False)
+    # Of defaults such as that of Timer; YAML knows no enumerations.
+    yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
     options.setdefault("save_config_callback", SaveRunConfig)
     return cli_class(
         LightningModule,

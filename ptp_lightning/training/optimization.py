@@ -54,6 +54,8 @@ class OptimizerSettings:
                 )
         if not 0 <= self.decay_fraction <= 1:
             raise ValueError(f"expected optimizer.decay_fraction between 0 and 1, found {self.decay_fraction}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"expected optimizer.betas from 0 to below 1, found {list(self.betas)}")
         for name in ("weight_decay", "warmup_steps"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"expected optimizer.{name} >= 0, found {getattr(self, name)}")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging, WeightAveraging
 
 from ptp_lightning.models.config import PredictorConfig
 
@@ -117,12 +117,19 @@ def require_resumable(callbacks: Sequence[object]) -> None:
     """Check that a training with these callbacks can go on from a checkpoint.
 
     Lightning restores averaged weights wrongly: it ends the training at once, or continues with other weights; those of
-    `WeightAveraging` it cannot load, since checkpoints are without the weights of the base model.
+    `WeightAveraging` it cannot load, since checkpoints are without the weights of the base model. It forgets what
+    `GradientAccumulationScheduler` has set until the next epoch begins.
 
     Raises:
-        ValueError: one of them averages weights.
+        ValueError: one of them averages weights, or changes the accumulation.
     """
     for callback in callbacks:
+        if isinstance(callback, GradientAccumulationScheduler):
+            raise ValueError(
+                "expected trainer.callbacks without GradientAccumulationScheduler for a training that goes on from a "
+                "checkpoint, since Lightning forgets its accumulation: leave it out and set "
+                "trainer.accumulate_grad_batches, or train anew without ckpt_path"
+            )
         if isinstance(callback, (StochasticWeightAveraging, WeightAveraging)):
             raise ValueError(
                 f"expected trainer.callbacks without {type(callback).__name__} for a training that goes on from a "

@@ -25,7 +25,8 @@ TERMINATED = 128 + 15  # likewise by SIGTERM
 # about the misspelt or refused key.
 _NOISE = re.compile(
     r"^(Does not validate against any of the Union subtypes|Subtypes: .*|Errors:|Expected a <class 'NoneType'>"
-    r"|Expected a path but .* either not accessible or invalid|Given value type: .*|Given value: .*)$"
+    r"|Expected a path but .* either not accessible or invalid|Given value type: .*|Given value: .*"
+    r"|Not a valid subclass of \w+|Subclass types expect one of:|a class path \(str\)|a dict with(out)? .*)$"
 )
 _GIVEN = "Given value: "
 _KEY = re.compile(r'Parser key "(?P<key>[\w.]+)":$')

@@ -60,6 +60,11 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     ),
     "rate": ([f"{MODEL}.optimizer.learning_rate", ".inf"], "expected a finite optimizer.learning_rate > 0, found inf"),
     "rate NaN": ([f"{MODEL}.optimizer.learning_rate", ".nan"], "a finite optimizer.learning_rate > 0, found nan"),
+    "betas": ([f"{MODEL}.optimizer.betas", "[1.5, 0.9]"], "optimizer.betas from 0 to below 1, found [1.5, 0.9]"),
+    "scale of the adapter": (
+        [f"{PREDICTOR}.lora.alpha", ".inf"],
+        "expected a finite predictor.lora.alpha > 0, found inf",
+    ),
     "decay": ([f"{MODEL}.optimizer.weight_decay", ".inf"], "expected optimizer.weight_decay >= 0, found inf"),
     **{
         f"null {key.rpartition('.')[2]}": ([key, "null"], f"expected settings of {key.removeprefix('--')}, found null")

@@ -196,6 +196,37 @@ def test_averages_are_not_resumed_in_silence(name: str, config: Path) -> None:
             fit(*averaging, "--ckpt_path", checkpoint)
 
 
+def test_a_changing_accumulation_is_not_resumed(config: Path) -> None:
+    """Lightning would go on with an accumulation of 1."""
+    scheduler = ["--trainer.callbacks+", "lightning.pytorch.callbacks.GradientAccumulationScheduler"]
+    scheduler += ["--trainer.callbacks.scheduling", "{0: 3, 1: 2}", "--trainer.limit_train_batches", "6"]
+    fit(*scheduler)
+    message = "^expected trainer.callbacks without GradientAccumulationScheduler [^\\n]*$"
+    with pytest.raises(ValueError, match=message):
+        fit(*scheduler, "--ckpt_path", "last")
+
+
+def test_a_timer_ends_a_training(config: Path) -> None:
+    """One of its defaults is a member of an enumeration, which YAML cannot write."""
+    timer = ["--trainer.callbacks+", "lightning.pytorch.callbacks.Timer", "--trainer.callbacks.duration", "00:00:00:01"]
+    fit(*timer, "--trainer.max_steps", 100_000)
+    (stored,) = Path("runs").rglob("last.ckpt")
+    assert 0 < steps_of(stored) < 100_000
+
+
+def test_an_added_progress_bar_replaces_ours(config: Path) -> None:
+    fit("--trainer.callbacks+", "lightning.pytorch.callbacks.TQDMProgressBar")
+    assert list(Path("runs").rglob("last.ckpt"))
+
+
+def test_checkpoints_of_errors_do_not_replace_those_of_a_training(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    on_exception = ["--trainer.callbacks+", "lightning.pytorch.callbacks.OnExceptionCheckpoint"]
+    fit(*on_exception, "--trainer.callbacks.dirpath", "errors")
+    assert "runs/tiny/version_0/checkpoints/last.ckpt" in capsys.readouterr().out
+
+
 def test_validations_go_by_steps(config: Path) -> None:
     message = "^expected a whole number of steps for trainer.val_check_interval, found 0.25[^\\n]*$"
     with pytest.raises(ValueError, match=message):

@@ -5,6 +5,7 @@ distributions and the student's drafts, and both share one KV cache. PEFT owns t
 decides at which token positions they act.
 """
 
+import math
 import re
 import warnings
 from dataclasses import dataclass, field
@@ -51,8 +52,8 @@ class LoraSettings:
     def __post_init__(self) -> None:
         if not 1 <= self.rank <= MAX_RANK:
             raise ValueError(f"expected predictor.lora.rank in 1 .. {MAX_RANK}, found {self.rank}")
-        if not self.alpha > 0:
-            raise ValueError(f"predictor.lora.alpha must be positive, found {self.alpha}")
+        if not 0 < self.alpha < math.inf:
+            raise ValueError(f"expected a finite predictor.lora.alpha > 0, found {self.alpha}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"predictor.lora.dropout must lie in [0, 1), found {self.dropout}")
         if not self.target_modules:

@@ -152,6 +152,29 @@ class TestToolCalls:
         with pytest.raises(BadRowError, match="objects in tool_calls"):
             Chat(template=WHAT_THERE_IS).document({"messages": answer(content="", tool_calls=["weather"])}, tokenizer)
 
+    def test_calls_as_json(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        row = {"messages": answer(content=None, tool_calls=json.dumps([WEATHER]))}
+        assert learned_of(Chat(template=WHAT_THERE_IS), row, tokenizer) == '[weather {"city": "Bern"}]</>$'
+
+    @pytest.mark.parametrize("calls", [5, True, "weather", WEATHER])
+    def test_calls_that_are_no_list_are_refused(self, calls: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+        with pytest.raises(BadRowError, match="a list of objects in tool_calls"):
+            Chat(template=WHAT_THERE_IS).document({"messages": answer(content="", tool_calls=calls)}, tokenizer)
+
+    @pytest.mark.parametrize("content", [{"content": ""}, {"content": None}], ids=["empty", "null"])
+    def test_a_template_that_drops_a_function_call_is_refused(
+        self, content: dict[str, Any], tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        """Without its call, such a message is the end of a turn alone."""
+        row = {"messages": answer(function_call=WEATHER["function"], **content)}
+        with pytest.raises(BadRowError, match=r"writes the call of tool 'weather'.*set template"):
+            Chat(template=WHAT_THERE_IS).document(row, tokenizer)
+
+    def test_a_function_call_is_learned(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        template = "{% for m in messages %}<{{ m.role }}>{{ m.function_call.name }}</>{% endfor %}"
+        row = {"messages": [{"role": "assistant", "content": None, "function_call": WEATHER["function"]}]}
+        assert learned_of(Chat(template=template), row, tokenizer).endswith("weather</>$")
+
 
 class TestTools:
     @pytest.mark.parametrize("tools", [[TOOL], json.dumps([TOOL])], ids=["list", "json"])

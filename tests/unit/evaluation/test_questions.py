@@ -92,6 +92,7 @@ class TestErrors:
             ('{"question_id": 1, "category": "a", "turns": "hi there"}', "found str instead of a list of turns"),
             ("[" * 100_000, "line 2: expected a question of spec_bench, found maximum recursion depth"),
             ('{"question_id": 1, "category": "a", "turns": ["\\ud800"]}', "line 2: expected Unicode text, found"),
+            ("1" * 5000, "line 2: expected a question of spec_bench, found Exceeds the limit"),
         ],
     )
     def test_an_invalid_line(self, line: str, reason: str, tmp_path: Path) -> None:
@@ -99,6 +100,17 @@ class TestErrors:
         path.write_text(path.read_text() + line + "\n")
         with pytest.raises(ValueError, match=reason):
             read_questions("spec_bench", path)
+
+    @pytest.mark.parametrize(
+        ("row", "reason"),
+        [
+            ({"text": "Add.", "test_list": "assert a"}, "found str instead of a list of tests"),
+            ({"text": ["Add."], "test_list": []}, "found list instead of text"),
+        ],
+    )
+    def test_entries_of_mbpp_in_another_form(self, row: object, reason: str, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match=f"q.jsonl, line 1: expected a question of mbpp, {reason}"):
+            read_questions("mbpp", write(tmp_path / "q.jsonl", row))
 
     def test_empty_file_and_other_bytes(self, tmp_path: Path) -> None:
         path = tmp_path / "q.jsonl"

@@ -123,6 +123,12 @@ class TestGaps:
         assert gap.by_context == [ContextBin(0, 31, 2.5, 3.0), ContextBin(32, 63, 1.5, 1.0)]
         assert gap.validation is None
 
+    def test_counts_of_a_stored_file_allocate_nothing(self) -> None:
+        (gap,) = acceptance_gaps(
+            self.RECORDS, 4, prefix_counts=[0, 10**15, 10**15, 0, 2 * 10**15], trained_temperature=0.7
+        )
+        assert gap.validation == [1.0, 0.75, 0.5, 0.5]
+
     def test_validation_at_another_temperature_is_not_shown(self) -> None:
         assert acceptance_gaps(self.RECORDS, 4, [0, 1, 1, 0, 2], trained_temperature=1.0)[0].validation is None
         assert acceptance_gaps(self.RECORDS, 4, [0, 1, 1, 0, 2], trained_temperature=None)[0].validation is not None

@@ -225,6 +225,57 @@ class TestBrokenFolder:
         ):
             load_network(exported)
 
+    @pytest.mark.parametrize(
+        ("name", "value", "message"),
+        [
+            ("features", None, "expected settings of predictor.features, found null"),
+            ("student", None, "expected settings of predictor.student, found null"),
+            ("features", -1, "configuration of a predictor"),
+            ("objective", [], "configuration of a predictor"),
+            ("head", "x.y.Z", "expected one of linear, mlp for predictor.head, found x.y.Z"),
+            ("window_length", {}, "expected int for predictor.window_length"),
+            ("lora", {"alpha": float("inf")}, "expected a finite predictor.lora.alpha > 0, found inf"),
+        ],
+    )
+    def test_settings_of_another_kind(self, exported: Path, name: str, value: Any, message: str) -> None:
+        config = json.loads((exported / SETTINGS_FILE).read_text())["config"]
+        edit(exported, config=config | {name: config[name] | value if isinstance(value, dict) and value else value})
+        with pytest.raises(ValueError, match=rf"^{exported}: [^\n]*{message}[^\n]*$"):
+            load_network(exported)
+
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            *(("config", value) for value in (5, "x", [])),
+            *(("training", value) for value in (5, "x", [])),
+            *(("base_fingerprint", value) for value in (5, {})),
+        ],
+    )
+    def test_entries_of_another_kind(self, exported: Path, name: str, value: Any) -> None:
+        edit(exported, **{name: value})
+        with pytest.raises(ValueError, match=rf"^expected {name} of the kind [^\n]*predictor.json, found [^\n]*$"):
+            load_network(exported)
+
+    @pytest.mark.parametrize("counts", ["abc", [[1]], [-1, 2], [0.5]])
+    def test_counts_that_are_none(self, exported: Path, counts: Any) -> None:
+        edit(exported, training={"prefix_counts": counts})
+        with pytest.raises(ValueError, match=r"^expected prefix_counts as a list of whole numbers in [^\n]*$"):
+            load_network(exported)
+
+    @pytest.mark.parametrize(
+        ("size", "message"),
+        [
+            ({"hidden_size": 2**23}, r"expected a model of predictor.backbone.from_config that memory holds"),
+            ({"num_hidden_layers": 10**9}, r"expected predictor.backbone.from_config.num_hidden_layers <= 4096"),
+        ],
+    )
+    def test_a_base_model_that_no_memory_holds(self, exported: Path, size: dict[str, int], message: str) -> None:
+        config = json.loads((exported / SETTINGS_FILE).read_text())["config"]
+        entries = {"model_type": "llama", "vocab_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1}
+        edit(exported, config=config | {"backbone": config["backbone"] | {"from_config": entries | size}})
+        with pytest.raises(ValueError, match=rf"^{exported}: {message}[^\n]*$"):
+            load_network(exported)
+
     @pytest.mark.parametrize(("name", "size"), [("window_length", 10**9), ("ngrams", 10**13)])
     def test_sizes_that_no_memory_holds_are_refused(self, exported: Path, name: str, size: int) -> None:
         config = json.loads((exported / SETTINGS_FILE).read_text())["config"]
@@ -278,6 +329,22 @@ class TestCheckpointFile:
     def test_of_another_module(self, tmp_path: Path, content: object) -> None:
         torch.save(content, tmp_path / "last.ckpt")
         with pytest.raises(ValueError, match=r"checkpoint with a predictor, found .*last\.ckpt without one"):
+            load_network(tmp_path / "last.ckpt")
+
+    @pytest.mark.parametrize(
+        "content",
+        [
+            {"predictor": 5, "state_dict": {}},
+            {"predictor": {"config": 5}, "state_dict": {}},
+            {"predictor": {"config": {}}, "state_dict": 5},
+            {"predictor": {"config": {}}, "state_dict": {}},
+            {"predictor": {"config": {}, "base_fingerprint": "0", "prefix_counts": 5}, "state_dict": {}},
+            {"predictor": {"config": {}, "base_fingerprint": "0"}, "state_dict": {}, "global_step": "x"},
+        ],
+    )
+    def test_entries_of_another_kind(self, tmp_path: Path, content: object) -> None:
+        torch.save(content, tmp_path / "last.ckpt")
+        with pytest.raises(ValueError, match=r"^expected [^\n]*last\.ckpt, found [^\n]*: set ckpt_path"):
             load_network(tmp_path / "last.ckpt")
 
     def test_code_is_not_run(self, tmp_path: Path) -> None:
