@@ -69,7 +69,7 @@ def require_memory(settings: BackboneSettings) -> None:
         ValueError: names the key and the size.
     """
     entries = settings.from_config
-    if entries is None:
+    if entries is None or not hasattr(os, "sysconf"):  # which Windows has not
         return
     for name, value in entries.items():  # transformers makes lists of the types of layers
         if "layer" in name and isinstance(value, int) and value > MAX_LAYERS:

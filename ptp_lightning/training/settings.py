@@ -36,7 +36,7 @@ MINIMA = {
 _DEVICES = re.compile(r"auto|-?\d+(,-?\d+)*,?|\[.*\]")
 _PROCESSES = re.compile(r"None|auto|[1-9]\d*")  # of a CPU
 _FRACTION = re.compile(r"\d*\.\d*[1-9]\d*")
-SEARCHES = ("LearningRateFinder", "BatchSizeFinder")
+MODEL_CHANGES = ("LearningRateFinder", "BatchSizeFinder", "BackboneFinetuning", "ModelPruning")
 EPOCH_AVERAGING = "StochasticWeightAveraging"
 
 
@@ -47,7 +47,7 @@ def require_trainer_settings(trainer: Mapping[str, Any]) -> None:
         trainer: the parsed settings below `trainer`.
 
     Raises:
-        ValueError: a value is out of its range, a device is not there, or a callback searches settings.
+        ValueError: a value is out of its range, a device is not there, or a callback changes the model or its settings.
 
     >>> require_trainer_settings({"accelerator": "cpu", "max_steps": -5})
     Traceback (most recent call last):
@@ -75,10 +75,10 @@ def require_trainer_settings(trainer: Mapping[str, Any]) -> None:
     callbacks = trainer.get("callbacks") or []
     for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
         name = str(getattr(callback, "class_path", "")).rpartition(".")[2]
-        if name in SEARCHES:
+        if name in MODEL_CHANGES:
             raise ValueError(
-                f"expected trainer.callbacks that observe a run, found {name}, which changes settings of the model "
-                "that this package takes from its configuration: remove it, and compare several runs"
+                f"expected trainer.callbacks that observe a run, found {name}, which changes what this package takes "
+                "from its configuration: remove it, and compare several runs"
             )
         if name == EPOCH_AVERAGING and not _has_epochs(trainer):
             raise ValueError(

@@ -53,6 +53,10 @@ REFUSED: dict[str, tuple[list[str], str]] = {
         ["--trainer.callbacks+", "lightning.pytorch.callbacks.LearningRateFinder"],
         "expected trainer.callbacks that observe a run, found LearningRateFinder",
     ),
+    "unfreezing": (
+        ["--trainer.callbacks+", "lightning.pytorch.callbacks.BackboneFinetuning"],
+        "expected trainer.callbacks that observe a run, found BackboneFinetuning",
+    ),
     "averages without epochs": (
         ["--trainer.callbacks+", "lightning.pytorch.callbacks.StochasticWeightAveraging",
          "--trainer.callbacks.swa_lrs", "0.01"],
