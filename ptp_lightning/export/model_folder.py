@@ -21,7 +21,7 @@ from ptp_lightning.export.stored_predictor import CARD_FILE, PREDICTOR_FOLDER
 from ptp_lightning.models.backbone import load_backbone
 from ptp_lightning.models.network import PredictorNetwork
 from ptp_lightning.utils.atomic_files import replacing
-from ptp_lightning.utils.pretrained import PATH_KEY, load_tokenizer
+from ptp_lightning.utils.pretrained import PATH_KEY, load_tokenizer, quiet_transformers
 
 GENERATE_FILE, REQUIREMENTS_FILE = "custom_generate/generate.py", "custom_generate/requirements.txt"
 
@@ -83,7 +83,9 @@ def save_with_base_model(
     backbone = predictor.config.backbone
     located = replace(backbone, path=predictor.backbone_path)
     with replacing(target) as draft:
-        load_backbone(located).save_pretrained(str(draft))  # again, because the predictor's base model has the adapter
+        base_model = load_backbone(located)  # again, because the predictor's base model has the adapter
+        with quiet_transformers(progress_bar=False):
+            base_model.save_pretrained(str(draft))
         load_tokenizer(located.path, revision=backbone.revision, key=PATH_KEY).save_pretrained(str(draft))
         save_network(predictor, draft / PREDICTOR_FOLDER, dtype=dtype, training=training, license=license)
         card = CARD.format(

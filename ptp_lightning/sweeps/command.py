@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 STOPPED_EXIT_CODE = 130
 CONFIGURATION_KEYS = ("trainer", "model", "data", "seed_everything")
+BUDGET_KEYS = {"trainer.max_steps": "steps", "trainer.val_check_interval": "validations"}
+"""Options that the budget of a study would replace, and their names there."""
 
 HELP = """usage: python -m ptp_lightning sweep COMMAND STUDY [options]
 
@@ -136,7 +138,7 @@ def split_overrides(args: Sequence[str]) -> tuple[list[str], Overrides]:
     """Separate options of this command from overrides of the configuration.
 
     Raises:
-        ValueError: an override without a value.
+        ValueError: an override without a value, or one that the budget of the study would replace.
 
     >>> split_overrides(["losses", "--full", "--model.init_args.seed", "3"])
     (['losses', '--full'], {'model.init_args.seed': '3'})
@@ -150,6 +152,11 @@ def split_overrides(args: Sequence[str]) -> tuple[list[str], Overrides]:
         if not option.startswith("--") or path.partition(".")[0] not in CONFIGURATION_KEYS:
             own.append(option)
             continue
+        if path in BUDGET_KEYS:
+            raise ValueError(
+                f"expected no --{path}, which would have no effect: all trials of a study have its budget. Change "
+                f"budget.{BUDGET_KEYS[path]} in its file, or in a copy of it"
+            )
         if not has_value:
             if not rest:
                 raise ValueError(f"expected a value after {option}, found none")

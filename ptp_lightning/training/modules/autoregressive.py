@@ -25,6 +25,7 @@ from ptp_lightning.training.modules.training_module import TrainingModule
 from ptp_lightning.training.optimization import OptimizerSettings, configure
 from ptp_lightning.training.trainer_state import datamodule_of
 from ptp_lightning.utils.local_paths import WRITTEN, local_path
+from ptp_lightning.utils.pretrained import quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -208,7 +209,8 @@ class AutoregressiveModule(TrainingModule):
         written = random_model(copy.deepcopy(self.model.config), getattr(torch, self.output_dtype))
         written.generation_config = copy.deepcopy(self.model.generation_config)
         written.load_state_dict(state)
-        written.save_pretrained(self.output)
+        with quiet_transformers(progress_bar=False):
+            written.save_pretrained(self.output)
         tokenizer = datamodule_of(self.trainer).tokenizer
         if tokenizer is not None:
             tokenizer.save_pretrained(self.output)

@@ -92,8 +92,11 @@ def test_its_card(hub: HubStandIn, network: PredictorNetwork) -> None:
     assert "| Correct tokens | 2.12 of a window of 4 (mean of the last validation before the checkpoint) |" in card.text
 
 
-def test_cards_of_whole_folders_and_of_the_package(network: PredictorNetwork, tmp_path: Path) -> None:
+def test_cards_of_whole_folders_and_of_the_package(
+    network: PredictorNetwork, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     save_with_base_model(network, tmp_path / "whole", training=TRAINING, license="mit")
+    assert "Writing model shards" not in capsys.readouterr().err  # a progress bar, also in logs
     data = ModelCard.load(tmp_path / "whole" / "README.md").data
     assert (data.license, data.library_name, data.pipeline_tag) == ("mit", "transformers", "text-generation")
     for name, base_model in (("code", None), ("smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct")):

@@ -185,6 +185,14 @@ def test_overrides_are_separated_from_options() -> None:
     )
 
 
+@pytest.mark.parametrize("option", ["--trainer.max_steps=6", "--trainer.val_check_interval=2"])
+def test_the_budget_is_not_an_option(
+    option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = refused(monkeypatch, capsys, "run", "losses", option)
+    assert f"expected no {option.partition('=')[0]}" in message and "in its file" in message
+
+
 def test_help_loads_nothing_heavy(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     command(monkeypatch, "--help")
     assert "The quick version of a study runs" in capsys.readouterr().out

@@ -143,9 +143,10 @@ def test_fit_trains_every_weight_with_dropout(tmp_path: Path) -> None:
     assert not unchanged
 
 
-def test_output_is_a_hugging_face_folder(tmp_path: Path) -> None:
+def test_output_is_a_hugging_face_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     module = make_module(output=str(tmp_path / "model"))
     make_trainer(tmp_path).fit(module, datamodule=tiny_data())
+    assert "Writing model shards" not in capsys.readouterr().err  # a progress bar, also in logs
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert model.dtype == torch.bfloat16 and module.model.dtype == torch.float32
     for name, value in module.model.state_dict().items():

@@ -11,7 +11,7 @@ import torch
 
 from ptp_lightning.batch import PackedBatch
 from ptp_lightning.metrics import WindowMetrics, WindowSummary
-from ptp_lightning.training.callbacks import LearningRate, LogProgress, TrainingSpeed, training_speed
+from ptp_lightning.training.callbacks import LearningRate, LogProgress, StepProgressBar, TrainingSpeed, training_speed
 from ptp_lightning.utils import progress_lines
 
 
@@ -201,6 +201,14 @@ def test_no_lines_on_terminals_unless_asked_for(
         fake_trainer(Recorder()), 40, monkeypatch, capsys, every_fraction=0.5, title="trial 7", on_terminals=True
     )
     assert [line.partition(",")[0] for line in lines] == ["trial 7: step 20/40 (50%)", "trial 7: step 40/40 (100%)"]
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_the_progress_bar_is_drawn_on_terminals_alone(monkeypatch: pytest.MonkeyPatch, is_terminal: bool) -> None:
+    monkeypatch.setattr(rich.get_console(), "_force_terminal", is_terminal)
+    bar = StepProgressBar()
+    bar.setup(fake_trainer(Recorder()), MODULE, "fit")
+    assert bar.is_enabled == is_terminal
 
 
 @pytest.mark.parametrize("options", [{"every_seconds": 0.0}, {"every_fraction": -1.0}])
