@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ptp_lightning.utils.local_paths import WRITTEN, local_path
 from ptp_lightning.utils.named_files import find_yaml
-from ptp_lightning.utils.user_errors import option_parser, parsed_options
+from ptp_lightning.utils.user_errors import option_parser, parsed_options, status_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
     from ptp_lightning.sweeps.study import Overrides, Study
 
-STOPPED_EXIT_CODE = 130
 CONFIGURATION_KEYS = ("trainer", "model", "data", "seed_everything")
 BUDGET_KEYS = {"trainer.max_steps": "steps", "trainer.val_check_interval": "validations"}
 """Options that the budget of a study would replace, and their names there."""
@@ -38,14 +37,14 @@ command continues a stopped study, and several processes share one. Each command
 
 
 def main(args: Sequence[str]) -> None:
-    """Run `sweep ARGS`; Ctrl-C ends it with exit status 130."""
+    """Run `sweep ARGS`; Ctrl-C and SIGTERM end it in one line."""
     try:
         dispatch(args)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         if os.environ.get("PTP_TRACEBACK"):
             raise
         print("Stopped. The same command continues.", file=sys.stderr)
-        sys.exit(STOPPED_EXIT_CODE)
+        sys.exit(status_of(stop))
 
 
 def dispatch(args: Sequence[str]) -> None:

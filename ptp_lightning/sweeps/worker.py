@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import Trial, TrialState
@@ -45,6 +46,7 @@ from ptp_lightning.sweeps.training_run import (
 from ptp_lightning.sweeps.trial_callbacks import Heartbeat, PruneAtValidation
 from ptp_lightning.sweeps.versions import package_version
 from ptp_lightning.training.callbacks import LogProgress
+from ptp_lightning.utils.user_errors import TerminatedError
 
 TENSORBOARD = "tensorboard"
 CHECKPOINTS = "checkpoints"
@@ -138,7 +140,7 @@ class Worker:
                 self.queue.give_up(trial, "stopped")
                 self.queue.fill()
                 self.log(f"trial {trial.number} stopped and enqueued again: {label}")
-                raise KeyboardInterrupt from stop
+                raise (TerminatedError if _is_sigterm(stop) else KeyboardInterrupt) from stop
             except UpdateFinishedTrialError:
                 raise
             except Exception as error:  # of one trial; the next one may succeed
@@ -198,3 +200,8 @@ def suggest(trial: Trial, name: str, distribution: BaseDistribution) -> bool | i
             )
         case _:
             raise TypeError(f"expected one of Optuna's distributions for {name}, found {distribution}")
+
+
+def _is_sigterm(stop: BaseException) -> bool:
+    """Whether SIGTERM has stopped a training: between two steps, or before or amid one."""
+    return any(isinstance(end, (SIGTERMException, TerminatedError)) for end in (stop, stop.__context__))

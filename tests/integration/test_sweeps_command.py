@@ -116,7 +116,7 @@ def test_a_stopped_study_puts_its_trial_back_and_goes_on(sent: signal.Signals, t
         output = "".join(run.communicate(timeout=PATIENCE_SECONDS))
     finally:
         run.kill()
-    assert run.returncode == 130, output
+    assert run.returncode == 128 + sent, output
     assert "stopped and enqueued again" in output
     assert "Stopped. The same command continues." in output
     states = Counter(trial.state.name for trial in trials(tmp_path))
@@ -144,7 +144,7 @@ def test_stopped_jobs_put_their_trials_back(tmp_path: Path) -> None:
         output = "".join(run.communicate(timeout=PATIENCE_SECONDS))
     finally:
         run.kill()
-    assert run.returncode == 130, output
+    assert run.returncode == 128 + signal.SIGTERM, output
     assert not [trial for trial in trials(tmp_path) if trial.state == TrialState.RUNNING]
     finish(start(study))
     require_each_point_once(tmp_path, 6)
