@@ -38,6 +38,13 @@ _PROCESSES = re.compile(r"None|auto|[1-9]\d*")  # of a CPU
 _FRACTION = re.compile(r"\d*\.\d*[1-9]\d*")
 MODEL_CHANGES = ("LearningRateFinder", "BatchSizeFinder", "BackboneFinetuning", "ModelPruning")
 EPOCH_AVERAGING = "StochasticWeightAveraging"
+_INEXACT = "does not restore averages exactly: leave it out"
+NOT_RESUMED: dict[type, str] = {
+    StochasticWeightAveraging: _INEXACT,
+    WeightAveraging: _INEXACT,
+    GradientAccumulationScheduler: "forgets its accumulation: leave it out and set trainer.accumulate_grad_batches",
+}
+"""Callbacks of trainings that cannot go on from a checkpoint, and what Lightning does."""
 
 
 def require_trainer_settings(trainer: Mapping[str, Any]) -> None:
@@ -124,18 +131,12 @@ def require_resumable(callbacks: Sequence[object]) -> None:
         ValueError: one of them averages weights, or changes the accumulation.
     """
     for callback in callbacks:
-        if isinstance(callback, GradientAccumulationScheduler):
-            raise ValueError(
-                "expected trainer.callbacks without GradientAccumulationScheduler for a training that goes on from a "
-                "checkpoint, since Lightning forgets its accumulation: leave it out and set "
-                "trainer.accumulate_grad_batches, or train anew without ckpt_path"
-            )
-        if isinstance(callback, (StochasticWeightAveraging, WeightAveraging)):
-            raise ValueError(
-                f"expected trainer.callbacks without {type(callback).__name__} for a training that goes on from a "
-                "checkpoint, since Lightning does not restore averages exactly: leave it out, or train anew without "
-                "ckpt_path"
-            )
+        for kind, reason in NOT_RESUMED.items():
+            if isinstance(callback, kind):
+                raise ValueError(
+                    f"expected trainer.callbacks without {type(callback).__name__} for a training that goes on from a "
+                    f"checkpoint, since Lightning {reason}, or train anew without ckpt_path"
+                )
 
 
 def require_sections(config: Mapping[str, Any], place: str) -> None:
